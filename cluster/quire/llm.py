@@ -1,0 +1,202 @@
+"""Offline inference: one engine in this process (with tensor parallelism, over worker processes)."""
+
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quire_engine.config import EngineConfig
+from quire_engine.engine import Engine, Executor
+from quire_engine.errors import InvalidParameter
+from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.request import Request
+from quire_engine.text.output import OutputText
+from quire_engine.text.params import SamplingParams
+from quire_engine.text.tokenizer import Tokenizer, end_tokens
+from quire_engine.weights.resolve import DEMO_MODEL, resolve
+from tqdm import tqdm
+
+Prompt = str | list[int]
+
+
+@dataclass
+class Completion:
+    """One choice."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass
+class RequestOutput:
+    """What came of one prompt."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[Completion] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class _Choice:
+    request: Request
+    text: OutputText
+    completion: Completion
+    output: RequestOutput
+
+
+class LLM:
+    """`LLM("path or hub id").generate(["Hello"], SamplingParams(max_tokens=32))`. Options are EngineConfig's fields."""
+
+    def __init__(self, model: str = DEMO_MODEL, *, chat_template: str | None = None, **options: Any) -> None:
+        config = EngineConfig(model=model, **options)
+        files = resolve(model, revision=config.revision, download_dir=config.download_dir)
+        self.tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
+        self._end_tokens = end_tokens(files, self.tokenizer)
+        self._vocab_size: int = files.config["vocab_size"]
+        self._executor = self._start(config)
+        self.engine = Engine(self._executor)
+        self._ids = itertools.count(1)
+
+    @staticmethod
+    def _start(config: EngineConfig) -> Executor:
+        if config.tensor_parallel_size == 1:
+            from quire_engine.execution.runner import ModelRunner
+
+            return ModelRunner(config, resolve(config.model, revision=config.revision, download_dir=config.download_dir))
+        from quire_cluster.workers import LocalWorkers
+
+        return LocalWorkers(config)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the workers, if there are any."""
+        self.engine.close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_special_tokens: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes every prompt (a text, or token ids), all in one batch; results come in the prompts' order.
+
+        Raises InvalidParameter or ContextTooLong before anything runs if any of them cannot be served.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item]
+        params = sampling_params or SamplingParams()
+        each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(batch):
+            raise InvalidParameter(f"{len(batch)} prompts came with {len(each)} sampling_params", "sampling_params")
+        outputs: list[RequestOutput] = []
+        choices: dict[int, _Choice] = {}
+        for prompt, wanted in zip(batch, each, strict=True):
+            tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens) if isinstance(prompt, str) else prompt
+            output = RequestOutput(prompt if isinstance(prompt, str) else None, list(tokens))
+            outputs.append(output)
+            for choice in self._choices(output, wanted):
+                choices[choice.request.id] = choice
+        try:
+            for choice in choices.values():
+                self.engine.add(choice.request)
+            self._run(choices, use_tqdm)
+        finally:
+            for request_id in choices:
+                self.engine.abort(request_id)
+            while self.engine.has_work:
+                self.engine.step()
+        return outputs
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or many."""
+        many: Any = messages if messages and isinstance(messages[0], list) else [messages]
+        prompts = [self.tokenizer.render(one, add_generation_prompt=True, continue_final_message=False) for one in many]
+        params = sampling_params or SamplingParams(max_tokens=None)
+        return self.generate(prompts, params, use_tqdm=use_tqdm, add_special_tokens=False)
+
+    def _choices(self, output: RequestOutput, params: SamplingParams) -> list[_Choice]:
+        prompt = output.prompt_token_ids
+        if not prompt:
+            raise InvalidParameter("the prompt has no tokens", "prompt")
+        if bad := [token for token in prompt if not 0 <= token < self._vocab_size]:
+            raise InvalidParameter(f"the prompt holds token id {bad[0]}; ids go from 0 to {self._vocab_size - 1}", "prompt")
+        seed = params.seed if params.seed is not None else random.getrandbits(63)
+        made = []
+        for index in range(params.n):
+            sampling = params.for_engine(
+                self.tokenizer,
+                vocab_size=self._vocab_size,
+                end_tokens=self._end_tokens,
+                room=self._executor.limits.max_model_len - len(prompt),
+                seed=seed,
+                choice=index,
+            )
+            completion = Completion(index, "", [], "")
+            if params.logprobs is not None:
+                completion.logprobs = []
+            output.outputs.append(completion)
+            request = Request(next(self._ids), list(prompt), len(prompt), sampling, arrival=time.time())
+            made.append(_Choice(request, OutputText(self.tokenizer, params), completion, output))
+        return made
+
+    def _run(self, choices: dict[int, _Choice], use_tqdm: bool) -> None:
+        left = len(choices)
+        with tqdm(total=left, desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            generated, started = 0, time.monotonic()
+            while left:
+                outcome = self.engine.step()
+                for request, scores in outcome.logprobs:
+                    kept = choices[request.id].completion.logprobs
+                    if kept is not None:
+                        kept.append(scores)
+                for request, scores in outcome.prompt_logprobs:
+                    output = choices[request.id].output
+                    output.prompt_logprobs = [*(output.prompt_logprobs or []), scores]
+                for request, token in zip(outcome.requests, outcome.tokens, strict=True):
+                    generated += 1
+                    choice = choices.get(request.id)
+                    if choice is None or choice.completion.finish_reason:
+                        continue
+                    ended = request.finish_reason == "stop"
+                    choice.completion.token_ids.append(token)
+                    choice.completion.text += choice.text.push(token, ended)
+                    if choice.text.stopped_by is not None:
+                        choice.completion.finish_reason, choice.completion.stop_reason = "stop", choice.text.stopped_by
+                        self.engine.abort(request.id)
+                        left -= 1
+                        bar.update()
+                for request in outcome.finished:
+                    choice = choices[request.id]
+                    if choice.completion.finish_reason:
+                        continue
+                    if request.error is not None:
+                        raise request.error
+                    choice.completion.text += choice.text.finish()
+                    choice.completion.finish_reason = request.finish_reason or "abort"
+                    choice.completion.stop_reason = request.stop_token_id
+                    choice.output.num_cached_tokens = max(request.num_cached, 0)
+                    left -= 1
+                    bar.update()
+                if use_tqdm:
+                    bar.set_postfix_str(f"{generated / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False)

@@ -1,0 +1,1 @@
+"""Quire's cluster: Ray actors, gateways, routing, the command line."""

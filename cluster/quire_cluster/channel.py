@@ -1,0 +1,147 @@
+"""The step channel: shared memory that carries each step from a replica to the workers on its host, and the result back.
+
+One writer of plans, many readers, one writer of results (rank 0). A message is written, then its sequence number, then a
+futex wakes who sleeps; readers look at the number a few times before they sleep. The memory is anonymous (memfd): when the
+last process that maps it is gone, so is it, however they died. Pickle is safe here: only processes of the same user that
+were handed the descriptor's path can write to it.
+"""
+
+import ctypes
+import mmap
+import os
+import pickle
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+_SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_HEADER = 64
+_PLAN, _RESULT = 0, 1  # words of the header: sequence numbers; their lengths follow at 8 and 16
+_CAPACITY = 64 << 20  # of each direction; memory is used only as far as messages reach
+_SPINS = 50 if platform.machine() == "x86_64" else 0  # elsewhere a plain load may pass the data it announces
+_NAP = 0.05  # seconds asleep before looking whether the other side still lives
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+class ChannelClosed(Exception):
+    """The other side is gone, or closed the channel."""
+
+
+class StepChannel:
+    """Made by the replica (`StepChannel.create`), opened by workers (`StepChannel.open(path)`)."""
+
+    def __init__(self, descriptor: int) -> None:
+        machine = platform.machine()
+        if machine not in _SYS_FUTEX:
+            raise OSError(f"the step channel knows the futex call of {', '.join(_SYS_FUTEX)}, not of {machine}")
+        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+        self._number = _SYS_FUTEX[machine]
+        self._descriptor = descriptor
+        self._map = mmap.mmap(descriptor, _HEADER + 2 * _CAPACITY)
+        self._sequence = (ctypes.c_uint32 * 2).from_buffer(self._map, 0)
+        self._length = (ctypes.c_uint64 * 2).from_buffer(self._map, 8)
+        self._closed = ctypes.c_uint32.from_buffer(self._map, 24)
+        self._addresses = [ctypes.addressof(self._sequence), ctypes.addressof(self._sequence) + 4]
+        self._seen = [0, 0]
+
+    @staticmethod
+    def create() -> "StepChannel":
+        """A fresh channel."""
+        descriptor = os.memfd_create("quire-step-channel")
+        os.ftruncate(descriptor, _HEADER + 2 * _CAPACITY)
+        return StepChannel(descriptor)
+
+    @staticmethod
+    def open(path: str) -> "StepChannel":
+        """The channel of another process on this host, by the `path` it gave."""
+        return StepChannel(os.open(path, os.O_RDWR))
+
+    @property
+    def path(self) -> str:
+        """Where other processes of this user can open it while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def send_plan(self, message: Any) -> None:
+        """Replica → workers."""
+        self._send(_PLAN, message)
+
+    def receive_plan(self, alive: Callable[[], bool] = lambda: True) -> Any:
+        """The next plan. Raises ChannelClosed."""
+        return self._receive(_PLAN, alive)
+
+    def send_result(self, message: Any) -> None:
+        """Rank 0 → replica."""
+        self._send(_RESULT, message)
+
+    def receive_result(self, alive: Callable[[], bool] = lambda: True) -> Any:
+        """The next result. Raises ChannelClosed, also within 50 ms of `alive` turning false."""
+        return self._receive(_RESULT, alive)
+
+    def close(self) -> None:
+        """Tells the other side; the memory goes when both have forgotten it."""
+        self._closed.value = 1
+        for word in (_PLAN, _RESULT):
+            self._wake(word)
+
+    def _send(self, word: int, message: Any) -> None:
+        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        if len(data) > _CAPACITY:
+            raise ValueError(f"a step message of {len(data)} bytes exceeds the channel's {_CAPACITY}")
+        start = _HEADER + word * _CAPACITY
+        self._map[start : start + len(data)] = data
+        self._length[word] = len(data)
+        self._sequence[word] = (self._sequence[word] + 1) & 0xFFFFFFFF
+        self._wake(word)
+
+    def _receive(self, word: int, alive: Callable[[], bool]) -> Any:
+        seen = self._seen[word]
+        for _ in range(_SPINS):
+            if self._sequence[word] != seen:
+                break
+            os.sched_yield()
+        while self._sequence[word] == seen:
+            if self._closed.value:
+                raise ChannelClosed("the step channel was closed")
+            if not alive():
+                raise ChannelClosed("the other side of the step channel is gone")
+            self._sleep(word, seen)
+        self._seen[word] = (seen + 1) & 0xFFFFFFFF
+        start = _HEADER + word * _CAPACITY
+        return pickle.loads(memoryview(self._map)[start : start + self._length[word]])
+
+    def _sleep(self, word: int, value: int) -> None:
+        """Until the word differs from `value`, 50 ms at most (futex(2))."""
+        nap = _Timespec(0, int(_NAP * 1e9))
+        address = ctypes.c_void_p(self._addresses[word])
+        self._syscall(
+            ctypes.c_long(self._number), address, ctypes.c_int(_FUTEX_WAIT), ctypes.c_uint32(value), ctypes.byref(nap), None, 0
+        )
+
+    def _wake(self, word: int) -> None:
+        address = ctypes.c_void_p(self._addresses[word])
+        self._syscall(
+            ctypes.c_long(self._number), address, ctypes.c_int(_FUTEX_WAKE), ctypes.c_int(1 << 30), None, None, 0
+        )
+
+
+def parent_lives(parent: int) -> Callable[[], bool]:
+    """Whether process `parent` still is there; asked at most twice a second."""
+    last = [time.monotonic()]
+
+    def alive() -> bool:
+        now = time.monotonic()
+        if now - last[0] < 0.5:
+            return True
+        last[0] = now
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    return alive

@@ -1,0 +1,57 @@
+"""A worker: the actor that owns one GPU (or a share of the CPU's cores) and runs one rank's slice of the model."""
+
+import logging
+import os
+from typing import Any
+
+from quire_engine.config import EngineConfig, SchedulerLimits
+
+from quire_cluster.channel import ChannelClosed, StepChannel, parent_lives
+
+
+class Worker:
+    """Its methods are called by the replica that made it: `host_store` (rank 0), `load`, then `run` until the end."""
+
+    def __init__(self, rank: int) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self._rank = rank
+        self._store: Any = None
+        self._runner: Any = None
+
+    def process_id(self) -> int:
+        """For tests and for `quire top`."""
+        return os.getpid()
+
+    def host_store(self, size: int) -> int:
+        """Opens the rendezvous of the group and returns its port."""
+        from quire_engine.execution.group import TensorParallelGroup
+
+        self._store = TensorParallelGroup.host_store(size)
+        return int(self._store.port)
+
+    def load(self, config: EngineConfig, threads: int, store_port: int) -> SchedulerLimits:
+        """Joins the group and loads this rank's slice."""
+        from quire_engine.execution.group import TensorParallelGroup
+        from quire_engine.execution.runner import ModelRunner
+        from quire_engine.plan import resolve_device
+        from quire_engine.weights.resolve import resolve
+
+        files = resolve(config.model, revision=config.revision, download_dir=config.download_dir)
+        size = config.tensor_parallel_size
+        group = TensorParallelGroup.join(self._rank, size, "127.0.0.1", store_port, resolve_device(config))
+        self._runner = ModelRunner(config, files, group, threads)
+        limits: SchedulerLimits = self._runner.limits
+        return limits
+
+    def run(self, channel_path: str, replica: int) -> None:
+        """The step loop. Returns when the channel closes or the replica is gone; raises what a step raises."""
+        channel = StepChannel.open(channel_path)
+        alive = parent_lives(replica)
+        execute = self._runner.execute
+        try:
+            while True:
+                result = execute(channel.receive_plan(alive))
+                if self._rank == 0:
+                    channel.send_result(result)
+        except ChannelClosed:
+            return

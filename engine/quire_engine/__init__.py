@@ -1,0 +1,1 @@
+"""Quire's engine: tokens in, tokens out. It imports neither Ray nor gRPC."""

@@ -1,0 +1,52 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+import time
+from typing import Protocol
+
+from quire_engine.config import SchedulerLimits
+from quire_engine.execution.plan import StepPlan, StepResult
+from quire_engine.request import Request
+from quire_engine.scheduler import Scheduler, StepOutcome
+
+
+class Executor(Protocol):
+    """Whatever computes a plan: a model runner in this process, or workers behind a channel."""
+
+    limits: SchedulerLimits
+
+    def execute(self, plan: StepPlan) -> StepResult | None: ...
+
+    def close(self) -> None: ...
+
+
+class Engine:
+    """One continuous-batching engine. Not thread-safe: one thread adds, aborts and steps."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.scheduler = Scheduler(executor.limits)
+        self.steps = 0  # liveness is the progress of this counter
+
+    def add(self, request: Request) -> None:
+        """Accepts a request; raises what `Scheduler.add` raises."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request early."""
+        self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def step(self) -> StepOutcome:
+        """Schedule, execute, commit."""
+        plan = self.scheduler.schedule(time.time())
+        result = self._executor.execute(plan) if plan is not None else None
+        self.steps += 1
+        return self.scheduler.commit(result)
+
+    def close(self) -> None:
+        """Stops the workers."""
+        self._executor.close()

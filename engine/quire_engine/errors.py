@@ -1,0 +1,85 @@
+"""Everything that can go wrong, in two branches: the caller's and ours.
+
+    QuireError
+    ├── RequestError            the caller's: the same call will fail again
+    │   ├── InvalidParameter    a value that is malformed or out of bounds (names the parameter)
+    │   ├── ContextTooLong      the prompt, with what is to be generated, does not fit the context
+    │   ├── UnknownModel        no such model here
+    │   ├── QueueFull           admission refused: try again later
+    │   └── DeadlineExceeded    the caller's deadline passed
+    └── ServerError             ours
+        ├── ModelError          a checkpoint or its configuration cannot be served (says what would be)
+        ├── OutOfMemory         the model or its cache does not fit this device
+        ├── Unavailable         nothing can serve this now: starting, draining or rebuilding
+        └── EngineFailure       a replica failed while it computed
+
+Every message says what was wrong and how to mend it. Messages that reach clients hold no paths and no addresses.
+"""
+
+
+class QuireError(Exception):
+    """The root."""
+
+
+class RequestError(QuireError):
+    """The caller's fault."""
+
+
+class InvalidParameter(RequestError):
+    """`parameter` is the name the caller used, or None where no single one is at fault."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class ContextTooLong(InvalidParameter):
+    """Can never fit, whatever else runs."""
+
+
+class UnknownModel(InvalidParameter):
+    """No model of this name is served."""
+
+
+class QueueFull(RequestError):
+    """As many requests wait as may."""
+
+
+class DeadlineExceeded(RequestError):
+    """The deadline passed before the end."""
+
+
+class ServerError(QuireError):
+    """Ours."""
+
+
+class ModelError(ServerError):
+    """Cannot be loaded or served."""
+
+
+class OutOfMemory(ServerError):
+    """Does not fit."""
+
+
+class Unavailable(ServerError):
+    """Not now."""
+
+
+class EngineFailure(ServerError):
+    """A replica failed."""
+
+
+BY_NAME: dict[str, type[QuireError]] = {
+    kind.__name__: kind
+    for kind in (
+        InvalidParameter,
+        ContextTooLong,
+        UnknownModel,
+        QueueFull,
+        DeadlineExceeded,
+        ModelError,
+        OutOfMemory,
+        Unavailable,
+        EngineFailure,
+    )
+}

@@ -1,0 +1,56 @@
+"""What goes from the scheduler to the workers each step, and what comes back."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire_engine.sampling.params import EngineSampling
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class NewRow:
+    """A request takes a row: what the sampler must know of it."""
+
+    row: int
+    params: EngineSampling
+    num_prompt: int
+    tokens: list[int]  # the log so far; empty where neither penalties, bad words nor prompt log-probabilities need it
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step. R requests compute T tokens; S of them draw a token at the end."""
+
+    rows: Ints  # [R]
+    starts: Ints  # [R] position of the first token to compute
+    counts: Ints  # [R] tokens to compute
+    token_ids: Ints  # [T]
+    draws: NDArray[np.bool_]  # [R] whether the last token's logits are sampled
+    page_rows: Ints  # [N] block table entries to set: row,
+    page_indexes: Ints  # [N] place in the row,
+    page_ids: Ints  # [N] page
+    new_rows: list[NewRow] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities of P positions of one request, as the model gave them (before penalties and temperature)."""
+
+    chosen: Ints  # [P] token ids
+    logprobs: NDArray[np.float32]  # [P]
+    ranks: Ints  # [P] 1: the most likely
+    top_ids: Ints  # [P, width]
+    top_logprobs: NDArray[np.float32]  # [P, width]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What rank 0 returns."""
+
+    tokens: Ints  # [S] in the order of the plan's drawing rows
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of the drawn token
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of this step's prompt tokens
+    failed: dict[int, str] = field(default_factory=dict)  # row → why no token could be drawn

@@ -1,0 +1,48 @@
+"""The token embedding and the output head, sliced by vocabulary over the ranks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire_engine.execution.group import TensorParallelGroup
+from quire_engine.layers.linear import bind_matmul, shard
+from quire_engine.weights.tensors import TensorReader
+
+
+def _padded(vocab_size: int, group: TensorParallelGroup) -> int:
+    return -(-vocab_size // group.size) * group.size
+
+
+class Embedding:
+    """Token ids [T] → [T, hidden]. Each rank holds an equal part of the vocabulary, the last one padded with zeros."""
+
+    def __init__(
+        self, weights: TensorReader, name: str, vocab_size: int, hidden: int, group: TensorParallelGroup
+    ) -> None:
+        self._group = group
+        self._part = shard(_padded(vocab_size, group), group)
+        rows = slice(min(self._part.start, vocab_size), min(self._part.stop, vocab_size))
+        table = weights.take(f"{name}.weight", (vocab_size, hidden), rows)
+        missing = self._part.stop - self._part.start - table.shape[0]
+        self.table = F.pad(table, (0, 0, 0, missing)) if missing else table
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        if self._group.size == 1:
+            return F.embedding(token_ids, self.table)
+        local = token_ids - self._part.start
+        mine = (local >= 0) & (local < self.table.shape[0])
+        found = F.embedding(local.clamp(0, self.table.shape[0] - 1), self.table)
+        return self._group.all_reduce(found * mine[:, None])
+
+
+class OutputHead:
+    """[S, hidden] → fp32 logits [S, vocabulary] on rank 0, None elsewhere. May share the embedding's table."""
+
+    def __init__(self, table: Tensor, vocab_size: int, group: TensorParallelGroup) -> None:
+        self._vocab_size = vocab_size
+        self._group = group
+        self._matmul = bind_matmul(table, None)
+
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        logits = self._group.gather_columns(self._matmul(hidden))
+        return logits[:, : self._vocab_size].to(torch.float32) if logits is not None else None

@@ -1,0 +1,400 @@
+"""Who computes how many tokens this step. Pure bookkeeping: no torch, no model, no clock of its own.
+
+There is no prefill phase and no decode phase: each step every request may advance `num_computed` towards the length of its
+token log, within a budget of tokens. Requests with one token left (decoding) come first, so a long prompt never stops them;
+then unfinished prompts; then waiting requests, as pages allow. When pages run out the least important running request gives
+its pages back and waits again: its log is kept and recomputed (preemption by recomputation).
+"""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quire_engine.cache.pages import PagePool, block_hash
+from quire_engine.config import SchedulerLimits
+from quire_engine.errors import ContextTooLong, DeadlineExceeded, EngineFailure, QueueFull
+from quire_engine.execution.plan import NewRow, StepPlan, StepResult, TokenLogprobs
+from quire_engine.request import Request, State
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a step did. The first lists run side by side: one entry per new token."""
+
+    requests: list[Request] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)
+    started: list[Request] = field(default_factory=list)  # admitted for the first time
+    logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)
+    num_tokens: int = 0  # computed
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+
+
+class Scheduler:
+    """Owns the requests and the pages. `add`, `abort`, then `schedule` and `commit` in turn."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.pool = PagePool(limits.num_pages)
+        self.stats = SchedulerStats()
+        self.requests: dict[int, Request] = {}
+        self.running: list[Request] = []  # most important first
+        self._waiting: list[tuple[tuple[int, float, int], Request]] = []  # a heap
+        self._num_waiting = 0  # the heap also holds aborted requests until they surface
+        self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id)
+        self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._scheduled: list[tuple[Request, int]] = []  # request, tokens of the plan in flight
+        self._ended: list[Request] = []  # finished outside a commit: aborted, past their deadline
+        self._started: list[Request] = []
+        self._importance: Callable[[Request], tuple[int, float, int]] = (
+            (lambda r: (r.priority, r.arrival, r.id)) if limits.by_priority else (lambda r: (0, r.arrival, r.id))
+        )
+
+    # ---- requests come and go -------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Accepted, without a row."""
+        return self._num_waiting
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.running or self._num_waiting or self._ended)
+
+    def add(self, request: Request) -> None:
+        """Accepts a request. Raises ContextTooLong for what can never fit, QueueFull, DeadlineExceeded (by arrival)."""
+        limits = self.limits
+        assert request.id not in self.requests, f"request id {request.id} is used twice"
+        longest = min(limits.max_model_len, limits.num_pages * limits.block_size)
+        if request.num_prompt >= limits.max_model_len:
+            raise ContextTooLong(
+                f"the prompt has {request.num_prompt} tokens and the context {limits.max_model_len}, of which at least "
+                "one must be left to generate; shorten the prompt",
+                "prompt",
+            )
+        if request.end_length > longest:
+            raise ContextTooLong(
+                f"prompt ({request.num_prompt} tokens) and max_tokens ({request.params.max_tokens}) make "
+                f"{request.end_length}; {longest} fit; lower max_tokens or shorten the prompt",
+                "max_tokens",
+            )
+        if request.deadline and request.deadline <= request.arrival:
+            raise DeadlineExceeded("the deadline had passed when the request arrived")
+        if self._num_waiting >= limits.max_num_queued_reqs + len(self._rows):
+            raise QueueFull(f"{self._num_waiting} requests wait already; try again later")
+        self.requests[request.id] = request
+        if request.deadline:
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        if request.num_output >= request.params.max_tokens:  # resumed after its last token was emitted
+            self._end(request, "length")
+            return
+        self._wait(request)
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request early; its pages are free at once. Unknown ids are ignored: it may just have finished."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._withdraw(request)
+            self._end(request, "abort")
+
+    def _wait(self, request: Request) -> None:
+        request.state = State.WAITING
+        heapq.heappush(self._waiting, (self._importance(request), request))
+        self._num_waiting += 1
+
+    def _withdraw(self, request: Request) -> None:
+        """Out of the queue or off its row, its pages given back."""
+        if request.state is State.RUNNING:
+            self.running.remove(request)
+            self._vacate(request)
+        else:
+            self._num_waiting -= 1  # the heap entry is skipped when it surfaces
+
+    def _vacate(self, request: Request) -> None:
+        self.pool.release(reversed(request.pages))
+        request.pages = []
+        request.num_registered = 0
+        request.num_computed = 0
+        self._rows.append(request.row)
+        request.row = -1
+
+    def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        request.finish(reason, error=error)
+        del self.requests[request.id]
+        self._ended.append(request)
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            request = self.requests.get(request_id)
+            if request is not None:
+                self._withdraw(request)
+                self._end(request, "error", DeadlineExceeded("the deadline passed before the end"))
+
+    # ---- a step ---------------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """Plans a step; None when there is nothing to compute (a commit may still have endings to report)."""
+        assert not self._scheduled, "schedule() before the last plan was committed"
+        self._expire(now)
+        limits, block_size = self.limits, self.limits.block_size
+        budget = limits.max_num_batched_tokens
+        rows: list[int] = []
+        starts: list[int] = []
+        counts: list[int] = []
+        token_ids: list[int] = []
+        draws: list[bool] = []
+        page_updates: list[tuple[int, int, int]] = []
+        new_rows: list[NewRow] = []
+        scheduled = self._scheduled
+        prefilling: list[Request] = []
+
+        for request in tuple(self.running):  # decoding: one token each
+            computed = request.num_computed
+            if len(request.tokens) - computed != 1:
+                prefilling.append(request)
+                continue
+            if budget == 0 or request.state is not State.RUNNING:
+                continue
+            if computed == len(request.pages) * block_size and not self._grow(request, computed + 1, page_updates):
+                continue
+            budget -= 1
+            rows.append(request.row)
+            starts.append(computed)
+            counts.append(1)
+            token_ids.append(request.tokens[-1])
+            draws.append(True)
+            scheduled.append((request, 1))
+            if (computed + 1) % block_size == 0:
+                self._register(request, computed + 1)
+
+        def take(request: Request) -> bool:
+            nonlocal budget
+            computed, length = request.num_computed, len(request.tokens)
+            count = min(length - computed, budget)
+            if not self._grow(request, computed + count, page_updates):
+                return False
+            budget -= count
+            rows.append(request.row)
+            starts.append(computed)
+            counts.append(count)
+            token_ids.extend(request.tokens[computed : computed + count])
+            draws.append(computed + count == length)
+            scheduled.append((request, count))
+            self._register(request, computed + count)
+            return True
+
+        for request in prefilling:
+            if budget and request.state is State.RUNNING:
+                take(request)
+
+        while budget and self._rows and (request := self._next_waiting()) is not None:
+            hits = self._cached_prefix(request)
+            if not self._room_for(request, hits):
+                break
+            self._admit(request, hits, page_updates, new_rows)
+            if not take(request):  # the room was counted: it cannot happen
+                raise AssertionError("an admitted request found no page")
+
+        if not scheduled:
+            assert not self.running and not self._num_waiting, "requests are left and none can run"
+            return None
+        updates = np.array(page_updates, np.int32).reshape(-1, 3)
+        return StepPlan(
+            rows=np.array(rows, np.int32),
+            starts=np.array(starts, np.int32),
+            counts=np.array(counts, np.int32),
+            token_ids=np.array(token_ids, np.int32),
+            draws=np.array(draws, np.bool_),
+            page_rows=updates[:, 0],
+            page_indexes=updates[:, 1],
+            page_ids=updates[:, 2],
+            new_rows=new_rows,
+        )
+
+    def commit(self, result: StepResult | None) -> StepOutcome:
+        """Appends what was drawn, frees what is finished, and says what happened."""
+        outcome = StepOutcome(started=self._started)
+        self._started = []
+        out_requests, out_tokens, finished = outcome.requests, outcome.tokens, outcome.finished
+        drawn = iter(result.tokens.tolist() if result is not None else ())
+        failed = result.failed if result is not None else {}
+        num_tokens = 0
+        for request, count in self._scheduled:
+            num_tokens += count
+            computed = request.num_computed + count
+            request.num_computed = computed
+            tokens = request.tokens
+            if computed != len(tokens):
+                continue
+            token = next(drawn)
+            if failed and request.row in failed:
+                request.finish("error", error=EngineFailure(failed[request.row]))
+                finished.append(request)
+                continue
+            tokens.append(token)
+            out_requests.append(request)
+            out_tokens.append(token)
+            if token in request.stop_ids and len(tokens) > request.min_length:
+                request.finish("stop", stop_token_id=token)
+                finished.append(request)
+            elif len(tokens) >= request.end_length:
+                request.finish("length")
+                finished.append(request)
+        if result is not None and (result.logprobs or result.prompt_logprobs):
+            by_row = {request.row: request for request, _ in self._scheduled}
+            outcome.logprobs = [(by_row[row], found) for row, found in result.logprobs.items()]
+            outcome.prompt_logprobs = [(by_row[row], found) for row, found in result.prompt_logprobs.items()]
+        self._scheduled.clear()
+        if finished:
+            for request in finished:
+                del self.requests[request.id]
+                self._vacate(request)
+            self.running = [request for request in self.running if request.state is State.RUNNING]
+        if self._ended:
+            finished.extend(self._ended)
+            self._ended = []
+        outcome.num_tokens = num_tokens
+        return outcome
+
+    # ---- pages ----------------------------------------------------------------------------------------------------
+
+    def _grow(self, request: Request, length: int, page_updates: list[tuple[int, int, int]]) -> bool:
+        """Pages for `length` tokens, if need be from less important requests not yet planned.
+
+        False: everything less important is planned or gone, and the request sits this step out with the pages it has.
+        """
+        pages = request.pages
+        for index in range(len(pages), -(-length // self.limits.block_size)):
+            while (page := self.pool.allocate()) is None:
+                victim = self._victim()
+                if victim is request:
+                    return False
+                self._preempt(victim)
+            pages.append(page)
+            page_updates.append((request.row, index, page))
+        return True
+
+    def _victim(self) -> Request:
+        """The least important running request that is not in the plan yet."""
+        planned = {id(request) for request, _ in self._scheduled}
+        return next(request for request in reversed(self.running) if id(request) not in planned)
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._vacate(request)
+        self._wait(request)
+        self.stats.preemptions += 1
+
+    def _register(self, request: Request, computed: int) -> None:
+        """Lets blocks full of computed tokens be found.
+
+        This runs while the plan is made: a layer writes the keys and values of the whole batch before any of its attention
+        reads, so even a request of the same step may share them.
+        """
+        if not self.limits.enable_prefix_caching:
+            return
+        full = computed // self.limits.block_size
+        if full > request.num_registered:
+            hashes = self._hashes(request, full)
+            for index in range(request.num_registered, full):
+                self.pool.register(request.pages[index], hashes[index])
+            request.num_registered = full
+
+    def _hashes(self, request: Request, count: int) -> list[bytes]:
+        hashes, size = request.block_hashes, self.limits.block_size
+        while len(hashes) < count:
+            at = len(hashes) * size
+            previous = hashes[-1] if hashes else request.cache_salt
+            hashes.append(block_hash(previous, request.tokens[at : at + size]))
+        return hashes
+
+    def _next_waiting(self) -> Request | None:
+        while self._waiting:
+            request = self._waiting[0][1]
+            if request.state is State.WAITING:
+                return request
+            heapq.heappop(self._waiting)
+        return None
+
+    def _cached_prefix(self, request: Request) -> list[int]:
+        """Pages that hold the request's first blocks; at least one token is always left to compute."""
+        if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
+            return []
+        count = (len(request.tokens) - 1) // self.limits.block_size
+        found: list[int] = []
+        for index in range(count):
+            page = self.pool.knows(self._hashes(request, index + 1)[index])
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def _room_for(self, request: Request, hits: list[int]) -> bool:
+        """Whether all its tokens so far find pages, with one to spare for each running request (against thrashing)."""
+        needed = -(-len(request.tokens) // self.limits.block_size) - len(hits)
+        needed += sum(self.pool.is_idle(page) for page in hits)
+        spare = len(self.running)
+        return needed + spare <= self.pool.num_free
+
+    def _admit(
+        self, request: Request, hits: list[int], page_updates: list[tuple[int, int, int]], new_rows: list[NewRow]
+    ) -> None:
+        heapq.heappop(self._waiting)
+        self._num_waiting -= 1
+        request.state = State.RUNNING
+        request.row = self._rows.pop()
+        for index, page in enumerate(hits):
+            self.pool.find(request.block_hashes[index])
+            request.pages.append(page)
+            page_updates.append((request.row, index, page))
+        request.num_computed = len(hits) * self.limits.block_size
+        request.num_registered = len(hits)
+        if request.num_cached < 0:
+            request.num_cached = min(request.num_computed, request.num_prompt)
+            self.stats.prefix_queries += len(request.tokens)
+            self.stats.prefix_hits += request.num_computed
+            self._started.append(request)
+        params = request.params
+        needs_log = params.penalized or params.bad_words or params.prompt_logprobs is not None
+        new_rows.append(NewRow(request.row, params, request.num_prompt, list(request.tokens) if needs_log else []))
+        running = self.running
+        running.append(request)
+        if len(running) > 1 and self._importance(running[-2]) > self._importance(request):
+            running.sort(key=self._importance)
+
+    # ---- invariants -----------------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless pages, rows and states agree. Cheap enough for an idle production engine."""
+        self.pool.check_integrity(request.pages for request in self.running)
+        rows = [request.row for request in self.running]
+        assert sorted([*rows, *self._rows]) == list(range(self.limits.max_num_seqs)), "rows are lost or used twice"
+        waiting = [request for request in self.requests.values() if request.state is State.WAITING]
+        assert len(waiting) == self._num_waiting, "the count of waiting requests is wrong"
+        queued = {entry[1].id for entry in self._waiting if entry[1].state is State.WAITING}
+        assert {request.id for request in waiting} <= queued, "a waiting request is not in the queue"
+        assert {id(r) for r in self.running} == {
+            id(r) for r in self.requests.values() if r.state is State.RUNNING
+        }, "the running list is wrong"
+        for request in self.running:
+            assert len(request.pages) * self.limits.block_size >= request.num_computed, "tokens without a page"
+
+    def slots(self) -> tuple[int, int]:
+        """Token slots of held pages, and how many of them hold nothing (PagedAttention's only waste)."""
+        allocated = self.pool.num_used * self.limits.block_size
+        size = self.limits.block_size
+        unused = sum(len(r.pages) * size - r.num_computed for r in self.running)
+        return allocated, unused

@@ -1,0 +1,153 @@
+"""What a caller asks for, texts included; checked here, once, for every way in (HTTP, gRPC, offline)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from quire_engine.errors import InvalidParameter
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.text.tokenizer import Tokenizer
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1000
+MAX_STOP_TOKENS = 256
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_LENGTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Names and defaults as in the field. Raises InvalidParameter for any value out of bounds."""
+
+    n: int = 1
+    max_tokens: int | None = 16  # None: what is left of the context
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    structured_outputs: Any = None
+
+    def __post_init__(self) -> None:
+        _between("n", self.n, 1, MAX_CHOICES)
+        if self.max_tokens is not None:
+            _between("max_tokens", self.max_tokens, 1, None)
+        _between("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidParameter(
+                f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens})", "min_tokens"
+            )
+        _between("temperature", self.temperature, 0, 1000)
+        if not self.top_p > 0:
+            raise InvalidParameter(f"top_p is {self.top_p}; it must be above 0 and at most 1", "top_p")
+        _between("top_p", self.top_p, 0, 1)
+        _between("top_k", self.top_k, -1, None)
+        _between("min_p", self.min_p, 0, 1)
+        _between("presence_penalty", self.presence_penalty, -2, 2)
+        _between("frequency_penalty", self.frequency_penalty, -2, 2)
+        if not self.repetition_penalty > 0:
+            raise InvalidParameter(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 100",
+                "repetition_penalty",
+            )
+        _between("repetition_penalty", self.repetition_penalty, 0, 100)
+        if self.seed is not None:
+            _between("seed", self.seed, -(2**63), 2**63 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _between(name, getattr(self, name), 0, MAX_LOGPROBS)
+        _texts("stop", self.stop_strings, MAX_STOP_STRINGS, MAX_STOP_LENGTH)
+        _texts("bad_words", self.bad_words or [], MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH)
+        _count("stop_token_ids", self.stop_token_ids or [], MAX_STOP_TOKENS)
+        _count("logit_bias", self.logit_bias or {}, MAX_BIASES)
+        for value in (self.logit_bias or {}).values():
+            _between("logit_bias", value, -100, 100)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidParameter("allowed_token_ids is empty: nothing could be drawn", "allowed_token_ids")
+        if self.structured_outputs is not None:
+            raise InvalidParameter("structured_outputs is not supported yet; leave it out", "structured_outputs")
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises InvalidParameter for token ids that the model's logits do not have."""
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token in getattr(self, name) or ():
+                if not 0 <= token < vocab_size:
+                    raise InvalidParameter(f"{name} holds {token}; token ids go from 0 to {vocab_size - 1}", name)
+
+    def for_engine(
+        self, tokenizer: Tokenizer, *, vocab_size: int, end_tokens: tuple[int, ...], room: int, seed: int, choice: int = 0
+    ) -> EngineSampling:
+        """The part the engine sees, in tokens. `room`: tokens left of the context; choice i draws with `seed` + i."""
+        self.check_vocabulary(vocab_size)
+        stops = tuple(self.stop_token_ids or ())
+        if not self.ignore_eos:
+            stops += end_tokens
+        return EngineSampling(
+            max_tokens=self.max_tokens if self.max_tokens is not None else max(room, 1),
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=(seed + choice) % 2**64,
+            stop_token_ids=stops,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs if choice == 0 else None,  # the prompt is the same for all
+            logit_bias=self.logit_bias or None,
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            bad_words=tuple(word for text in self.bad_words or () for word in tokenizer.spellings(text)),
+        )
+
+
+def _between(name: str, value: float, least: float, most: float | None) -> None:
+    finite = math.isfinite(value)
+    if not finite or value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise InvalidParameter(f"{name} is {_short(value)}; it must be {bounds}", name)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 40 else f"{text[:36]}…"
+
+
+def _count(name: str, values: Any, most: int) -> None:
+    if len(values) > most:
+        raise InvalidParameter(f"{name} has {len(values)} entries; at most {most} are allowed", name)
+
+
+def _texts(name: str, texts: list[str], most: int, longest: int) -> None:
+    _count(name, texts, most)
+    for text in texts:
+        if not text:
+            raise InvalidParameter(f"{name} holds an empty text", name)
+        if len(text) > longest:
+            raise InvalidParameter(f"{name} holds a text of {len(text)} characters; at most {longest} are allowed", name)

@@ -1,0 +1,221 @@
+"""Texts to tokens and back, through transformers and tokenizers."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from quire_kernels.cache_folder import cache_folder
+from tokenizers.decoders import DecodeStream
+
+from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.weights.resolve import ModelFiles
+
+log = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """One model's tokenizer and chat template. Thread-safe where tokenizers is."""
+
+    def __init__(self, backend: Any, chat_template: str | None = None) -> None:
+        """`backend`: a transformers tokenizer. `chat_template` replaces its own."""
+        fast = getattr(backend, "backend_tokenizer", None)
+        if fast is None:
+            raise ModelError(
+                f"{type(backend).__name__} has no fast tokenizer; give one with --tokenizer (a folder with tokenizer.json)"
+            )
+        self._backend = backend
+        self._fast = fast
+        if chat_template is not None:
+            backend.chat_template = chat_template
+        self._special = {token: added.content for token, added in fast.get_added_tokens_decoder().items()}
+        self.size = len(backend)
+
+    @staticmethod
+    def load(files: ModelFiles, *, other: str | None = None, chat_template: str | None = None) -> "Tokenizer":
+        """The model's own tokenizer, or `other` (a folder or hub id). Raises ModelError.
+
+        One that has to be converted (GGUF, SentencePiece) is kept converted, since that takes seconds.
+        """
+        from transformers import AutoTokenizer
+
+        source = Path(other).expanduser() if other else files.folder
+        gguf = {"gguf_file": files.gguf_path.name} if files.gguf_path and not other else {}
+        kept = _kept_conversion(files.gguf_path) if files.gguf_path and not other else None
+        try:
+            if kept and (kept / "tokenizer.json").exists():
+                return Tokenizer(AutoTokenizer.from_pretrained(str(kept), local_files_only=True), chat_template)
+            backend = AutoTokenizer.from_pretrained(
+                str(source) if source.exists() else other, trust_remote_code=False, local_files_only=not other, **gguf
+            )
+        except Exception as error:  # transformers raises nearly anything here
+            raise ModelError(
+                f"the tokenizer of {other or files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); "
+                "give one with --tokenizer"
+            ) from error
+        if kept:
+            _keep(backend, kept)
+        return Tokenizer(backend, chat_template)
+
+    @property
+    def end_token(self) -> int | None:
+        """The tokenizer's own end-of-sequence token."""
+        return self._backend.eos_token_id
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return bool(self._backend.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids. Raises InvalidParameter for ids that are not in the vocabulary."""
+        for token in token_ids:
+            if not 0 <= token < self.size:
+                raise InvalidParameter(f"token id {token} is not in the vocabulary (0 to {self.size - 1})", "tokens")
+        return str(self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; parts of a character become U+FFFD."""
+        return str(self._fast.decode([token_id], skip_special_tokens=False))
+
+    def render(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, continue_final_message: bool, **variables: Any
+    ) -> str:
+        """A conversation as the model was trained to see it. Raises InvalidParameter when the template refuses it."""
+        if not self.has_chat_template:
+            raise InvalidParameter(
+                "this model has no chat template; use completions, or start the server with --chat-template", "messages"
+            )
+        try:
+            return str(
+                self._backend.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    **variables,
+                )
+            )
+        except Exception as error:  # templates are programs: whatever they raise is about these messages
+            raise InvalidParameter(
+                f"the chat template refuses these messages: {str(error)[:200]}", "messages"
+            ) from error
+
+    def spellings(self, word: str) -> Iterable[tuple[int, ...]]:
+        """Token sequences that write a word: at the start of a text, and after a space."""
+        found = {tuple(self.encode(prefix + word, add_special_tokens=False)) for prefix in ("", " ")}
+        return sorted(sequence for sequence in found if sequence)
+
+    def stream(self, *, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> "Detokenizer":
+        """A fresh incremental detokenizer."""
+        bare = {} if skip_special_tokens or spaces_between_special_tokens else self._special
+        return Detokenizer(self._fast, skip_special_tokens, bare)
+
+
+class Detokenizer:
+    """Tokens in one after the other, text out as soon as it is whole characters."""
+
+    def __init__(self, fast: Any, skip_special_tokens: bool, bare: dict[int, str]) -> None:
+        """`bare`: special tokens that are written without a space when they follow one another."""
+        self._fast = fast
+        self._skip = skip_special_tokens
+        self._bare = bare
+        self._last_was_special = False
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._tail: list[int] = []  # since text last came out, with the token before
+
+    def step(self, token_id: int) -> str:
+        """The text this token completes; empty while a character is unfinished."""
+        text = self._stream.step(self._fast, token_id)
+        if self._bare:
+            special = self._bare.get(token_id)
+            if special is not None and self._last_was_special:
+                text = special
+            self._last_was_special = special is not None
+        if text is None:
+            self._tail.append(token_id)
+            return ""
+        self._tail = [token_id]
+        return str(text)
+
+    def flush(self) -> str:
+        """What is left at the end: an unfinished character, as U+FFFD."""
+        if len(self._tail) < 2:
+            return ""
+        whole = self._fast.decode(self._tail, skip_special_tokens=self._skip)
+        before = self._fast.decode(self._tail[:1], skip_special_tokens=self._skip)
+        self._tail = []
+        return str(whole)[len(before) :]
+
+
+class StopMatcher:
+    """Looks for stop strings in a growing text, and holds back what may turn into one."""
+
+    def __init__(self, stops: list[str], include: bool) -> None:
+        self._stops = stops
+        self._include = include
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """New text in; what may be shown now, and the stop string that ended it."""
+        if not self._stops:
+            return text, None
+        whole = self._held + text
+        first = min(
+            ((at, stop) for stop in self._stops if (at := whole.find(stop)) >= 0), default=None, key=lambda found: found[0]
+        )
+        if first is not None:
+            at, stop = first
+            self._held = ""
+            return whole[: at + len(stop)] if self._include else whole[:at], stop
+        keep = max(self._overlap(whole, stop) for stop in self._stops)
+        self._held = whole[len(whole) - keep :]
+        return whole[: len(whole) - keep], None
+
+    def flush(self) -> str:
+        """What was held back, once it is certain that no stop string follows."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` that begins `stop`."""
+        for length in range(min(len(text), len(stop) - 1), 0, -1):
+            if text.endswith(stop[:length]):
+                return length
+        return 0
+
+
+def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a generation: generation_config.json's, else the config's, else the tokenizer's."""
+    for source in (files.generation_config.get("eos_token_id"), files.config.get("eos_token_id"), tokenizer.end_token):
+        if source is not None:
+            return tuple(source) if isinstance(source, list) else (source,)
+    return ()
+
+
+def _kept_conversion(path: Path) -> Path:
+    status = path.stat()
+    identity = json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    return cache_folder() / "tokenizers" / hashlib.sha256(identity.encode()).hexdigest()[:24]
+
+
+def _keep(backend: Any, folder: Path) -> None:
+    """Writes the conversion whole or not at all; a full disk only costs the next start some seconds."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            backend.save_pretrained(scratch)
+            os.rename(scratch, folder)
+            os.mkdir(scratch)  # for TemporaryDirectory to remove
+    except OSError as error:
+        if not folder.exists():
+            log.warning("the converted tokenizer could not be kept for the next start: %s", error)

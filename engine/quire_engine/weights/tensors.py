@@ -1,0 +1,131 @@
+"""A checkpoint as named tensors that are read slice by slice, straight from the mapped file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quire_engine.errors import ModelError
+
+ReadRows = Callable[[slice], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is not read yet. `rows(slice)` reads a part along the first dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: ReadRows
+
+    def read(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """The part [rows, columns] (columns of matrices only)."""
+        part = self.rows(rows)
+        return part[:, columns] if part.dim() > 1 else part
+
+
+class Checkpoint(Protocol):
+    """Weights under their Hugging Face names."""
+
+    def names(self) -> list[str]: ...
+
+    def tensor(self, name: str) -> LazyTensor: ...
+
+
+class SafetensorsCheckpoint:
+    """One or many safetensors files in a folder. Raises ModelError for corrupt, truncated or missing files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._where: dict[str, Any] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if (folder / "model.safetensors.index.json").exists():
+            files = [f for f in files if f.name.startswith("model-") or f.name == "model.safetensors"] or files
+        for file in files:
+            try:
+                handle = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ModelError(
+                    f"{file.name} is not a whole safetensors file ({error}); download or convert the checkpoint again"
+                ) from error
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                self._where[name] = handle
+        missing = self._missing_shards(folder, {f.name for f in files})
+        if missing:
+            raise ModelError(f"the checkpoint lacks {', '.join(missing)}; download it again")
+
+    @staticmethod
+    def _missing_shards(folder: Path, present: set[str]) -> list[str]:
+        import json
+
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            return []
+        try:
+            wanted = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index.name} is not a safetensors index ({error}); download it again") from error
+        return sorted(wanted - present)
+
+    def names(self) -> list[str]:
+        """All tensors."""
+        return list(self._where)
+
+    def tensor(self, name: str) -> LazyTensor:
+        """Raises ModelError for a name the checkpoint does not have."""
+        handle = self._where.get(name)
+        if handle is None:
+            raise ModelError(f"the checkpoint has no tensor {name}; is it complete, and of the family its config names?")
+        view = handle.get_slice(name)
+        shape = tuple(view.get_shape())
+
+        def rows(part: slice) -> Tensor:
+            return view[part] if shape else torch.as_tensor(view[:])
+
+        return LazyTensor(name, shape, rows)
+
+
+class TensorReader:
+    """Hands a checkpoint's tensors to the layers of one rank, and knows at the end which were never asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._checkpoint = checkpoint
+        self._names = set(checkpoint.names())
+        self._unread = set(self._names)
+        self.progress: Callable[[], None] = lambda: None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor. Raises ModelError when there is none."""
+        return self._checkpoint.tensor(name).shape
+
+    def take(
+        self, name: str, shape: tuple[int, ...], rows: slice = slice(None), columns: slice = slice(None)
+    ) -> Tensor:
+        """The part of a tensor whose whole shape must be `shape`, in the rank's dtype, on its device."""
+        lazy = self._checkpoint.tensor(name)
+        if lazy.shape != shape:
+            raise ModelError(
+                f"tensor {name} has shape {list(lazy.shape)}, the config asks for {list(shape)}; "
+                "config and weights do not belong together"
+            )
+        self._unread.discard(name)
+        self.progress()
+        return lazy.read(rows, columns).to(self.device, self.dtype).contiguous()
+
+    def check_all_read(self, ignored: Callable[[str], bool]) -> None:
+        """Raises ModelError when the checkpoint holds weights that the model did not ask for."""
+        left = sorted(name for name in self._unread if not ignored(name))
+        if left:
+            shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+            raise ModelError(f"the checkpoint holds weights that this family does not use: {shown}")

@@ -1,0 +1,208 @@
+"""A backend is the set of kernels one worker calls. It is chosen once, at start; nothing is dispatched in a step."""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire_kernels.activation import reference as activation_reference
+from quire_kernels.cache_write import reference as cache_write_reference
+from quire_kernels.native import build
+from quire_kernels.norm import reference as norm_reference
+from quire_kernels.paged_attention import reference as attention_reference
+
+ATTENTION_TILE = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionBatch:
+    """Which tokens of a flat batch belong to which request. T tokens, R requests."""
+
+    positions: Tensor  # [T] int32
+    slots: Tensor  # [T] int64, page * block size + offset; -1: not written
+    block_tables: Tensor  # [R, max pages] int32
+    query_starts: list[int]  # [R + 1]
+    context_lens: list[int]  # [R], the new tokens included
+    tiles: Tensor  # [tiles, 3] int32: request, first flat token, tokens (at most ATTENTION_TILE)
+    query_starts_tensor: Tensor  # [R + 1] int32, on the device
+    context_lens_tensor: Tensor  # [R] int32, on the device
+
+
+class Backend(Protocol):
+    """What a decoder layer needs. The contracts stand in the operations' packages."""
+
+    name: str
+
+    def paged_attention(
+        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float, window: int
+    ) -> Tensor: ...
+
+    def rope_cache_write(
+        self,
+        qkv: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        cos_sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        num_heads: int,
+    ) -> None: ...
+
+    def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor: ...
+
+    def silu_mul(self, x: Tensor) -> Tensor: ...
+
+
+class TorchBackend:
+    """The references: any device, any dtype."""
+
+    name = "torch"
+
+    def paged_attention(
+        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float, window: int
+    ) -> Tensor:
+        return attention_reference.paged_attention(
+            q, key_cache, value_cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, window
+        )
+
+    def rope_cache_write(
+        self,
+        qkv: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        cos_sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        num_heads: int,
+    ) -> None:
+        cache_write_reference.rope_cache_write(
+            qkv, key_cache, value_cache, batch.positions, batch.slots, cos_sin, q_weight, k_weight, eps, num_heads
+        )
+
+    def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        return norm_reference.add_rms_norm(residual, delta, weight, eps)
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        return activation_reference.silu_mul(x)
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+class NativeBackend:
+    """The C kernels: fp32 on a CPU. Raises build.NativeBuildError where they cannot be built."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        library = build.load()
+        self._attention = library.paged_attention
+        self._cache_write = library.rope_cache_write
+        self._norm = library.add_rms_norm
+        self._silu_mul = library.silu_mul
+        for function in (self._attention, self._cache_write, self._norm, self._silu_mul):
+            function.restype = None
+
+    def paged_attention(
+        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float, window: int
+    ) -> Tensor:
+        kv_heads, block_size, head_dim = key_cache.shape[1:]
+        group = q.shape[1] // kv_heads
+        assert q.stride(1) == head_dim, "heads of a token are consecutive"
+        assert head_dim <= 256, "kernels.c: MAX_DIM"
+        assert group <= 16, "kernels.c: MAX_GROUP"
+        assert block_size <= 64, "kernels.c: MAX_BLOCK"
+        out = torch.empty(q.shape)
+        self._attention(
+            _pointer(q),
+            ctypes.c_int64(q.stride(0)),
+            _pointer(out),
+            ctypes.c_int64(out.stride(0)),
+            _pointer(key_cache),
+            _pointer(value_cache),
+            _pointer(batch.block_tables),
+            ctypes.c_int64(batch.block_tables.stride(0)),
+            _pointer(batch.positions),
+            _pointer(batch.tiles),
+            ctypes.c_int64(batch.tiles.shape[0]),
+            kv_heads,
+            group,
+            head_dim,
+            block_size,
+            window,
+            ctypes.c_float(scale),
+        )
+        return out
+
+    def rope_cache_write(
+        self,
+        qkv: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        cos_sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        num_heads: int,
+    ) -> None:
+        kv_heads, block_size, head_dim = key_cache.shape[1:]
+        self._cache_write(
+            _pointer(qkv),
+            ctypes.c_int64(qkv.stride(0)),
+            _pointer(key_cache),
+            _pointer(value_cache),
+            _pointer(batch.positions),
+            _pointer(batch.slots),
+            _pointer(cos_sin),
+            _pointer(q_weight),
+            _pointer(k_weight),
+            ctypes.c_float(eps),
+            ctypes.c_int64(qkv.shape[0]),
+            num_heads,
+            kv_heads,
+            head_dim,
+            block_size,
+            cos_sin.shape[-1],
+        )
+
+    def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(residual)
+        self._norm(
+            _pointer(residual),
+            _pointer(delta),
+            _pointer(weight),
+            _pointer(out),
+            ctypes.c_float(eps),
+            ctypes.c_int64(residual.shape[0]),
+            ctypes.c_int64(residual.shape[1]),
+        )
+        return out
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        out = torch.empty(x.shape[0], x.shape[1] // 2)
+        self._silu_mul(_pointer(x), _pointer(out), ctypes.c_int64(x.shape[0]), ctypes.c_int64(out.shape[1]))
+        return out
+
+
+def attention_tiles(query_lens: list[int], query_starts: list[int]) -> np.ndarray:
+    """Cuts every request's new tokens into tiles [tiles, 3] (request, first flat token, tokens) for the C kernel."""
+    if all(length == 1 for length in query_lens):
+        tiles = np.ones((len(query_lens), 3), np.int32)
+        tiles[:, 0] = np.arange(len(query_lens))
+        tiles[:, 1] = query_starts[:-1]
+        return tiles
+    rows = [
+        (r, query_starts[r] + offset, min(ATTENTION_TILE, length - offset))
+        for r, length in enumerate(query_lens)
+        for offset in range(0, length, ATTENTION_TILE)
+    ]
+    return np.array(rows, np.int32)

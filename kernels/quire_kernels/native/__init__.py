@@ -1,0 +1,1 @@
+"""The CPU's kernels, written in C and built on first use."""
