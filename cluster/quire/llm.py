@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine, Executor
 from quire_engine.errors import InvalidParameter
 from quire_engine.execution.plan import TokenLogprobs
-from quire_engine.request import Request
+from quire_engine.request import Request, check_length
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
@@ -56,7 +57,8 @@ class LLM:
     """`LLM("path or hub id").generate(["Hello"], SamplingParams(max_tokens=32))`. Options are EngineConfig's fields."""
 
     def __init__(self, model: str = DEMO_MODEL, *, chat_template: str | None = None, **options: Any) -> None:
-        config = EngineConfig(model=model, **options)
+        # Nobody waits for an answer while a batch is queued, so none of it is refused.
+        config = EngineConfig(model=model, **(options | {"max_num_queued_reqs": sys.maxsize}))
         files = resolve(model, revision=config.revision, download_dir=config.download_dir)
         self.tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
         self._end_tokens = end_tokens(files, self.tokenizer)
@@ -135,12 +137,18 @@ class LLM:
         params = sampling_params or SamplingParams(max_tokens=None)
         return self.generate(prompts, params, use_tqdm=use_tqdm, add_special_tokens=False)
 
-    def _choices(self, output: RequestOutput, params: SamplingParams) -> list[_Choice]:
-        prompt = output.prompt_token_ids
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raises InvalidParameter or ContextTooLong for what `generate` would refuse."""
         if not prompt:
             raise InvalidParameter("the prompt has no tokens", "prompt")
         if bad := [token for token in prompt if not 0 <= token < self._vocab_size]:
             raise InvalidParameter(f"the prompt holds token id {bad[0]}; ids go from 0 to {self._vocab_size - 1}", "prompt")
+        params.check_vocabulary(self._vocab_size)
+        check_length(len(prompt), params.max_tokens, self.engine.scheduler.context)
+
+    def _choices(self, output: RequestOutput, params: SamplingParams) -> list[_Choice]:
+        prompt = output.prompt_token_ids
+        self.check(prompt, params)
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         made = []
         for index in range(params.n):

@@ -35,11 +35,12 @@ class Worker:
         from quire_engine.execution.runner import ModelRunner
         from quire_engine.plan import resolve_device
         from quire_engine.weights.resolve import resolve
+        from ray.experimental import tqdm_ray
 
         files = resolve(config.model, revision=config.revision, download_dir=config.download_dir)
         size = config.tensor_parallel_size
         group = TensorParallelGroup.join(self._rank, size, "127.0.0.1", store_port, resolve_device(config))
-        self._runner = ModelRunner(config, files, group, threads)
+        self._runner = ModelRunner(config, files, group, threads=threads, progress_bar=tqdm_ray.tqdm)
         limits: SchedulerLimits = self._runner.limits
         return limits
 

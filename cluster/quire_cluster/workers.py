@@ -62,8 +62,9 @@ class Workers:
             )
         self._channel = StepChannel.create()
         try:
-            port = ray.get(self._actors[0].host_store.remote(size)) if size > 1 else 0
-            loaded = ray.get([actor.load.remote(config, threads, port) for actor in self._actors])
+            port = self._actors[0].host_store.remote(size).future().result() if size > 1 else 0
+            loading = [actor.load.remote(config, threads, port) for actor in self._actors]
+            loaded = [reference.future().result() for reference in loading]
         except Exception as error:
             self._kill()
             raise root_cause(error) from error
@@ -91,8 +92,7 @@ class Workers:
 
     def process_ids(self) -> list[int]:
         """Of the workers, by rank."""
-        ids: list[int] = ray.get([actor.process_id.remote() for actor in self._actors])
-        return ids
+        return [actor.process_id.remote().future().result() for actor in self._actors]
 
     def execute(self, plan: StepPlan) -> StepResult | None:
         """One step. Raises EngineFailure within 0.1 s of a worker's death."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from quire_engine.errors import ContextTooLong
 from quire_engine.sampling.params import EngineSampling
 
 
@@ -57,3 +58,20 @@ class Request:
         self.finish_reason = reason
         self.stop_token_id = stop_token_id
         self.error = error
+
+
+def check_length(num_prompt: int, max_tokens: int | None, context: int) -> None:
+    """Raises ContextTooLong for a prompt that, with what is to be generated, can never fit the context (in tokens)."""
+    room = context - num_prompt
+    if room < 1:
+        raise ContextTooLong(
+            f"the prompt has {num_prompt} tokens; the context is {context}, and one must be left to generate; shorten the "
+            "prompt",
+            "prompt",
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise ContextTooLong(
+            f"max_tokens is {str(max_tokens)[:20]}; the prompt's {num_prompt} tokens leave {room} of the context of {context}; "
+            "lower max_tokens or shorten the prompt",
+            "max_tokens",
+        )

@@ -14,9 +14,9 @@ import numpy as np
 
 from quire_engine.cache.pages import PagePool, block_hash
 from quire_engine.config import SchedulerLimits
-from quire_engine.errors import ContextTooLong, DeadlineExceeded, EngineFailure, QueueFull
+from quire_engine.errors import DeadlineExceeded, EngineFailure, QueueFull
 from quire_engine.execution.plan import NewRow, StepPlan, StepResult, TokenLogprobs
-from quire_engine.request import Request, State
+from quire_engine.request import Request, State, check_length
 
 
 @dataclass(slots=True)
@@ -61,6 +61,11 @@ class Scheduler:
             (lambda r: (r.priority, r.arrival, r.id)) if limits.by_priority else (lambda r: (0, r.arrival, r.id))
         )
 
+    @property
+    def context(self) -> int:
+        """The longest prompt plus output, in tokens."""
+        return min(self.limits.max_model_len, self.limits.num_pages * self.limits.block_size)
+
     # ---- requests come and go -------------------------------------------------------------------------------------
 
     @property
@@ -77,19 +82,7 @@ class Scheduler:
         """Accepts a request. Raises ContextTooLong for what can never fit, QueueFull, DeadlineExceeded (by arrival)."""
         limits = self.limits
         assert request.id not in self.requests, f"request id {request.id} is used twice"
-        longest = min(limits.max_model_len, limits.num_pages * limits.block_size)
-        if request.num_prompt >= limits.max_model_len:
-            raise ContextTooLong(
-                f"the prompt has {request.num_prompt} tokens and the context {limits.max_model_len}, of which at least "
-                "one must be left to generate; shorten the prompt",
-                "prompt",
-            )
-        if request.end_length > longest:
-            raise ContextTooLong(
-                f"prompt ({request.num_prompt} tokens) and max_tokens ({request.params.max_tokens}) make "
-                f"{request.end_length}; {longest} fit; lower max_tokens or shorten the prompt",
-                "max_tokens",
-            )
+        check_length(request.num_prompt, request.params.max_tokens, self.context)
         if request.deadline and request.deadline <= request.arrival:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
         if self._num_waiting >= limits.max_num_queued_reqs + len(self._rows):

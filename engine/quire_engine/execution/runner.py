@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,18 @@ class ModelRunner:
     """The model, its slice of the paged cache, the static block tables, and (on rank 0) the sampler."""
 
     def __init__(
-        self, config: EngineConfig, files: ModelFiles, group: TensorParallelGroup | None = None, threads: int | None = None
+        self,
+        config: EngineConfig,
+        files: ModelFiles,
+        group: TensorParallelGroup | None = None,
+        *,
+        threads: int | None = None,
+        progress_bar: Callable[..., Any] = tqdm,
     ) -> None:
-        """Loads the model. Raises ModelError, OutOfMemory or InvalidParameter, each with its mend."""
+        """Loads the model, showing a `progress_bar` (tqdm, or what looks like it) on rank 0.
+
+        Raises ModelError, OutOfMemory or InvalidParameter, each with its mend.
+        """
         self._group = group or TensorParallelGroup()
         self.device = resolve_device(config)
         if self.device.type == "cpu":
@@ -92,7 +102,13 @@ class ModelRunner:
         memory = plan_memory(config, self.spec, self.device, dtype, usable_bytes(config, self.device))
         backend = choose_backend(config, self.device, dtype)
         started = time.monotonic()
-        self._model = self._load(files, dtype, backend, memory.max_model_len)
+        weights = TensorReader(files.checkpoint(), dtype, self.device)
+        bar = progress_bar(total=len(weights), desc=f"Loading {files.name}") if self._group.rank == 0 else None
+        if bar is not None:
+            weights.progress = lambda: bar.update(1)
+        self._model = Decoder(self.spec, weights, self._group, backend, memory.max_model_len)
+        if bar is not None:
+            bar.close()
         num_pages = self._group.minimum(memory.num_pages)
         self._caches = empty_caches(
             self.spec, num_pages, config.block_size, self._group.size, dtype=dtype, device=self.device
@@ -123,14 +139,6 @@ class ModelRunner:
             config.block_size,
             time.monotonic() - started,
         )
-
-    def _load(self, files: ModelFiles, dtype: torch.dtype, backend: Backend, max_model_len: int) -> Decoder:
-        weights = TensorReader(files.checkpoint(), dtype, self.device)
-        with tqdm(
-            total=len(weights), desc=f"Loading {files.name}", unit="tensor", disable=self._group.rank != 0, mininterval=0.5
-        ) as bar:
-            weights.progress = bar.update
-            return Decoder(self.spec, weights, self._group, backend, max_model_len)
 
     def execute(self, plan: StepPlan) -> StepResult | None:
         """Computes the plan's tokens; rank 0 draws and returns, the other ranks return None."""

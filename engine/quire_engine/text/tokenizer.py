@@ -82,6 +82,10 @@ class Tokenizer:
                 raise InvalidParameter(f"token id {token} is not in the vocabulary (0 to {self.size - 1})", "tokens")
         return str(self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Raw spelling → id."""
+        return dict(self._fast.get_vocab(with_added_tokens=True))
+
     def token_text(self, token_id: int) -> str:
         """One token as text; parts of a character become U+FFFD."""
         return str(self._fast.decode([token_id], skip_special_tokens=False))

@@ -1,0 +1,180 @@
+"""The controller: the Ray actor that keeps as many replicas running as are wanted, and publishes where they are.
+
+A thin reconcile loop per replica slot: place, start, watch, and after a failure start again under a higher epoch.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from quire_engine.config import EngineConfig
+from quire_engine.errors import ModelError, QuireError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from quire_cluster.replica import Replica
+from quire_cluster.workers import root_cause
+
+log = logging.getLogger(__name__)
+_BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0)  # seconds before the next attempt, by failures in a row
+_STEADY = 30.0  # seconds of service after which a failure counts as the first
+
+
+@dataclass(frozen=True)
+class ReplicaEntry:
+    """One line of the routing table."""
+
+    slot: int
+    epoch: int
+    address: str
+    max_model_len: int
+    process_id: int
+    worker_process_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """Where requests can go. `failure`: why no replica could be started at all, for whoever waits for the first."""
+
+    version: int = 0
+    replicas: tuple[ReplicaEntry, ...] = ()
+    failure: str | None = None
+
+
+@dataclass
+class _Slot:
+    """What a replica slot holds while it runs."""
+
+    placement: PlacementGroup | None = None
+    actor: Any = None
+    entry: ReplicaEntry | None = None
+    epoch: int = 0
+    failures: int = 0
+    served: bool = field(default=False)
+
+
+class Controller:
+    """`watch` is how gateways learn of changes; `shutdown` ends everything."""
+
+    def __init__(self, config: EngineConfig, replicas: int, *, threads: int, gpu: bool, host: str | None) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self._config = config
+        self._threads = threads
+        self._gpu = gpu
+        self._host = host
+        self._slots = [_Slot() for _ in range(replicas)]
+        self._table = RoutingTable()
+        self._changed = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Begins to reconcile."""
+        if not self._tasks:
+            self._tasks = [asyncio.ensure_future(self._keep(index)) for index in range(len(self._slots))]
+
+    async def watch(self, version: int) -> RoutingTable:
+        """The table, once it is newer than `version`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._table.version > version)
+            return self._table
+
+    async def drain(self, timeout: float) -> bool:
+        """Lets every replica finish what it has; False when `timeout` seconds were not enough."""
+        actors = [slot.actor for slot in self._slots if slot.entry is not None]
+        done = await asyncio.gather(*(actor.drain.remote(timeout) for actor in actors), return_exceptions=True)
+        return all(result is True for result in done)
+
+    async def shutdown(self) -> None:
+        """Stops every replica and gives its place back."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(self._stop(slot) for slot in self._slots))
+        await self._publish()
+
+    async def _stop(self, slot: _Slot) -> None:
+        if slot.entry is not None:
+            try:
+                await asyncio.wait_for(slot.actor.stop.remote(), 5)
+            except Exception as error:
+                log.warning("a replica did not stop by itself and is killed: %s", root_cause(error))
+        self._remove(slot)
+
+    async def _keep(self, index: int) -> None:
+        """One slot, for as long as the controller lives."""
+        slot = self._slots[index]
+        while not self._stopping:
+            started = time.monotonic()
+            try:
+                await self._start(index, slot)
+                await slot.actor.run.remote()
+                return  # it was stopped
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                cause = root_cause(error)
+                log.error("replica %d (epoch %d) is gone: %s", index, slot.epoch, cause)
+            self._remove(slot)
+            slot.failures = 1 if time.monotonic() - started > _STEADY else slot.failures + 1
+            hopeless = not slot.served and (isinstance(cause, QuireError) and slot.failures >= 2)
+            await self._publish(failure=str(cause) if hopeless or _is_final(cause, slot) else None)
+            await asyncio.sleep(_BACKOFF[min(slot.failures - 1, len(_BACKOFF) - 1)])
+
+    async def _start(self, index: int, slot: _Slot) -> None:
+        size = self._config.tensor_parallel_size
+        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if self._gpu else {})
+        slot.placement = placement_group([bundle] * size, strategy="STRICT_PACK")
+        slot.epoch += 1
+        strategy = PlacementGroupSchedulingStrategy(slot.placement, placement_group_bundle_index=0)
+        slot.actor = (
+            ray.remote(Replica)
+            .options(num_cpus=0, scheduling_strategy=strategy, max_concurrency=64)
+            .remote(f"replica-{index}")
+        )
+        host = self._host or await _address_of(slot.placement)
+        facts = await slot.actor.start.remote(self._config, self._threads, slot.placement, host)
+        slot.entry = ReplicaEntry(
+            slot=index,
+            epoch=slot.epoch,
+            address=facts["address"],
+            max_model_len=facts["max_model_len"],
+            process_id=facts["process_id"],
+            worker_process_ids=tuple(facts["worker_process_ids"]),
+        )
+        slot.served = True
+        await self._publish()
+
+    def _remove(self, slot: _Slot) -> None:
+        slot.entry = None
+        if slot.actor is not None:
+            ray.kill(slot.actor)
+            slot.actor = None
+        if slot.placement is not None:
+            remove_placement_group(slot.placement)
+            slot.placement = None
+
+    async def _publish(self, failure: str | None = None) -> None:
+        async with self._changed:
+            entries = tuple(slot.entry for slot in self._slots if slot.entry is not None)
+            self._table = RoutingTable(self._table.version + 1, entries, failure)
+            self._changed.notify_all()
+
+
+def _is_final(cause: QuireError, slot: _Slot) -> bool:
+    """A model that cannot be loaded will not be loadable the second time either."""
+    return not slot.served and not type(cause).__name__ == "EngineFailure"
+
+
+async def _address_of(placement: PlacementGroup) -> str:
+    """The address of the node a replica is placed on, as other nodes see it."""
+    await placement.ready()
+    node = ray.util.placement_group_table(placement)["bundles_to_node_id"][0]
+    for entry in ray.nodes():
+        if entry["NodeID"] == node:
+            return str(entry["NodeManagerAddress"])
+    raise ModelError("the node a replica was placed on has left the cluster")

@@ -1,0 +1,100 @@
+"""Between the internal protocol's messages and the engine's objects. Torch-free: replicas and gateways both use it."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from quire_engine.errors import BY_NAME, EngineFailure, QuireError
+from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.request import Request
+from quire_engine.sampling.params import EngineSampling
+from quire_protos.v1 import engine_pb2 as pb
+
+_SCALARS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
+
+
+def sampling_to_proto(params: EngineSampling) -> pb.EngineSampling:
+    """Every field."""
+    message = pb.EngineSampling(
+        **{name: getattr(params, name) for name in _SCALARS},
+        stop_token_ids=params.stop_token_ids,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+        logit_bias=params.logit_bias,
+        allowed_token_ids=params.allowed_token_ids,
+    )
+    for word in params.bad_words:
+        message.bad_words.add(ids=word)
+    return message
+
+
+def sampling_from_proto(message: pb.EngineSampling) -> EngineSampling:
+    """Every field."""
+    return EngineSampling(
+        **{name: getattr(message, name) for name in _SCALARS},
+        stop_token_ids=tuple(message.stop_token_ids),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        logit_bias=dict(message.logit_bias) or None,
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        bad_words=tuple(tuple(word.ids) for word in message.bad_words),
+    )
+
+
+def request_from_proto(message: pb.Submit, request_id: int, now: float) -> Request:
+    """A request with what an earlier replica already generated."""
+    return Request(
+        id=request_id,
+        tokens=[*message.prompt, *message.output],
+        num_prompt=len(message.prompt),
+        params=sampling_from_proto(message.sampling),
+        priority=message.priority,
+        arrival=now,
+        deadline=message.deadline,
+        cache_salt=message.cache_salt,
+    )
+
+
+def logprobs_to_proto(request_id: int, scores: TokenLogprobs, *, prompt: bool) -> pb.TopLogprobs:
+    """Flattened: one message for all positions."""
+    return pb.TopLogprobs(
+        id=request_id,
+        prompt=prompt,
+        chosen=scores.chosen.tolist(),
+        logprob=scores.logprobs.tolist(),
+        rank=scores.ranks.tolist(),
+        width=scores.top_ids.shape[1],
+        top_ids=scores.top_ids.ravel().tolist(),
+        top_logprobs=scores.top_logprobs.ravel().tolist(),
+    )
+
+
+def logprobs_from_proto(message: pb.TopLogprobs) -> TokenLogprobs:
+    """The inverse."""
+    positions, width = len(message.chosen), message.width
+    return TokenLogprobs(
+        chosen=_array(message.chosen, np.int32),
+        logprobs=_array(message.logprob, np.float32),
+        ranks=_array(message.rank, np.int32),
+        top_ids=_array(message.top_ids, np.int32).reshape(positions, width),
+        top_logprobs=_array(message.top_logprobs, np.float32).reshape(positions, width),
+    )
+
+
+def _array(values: Iterable[float], dtype: type) -> np.ndarray:
+    return np.array(list(values), dtype)
+
+
+def error_from_proto(kind: str, message: str) -> QuireError:
+    """The error of an ending."""
+    return BY_NAME.get(kind, EngineFailure)(message)

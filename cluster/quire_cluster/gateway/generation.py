@@ -1,0 +1,192 @@
+"""A client's request as the gateway holds it: one token log per choice, and the text that comes of it.
+
+The log (prompt, emitted tokens, sampling parameters, seed) is all that a replica needs to go on where another stopped.
+"""
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+from quire_engine.errors import QuireError
+from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.text.output import OutputText
+from quire_protos.v1 import engine_pb2 as pb
+
+from quire_cluster.convert import sampling_to_proto
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a choice has new since it was last asked. Tokens, text and log-probabilities go together."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str | None
+    stop_reason: str | int | None
+    error: QuireError | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What all choices of a request share."""
+
+    request_id: str
+    prompt: list[int]
+    priority: int
+    deadline: float
+    cache_salt: bytes
+    arrival: float
+
+
+@dataclass(slots=True)
+class Times:
+    """Moments in the life of a choice, in time.monotonic() seconds."""
+
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    finished: float | None = None
+
+
+class Choice:
+    """One of the n answers. `accept` takes each token index once; `end` is called once."""
+
+    def __init__(
+        self, index: int, facts: RequestFacts, sampling: EngineSampling, text: OutputText, arrived: asyncio.Event
+    ) -> None:
+        self.index = index
+        self.facts = facts
+        self.sampling = sampling
+        self.output: list[int] = []  # the log
+        self.epoch = 0  # submissions so far
+        self.times = Times()
+        self.cached_tokens = 0
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.error: QuireError | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.token_intervals: list[float] = []  # seconds, for the metrics; taken at the end
+        self._text = text
+        self._arrived = arrived
+        self._stop_ids = frozenset(sampling.stop_token_ids)
+        self._new_text: list[str] = []
+        self._new_tokens: list[int] = []
+        self._new_logprobs: list[TokenLogprobs] = []
+        self._reported_end = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has its ending."""
+        return self.finish_reason is not None
+
+    def submission(self, wire_id: int) -> pb.Submit:
+        """The log as a message: to a first replica, or to the next one."""
+        facts = self.facts
+        return pb.Submit(
+            id=wire_id,
+            prompt=facts.prompt,
+            output=self.output,
+            sampling=sampling_to_proto(self.sampling),
+            priority=facts.priority,
+            deadline=facts.deadline,
+            cache_salt=facts.cache_salt,
+        )
+
+    def accept(self, index: int, token: int, now: float) -> bool:
+        """A token from a replica. False for an index that is already there (dropped) or too far (the caller's bug)."""
+        output = self.output
+        if index != len(output) or self.finish_reason is not None:
+            return False
+        output.append(token)
+        times = self.times
+        if times.last_token is None:
+            times.first_token = now
+        else:
+            self.token_intervals.append(now - times.last_token)
+        times.last_token = now
+        stops = token in self._stop_ids and len(output) > self.sampling.min_tokens
+        shown = self._text.push(token, stops)
+        self._new_tokens.append(token)
+        if shown:
+            self._new_text.append(shown)
+        if self._text.stopped_by is not None:
+            self.end("stop", stop_reason=self._text.stopped_by)
+        self._arrived.set()
+        return True
+
+    def accept_logprobs(self, scores: TokenLogprobs) -> None:
+        """Of the token accepted last."""
+        self._new_logprobs.append(scores)
+
+    def end(self, reason: str, *, stop_reason: str | int | None = None, error: QuireError | None = None) -> None:
+        """Its one ending; a later one (the abort after a stop string, say) changes nothing."""
+        if self.finish_reason is not None:
+            return
+        if self._text.stopped_by is None and reason in ("stop", "length") and (rest := self._text.finish()):
+            self._new_text.append(rest)
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
+        self.times.finished = time.monotonic()
+        self._arrived.set()
+
+    def take(self) -> Delta | None:
+        """What is new; None when nothing is."""
+        news = self._new_tokens or self._new_text or (self.finish_reason is not None and not self._reported_end)
+        if not news:
+            return None
+        finish = self.finish_reason if not self._reported_end else None
+        self._reported_end = self._reported_end or finish is not None
+        delta = Delta(
+            self.index,
+            "".join(self._new_text),
+            self._new_tokens,
+            self._new_logprobs[: len(self._new_tokens)],  # none of a token past a stop string
+            finish,
+            self.stop_reason if finish else None,
+            self.error if finish else None,
+        )
+        self._new_text, self._new_tokens, self._new_logprobs = [], [], []
+        return delta
+
+
+class Generation:
+    """All choices of one client request. Await `deltas()` again and again; a slow reader finds them merged."""
+
+    def __init__(self, facts: RequestFacts, samplings: list[EngineSampling], texts: list[OutputText]) -> None:
+        self.facts = facts
+        self._arrived = asyncio.Event()
+        self.choices = [
+            Choice(index, facts, sampling, text, self._arrived)
+            for index, (sampling, text) in enumerate(zip(samplings, texts, strict=True))
+        ]
+
+    async def deltas(self) -> list[Delta]:
+        """The next batch of news, at most one Delta per choice; an empty list once everything has been told."""
+        while True:
+            found = [delta for choice in self.choices if (delta := choice.take()) is not None]
+            if found:
+                return found
+            if all(choice.ended for choice in self.choices):
+                return []
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    async def refusal(self, patience: float) -> QuireError | None:
+        """Why an engine refused it, if one does before the first token and within `patience` seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._arrived.wait(), patience)
+        return next((choice.error for choice in self.choices if choice.error and not choice.output), None)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all choices."""
+        return sum(len(choice.output) for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return self.choices[0].cached_tokens

@@ -1,0 +1,279 @@
+"""The gRPC API for clients, with the health service and reflection."""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from quire_engine.errors import (
+    DeadlineExceeded,
+    InvalidParameter,
+    OutOfMemory,
+    QueueFull,
+    QuireError,
+    RequestError,
+    Unavailable,
+    UnknownModel,
+)
+from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.text.params import SamplingParams
+from quire_protos.v1 import inference_pb2 as pb
+from quire_protos.v1 import inference_pb2_grpc
+
+from quire_cluster.gateway.generation import Delta, Generation
+from quire_cluster.gateway.service import Service
+
+log = logging.getLogger(__name__)
+MAX_MESSAGE = 32 << 20
+SERVICE = "quire.v1.Inference"
+_SCALARS = (
+    "n max_tokens min_tokens temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed "
+    "ignore_eos include_stop_str_in_output skip_special_tokens spaces_between_special_tokens logprobs prompt_logprobs"
+).split()
+_LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+
+
+def status_code(error: QuireError) -> grpc.StatusCode:
+    """What gRPC calls it."""
+    code = grpc.StatusCode
+    for kind, found in (
+        (UnknownModel, code.NOT_FOUND),
+        (QueueFull, code.RESOURCE_EXHAUSTED),
+        (DeadlineExceeded, code.DEADLINE_EXCEEDED),
+        (RequestError, code.INVALID_ARGUMENT),
+        (Unavailable, code.UNAVAILABLE),
+        (OutOfMemory, code.RESOURCE_EXHAUSTED),
+    ):
+        if isinstance(error, kind):
+            return found
+    return code.INTERNAL
+
+
+def sampling_from_proto(message: pb.SamplingParams, *, max_tokens: int | None) -> SamplingParams:
+    """Fields left out take their defaults; `max_tokens` is the default of this call. Raises InvalidParameter."""
+    given: dict[str, Any] = {"max_tokens": max_tokens}
+    given |= {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}  # type: ignore[arg-type]
+    for name in _LISTS:
+        values = getattr(message, name)
+        if len(values) > 100_000:
+            raise InvalidParameter(f"{name} has {len(values)} entries", name)
+        if values:
+            given[name] = list(values)
+    if message.logit_bias:
+        given["logit_bias"] = dict(message.logit_bias)
+    return SamplingParams(**given)
+
+
+async def _fail(context: Any, error: QuireError) -> NoReturn:
+    await context.abort(status_code(error), str(error))
+    raise AssertionError("abort() raises")
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Inference over one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        """Text or token ids in, tokens out."""
+
+        async def prompt() -> list[int]:
+            if request.WhichOneof("prompt") == "text":
+                return await self._service.tokenize(request.text, add_special_tokens=True)
+            return list(request.token_ids.ids)
+
+        responses = self._run("Generate", request, prompt, 16, context)
+        async for response in responses:
+            yield response
+
+    async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        """A conversation in, the answer out."""
+
+        async def prompt() -> list[int]:
+            if not request.messages:
+                raise InvalidParameter("messages is empty", "messages")
+            messages = [{"role": message.role, "content": message.content} for message in request.messages]
+            going_on = request.continue_final_message
+            opening = request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
+            if going_on and opening:
+                raise InvalidParameter(
+                    "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+                )
+            return await self._service.render(messages, add_generation_prompt=opening, continue_final_message=going_on)
+
+        async for response in self._run("Chat", request, prompt, None, context):
+            yield response
+
+    async def _run(
+        self,
+        route: str,
+        request: Any,
+        prompt: Callable[[], Awaitable[list[int]]],
+        max_tokens: int | None,
+        context: Any,
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        service = self._service
+        generation: Generation | None = None
+        try:
+            service.check_model(request.model)
+            params = sampling_from_proto(request.sampling, max_tokens=max_tokens)
+            left = context.time_remaining()
+            generation = service.start(
+                await prompt(),
+                params,
+                priority=request.priority,
+                deadline=time.time() + left if left is not None and left < 1e8 else 0.0,
+                cache_salt=request.cache_salt or None,
+            )
+            while deltas := await generation.deltas():
+                for delta in deltas:
+                    if delta.error is not None:
+                        raise delta.error
+                    yield self._response(generation, delta)
+            yield self._last(generation)
+        except QuireError as error:
+            if generation is None:
+                service.refused(error, route=route)
+            await _fail(context, error)
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception:
+            log.exception("%s failed", route)
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error; it is in the server's log")
+        finally:
+            if generation is not None:
+                service.finished(generation, route=route)
+
+    def _response(self, generation: Generation, delta: Delta) -> pb.GenerateResponse:
+        response = pb.GenerateResponse(
+            request_id=generation.facts.request_id, index=delta.index, text=delta.text, token_ids=delta.token_ids
+        )
+        for scores in delta.logprobs:
+            response.logprobs.append(self._position(scores, 0))
+        if delta.finish_reason is not None:
+            response.finish_reason = delta.finish_reason
+            if delta.stop_reason is not None:
+                response.stop_reason = str(delta.stop_reason)
+        return response
+
+    def _last(self, generation: Generation) -> pb.GenerateResponse:
+        response = pb.GenerateResponse(request_id=generation.facts.request_id)
+        for scores in generation.choices[0].prompt_logprobs:
+            response.prompt_logprobs.extend(self._position(scores, at) for at in range(len(scores.chosen)))
+        response.usage.prompt_tokens = len(generation.facts.prompt)
+        response.usage.completion_tokens = generation.num_output_tokens
+        response.usage.cached_tokens = generation.cached_tokens
+        return response
+
+    def _position(self, scores: TokenLogprobs, at: int) -> pb.PositionLogprobs:
+        text = self._service.tokenizer.token_text
+
+        def entry(token: int, value: float, rank: int) -> pb.TokenLogprob:
+            return pb.TokenLogprob(token_id=token, token=text(token), logprob=value, rank=rank)
+
+        pairs = zip(scores.top_ids[at].tolist(), scores.top_logprobs[at].tolist(), strict=True)
+        return pb.PositionLogprobs(
+            chosen=entry(int(scores.chosen[at]), float(scores.logprobs[at]), int(scores.ranks[at])),
+            top=[entry(token, value, rank + 1) for rank, (token, value) in enumerate(pairs)],
+        )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        """Token ids of a text."""
+        try:
+            self._service.check_model(request.model)
+            special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+            tokens = await self._service.tokenize(request.text, add_special_tokens=special)
+        except QuireError as error:
+            await _fail(context, error)
+        return pb.TokenizeResponse(token_ids=tokens, max_model_len=self._service.max_model_len)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        """The text of token ids."""
+        try:
+            self._service.check_model(request.model)
+            text = self._service.tokenizer.decode(list(request.token_ids), skip_special_tokens=False)
+        except QuireError as error:
+            await _fail(context, error)
+        return pb.DetokenizeResponse(text=text)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        """What is served."""
+        models = [pb.Model(id=name, max_model_len=self._service.max_model_len) for name in self._service.names]
+        return pb.ListModelsResponse(models=models)
+
+
+class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Every call but the health service's needs `authorization: Bearer KEY`."""
+
+    def __init__(self, key: str) -> None:
+        self._expected = f"Bearer {key}"
+
+        async def refuse(request: Any, context: Any) -> None:
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, "missing or wrong API key; send metadata 'authorization: Bearer KEY'"
+            )
+
+        async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            await refuse(request, context)
+            yield None
+
+        self._refusals = {
+            (False, False): grpc.unary_unary_rpc_method_handler(refuse),
+            (False, True): grpc.unary_stream_rpc_method_handler(refuse_stream),
+            (True, True): grpc.stream_stream_rpc_method_handler(refuse_stream),
+        }
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Checked per call, before its handler sees anything."""
+        handler = await continuation(details)
+        if handler is None or details.method.startswith("/grpc.health.v1.Health/"):
+            return handler
+        given = dict(details.invocation_metadata).get("authorization", "")
+        if hmac.compare_digest(str(given).encode(), self._expected.encode()):
+            return handler
+        return self._refusals[handler.request_streaming, handler.response_streaming]
+
+
+class GrpcServer:
+    """The server with its health and reflection services."""
+
+    def __init__(self, service: Service, *, api_key: str | None) -> None:
+        interceptors = [KeyInterceptor(api_key)] if api_key else []
+        self._server = grpc.aio.server(
+            interceptors=interceptors,
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE),
+                ("grpc.max_send_message_length", MAX_MESSAGE),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(service), self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, host: str, port: int) -> int:
+        """Binds and serves; the port it got. Raises RuntimeError or OSError when the port is taken."""
+        bound = int(self._server.add_insecure_port(f"{host}:{port}"))
+        if bound == 0:
+            raise OSError(f"cannot bind {host}:{port}")
+        await self._server.start()
+        await self.set_serving(False)
+        return bound
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service answers."""
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, state)
+
+    async def stop(self, grace: float) -> None:
+        """Refuses new calls, and ends the running ones after `grace` seconds."""
+        await self._server.stop(grace)

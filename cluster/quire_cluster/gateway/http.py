@@ -1,0 +1,238 @@
+"""The OpenAI HTTP API."""
+
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from quire_engine.errors import (
+    DeadlineExceeded,
+    InvalidParameter,
+    QueueFull,
+    QuireError,
+    RequestError,
+    Unavailable,
+    UnknownModel,
+)
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from quire_cluster.gateway.completions import ChatCompletions, Completions
+from quire_cluster.gateway.schema import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from quire_cluster.gateway.service import Service
+
+log = logging.getLogger(__name__)
+MAX_BODY = 32 << 20
+_OPEN_ROUTES = ("/health", "/ready")
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class BodyTooLarge(RequestError):
+    """More than MAX_BODY bytes."""
+
+
+class BadMethod(RequestError):
+    """Not a route."""
+
+
+def http_status(error: QuireError) -> int:
+    """The status that an error stands for."""
+    if isinstance(error, BodyTooLarge):
+        return 413
+    if isinstance(error, UnknownModel):
+        return 404
+    if isinstance(error, QueueFull):
+        return 429
+    if isinstance(error, DeadlineExceeded):
+        return 408
+    if isinstance(error, RequestError):
+        return 400
+    return 503 if isinstance(error, Unavailable) else 500
+
+
+def error_body(error: QuireError, status: int) -> dict[str, Any]:
+    """OpenAI's shape."""
+    kinds = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error", 401: "authentication_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    parameter = error.parameter if isinstance(error, InvalidParameter) else None
+    code = {404: "model_not_found", 429: "queue_full"}.get(status)
+    return {"error": {"message": str(error), "type": kind, "param": parameter, "code": code}}
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    """orjson's fast path."""
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def error_response(error: QuireError) -> Response:
+    """With Retry-After where trying again can help."""
+    status = http_status(error)
+    response = json_response(error_body(error, status), status)
+    if status in (429, 503):
+        response.headers["Retry-After"] = "1"
+    if status == 413:
+        response.headers["Connection"] = "close"
+    return response
+
+
+def parse(kind: type[Body], data: bytes) -> Body:
+    """Raises InvalidParameter, naming the field."""
+    try:
+        content = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidParameter(f"the body is not JSON: {error}") from error
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = [str(part) for part in first["loc"]]
+        field = where[0] if where else None
+        if first["type"] == "extra_forbidden":
+            raise InvalidParameter(f"{'.'.join(where)} is not a parameter of this call; leave it out", field) from error
+        raise InvalidParameter(f"{'.'.join(where) or 'the body'}: {first['msg']}", field) from error
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises BodyTooLarge as soon as it is known, without reading on."""
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > MAX_BODY:
+        raise BodyTooLarge(f"the body has {announced} bytes; at most {MAX_BODY} are read")
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY:
+            raise BodyTooLarge(f"the body has more than {MAX_BODY} bytes, which is the most that is read")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+class KeyCheck:
+    """Every route but health and readiness needs the key, where there is one."""
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode() if key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._expected is not None and scope["type"] == "http" and scope["path"] not in _OPEN_ROUTES:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = InvalidParameter("missing or wrong API key; send 'Authorization: Bearer KEY'")
+                await json_response(error_body(error, 401), 401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class Api:
+    """The routes over one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def app(self, api_key: str | None) -> ASGIApp:
+        """The ASGI application: the key's check outermost, then the routes."""
+        routes = [
+            Route("/v1/models", self._guarded(self.models), methods=["GET"]),
+            Route("/v1/completions", self._guarded(self.completions), methods=["POST"]),
+            Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
+            Route("/tokenize", self._guarded(self.tokenize), methods=["POST"]),
+            Route("/detokenize", self._guarded(self.detokenize), methods=["POST"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/ready", self.ready, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+        ]
+        handlers: dict[Any, Any] = {404: self._no_route, 405: self._no_route}
+        return KeyCheck(Starlette(routes=routes, exception_handlers=handlers), api_key)
+
+    def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Errors become OpenAI's; what is not ours to tell stays in the log."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except QuireError as error:
+                self._service.refused(error, route=request.url.path)
+                return error_response(error)
+            except Exception:
+                log.exception("a request to %s failed", request.url.path)
+                return json_response(error_body(QuireError("internal error; it is in the server's log"), 500), 500)
+
+        return handle
+
+    async def _no_route(self, request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 404)
+        return json_response(error_body(BadMethod(f"{request.method} {request.url.path} is not served"), status), status)
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models"""
+        service = self._service
+        data = [
+            {
+                "id": name,
+                "object": "model",
+                "created": service.created,
+                "owned_by": "quire",
+                "max_model_len": service.max_model_len,
+            }
+            for name in service.names
+        ]
+        return json_response({"object": "list", "data": data})
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        body = parse(CompletionRequest, await read_body(request))
+        return await Completions(self._service, body, request).respond()
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        body = parse(ChatCompletionRequest, await read_body(request))
+        return await ChatCompletions(self._service, body, request).respond()
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize"""
+        body = parse(TokenizeRequest, await read_body(request))
+        service = self._service
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidParameter("give either prompt or messages", "prompt")
+        if body.messages is not None:
+            tokens = await service.render(
+                [message.for_template() for message in body.messages],
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=False,
+            )
+        else:
+            tokens = await service.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        content: dict[str, Any] = {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
+        if body.return_token_strs:
+            content["token_strs"] = [service.tokenizer.token_text(token) for token in tokens]
+        return json_response(content)
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize"""
+        body = parse(DetokenizeRequest, await read_body(request))
+        self._service.check_model(body.model)
+        return json_response({"prompt": self._service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 while every engine's step counter moves or is idle."""
+        if self._service.alive:
+            return json_response({"status": "ok"})
+        return json_response({"status": "stalled"}, 503)
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: 200 while requests are served."""
+        if self._service.ready:
+            return json_response({"status": "ready"})
+        return json_response({"status": "draining" if self._service.draining else "starting"}, 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics"""
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,226 @@
+"""What every way in has in common: check, render, tokenize, dispatch; and at the end, the metrics and one line of log."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import random
+import time
+import uuid
+from typing import Any
+
+from quire_engine.config import EngineConfig
+from quire_engine.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    InvalidParameter,
+    QueueFull,
+    QuireError,
+    Unavailable,
+    UnknownModel,
+)
+from quire_engine.request import check_length
+from quire_engine.text.output import OutputText
+from quire_engine.text.params import SamplingParams
+from quire_engine.text.tokenizer import Tokenizer, end_tokens
+from quire_engine.weights.resolve import ModelFiles
+
+from quire_cluster.gateway.dispatcher import Dispatcher, ReplicaSession
+from quire_cluster.gateway.generation import Generation, RequestFacts
+from quire_cluster.observability.metrics import Metrics
+
+access_log = logging.getLogger("quire.requests")
+_LARGE_TEXT = 20_000  # characters from which a text is tokenized off the event loop
+_STALL = 10.0  # seconds a busy engine may go without a step before it counts as hung
+_SILENCE = 5.0  # seconds a replica may go without a report
+_REJECTIONS = {QueueFull: "queue_full", ContextTooLong: "context_too_long", Unavailable: "unavailable"}
+
+
+class Service:
+    """One model, as clients see it."""
+
+    def __init__(self, files: ModelFiles, tokenizer: Tokenizer, *, names: list[str], max_model_len: int) -> None:
+        self.tokenizer = tokenizer
+        self.names = names
+        self.max_model_len = max_model_len
+        self.vocab_size: int = files.config["vocab_size"]
+        self.created = int(time.time())
+        self.metrics = Metrics(names[0])
+        self.dispatcher = Dispatcher(self._on_load, self._on_steps)
+        self.draining = False
+        self._end_tokens = end_tokens(files, tokenizer)
+        self._longest_token = max(len(tokenizer.token_text(token)) for token in _sample_of_long_tokens(tokenizer))
+
+    @staticmethod
+    def load(files: ModelFiles, config: EngineConfig, *, names: list[str], chat_template: str | None) -> "Service":
+        """Raises ModelError for a tokenizer that cannot be loaded."""
+        tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
+        longest = config.max_model_len or files.config.get("max_position_embeddings") or 0
+        return Service(files, tokenizer, names=names, max_model_len=longest)
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are served."""
+        return not self.draining and bool(self.dispatcher.sessions)
+
+    @property
+    def alive(self) -> bool:
+        """Liveness: every replica reports, and its step counter moves or it is idle."""
+        now = time.monotonic()
+        return all(
+            now - session.load_at < _SILENCE and not (session.load.busy and session.load.step_age > _STALL)
+            for session in self.dispatcher.sessions
+        )
+
+    def _on_load(self, session: ReplicaSession) -> None:
+        self.metrics.engine_load(str(session.entry.slot), session.load)
+
+    def _on_steps(self, sizes: list[int]) -> None:
+        for size in sizes:
+            self.metrics.step_tokens.observe(size)
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def check_model(self, name: str | None) -> None:
+        """Raises UnknownModel for a name that is not served; none at all means the one there is."""
+        if name and name not in self.names:
+            raise UnknownModel(f"the model {name[:100]!r} is not served here; served is {', '.join(self.names)}", "model")
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool, parameter: str = "prompt") -> list[int]:
+        """Token ids. Raises ContextTooLong at once for a text that cannot fit however well it compresses."""
+        if len(text) > self.max_model_len * self._longest_token:
+            raise ContextTooLong(
+                f"the {parameter} has {len(text)} characters, more than the context of {self.max_model_len} tokens can "
+                f"hold; shorten it",
+                parameter,
+            )
+        if len(text) < _LARGE_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        encode = self.tokenizer.encode
+        return await asyncio.to_thread(lambda: encode(text, add_special_tokens=add_special_tokens))
+
+    async def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """A conversation's prompt."""
+        text = self.tokenizer.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **(variables or {}),
+        )
+        return await self.tokenize(text, add_special_tokens=False, parameter="messages")
+
+    def start(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        deadline: float = 0.0,
+        cache_salt: str | None = None,
+        request_id: str | None = None,
+    ) -> Generation:
+        """Checks what is left to check and sends it off. Raises RequestError or Unavailable."""
+        if self.draining:
+            raise Unavailable("this server is shutting down; try another one")
+        self._check_prompt(prompt, params)
+        seed = params.seed if params.seed is not None else random.getrandbits(63)
+        samplings = [
+            params.for_engine(
+                self.tokenizer,
+                vocab_size=self.vocab_size,
+                end_tokens=self._end_tokens,
+                room=self.max_model_len - len(prompt),
+                seed=seed,
+                choice=index,
+            )
+            for index in range(params.n)
+        ]
+        salt = hashlib.sha256(cache_salt.encode()).digest() if cache_salt else b""
+        facts = RequestFacts(
+            request_id=request_id or uuid.uuid4().hex,
+            prompt=prompt,
+            priority=priority,
+            deadline=deadline,
+            cache_salt=salt,
+            arrival=time.time(),
+        )
+        generation = Generation(facts, samplings, [OutputText(self.tokenizer, params) for _ in samplings])
+        self.dispatcher.submit(generation)
+        return generation
+
+    def _check_prompt(self, prompt: list[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise InvalidParameter("the prompt has no tokens", "prompt")
+        if max(prompt) >= self.vocab_size or min(prompt) < 0:
+            raise InvalidParameter(f"the prompt holds a token id outside 0 to {self.vocab_size - 1}", "prompt")
+        check_length(len(prompt), params.max_tokens, self.max_model_len)
+
+    # ---- endings --------------------------------------------------------------------------------------------------
+
+    def refused(self, error: QuireError, *, route: str) -> None:
+        """A request that never started."""
+        self.metrics.rejection(_REJECTIONS.get(type(error), "invalid"))
+        access_log.info(json.dumps({"route": route, "refused": type(error).__name__, "why": str(error)[:200]}))
+
+    def finished(self, generation: Generation, *, route: str, user: str | None = None) -> None:
+        """The one place where a request ends for the gateway: aborts what is left, counts, and writes its line."""
+        self.dispatcher.abort(generation)
+        facts, metrics = generation.facts, self.metrics
+        now = time.monotonic()
+        reasons = []
+        for choice in generation.choices:
+            times = choice.times
+            reason = choice.finish_reason or "abort"
+            reasons.append(reason)
+            if choice.error is not None and isinstance(choice.error, (QueueFull, DeadlineExceeded, ContextTooLong)):
+                metrics.rejection(_REJECTIONS.get(type(choice.error), "deadline"))
+            metrics.success(reason)
+            metrics.output_size.observe(len(choice.output))
+            metrics.end_to_end.observe((times.finished or now) - times.submitted)
+            if times.started is not None:
+                metrics.queued.observe(times.started - times.submitted)
+            if times.first_token is not None and times.last_token is not None:
+                metrics.first_token.observe(times.first_token - times.submitted)
+                metrics.prefill.observe(max(0.0, times.first_token - (times.started or times.submitted)))
+                metrics.decode.observe(times.last_token - times.first_token)
+                if len(choice.output) > 1:
+                    metrics.per_token.observe((times.last_token - times.first_token) / (len(choice.output) - 1))
+                for interval in choice.token_intervals:
+                    metrics.between_tokens.observe(interval)
+        first = generation.choices[0].times
+        metrics.prompt_size.observe(len(facts.prompt))
+        metrics.prompt_tokens.inc(len(facts.prompt))
+        metrics.prompt_tokens_cached.inc(generation.cached_tokens)
+        metrics.generation_tokens.inc(generation.num_output_tokens)
+        line = {
+            "request_id": facts.request_id,
+            "route": route,
+            "prompt_tokens": len(facts.prompt),
+            "cached_tokens": generation.cached_tokens,
+            "output_tokens": generation.num_output_tokens,
+            "finish": reasons if len(reasons) > 1 else reasons[0],
+            "first_token_s": round(first.first_token - first.submitted, 4) if first.first_token else None,
+            "total_s": round(now - first.submitted, 4),
+            "resumed": max(choice.epoch for choice in generation.choices) - 1,
+        }
+        if user:
+            line["user"] = user
+        error = next((choice.error for choice in generation.choices if choice.error), None)
+        if error is not None:
+            line["error"] = str(error)[:200]
+        access_log.info(json.dumps(line))
+
+
+def _sample_of_long_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the longest tokens, by their raw spelling."""
+    vocabulary = tokenizer.vocabulary()
+    return [token for _, token in sorted(vocabulary.items(), key=lambda item: -len(item[0]))[:16]]

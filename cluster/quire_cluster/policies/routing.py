@@ -1,0 +1,27 @@
+"""Which replica a request goes to. Plain data in, a choice out."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaLoad:
+    """What a gateway knows of a replica."""
+
+    own: int  # requests this gateway has there now: exact
+    reported: int = 0  # requests of all gateways, as the replica last said
+    own_at_report: int = 0  # this gateway's, at that moment
+
+    @property
+    def requests(self) -> int:
+        """Requests there: the replica's own word, brought up to date by what this gateway did since."""
+        return max(self.own, self.reported + self.own - self.own_at_report)
+
+
+def choose_replica(loads: Mapping[Hashable, ReplicaLoad], turn: int) -> Hashable | None:
+    """The least loaded replica, equals in turn; None when there is none."""
+    if not loads:
+        return None
+    least = min(load.requests for load in loads.values())
+    best = [key for key, load in loads.items() if load.requests == least]
+    return best[turn % len(best)]

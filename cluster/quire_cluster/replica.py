@@ -1,0 +1,359 @@
+"""A replica: the actor in which one engine runs. It has its own workers, and serves gateways one session each.
+
+Two threads: the engine's, which steps whenever there is work, and the actor's event loop, which speaks gRPC. Requests and
+aborts go one way through an inbox, one update per step and session the other way.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+from quire_engine.config import EngineConfig
+from quire_engine.engine import Engine
+from quire_engine.errors import EngineFailure, QuireError, Unavailable
+from quire_engine.request import Request
+from quire_engine.scheduler import StepOutcome
+from quire_protos.v1 import engine_pb2 as pb
+from quire_protos.v1 import engine_pb2_grpc
+from ray.util.placement_group import PlacementGroup
+
+from quire_cluster.convert import logprobs_to_proto, request_from_proto
+from quire_cluster.workers import Workers
+
+log = logging.getLogger(__name__)
+MESSAGE_BYTES = 64 << 20
+_HEARTBEAT = 0.25  # seconds between load reports, busy or idle
+_FREE_CHECK = 1.0  # seconds an engine is idle before it checks its invariants
+
+
+class Session:
+    """One gateway: which requests are its own, and the updates that wait for it."""
+
+    def __init__(self) -> None:
+        self.updates: asyncio.Queue[pb.SessionUpdate | None] = asyncio.Queue()
+        self.by_wire_id: dict[int, int] = {}  # id in the session → id in the engine
+
+
+class EngineThread:
+    """Runs an engine on a thread of its own, and turns each step's outcome into one message per session."""
+
+    def __init__(self, workers: Workers, loop: asyncio.AbstractEventLoop, on_failure: Callable[[QuireError], None]) -> None:
+        self._workers = workers
+        self._engine = Engine(workers)
+        self._loop = loop
+        self._on_failure = on_failure
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._next_id = 1
+        self._owners: dict[int, tuple[Session, int]] = {}  # engine id → session, wire id
+        self._last_step = time.monotonic()
+        self._stepping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- called on the event loop ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to step."""
+        self._thread.start()
+
+    def put(self, action: Callable[[], None]) -> None:
+        """Runs `action` on the engine's thread before the next step."""
+        self._inbox.append(action)
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Ends the thread after the step it is in; waits for it."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout=5)
+
+    def wake(self) -> None:
+        """A worker died: look at it now."""
+        self._wake.set()
+
+    def load(self) -> pb.Load:
+        """A report for the gateways. Reads counters that the engine's thread writes; each is whole by itself."""
+        scheduler = self._engine.scheduler
+        pool, stats = scheduler.pool, scheduler.stats
+        allocated, unused = scheduler.slots()
+        return pb.Load(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            pages_total=pool.num_pages,
+            pages_used=pool.num_used,
+            slots_allocated=allocated,
+            slots_unused=unused,
+            steps=self._engine.steps,
+            busy=self._stepping or self._engine.has_work,
+            step_age=time.monotonic() - self._last_step,
+            preemptions=stats.preemptions,
+            prefix_queries=stats.prefix_queries,
+            prefix_hits=stats.prefix_hits,
+            block_size=scheduler.limits.block_size,
+        )
+
+    @property
+    def max_model_len(self) -> int:
+        """Of the engine."""
+        return self._engine.scheduler.limits.max_model_len
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is left."""
+        return not self._inbox and not self._engine.has_work and not self._stepping
+
+    # ---- on the engine's thread -----------------------------------------------------------------------------------
+
+    def submit(self, session: Session, message: pb.Submit) -> None:
+        """Adds a request, or answers at once why not."""
+        request_id = self._next_id
+        self._next_id += 1
+        try:
+            request = request_from_proto(message, request_id, time.time())
+            self._engine.add(request)
+        except QuireError as error:
+            update = pb.SessionUpdate()
+            update.endings.add(id=message.id, reason="error", error_kind=type(error).__name__, error=str(error))
+            self._deliver([(session, update)])
+            return
+        self._owners[request_id] = (session, message.id)
+        session.by_wire_id[message.id] = request_id
+
+    def abort(self, session: Session, wire_id: int) -> None:
+        """Ends a request early; one that is gone already is left alone."""
+        request_id = session.by_wire_id.get(wire_id)
+        if request_id is not None:
+            self._engine.abort(request_id)
+
+    def end_session(self, session: Session) -> None:
+        """Its requests end with it."""
+        for request_id in list(session.by_wire_id.values()):
+            self._engine.abort(request_id)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                while self._inbox:
+                    self._inbox.popleft()()
+                if (failure := self._workers.failure) is not None:
+                    raise failure
+                if not self._engine.has_work:
+                    self._rest()
+                    continue
+                self._stepping = True
+                outcome = self._engine.step()
+                self._last_step = time.monotonic()
+                self._report(outcome)
+                self._stepping = False
+        except QuireError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the engine failed")
+            self._fail(EngineFailure(f"the engine failed: {type(error).__name__}: {error}"))
+
+    def _fail(self, error: QuireError) -> None:
+        self._loop.call_soon_threadsafe(self._on_failure, error)
+
+    def _rest(self) -> None:
+        """Until something comes; an engine that stays idle checks its invariants once."""
+        self._wake.clear()
+        if self._inbox or self._workers.failure is not None:
+            return
+        if not self._wake.wait(_FREE_CHECK):
+            self._engine.scheduler.check_integrity()
+            self._wake.wait()
+
+    def _report(self, outcome: StepOutcome) -> None:
+        """One update per session with news. This runs once a step over all its tokens: columns, no object per token."""
+        updates: dict[Session, pb.SessionUpdate] = {}
+        columns: dict[Session, tuple[list[int], list[int], list[int]]] = {}
+        owners = self._owners
+
+        def update_for(session: Session) -> pb.SessionUpdate:
+            update = updates.get(session)
+            if update is None:
+                update = updates[session] = pb.SessionUpdate(step_tokens=[outcome.num_tokens])
+            return update
+
+        for request, token in zip(outcome.requests, outcome.tokens, strict=True):
+            session, wire_id = owners[request.id]
+            column = columns.get(session)
+            if column is None:
+                column = columns[session] = ([], [], [])
+            column[0].append(wire_id)
+            column[1].append(len(request.tokens) - request.num_prompt - 1)
+            column[2].append(token)
+        for session, (ids, indexes, tokens) in columns.items():
+            update = update_for(session)
+            update.ids.extend(ids)
+            update.indexes.extend(indexes)
+            update.tokens.extend(tokens)
+        for request in outcome.started:
+            session, wire_id = owners[request.id]
+            update_for(session).started.add(id=wire_id, cached_tokens=max(request.num_cached, 0))
+        for scores, prompt in ((outcome.logprobs, False), (outcome.prompt_logprobs, True)):
+            for request, values in scores:
+                session, wire_id = owners[request.id]
+                update_for(session).logprobs.append(logprobs_to_proto(wire_id, values, prompt=prompt))
+        for request in outcome.finished:
+            session, wire_id = owners.pop(request.id)
+            del session.by_wire_id[wire_id]
+            update_for(session).endings.append(_ending(wire_id, request))
+        if updates:
+            self._deliver(list(updates.items()))
+
+    def _deliver(self, updates: list[tuple[Session, pb.SessionUpdate]]) -> None:
+        def put() -> None:
+            for session, update in updates:
+                session.updates.put_nowait(update)
+
+        self._loop.call_soon_threadsafe(put)
+
+
+def _ending(wire_id: int, request: Request) -> pb.Ending:
+    ending = pb.Ending(id=wire_id, reason=request.finish_reason or "error")
+    if request.stop_token_id is not None:
+        ending.stop_token_id = request.stop_token_id
+    if request.error is not None:
+        ending.error_kind, ending.error = type(request.error).__name__, str(request.error)
+    return ending
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    """The session service."""
+
+    def __init__(self, engine: EngineThread) -> None:
+        self._engine = engine
+        self.accepting = True
+        self._sessions: set[Session] = set()
+
+    async def Session(
+        self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any
+    ) -> AsyncIterator[pb.SessionUpdate]:
+        """Until the gateway hangs up; then its requests are aborted."""
+        session = Session()
+        self._sessions.add(session)
+        reader = asyncio.ensure_future(self._read(session, request_iterator))
+        beat = asyncio.ensure_future(self._beat(session))
+        try:
+            while (update := await session.updates.get()) is not None:
+                yield _merged(update, session.updates)
+        finally:
+            reader.cancel()
+            beat.cancel()
+            self._sessions.discard(session)
+            self._engine.put(lambda: self._engine.end_session(session))
+
+    async def _read(self, session: Session, messages: AsyncIterator[pb.SessionRequest]) -> None:
+        engine = self._engine
+        async for message in messages:
+            for submit in message.submit:
+                if not self.accepting:
+                    refused = pb.SessionUpdate()
+                    refused.endings.add(
+                        id=submit.id, reason="error", error_kind=Unavailable.__name__, error="this replica is draining"
+                    )
+                    session.updates.put_nowait(refused)
+                    continue
+                engine.put(lambda submit=submit: engine.submit(session, submit))  # type: ignore[misc]
+            for wire_id in message.abort:
+                engine.put(lambda wire_id=wire_id: engine.abort(session, wire_id))  # type: ignore[misc]
+        session.updates.put_nowait(None)
+
+    async def _beat(self, session: Session) -> None:
+        while True:
+            session.updates.put_nowait(pb.SessionUpdate(load=self._engine.load()))
+            await asyncio.sleep(_HEARTBEAT)
+
+    def hang_up(self) -> None:
+        """Ends every session."""
+        for session in self._sessions:
+            session.updates.put_nowait(None)
+
+
+def _merged(update: pb.SessionUpdate, waiting: "asyncio.Queue[pb.SessionUpdate | None]") -> pb.SessionUpdate:
+    """This update and all that wait behind it as one: a gateway that lags gets fewer, larger messages."""
+    while not waiting.empty():
+        following = waiting.get_nowait()
+        if following is None:
+            waiting.put_nowait(None)
+            break
+        if following.HasField("load"):
+            update.ClearField("load")  # merging would keep the old value of what is 0 now
+        update.MergeFrom(following)
+    return update
+
+
+class Replica:
+    """The actor. `start` loads and serves, `run` returns when it was stopped and raises when it failed."""
+
+    def __init__(self, name: str) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self._name = name
+        self._ended: asyncio.Future[None] | None = None
+
+    async def start(self, config: EngineConfig, threads: int, placement: PlacementGroup, host: str) -> dict[str, Any]:
+        """Starts the workers and the session service; its address, and what gateways must know of the engine."""
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        self._workers = await loop.run_in_executor(
+            None, lambda: Workers(config, threads=threads, placement=placement, on_death=self._worker_died)
+        )
+        self._engine = EngineThread(self._workers, loop, self._failed)
+        self._service = EngineService(self._engine)
+        self._server = grpc.aio.server(
+            options=[("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
+        )
+        engine_pb2_grpc.add_EngineServicer_to_server(self._service, self._server)
+        port = self._server.add_insecure_port(f"{host}:0")
+        await self._server.start()
+        self._engine.start()
+        return {
+            "address": f"{host}:{port}",
+            "max_model_len": self._engine.max_model_len,
+            "process_id": os.getpid(),
+            "worker_process_ids": await loop.run_in_executor(None, self._workers.process_ids),
+        }
+
+    def _worker_died(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.wake()
+
+    def _failed(self, error: QuireError) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(error)
+        self._service.hang_up()
+
+    async def run(self) -> None:
+        """Until `stop` (returns) or a failure (raises what it was)."""
+        assert self._ended is not None, "run() before start()"
+        await asyncio.shield(self._ended)
+
+    async def drain(self, timeout: float) -> bool:
+        """Accepts nothing more and waits until all is finished; False when `timeout` seconds were not enough."""
+        self._service.accepting = False
+        until = time.monotonic() + timeout
+        while not self._engine.idle:
+            if time.monotonic() > until:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    async def stop(self) -> None:
+        """Ends the engine, its workers and its sessions."""
+        self._service.accepting = False
+        self._service.hang_up()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._engine.stop)
+        await loop.run_in_executor(None, self._workers.close)
+        await self._server.stop(0.2)
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)

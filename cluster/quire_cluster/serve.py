@@ -1,0 +1,249 @@
+"""`quire serve`: a Ray cluster (private or joined), its controller, and a gateway in this process."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import uvicorn
+from quire_engine.config import EngineConfig
+from quire_engine.errors import InvalidParameter, ModelError, ServerError, Unavailable
+from quire_engine.models.families import spec_of
+from quire_engine.weights.resolve import ModelFiles, resolve
+
+from quire_cluster.cli.options import ServeConfig
+from quire_cluster.controller import Controller, RoutingTable
+from quire_cluster.gateway.grpc_api import GrpcServer
+from quire_cluster.gateway.http import Api
+from quire_cluster.gateway.service import Service
+from quire_cluster.local_ray import PrivateCluster, start_private_cluster
+
+log = logging.getLogger(__name__)
+_WATCH_RETRY = 0.5
+
+
+def bind(host: str, port: int, what: str) -> socket.socket:
+    """A listening socket. Raises InvalidParameter when the port is taken, naming the option that changes it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise InvalidParameter(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --{what}", what) from error
+    return listener
+
+
+class Server:
+    """The whole system of one `quire serve`. `run` returns when it has been asked to stop and everything is gone."""
+
+    def __init__(self, engine: EngineConfig, serve: ServeConfig, files: ModelFiles) -> None:
+        self._engine = engine
+        self._serve = serve
+        self._files = files
+        self._cluster: PrivateCluster | None = None
+        self._controller: Any = None
+        self._stop = asyncio.Event()
+        self._failure: str | None = None
+        self.http_port = 0
+        self.grpc_port = 0
+
+    async def run(self, on_ready: Callable[["Server"], None] = lambda server: None) -> None:
+        """Serves until `stop`. Raises ServerError when the model cannot be served."""
+        loop = asyncio.get_running_loop()
+        self._catch_signals()
+        listener = bind(self._serve.host, self._serve.port, "port")
+        bind(self._serve.host, self._serve.grpc_port, "grpc-port").close()
+        watcher: asyncio.Task[None] | None = None
+        service: Service | None = None
+        http: uvicorn.Server | None = None
+        http_task: asyncio.Task[None] | None = None
+        grpc_server: GrpcServer | None = None
+        try:
+            cluster = loop.run_in_executor(None, self._start_cluster)
+            service = await loop.run_in_executor(None, self._load_service)
+            await cluster
+            self._catch_signals()  # Ray has put its own handlers in front
+            await self._start_controller()
+            http = uvicorn.Server(
+                uvicorn.Config(
+                    Api(service).app(self._serve.api_key),
+                    log_config=None,
+                    access_log=False,
+                    lifespan="off",
+                    timeout_graceful_shutdown=1,
+                    timeout_keep_alive=75,
+                    backlog=4096,
+                )
+            )
+            http.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+            http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+            http_task = asyncio.ensure_future(http.serve(sockets=[listener]))
+            self.http_port = listener.getsockname()[1]
+            grpc_server = GrpcServer(service, api_key=self._serve.api_key)
+            self.grpc_port = await grpc_server.start(self._serve.host, self._serve.grpc_port)
+            watcher = asyncio.ensure_future(self._watch(service, grpc_server))
+            await self._until_ready(service)
+            if not self._stop.is_set():
+                on_ready(self)
+            await self._stop.wait()
+            if self._failure is not None:
+                raise ModelError(self._failure)
+        finally:
+            await self._shut_down(service, http, http_task, grpc_server, watcher)
+            listener.close()
+
+    @property
+    def model_names(self) -> list[str]:
+        """What clients may call the model."""
+        return (self._serve.served_model_name or self._files.name).split(",")
+
+    def stop(self) -> None:
+        """Drain and end. Idempotent."""
+        self._stop.set()
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, self.stop)
+
+    async def _until_ready(self, service: Service) -> None:
+        while not service.ready and not self._stop.is_set():
+            await asyncio.sleep(0.02)
+
+    # ---- start ----------------------------------------------------------------------------------------------------
+
+    def _load_service(self) -> Service:
+        template = None
+        if self._serve.chat_template:
+            try:
+                template = Path(self._serve.chat_template).read_text()
+            except OSError as error:
+                raise InvalidParameter(f"--chat-template cannot be read: {error}", "chat_template") from error
+        return Service.load(self._files, self._engine, names=self.model_names, chat_template=template)
+
+    def _start_cluster(self) -> None:
+        workers = self._engine.tensor_parallel_size * self._serve.data_parallel_size
+        if self._serve.ray_address is None:
+            self._cluster = start_private_cluster(num_workers=workers)
+            return
+        try:
+            ray.init(address=self._serve.ray_address, logging_level=logging.WARNING, log_to_driver=True)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise Unavailable(f"no Ray cluster answers at {self._serve.ray_address}: {error}") from error
+
+    async def _start_controller(self) -> None:
+        config, serve = self._engine, self._serve
+        total = config.tensor_parallel_size * serve.data_parallel_size
+        on_gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+        if config.device == "cuda" and not on_gpu:
+            raise InvalidParameter("device is 'cuda', but the Ray cluster has no GPU", "device")
+        threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // total)
+        host = "127.0.0.1" if self._cluster is not None else None
+        self._controller = (
+            ray.remote(Controller)
+            .options(num_cpus=0, max_concurrency=64)
+            .remote(config, serve.data_parallel_size, threads=threads, gpu=on_gpu, host=host)
+        )
+        await self._controller.start.remote()
+
+    async def _watch(self, service: Service, grpc_server: GrpcServer) -> None:
+        """Follows the routing table; a controller that died is started again, its replicas with it."""
+        version = 0
+        while True:
+            try:
+                table: RoutingTable = await self._controller.watch.remote(version)
+            except ray.exceptions.RayActorError:
+                if self._stop.is_set():
+                    return
+                log.error("the controller died; it is started again")
+                await asyncio.sleep(_WATCH_RETRY)
+                await self._start_controller()
+                version = 0
+                continue
+            version = table.version
+            if table.failure is not None:
+                self._failure = table.failure
+                self.stop()
+                return
+            service.dispatcher.update_table(table)
+            if service.dispatcher.max_model_len:
+                service.max_model_len = service.dispatcher.max_model_len
+            await grpc_server.set_serving(service.ready)
+
+    # ---- end ------------------------------------------------------------------------------------------------------
+
+    async def _shut_down(
+        self,
+        service: Service | None,
+        http: uvicorn.Server | None,
+        http_task: "asyncio.Task[None] | None",
+        grpc_server: GrpcServer | None,
+        watcher: "asyncio.Task[None] | None",
+    ) -> None:
+        """Refuse what is new, let what runs finish, then take everything down from the outside in."""
+        if service is not None:
+            service.draining = True
+            until = time.monotonic() + self._serve.shutdown_timeout
+            if grpc_server is not None:
+                await grpc_server.set_serving(False)
+            if service.dispatcher.num_live:
+                log.info("draining: %d requests are running", service.dispatcher.num_live)
+            while service.dispatcher.num_live and time.monotonic() < until:
+                await asyncio.sleep(0.02)
+        if http is not None and http_task is not None:
+            http.should_exit = True
+            with contextlib.suppress(asyncio.CancelledError):
+                await http_task
+        if grpc_server is not None:
+            await grpc_server.stop(1.0)
+        if watcher is not None:
+            watcher.cancel()
+        if service is not None:
+            await service.dispatcher.close()
+        if self._controller is not None:
+            try:
+                await asyncio.wait_for(self._controller.shutdown.remote(), 15)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                log.warning("the controller did not stop by itself: %s", error)
+            ray.kill(self._controller)
+        if self._cluster is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._cluster.stop)
+        elif ray.is_initialized():
+            ray.shutdown()
+
+
+def check_model(engine: EngineConfig) -> ModelFiles:
+    """What can be known before anything is started: the files are there, whole, and of a family that is served."""
+    files = resolve(engine.model, revision=engine.revision, download_dir=engine.download_dir)
+    if engine.load_format != "auto" and (engine.load_format == "gguf") != (files.gguf_path is not None):
+        raise InvalidParameter(
+            f"load_format is {engine.load_format}, but {files.name} is "
+            f"{'a GGUF file' if files.gguf_path else 'a folder of safetensors'}",
+            "load_format",
+        )
+    spec_of(files.config).check_parallel(engine.tensor_parallel_size)
+    files.checkpoint()
+    return files
+
+
+def serve(engine: EngineConfig, config: ServeConfig, on_ready: Callable[[Server], None]) -> None:
+    """Runs a server in the foreground. Raises QuireError with what was wrong and how to mend it."""
+    files = check_model(engine)
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    try:
+        asyncio.run(Server(engine, config, files).run(on_ready))
+    except ray.exceptions.RayError as error:
+        raise ServerError(f"Ray failed: {error}") from error
