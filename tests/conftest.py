@@ -45,7 +45,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 24, "head_dim": 32}),
     "qwen2": (
         "Qwen2Config",
-        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "tie_word_embeddings": True},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
 }
@@ -94,7 +99,17 @@ class RunningServer:
     """`quire serve` as a process of its own."""
 
     def __init__(self, *arguments: str, wait: bool = True) -> None:
-        command = [sys.executable, "-m", "quire_cluster.cli.main", "serve", "--port", "0", "--grpc-port", "0", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "quire_cluster.cli.main",
+            "serve",
+            "--port",
+            "0",
+            "--grpc-port",
+            "0",
+            *arguments,
+        ]
         environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -143,7 +158,15 @@ class RunningServer:
 def two_replicas(checkpoint: Callable[[str], Path]) -> Iterator[RunningServer]:
     """A tiny model on two replicas."""
     server = RunningServer(
-        str(checkpoint("qwen3")), "-dp", "2", "--served-model-name", "tiny", "--max-num-seqs", "32", "--cpu-threads", "1"
+        str(checkpoint("qwen3")),
+        "-dp",
+        "2",
+        "--served-model-name",
+        "tiny",
+        "--max-num-seqs",
+        "32",
+        "--cpu-threads",
+        "1",
     )
     yield server
     assert server.stop() == 0, server.log

@@ -5,9 +5,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from quire_engine.text.params import SamplingParams
-
 if TYPE_CHECKING:
+    from quire_engine.text.params import SamplingParams
+
     from quire.client import AsyncClient, Client
     from quire.llm import LLM, Completion, RequestOutput
 
@@ -19,6 +19,7 @@ _HOMES = {
     "RequestOutput": "quire.llm",
     "Client": "quire.client",
     "AsyncClient": "quire.client",
+    "SamplingParams": "quire_engine.text.params",
 }
 
 

@@ -1,4 +1,4 @@
-"""A gRPC client, sync and async. `Client("host:50051").chat([...])`; `stream=True` gives deltas as they come."""
+"""A gRPC client, sync and async. `Client("host:50051").chat([...])`; the `stream` methods give deltas as they come."""
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -45,7 +45,9 @@ def _sampling(options: dict[str, Any]) -> pb.SamplingParams:
 
 
 def _generate_request(prompt: str | list[int], model: str, options: dict[str, Any]) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(model=model, priority=options.pop("priority", None), cache_salt=options.pop("cache_salt", None))
+    request = pb.GenerateRequest(
+        model=model, priority=options.pop("priority", None), cache_salt=options.pop("cache_salt", None)
+    )
     if isinstance(prompt, str):
         request.text = prompt
     else:
@@ -55,7 +57,10 @@ def _generate_request(prompt: str | list[int], model: str, options: dict[str, An
 
 
 def _chat_request(messages: list[dict[str, str]], model: str, options: dict[str, Any]) -> pb.ChatRequest:
-    own = {name: options.pop(name, None) for name in ("priority", "cache_salt", "add_generation_prompt", "continue_final_message")}
+    own = {
+        name: options.pop(name, None)
+        for name in ("priority", "cache_salt", "add_generation_prompt", "continue_final_message")
+    }
     request = pb.ChatRequest(model=model, **own)
     for message in messages:
         request.messages.add(**message)
@@ -106,8 +111,17 @@ class _Gathered:
 
 
 class _Base:
+    _stub: Any
+
     def __init__(self, api_key: str | None) -> None:
         self._metadata = [("authorization", f"Bearer {api_key}")] if api_key else []
+
+    def _generate(self, prompt: str | list[int], model: str, timeout: float | None, options: dict[str, Any]) -> Any:
+        request = _generate_request(prompt, model, options)
+        return self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
+
+    def _chat(self, messages: list[dict[str, str]], model: str, timeout: float | None, options: dict[str, Any]) -> Any:
+        return self._stub.Chat(_chat_request(messages, model, options), timeout=timeout, metadata=self._metadata)
 
 
 class Client(_Base):
@@ -116,7 +130,7 @@ class Client(_Base):
     def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
         super().__init__(api_key)
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
-        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def __enter__(self) -> "Client":
         return self
@@ -132,25 +146,25 @@ class Client(_Base):
         self, prompt: str | list[int], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> Response:
         """Completes a text or token ids."""
-        return self._gather(self._stub.Generate(_generate_request(prompt, model, options), timeout=timeout, metadata=self._metadata))
+        return self._gather(self._generate(prompt, model, timeout, options))
 
     def stream(
         self, prompt: str | list[int], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> Iterator[Output]:
         """The same, piece by piece. Closing the iterator cancels the request."""
-        return self._follow(self._stub.Generate(_generate_request(prompt, model, options), timeout=timeout, metadata=self._metadata))
+        return self._follow(self._generate(prompt, model, timeout, options))
 
     def chat(
         self, messages: list[dict[str, str]], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> Response:
         """Answers a conversation."""
-        return self._gather(self._stub.Chat(_chat_request(messages, model, options), timeout=timeout, metadata=self._metadata))
+        return self._gather(self._chat(messages, model, timeout, options))
 
     def stream_chat(
         self, messages: list[dict[str, str]], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> Iterator[Output]:
         """The same, piece by piece."""
-        return self._follow(self._stub.Chat(_chat_request(messages, model, options), timeout=timeout, metadata=self._metadata))
+        return self._follow(self._chat(messages, model, timeout, options))
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -188,7 +202,7 @@ class AsyncClient(_Base):
     def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
         super().__init__(api_key)
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -204,25 +218,25 @@ class AsyncClient(_Base):
         self, prompt: str | list[int], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> Response:
         """Completes a text or token ids."""
-        return await self._gather(self._stub.Generate(_generate_request(prompt, model, options), timeout=timeout, metadata=self._metadata))
+        return await self._gather(self._generate(prompt, model, timeout, options))
 
     def stream(
         self, prompt: str | list[int], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> AsyncIterator[Output]:
         """The same, piece by piece."""
-        return self._follow(self._stub.Generate(_generate_request(prompt, model, options), timeout=timeout, metadata=self._metadata))
+        return self._follow(self._generate(prompt, model, timeout, options))
 
     async def chat(
         self, messages: list[dict[str, str]], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> Response:
         """Answers a conversation."""
-        return await self._gather(self._stub.Chat(_chat_request(messages, model, options), timeout=timeout, metadata=self._metadata))
+        return await self._gather(self._chat(messages, model, timeout, options))
 
     def stream_chat(
         self, messages: list[dict[str, str]], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> AsyncIterator[Output]:
         """The same, piece by piece."""
-        return self._follow(self._stub.Chat(_chat_request(messages, model, options), timeout=timeout, metadata=self._metadata))
+        return self._follow(self._chat(messages, model, timeout, options))
 
     @staticmethod
     async def _gather(call: Any) -> Response:

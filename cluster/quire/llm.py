@@ -16,7 +16,7 @@ from quire_engine.request import Request, check_length
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
-from quire_engine.weights.resolve import DEMO_MODEL, resolve
+from quire_engine.weights.resolve import DEMO_MODEL, ModelFiles, resolve
 from tqdm import tqdm
 
 Prompt = str | list[int]
@@ -63,16 +63,18 @@ class LLM:
         self.tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
         self._end_tokens = end_tokens(files, self.tokenizer)
         self._vocab_size: int = files.config["vocab_size"]
-        self._executor = self._start(config)
+        self._executor = self._start(config, files)
         self.engine = Engine(self._executor)
         self._ids = itertools.count(1)
 
     @staticmethod
-    def _start(config: EngineConfig) -> Executor:
+    def _start(config: EngineConfig, files: ModelFiles) -> Executor:
         if config.tensor_parallel_size == 1:
             from quire_engine.execution.runner import ModelRunner
 
-            return ModelRunner(config, resolve(config.model, revision=config.revision, download_dir=config.download_dir))
+            return ModelRunner(
+                config, resolve(config.model, revision=config.revision, download_dir=config.download_dir)
+            )
         from quire_cluster.workers import LocalWorkers
 
         return LocalWorkers(config)
@@ -100,7 +102,7 @@ class LLM:
         Raises InvalidParameter or ContextTooLong before anything runs if any of them cannot be served.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item]
+        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[arg-type, list-item]
         params = sampling_params or SamplingParams()
         each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
@@ -108,7 +110,11 @@ class LLM:
         outputs: list[RequestOutput] = []
         choices: dict[int, _Choice] = {}
         for prompt, wanted in zip(batch, each, strict=True):
-            tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens) if isinstance(prompt, str) else prompt
+            tokens = (
+                self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+                if isinstance(prompt, str)
+                else prompt
+            )
             output = RequestOutput(prompt if isinstance(prompt, str) else None, list(tokens))
             outputs.append(output)
             for choice in self._choices(output, wanted):
@@ -142,7 +148,9 @@ class LLM:
         if not prompt:
             raise InvalidParameter("the prompt has no tokens", "prompt")
         if bad := [token for token in prompt if not 0 <= token < self._vocab_size]:
-            raise InvalidParameter(f"the prompt holds token id {bad[0]}; ids go from 0 to {self._vocab_size - 1}", "prompt")
+            raise InvalidParameter(
+                f"the prompt holds token id {bad[0]}; ids go from 0 to {self._vocab_size - 1}", "prompt"
+            )
         params.check_vocabulary(self._vocab_size)
         check_length(len(prompt), params.max_tokens, self.engine.scheduler.context)
 
@@ -190,7 +198,10 @@ class LLM:
                     choice.completion.token_ids.append(token)
                     choice.completion.text += choice.text.push(token, ended)
                     if choice.text.stopped_by is not None:
-                        choice.completion.finish_reason, choice.completion.stop_reason = "stop", choice.text.stopped_by
+                        choice.completion.finish_reason, choice.completion.stop_reason = (
+                            "stop",
+                            choice.text.stopped_by,
+                        )
                         self.engine.abort(request.id)
                         left -= 1
                         bar.update()
@@ -207,4 +218,6 @@ class LLM:
                     left -= 1
                     bar.update()
                 if use_tqdm:
-                    bar.set_postfix_str(f"{generated / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False)
+                    bar.set_postfix_str(
+                        f"{generated / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False
+                    )

@@ -1,9 +1,10 @@
-"""The step channel: shared memory that carries each step from a replica to the workers on its host, and the result back.
+"""The step channel: shared memory that carries each step from a replica to the workers on its host, and the result
+back.
 
-One writer of plans, many readers, one writer of results (rank 0). A message is written, then its sequence number, then a
-futex wakes who sleeps; readers look at the number a few times before they sleep. The memory is anonymous (memfd): when the
-last process that maps it is gone, so is it, however they died. Pickle is safe here: only processes of the same user that
-were handed the descriptor's path can write to it.
+One writer of plans, many readers, one writer of results (rank 0). A message is written, then its sequence number,
+then a futex wakes who sleeps; readers look at the number a few times before they sleep. The memory is anonymous
+(memfd): when the last process that maps it is gone, so is it, however they died. Pickle is safe here: only processes
+of the same user that were handed the descriptor's path can write to it.
 """
 
 import ctypes
@@ -119,13 +120,25 @@ class StepChannel:
         nap = _Timespec(0, int(_NAP * 1e9))
         address = ctypes.c_void_p(self._addresses[word])
         self._syscall(
-            ctypes.c_long(self._number), address, ctypes.c_int(_FUTEX_WAIT), ctypes.c_uint32(value), ctypes.byref(nap), None, 0
+            ctypes.c_long(self._number),
+            address,
+            ctypes.c_int(_FUTEX_WAIT),
+            ctypes.c_uint32(value),
+            ctypes.byref(nap),
+            None,
+            0,
         )
 
     def _wake(self, word: int) -> None:
         address = ctypes.c_void_p(self._addresses[word])
         self._syscall(
-            ctypes.c_long(self._number), address, ctypes.c_int(_FUTEX_WAKE), ctypes.c_int(1 << 30), None, None, 0
+            ctypes.c_long(self._number),
+            address,
+            ctypes.c_int(_FUTEX_WAKE),
+            ctypes.c_int(1 << 30),
+            None,
+            None,
+            0,
         )
 
 

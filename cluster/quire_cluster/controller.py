@@ -167,7 +167,7 @@ class Controller:
 
 def _is_final(cause: QuireError, slot: _Slot) -> bool:
     """A model that cannot be loaded will not be loadable the second time either."""
-    return not slot.served and not type(cause).__name__ == "EngineFailure"
+    return not slot.served and type(cause).__name__ != "EngineFailure"
 
 
 async def _address_of(placement: PlacementGroup) -> str:

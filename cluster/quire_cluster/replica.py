@@ -1,7 +1,7 @@
 """A replica: the actor in which one engine runs. It has its own workers, and serves gateways one session each.
 
-Two threads: the engine's, which steps whenever there is work, and the actor's event loop, which speaks gRPC. Requests and
-aborts go one way through an inbox, one update per step and session the other way.
+Two threads: the engine's, which steps whenever there is work, and the actor's event loop, which speaks gRPC. Requests
+and aborts go one way through an inbox, one update per step and session the other way.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ _HEARTBEAT = 0.25  # seconds between load reports, busy or idle
 _FREE_CHECK = 1.0  # seconds an engine is idle before it checks its invariants
 
 
-class Session:
+class GatewaySession:
     """One gateway: which requests are its own, and the updates that wait for it."""
 
     def __init__(self) -> None:
@@ -43,7 +43,9 @@ class Session:
 class EngineThread:
     """Runs an engine on a thread of its own, and turns each step's outcome into one message per session."""
 
-    def __init__(self, workers: Workers, loop: asyncio.AbstractEventLoop, on_failure: Callable[[QuireError], None]) -> None:
+    def __init__(
+        self, workers: Workers, loop: asyncio.AbstractEventLoop, on_failure: Callable[[QuireError], None]
+    ) -> None:
         self._workers = workers
         self._engine = Engine(workers)
         self._loop = loop
@@ -52,7 +54,7 @@ class EngineThread:
         self._wake = threading.Event()
         self._stopping = False
         self._next_id = 1
-        self._owners: dict[int, tuple[Session, int]] = {}  # engine id → session, wire id
+        self._owners: dict[int, tuple[GatewaySession, int]] = {}  # engine id → session, wire id
         self._last_step = time.monotonic()
         self._stepping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -111,7 +113,7 @@ class EngineThread:
 
     # ---- on the engine's thread -----------------------------------------------------------------------------------
 
-    def submit(self, session: Session, message: pb.Submit) -> None:
+    def submit(self, session: GatewaySession, message: pb.Submit) -> None:
         """Adds a request, or answers at once why not."""
         request_id = self._next_id
         self._next_id += 1
@@ -126,13 +128,13 @@ class EngineThread:
         self._owners[request_id] = (session, message.id)
         session.by_wire_id[message.id] = request_id
 
-    def abort(self, session: Session, wire_id: int) -> None:
+    def abort(self, session: GatewaySession, wire_id: int) -> None:
         """Ends a request early; one that is gone already is left alone."""
         request_id = session.by_wire_id.get(wire_id)
         if request_id is not None:
             self._engine.abort(request_id)
 
-    def end_session(self, session: Session) -> None:
+    def end_session(self, session: GatewaySession) -> None:
         """Its requests end with it."""
         for request_id in list(session.by_wire_id.values()):
             self._engine.abort(request_id)
@@ -172,11 +174,11 @@ class EngineThread:
 
     def _report(self, outcome: StepOutcome) -> None:
         """One update per session with news. This runs once a step over all its tokens: columns, no object per token."""
-        updates: dict[Session, pb.SessionUpdate] = {}
-        columns: dict[Session, tuple[list[int], list[int], list[int]]] = {}
+        updates: dict[GatewaySession, pb.SessionUpdate] = {}
+        columns: dict[GatewaySession, tuple[list[int], list[int], list[int]]] = {}
         owners = self._owners
 
-        def update_for(session: Session) -> pb.SessionUpdate:
+        def update_for(session: GatewaySession) -> pb.SessionUpdate:
             update = updates.get(session)
             if update is None:
                 update = updates[session] = pb.SessionUpdate(step_tokens=[outcome.num_tokens])
@@ -209,7 +211,7 @@ class EngineThread:
         if updates:
             self._deliver(list(updates.items()))
 
-    def _deliver(self, updates: list[tuple[Session, pb.SessionUpdate]]) -> None:
+    def _deliver(self, updates: list[tuple[GatewaySession, pb.SessionUpdate]]) -> None:
         def put() -> None:
             for session, update in updates:
                 session.updates.put_nowait(update)
@@ -232,13 +234,13 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     def __init__(self, engine: EngineThread) -> None:
         self._engine = engine
         self.accepting = True
-        self._sessions: set[Session] = set()
+        self._sessions: set[GatewaySession] = set()
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any
     ) -> AsyncIterator[pb.SessionUpdate]:
         """Until the gateway hangs up; then its requests are aborted."""
-        session = Session()
+        session = GatewaySession()
         self._sessions.add(session)
         reader = asyncio.ensure_future(self._read(session, request_iterator))
         beat = asyncio.ensure_future(self._beat(session))
@@ -251,14 +253,17 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             self._sessions.discard(session)
             self._engine.put(lambda: self._engine.end_session(session))
 
-    async def _read(self, session: Session, messages: AsyncIterator[pb.SessionRequest]) -> None:
+    async def _read(self, session: GatewaySession, messages: AsyncIterator[pb.SessionRequest]) -> None:
         engine = self._engine
         async for message in messages:
             for submit in message.submit:
                 if not self.accepting:
                     refused = pb.SessionUpdate()
                     refused.endings.add(
-                        id=submit.id, reason="error", error_kind=Unavailable.__name__, error="this replica is draining"
+                        id=submit.id,
+                        reason="error",
+                        error_kind=Unavailable.__name__,
+                        error="this replica is draining",
                     )
                     session.updates.put_nowait(refused)
                     continue
@@ -267,7 +272,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 engine.put(lambda wire_id=wire_id: engine.abort(session, wire_id))  # type: ignore[misc]
         session.updates.put_nowait(None)
 
-    async def _beat(self, session: Session) -> None:
+    async def _beat(self, session: GatewaySession) -> None:
         while True:
             session.updates.put_nowait(pb.SessionUpdate(load=self._engine.load()))
             await asyncio.sleep(_HEARTBEAT)

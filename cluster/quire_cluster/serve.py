@@ -38,7 +38,9 @@ def bind(host: str, port: int, what: str) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise InvalidParameter(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --{what}", what) from error
+        raise InvalidParameter(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another with --{what}", what
+        ) from error
     return listener
 
 

@@ -52,7 +52,9 @@ class Workers:
         self._actors: list[Any] = []
         for rank in range(size):
             strategy = (
-                PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank) if placement else "DEFAULT"
+                PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
+                if placement
+                else "DEFAULT"
             )
             options = {"num_cpus": 1 if placement else 0, "num_gpus": gpus, "max_concurrency": 2}
             self._actors.append(

@@ -44,7 +44,9 @@ def resolve_device(config: EngineConfig) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if config.device == "cuda":
-        raise InvalidParameter("device is 'cuda', but torch finds no GPU here; leave --device out, or give cpu", "device")
+        raise InvalidParameter(
+            "device is 'cuda', but torch finds no GPU here; leave --device out, or give cpu", "device"
+        )
     return torch.device("cpu")
 
 
@@ -63,7 +65,8 @@ def resolve_max_model_len(config: EngineConfig, spec: DecoderSpec) -> int:
         return spec.max_position
     if config.max_model_len > spec.max_position:
         raise InvalidParameter(
-            f"max_model_len is {config.max_model_len}; the model's context is {spec.max_position}", "max_model_len"
+            f"max_model_len is {config.max_model_len}; the model's context is {spec.max_position}",
+            "max_model_len",
         )
     return config.max_model_len
 

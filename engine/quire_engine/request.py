@@ -65,13 +65,13 @@ def check_length(num_prompt: int, max_tokens: int | None, context: int) -> None:
     room = context - num_prompt
     if room < 1:
         raise ContextTooLong(
-            f"the prompt has {num_prompt} tokens; the context is {context}, and one must be left to generate; shorten the "
-            "prompt",
+            f"the prompt has {num_prompt} tokens; the context is {context}, and one must be left to generate; "
+            "shorten the prompt",
             "prompt",
         )
     if max_tokens is not None and max_tokens > room:
         raise ContextTooLong(
-            f"max_tokens is {str(max_tokens)[:20]}; the prompt's {num_prompt} tokens leave {room} of the context of {context}; "
-            "lower max_tokens or shorten the prompt",
+            f"max_tokens is {str(max_tokens)[:20]}; the prompt's {num_prompt} tokens leave {room} of the context of "
+            f"{context}; lower max_tokens or shorten the prompt",
             "max_tokens",
         )

@@ -1,9 +1,10 @@
 """Who computes how many tokens this step. Pure bookkeeping: no torch, no model, no clock of its own.
 
-There is no prefill phase and no decode phase: each step every request may advance `num_computed` towards the length of its
-token log, within a budget of tokens. Requests with one token left (decoding) come first, so a long prompt never stops them;
-then unfinished prompts; then waiting requests, as pages allow. When pages run out the least important running request gives
-its pages back and waits again: its log is kept and recomputed (preemption by recomputation).
+There is no prefill phase and no decode phase: each step every request may advance `num_computed` towards the length
+of its token log, within a budget of tokens. Requests with one token left (decoding) come first, so a long prompt
+never stops them; then unfinished prompts; then waiting requests, as pages allow. When pages run out the least
+important running request gives its pages back and waits again: its log is kept and recomputed (preemption by
+recomputation).
 """
 
 import heapq
@@ -193,12 +194,12 @@ class Scheduler:
             if budget and request.state is State.RUNNING:
                 take(request)
 
-        while budget and self._rows and (request := self._next_waiting()) is not None:
-            hits = self._cached_prefix(request)
-            if not self._room_for(request, hits):
+        while budget and self._rows and (waiting := self._next_waiting()) is not None:
+            hits = self._cached_prefix(waiting)
+            if not self._room_for(waiting, hits):
                 break
-            self._admit(request, hits, page_updates, new_rows)
-            if not take(request):  # the room was counted: it cannot happen
+            self._admit(waiting, hits, page_updates, new_rows)
+            if not take(waiting):  # the room was counted: it cannot happen
                 raise AssertionError("an admitted request found no page")
 
         if not scheduled:
@@ -294,8 +295,8 @@ class Scheduler:
     def _register(self, request: Request, computed: int) -> None:
         """Lets blocks full of computed tokens be found.
 
-        This runs while the plan is made: a layer writes the keys and values of the whole batch before any of its attention
-        reads, so even a request of the same step may share them.
+        This runs while the plan is made: a layer writes the keys and values of the whole batch before any of its
+        attention reads, so even a request of the same step may share them.
         """
         if not self.limits.enable_prefix_caching:
             return
@@ -343,7 +344,11 @@ class Scheduler:
         return needed + spare <= self.pool.num_free
 
     def _admit(
-        self, request: Request, hits: list[int], page_updates: list[tuple[int, int, int]], new_rows: list[NewRow]
+        self,
+        request: Request,
+        hits: list[int],
+        page_updates: list[tuple[int, int, int]],
+        new_rows: list[NewRow],
     ) -> None:
         heapq.heappop(self._waiting)
         self._num_waiting -= 1
@@ -379,9 +384,9 @@ class Scheduler:
         assert len(waiting) == self._num_waiting, "the count of waiting requests is wrong"
         queued = {entry[1].id for entry in self._waiting if entry[1].state is State.WAITING}
         assert {request.id for request in waiting} <= queued, "a waiting request is not in the queue"
-        assert {id(r) for r in self.running} == {
-            id(r) for r in self.requests.values() if r.state is State.RUNNING
-        }, "the running list is wrong"
+        assert {id(r) for r in self.running} == {id(r) for r in self.requests.values() if r.state is State.RUNNING}, (
+            "the running list is wrong"
+        )
         for request in self.running:
             assert len(request.pages) * self.limits.block_size >= request.num_computed, "tokens without a page"
 

@@ -37,7 +37,13 @@ class Backend(Protocol):
     name: str
 
     def paged_attention(
-        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float, window: int
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int,
     ) -> Tensor: ...
 
     def rope_cache_write(
@@ -64,10 +70,23 @@ class TorchBackend:
     name = "torch"
 
     def paged_attention(
-        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float, window: int
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int,
     ) -> Tensor:
         return attention_reference.paged_attention(
-            q, key_cache, value_cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, window
+            q,
+            key_cache,
+            value_cache,
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            scale,
+            window,
         )
 
     def rope_cache_write(
@@ -83,7 +102,16 @@ class TorchBackend:
         num_heads: int,
     ) -> None:
         cache_write_reference.rope_cache_write(
-            qkv, key_cache, value_cache, batch.positions, batch.slots, cos_sin, q_weight, k_weight, eps, num_heads
+            qkv,
+            key_cache,
+            value_cache,
+            batch.positions,
+            batch.slots,
+            cos_sin,
+            q_weight,
+            k_weight,
+            eps,
+            num_heads,
         )
 
     def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -112,7 +140,13 @@ class NativeBackend:
             function.restype = None
 
     def paged_attention(
-        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float, window: int
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int,
     ) -> Tensor:
         kv_heads, block_size, head_dim = key_cache.shape[1:]
         group = q.shape[1] // kv_heads

@@ -1,5 +1,6 @@
 """The GPU's kernels. Attention is Triton's; what has no kernel of its own yet runs on torch's operators."""
 
+import itertools
 import os
 
 import torch
@@ -19,10 +20,16 @@ class TritonBackend(TorchBackend):
             raise ValueError("attention_backend triton needs a GPU; on a CPU use native or torch")
 
     def paged_attention(
-        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float, window: int
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int,
     ) -> Tensor:
         starts = batch.query_starts
-        longest = max(end - begin for begin, end in zip(starts, starts[1:], strict=False))
+        longest = max(end - begin for begin, end in itertools.pairwise(starts))
         return paged_attention(
             q,
             key_cache,

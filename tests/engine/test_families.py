@@ -29,7 +29,12 @@ def prompts(seed: int = 0) -> list[list[int]]:
 def truth(folder: Path, prompt: list[int]) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     out = model.generate(
-        torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, use_cache=True, pad_token_id=0
+        torch.tensor([prompt]),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        use_cache=True,
+        pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
 
@@ -63,7 +68,14 @@ def test_logits(checkpoint: Make, family: str, backend: str) -> None:
     for number, prompt in enumerate(prompts()):
         seen.clear()
         engine = Engine(runner)
-        engine.add(Request(number, list(prompt), len(prompt), EngineSampling(temperature=0.0, max_tokens=1, prompt_logprobs=1)))
+        engine.add(
+            Request(
+                number,
+                list(prompt),
+                len(prompt),
+                EngineSampling(temperature=0.0, max_tokens=1, prompt_logprobs=1),
+            )
+        )
         while engine.has_work:
             engine.step()
         ours = torch.cat(seen)

@@ -36,7 +36,9 @@ def make_batch(queries: list[int], contexts: list[int], block_size: int, num_pag
     )
 
 
-def poisoned_caches(batch: AttentionBatch, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def poisoned_caches(
+    batch: AttentionBatch, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """NaN everywhere but in the slots of the requests' contexts."""
     caches = tuple(torch.full(shape, math.nan, dtype=dtype) for _ in range(2))
     size = shape[2]
@@ -58,7 +60,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("window", [0, 7])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), [(9, 3, 64, 16), (4, 4, 80, 16), (8, 1, 128, 32), (6, 2, 96, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"),
+    [(9, 3, 64, 16), (4, 4, 80, 16), (8, 1, 128, 32), (6, 2, 96, 8)],
+)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_paged_attention(name: str, heads: int, kv_heads: int, dim: int, block_size: int, window: int) -> None:
     backend: Backend = BACKENDS[name]()
@@ -106,7 +111,11 @@ def test_rope_cache_write(tokens: int, rotary: int, qk_norm: bool) -> None:
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
     results = []
     for backend in (NativeBackend(), TorchBackend()):
-        mine, keys, values = qkv.clone(), torch.full((8, kv_heads, size, dim), 7.0), torch.full((8, kv_heads, size, dim), 7.0)
+        mine, keys, values = (
+            qkv.clone(),
+            torch.full((8, kv_heads, size, dim), 7.0),
+            torch.full((8, kv_heads, size, dim), 7.0),
+        )
         backend.rope_cache_write(mine, keys, values, batch, cos_sin, *weights, 1e-6, heads)
         results.append((mine, keys, values))
     for got, expected in zip(*results, strict=True):

@@ -71,18 +71,30 @@ class _Entry:
 
     def result(self, output: RequestOutput | None) -> dict[str, Any]:
         """The line of the output."""
-        line: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": self.custom_id, "error": None}
+        line: dict[str, Any] = {
+            "id": f"batch_req_{uuid.uuid4().hex}",
+            "custom_id": self.custom_id,
+            "error": None,
+        }
         if self.error is not None or output is None:
             error = self.error or QuireError("not run")
             status = http_status(error)
-            return line | {"response": {"status_code": status, "request_id": line["id"], "body": error_body(error, status)}}
+            return line | {
+                "response": {
+                    "status_code": status,
+                    "request_id": line["id"],
+                    "body": error_body(error, status),
+                }
+            }
         chat = self.url == _CHAT
         choices: list[dict[str, Any]] = []
         for completion in output.outputs:
             shown: dict[str, Any] = (
                 {"message": {"role": "assistant", "content": completion.text}} if chat else {"text": completion.text}
             )
-            choices.append({"index": completion.index, "finish_reason": completion.finish_reason, "logprobs": None} | shown)
+            choices.append(
+                {"index": completion.index, "finish_reason": completion.finish_reason, "logprobs": None} | shown
+            )
         generated = sum(len(completion.token_ids) for completion in output.outputs)
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",

@@ -25,7 +25,10 @@ def _parser() -> argparse.ArgumentParser:
     add_options(serve, ServeConfig)
     add_options(serve, EngineConfig)
 
-    for name, text in (("chat", "talk to a served model"), ("complete", "complete a text with a served model")):
+    for name, text in (
+        ("chat", "talk to a served model"),
+        ("complete", "complete a text with a served model"),
+    ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.add_argument("prompt", nargs="?" if name == "chat" else None, help="without it: a conversation")
         command.add_argument("--address", default="127.0.0.1:50051", help="gRPC address of the server [%(default)s]")
@@ -54,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", default=DEMO_MODEL, help="checkpoint folder, .gguf file, model package or hub id [%(default)s]"
+        "model",
+        nargs="?",
+        default=DEMO_MODEL,
+        help="checkpoint folder, .gguf file, model package or hub id [%(default)s]",
     )
 
 

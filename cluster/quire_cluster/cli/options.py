@@ -62,7 +62,13 @@ def add_options(parser: argparse.ArgumentParser, config: type, *, leave_out: Ite
         if kind is bool:
             group.add_argument(*names, action=argparse.BooleanOptionalAction, **settings)
         else:
-            group.add_argument(*names, type=kind, choices=f.metadata.get("choices"), metavar=kind.__name__.upper(), **settings)
+            group.add_argument(
+                *names,
+                type=kind,
+                choices=f.metadata.get("choices"),
+                metavar=kind.__name__.upper(),
+                **settings,
+            )
 
 
 def build(config: type[Config], values: dict[str, Any]) -> Config:

@@ -146,7 +146,7 @@ class _Endpoint(ABC):
         return Response(orjson.dumps(content), media_type="application/json")
 
     async def _collect(self) -> list[dict[str, Any]]:
-        choices = []
+        choices: list[dict[str, Any]] = []
         for generation in self._generations:
             parts: list[list[Delta]] = [[] for _ in generation.choices]
             while deltas := await generation.deltas():
@@ -181,7 +181,7 @@ class _Endpoint(ABC):
                     return
                 yield event(self._chunk_choice(number * per_prompt + delta.index, delta))
             if usage:
-                yield b"data: " + envelope + b',"choices":[],"usage":' + orjson.dumps(self._usage()) + b"}\n\n"
+                yield (b"data: " + envelope + b',"choices":[],"usage":' + orjson.dumps(self._usage()) + b"}\n\n")
             yield b"data: [DONE]\n\n"
         finally:
             self._end()
@@ -399,7 +399,10 @@ class ChatCompletions(_Endpoint):
     def _logprobs(self, tokens: list[int], scores: list[TokenLogprobs]) -> dict[str, Any] | None:
         if self._params.logprobs is None:
             return None
-        return {"content": [self._one(token, score) for token, score in zip(tokens, scores, strict=True)], "refusal": None}
+        return {
+            "content": [self._one(token, score) for token, score in zip(tokens, scores, strict=True)],
+            "refusal": None,
+        }
 
     def _one(self, token: int, score: TokenLogprobs) -> dict[str, Any]:
         def entry(token: int, value: float) -> dict[str, Any]:

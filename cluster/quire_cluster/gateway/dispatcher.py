@@ -162,7 +162,7 @@ class Dispatcher:
             if self._sweeper is None or self._sweeper.done():
                 self._sweeper = asyncio.ensure_future(self._sweep())
             return
-        session = self._sessions[chosen]  # type: ignore[index]
+        session = self._sessions[chosen]
         wire_id = next(self._wire_ids)
         choice.epoch += 1
         session.live[wire_id] = choice

@@ -57,7 +57,12 @@ class Choice:
     """One of the n answers. `accept` takes each token index once; `end` is called once."""
 
     def __init__(
-        self, index: int, facts: RequestFacts, sampling: EngineSampling, text: OutputText, arrived: asyncio.Event
+        self,
+        index: int,
+        facts: RequestFacts,
+        sampling: EngineSampling,
+        text: OutputText,
+        arrived: asyncio.Event,
     ) -> None:
         self.index = index
         self.facts = facts

@@ -31,10 +31,25 @@ from quire_cluster.gateway.service import Service
 log = logging.getLogger(__name__)
 MAX_MESSAGE = 32 << 20
 SERVICE = "quire.v1.Inference"
-_SCALARS = (
-    "n max_tokens min_tokens temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed "
-    "ignore_eos include_stop_str_in_output skip_special_tokens spaces_between_special_tokens logprobs prompt_logprobs"
-).split()
+_SCALARS = [
+    "n",
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "logprobs",
+    "prompt_logprobs",
+]
 _LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 
 
@@ -57,7 +72,7 @@ def status_code(error: QuireError) -> grpc.StatusCode:
 def sampling_from_proto(message: pb.SamplingParams, *, max_tokens: int | None) -> SamplingParams:
     """Fields left out take their defaults; `max_tokens` is the default of this call. Raises InvalidParameter."""
     given: dict[str, Any] = {"max_tokens": max_tokens}
-    given |= {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}  # type: ignore[arg-type]
+    given |= {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
     for name in _LISTS:
         values = getattr(message, name)
         if len(values) > 100_000:
@@ -103,7 +118,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             opening = request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
             if going_on and opening:
                 raise InvalidParameter(
-                    "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+                    "continue_final_message and add_generation_prompt exclude each other",
+                    "continue_final_message",
                 )
             return await self._service.render(messages, add_generation_prompt=opening, continue_final_message=going_on)
 
@@ -152,7 +168,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def _response(self, generation: Generation, delta: Delta) -> pb.GenerateResponse:
         response = pb.GenerateResponse(
-            request_id=generation.facts.request_id, index=delta.index, text=delta.text, token_ids=delta.token_ids
+            request_id=generation.facts.request_id,
+            index=delta.index,
+            text=delta.text,
+            token_ids=delta.token_ids,
         )
         for scores in delta.logprobs:
             response.logprobs.append(self._position(scores, 0))
@@ -208,7 +227,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return pb.ListModelsResponse(models=models)
 
 
-class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class KeyInterceptor(grpc.aio.ServerInterceptor):
     """Every call but the health service's needs `authorization: Bearer KEY`."""
 
     def __init__(self, key: str) -> None:
@@ -216,7 +235,8 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def refuse(request: Any, context: Any) -> None:
             await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, "missing or wrong API key; send metadata 'authorization: Bearer KEY'"
+                grpc.StatusCode.UNAUTHENTICATED,
+                "missing or wrong API key; send metadata 'authorization: Bearer KEY'",
             )
 
         async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:

@@ -23,7 +23,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire_cluster.gateway.completions import ChatCompletions, Completions
-from quire_cluster.gateway.schema import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from quire_cluster.gateway.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from quire_cluster.gateway.service import Service
 
 log = logging.getLogger(__name__)
@@ -57,7 +62,12 @@ def http_status(error: QuireError) -> int:
 
 def error_body(error: QuireError, status: int) -> dict[str, Any]:
     """OpenAI's shape."""
-    kinds = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error", 401: "authentication_error"}
+    kinds = {
+        404: "not_found_error",
+        413: "invalid_request_error",
+        429: "rate_limit_error",
+        401: "authentication_error",
+    }
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     parameter = error.parameter if isinstance(error, InvalidParameter) else None
     code = {404: "model_not_found", 429: "queue_full"}.get(status)
@@ -168,7 +178,9 @@ class Api:
 
     async def _no_route(self, request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
-        return json_response(error_body(BadMethod(f"{request.method} {request.url.path} is not served"), status), status)
+        return json_response(
+            error_body(BadMethod(f"{request.method} {request.url.path} is not served"), status), status
+        )
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
@@ -210,7 +222,11 @@ class Api:
             )
         else:
             tokens = await service.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        content: dict[str, Any] = {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
+        content: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": service.max_model_len,
+            "tokens": tokens,
+        }
         if body.return_token_strs:
             content["token_strs"] = [service.tokenizer.token_text(token) for token in tokens]
         return json_response(content)

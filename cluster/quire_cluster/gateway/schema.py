@@ -7,11 +7,28 @@ from quire_engine.errors import InvalidParameter
 from quire_engine.text.params import SamplingParams
 
 Text = Annotated[str, Field(max_length=1 << 24)]
-_SHARED = (
-    "n min_tokens temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed stop "
-    "stop_token_ids ignore_eos include_stop_str_in_output skip_special_tokens spaces_between_special_tokens "
-    "prompt_logprobs allowed_token_ids bad_words structured_outputs"
-).split()
+_SHARED = [
+    "n",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "prompt_logprobs",
+    "allowed_token_ids",
+    "bad_words",
+    "structured_outputs",
+]
 
 
 class Strict(BaseModel):
@@ -141,13 +158,19 @@ class ChatCompletionRequest(_Sampling):
             raise InvalidParameter("tools are not supported yet; leave tools and tool_choice out", "tools")
         if self.chat_template is not None:
             raise InvalidParameter(
-                "chat_template cannot come with a request; start the server with --chat-template", "chat_template"
+                "chat_template cannot come with a request; start the server with --chat-template",
+                "chat_template",
             )
         if self.reasoning_effort is not None:
             raise InvalidParameter("reasoning_effort is not supported; leave it out", "reasoning_effort")
-        if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and "add_generation_prompt" in self.model_fields_set
+        ):
             raise InvalidParameter(
-                "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+                "continue_final_message and add_generation_prompt exclude each other",
+                "continue_final_message",
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidParameter("top_logprobs needs logprobs = true", "top_logprobs")

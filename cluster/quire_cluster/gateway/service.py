@@ -1,4 +1,5 @@
-"""What every way in has in common: check, render, tokenize, dispatch; and at the end, the metrics and one line of log."""
+"""What every way in has in common: check, render, tokenize, dispatch; and at the end, the metrics and one line of
+log."""
 
 import asyncio
 import hashlib
@@ -86,7 +87,9 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModel for a name that is not served; none at all means the one there is."""
         if name and name not in self.names:
-            raise UnknownModel(f"the model {name[:100]!r} is not served here; served is {', '.join(self.names)}", "model")
+            raise UnknownModel(
+                f"the model {name[:100]!r} is not served here; served is {', '.join(self.names)}", "model"
+            )
 
     async def tokenize(self, text: str, *, add_special_tokens: bool, parameter: str = "prompt") -> list[int]:
         """Token ids. Raises ContextTooLong at once for a text that cannot fit however well it compresses."""

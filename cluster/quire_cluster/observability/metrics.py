@@ -3,8 +3,50 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from quire_protos.v1 import engine_pb2 as pb
 
-LATENCY_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+LATENCY_BUCKETS = (
+    0.3,
+    0.5,
+    0.8,
+    1,
+    1.5,
+    2,
+    2.5,
+    5,
+    10,
+    15,
+    20,
+    30,
+    40,
+    50,
+    60,
+    120,
+    240,
+    480,
+    960,
+    1920,
+    7680,
+)
+FIRST_TOKEN_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+)
 TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 SIZE_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -34,12 +76,18 @@ class Metrics:
         self._allocated = gauge("kv_cache_slots_allocated", "Token slots of the pages that requests hold")
         self._unused = gauge("kv_cache_slots_unused", "Of these, slots that hold nothing: the only waste")
         self._info = Gauge(
-            "quire:cache_config_info", "The cache", [*labels, "block_size", "num_gpu_blocks"], registry=self._registry
+            "quire:cache_config_info",
+            "The cache",
+            [*labels, "block_size", "num_gpu_blocks"],
+            registry=self._registry,
         )
         self._engine_counters = {
             "preemptions": Counter("quire:num_preemptions", "Preemptions", labels, registry=self._registry),
             "prefix_queries": Counter(
-                "quire:prefix_cache_queries", "Tokens looked up in the prefix cache", labels, registry=self._registry
+                "quire:prefix_cache_queries",
+                "Tokens looked up in the prefix cache",
+                labels,
+                registry=self._registry,
             ),
             "prefix_hits": Counter(
                 "quire:prefix_cache_hits", "Tokens found in the prefix cache", labels, registry=self._registry

@@ -2,6 +2,9 @@
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,7 @@ class ReplicaLoad:
         return max(self.own, self.reported + self.own - self.own_at_report)
 
 
-def choose_replica(loads: Mapping[Hashable, ReplicaLoad], turn: int) -> Hashable | None:
+def choose_replica(loads: Mapping[Key, ReplicaLoad], turn: int) -> Key | None:
     """The least loaded replica, equals in turn; None when there is none."""
     if not loads:
         return None

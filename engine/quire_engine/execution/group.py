@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 
 class TensorParallelGroup:
@@ -24,14 +25,14 @@ class TensorParallelGroup:
             return TensorParallelGroup()
         if address == "127.0.0.1":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = dist.TCPStore(address, port, size, False, timeout=timedelta(seconds=60))
+        store = TCPStore(address, port, size, False, timeout=timedelta(seconds=60))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         return TensorParallelGroup(rank, size, dist.group.WORLD)
 
     @staticmethod
-    def host_store(size: int) -> dist.TCPStore:
+    def host_store(size: int) -> TCPStore:
         """The rendezvous the ranks meet at; keep it while they join. Its `port` is chosen by the system."""
-        return dist.TCPStore("0.0.0.0", 0, size, True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        return TCPStore("0.0.0.0", 0, size, True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, in place."""

@@ -54,7 +54,8 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
     if wanted == "native":
         if not native_fits:
             raise InvalidParameter(
-                f"attention_backend native is for float32 on a CPU, not {dtype} on {device.type}", "attention_backend"
+                f"attention_backend native is for float32 on a CPU, not {dtype} on {device.type}",
+                "attention_backend",
             )
         return NativeBackend()
     if wanted == "triton":
@@ -65,7 +66,8 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: a fresh mapping per activation costs more in page faults than the arithmetic."""
+    """Tells glibc to keep what is freed: a fresh mapping per activation costs more in page faults than the
+    arithmetic."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:  # not glibc: its own malloc decides

@@ -39,9 +39,7 @@ def shard(size: int, group: TensorParallelGroup) -> slice:
     return slice(group.rank * part, (group.rank + 1) * part)
 
 
-def column_parallel(
-    weights: TensorReader, parts: list[tuple[str, int, slice]], inputs: int, bias: bool
-) -> Matmul:
+def column_parallel(weights: TensorReader, parts: list[tuple[str, int, slice]], inputs: int, bias: bool) -> Matmul:
     """Several projections of one input as one matmul, each rank computing some of their outputs.
 
     `parts`: name, outputs of the whole tensor, and the rows that this rank takes.

@@ -12,7 +12,12 @@ KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def cos_sin_table(
-    *, theta: float, rotary_dim: int, scaling: dict[str, Any] | None, max_position: int, model_max_position: int
+    *,
+    theta: float,
+    rotary_dim: int,
+    scaling: dict[str, Any] | None,
+    max_position: int,
+    model_max_position: int,
 ) -> Tensor:
     """[max_position, 2, rotary_dim / 2] in fp32. Raises ModelError for a scaling that is not known.
 

@@ -42,9 +42,7 @@ class Attention:
 
     def __call__(self, x: Tensor, batch: AttentionBatch, cache: KVCache, cos_sin: Tensor) -> Tensor:
         qkv = self._qkv(x)  # [T, (H + 2K) * D]
-        self._ops.rope_cache_write(
-            qkv, *cache, batch, cos_sin, self._q_norm, self._k_norm, self._eps, self._num_heads
-        )
+        self._ops.rope_cache_write(qkv, *cache, batch, cos_sin, self._q_norm, self._k_norm, self._eps, self._num_heads)
         heads = qkv.view(qkv.shape[0], self._num_heads + 2 * self._kv_heads, self._head_dim)
         attended = self._ops.paged_attention(heads[:, : self._num_heads], *cache, batch, self._scale, self._window)
         return self._output(attended.reshape(qkv.shape[0], -1))
@@ -71,7 +69,12 @@ class Decoder:
     """Token ids to logits. Building it reads the weights, each straight into this rank's slice."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: TensorReader, group: TensorParallelGroup, ops: Backend, max_model_len: int
+        self,
+        spec: DecoderSpec,
+        weights: TensorReader,
+        group: TensorParallelGroup,
+        ops: Backend,
+        max_model_len: int,
     ) -> None:
         spec.check_parallel(group.size)
         self.spec = spec

@@ -21,6 +21,4 @@ def spec_of(config: dict[str, Any]) -> DecoderSpec:
     for name in architectures:
         if name in FAMILIES:
             return FAMILIES[name](config)
-    raise ModelError(
-        f"architectures is {architectures or 'missing'}; served are {', '.join(FAMILIES)}"
-    )
+    raise ModelError(f"architectures is {architectures or 'missing'}; served are {', '.join(FAMILIES)}")

@@ -10,7 +10,9 @@ def layer_windows(config: dict[str, Any]) -> tuple[int, ...]:
     if not config.get("use_sliding_window") or not config.get("sliding_window"):
         return ()
     first, layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
-    kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
+    ]
     return tuple(config["sliding_window"] if kind == "sliding_attention" else 0 for kind in kinds)
 
 

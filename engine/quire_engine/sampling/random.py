@@ -1,4 +1,5 @@
-"""Counter-based random numbers: the number at (seed, position) needs no history, so a resumed request draws the same."""
+"""Counter-based random numbers: the number at (seed, position) needs no history, so a resumed request draws the
+same."""
 
 import numpy as np
 from numpy.typing import NDArray

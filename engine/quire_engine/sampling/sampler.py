@@ -1,7 +1,8 @@
 """From logits to tokens. V vocabulary, S rows that draw.
 
-Order, as in the field: log-probabilities are of the raw logits; then allowed tokens, bad words, logit bias, min_tokens and
-penalties; then greedy, or temperature, min-p, top-k, top-p and a draw by inversion of the cumulative distribution.
+Order, as in the field: log-probabilities are of the raw logits; then allowed tokens, bad words, logit bias,
+min_tokens and penalties; then greedy, or temperature, min-p, top-k, top-p and a draw by inversion of the cumulative
+distribution.
 """
 
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ class Sampler:
         for row in self._edited.keys() & places.keys():
             self._remember(self._edited[row], int(tokens[places[row]]))
         logprobs = {
-            row: token_logprobs(values[None], tokens[places[row]][None], self._logprobs[row]) for row, values in raw.items()
+            row: token_logprobs(values[None], tokens[places[row]][None], self._logprobs[row])
+            for row, values in raw.items()
         }
         return Drawn(tokens, logprobs, failed)
 
@@ -168,7 +170,8 @@ class Sampler:
 
     @staticmethod
     def _nucleus_edge(weights: Tensor, top_p: float) -> Tensor:
-        """The smallest weight in the nucleus: the fewest likeliest tokens that make up `top_p` (Holtzman et al. 2020)."""
+        """The smallest weight in the nucleus: the fewest likeliest tokens that make up `top_p` (Holtzman et al.
+        2020)."""
         wanted = weights.sum() * top_p
         count = min(_CANDIDATES, weights.shape[0])
         ordered = weights.topk(count).values

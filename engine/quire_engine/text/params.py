@@ -100,7 +100,14 @@ class SamplingParams:
                     raise InvalidParameter(f"{name} holds {token}; token ids go from 0 to {vocab_size - 1}", name)
 
     def for_engine(
-        self, tokenizer: Tokenizer, *, vocab_size: int, end_tokens: tuple[int, ...], room: int, seed: int, choice: int = 0
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        end_tokens: tuple[int, ...],
+        room: int,
+        seed: int,
+        choice: int = 0,
     ) -> EngineSampling:
         """The part the engine sees, in tokens. `room`: tokens left of the context; choice i draws with `seed` + i."""
         self.check_vocabulary(vocab_size)
@@ -150,4 +157,6 @@ def _texts(name: str, texts: list[str], most: int, longest: int) -> None:
         if not text:
             raise InvalidParameter(f"{name} holds an empty text", name)
         if len(text) > longest:
-            raise InvalidParameter(f"{name} holds a text of {len(text)} characters; at most {longest} are allowed", name)
+            raise InvalidParameter(
+                f"{name} holds a text of {len(text)} characters; at most {longest} are allowed", name
+            )

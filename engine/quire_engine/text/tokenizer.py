@@ -26,7 +26,8 @@ class Tokenizer:
         fast = getattr(backend, "backend_tokenizer", None)
         if fast is None:
             raise ModelError(
-                f"{type(backend).__name__} has no fast tokenizer; give one with --tokenizer (a folder with tokenizer.json)"
+                f"{type(backend).__name__} has no fast tokenizer; give one with --tokenizer (a folder that has "
+                "tokenizer.json)"
             )
         self._backend = backend
         self._fast = fast
@@ -50,12 +51,15 @@ class Tokenizer:
             if kept and (kept / "tokenizer.json").exists():
                 return Tokenizer(AutoTokenizer.from_pretrained(str(kept), local_files_only=True), chat_template)
             backend = AutoTokenizer.from_pretrained(
-                str(source) if source.exists() else other, trust_remote_code=False, local_files_only=not other, **gguf
+                str(source) if source.exists() else other,
+                trust_remote_code=False,
+                local_files_only=not other,
+                **gguf,
             )
         except Exception as error:  # transformers raises nearly anything here
             raise ModelError(
-                f"the tokenizer of {other or files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); "
-                "give one with --tokenizer"
+                f"the tokenizer of {other or files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); give "
+                "one with --tokenizer"
             ) from error
         if kept:
             _keep(backend, kept)
@@ -91,12 +95,18 @@ class Tokenizer:
         return str(self._fast.decode([token_id], skip_special_tokens=False))
 
     def render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, continue_final_message: bool, **variables: Any
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        **variables: Any,
     ) -> str:
         """A conversation as the model was trained to see it. Raises InvalidParameter when the template refuses it."""
         if not self.has_chat_template:
             raise InvalidParameter(
-                "this model has no chat template; use completions, or start the server with --chat-template", "messages"
+                "this model has no chat template; use completions, or start the server with --chat-template",
+                "messages",
             )
         try:
             return str(
@@ -174,7 +184,9 @@ class StopMatcher:
             return text, None
         whole = self._held + text
         first = min(
-            ((at, stop) for stop in self._stops if (at := whole.find(stop)) >= 0), default=None, key=lambda found: found[0]
+            ((at, stop) for stop in self._stops if (at := whole.find(stop)) >= 0),
+            default=None,
+            key=lambda found: found[0],
         )
         if first is not None:
             at, stop = first
@@ -200,7 +212,11 @@ class StopMatcher:
 
 def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end a generation: generation_config.json's, else the config's, else the tokenizer's."""
-    for source in (files.generation_config.get("eos_token_id"), files.config.get("eos_token_id"), tokenizer.end_token):
+    for source in (
+        files.generation_config.get("eos_token_id"),
+        files.config.get("eos_token_id"),
+        tokenizer.end_token,
+    ):
         if source is not None:
             return tuple(source) if isinstance(source, list) else (source,)
     return ()

@@ -15,10 +15,36 @@ from torch import Tensor
 from quire_engine.errors import ModelError
 from quire_engine.weights.tensors import LazyTensor
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _STRING, _ARRAY = 8, 9
 _MAX_COUNT = 1 << 24
-READABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+READABLE = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +104,8 @@ class GGUFFile:
             num_bytes = elements // block * size
             if base + offset + num_bytes > len(self._map):
                 raise ModelError(
-                    f"{path.name} is truncated: tensor {name} ends at byte {base + offset + num_bytes} of {len(self._map)}; "
-                    "download it again"
+                    f"{path.name} is truncated: tensor {name} ends at byte {base + offset + num_bytes} of "
+                    f"{len(self._map)}; download it again"
                 )
             self.tensors[name] = GGUFTensorInfo(name, shape, kind.name, base + offset, num_bytes)
 
@@ -103,7 +129,9 @@ class GGUFFile:
     def _take(self, size: int) -> bytes:
         end = self._at + size
         if end > len(self._map):
-            raise ModelError(f"{self.path.name} is truncated or corrupt: its header ends in the middle; download it again")
+            raise ModelError(
+                f"{self.path.name} is truncated or corrupt: its header ends in the middle; download it again"
+            )
         data = self._map[self._at : end]
         self._at = end
         return data
@@ -135,7 +163,7 @@ class GGUFFile:
         raise ModelError(f"{self.path.name} is corrupt: metadata of unknown type {kind}; download it again")
 
 
-# ---- to Hugging Face's names and config -------------------------------------------------------------------------------
+# ---- to Hugging Face's names and config ----------------------------------------------------------------------------
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -199,7 +227,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         config["sliding_window"] = window
     scaling = meta.get(f"{arch}.rope.scaling.type", "none")
     if scaling not in ("none", ""):
-        config["rope_scaling"] = {"rope_type": scaling, "factor": meta.get(f"{arch}.rope.scaling.factor", 1.0)}
+        config["rope_scaling"] = {
+            "rope_type": scaling,
+            "factor": meta.get(f"{arch}.rope.scaling.factor", 1.0),
+        }
     for ours, theirs in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")):
         if (token := meta.get(f"tokenizer.ggml.{theirs}")) is not None:
             config[ours] = token
@@ -236,7 +267,9 @@ class GGUFCheckpoint:
         heads = self._heads.get(name.split(".")[-2]) if self._interleaved else None
         if heads is None:
             return LazyTensor(name, info.shape, lambda rows: self._file.read(info, rows))
-        return LazyTensor(name, info.shape, lambda rows: self._file.read(info, slice(None))[self._order(info, heads)][rows])
+        return LazyTensor(
+            name, info.shape, lambda rows: self._file.read(info, slice(None))[self._order(info, heads)][rows]
+        )
 
     @staticmethod
     def _order(info: GGUFTensorInfo, heads: int) -> Tensor:

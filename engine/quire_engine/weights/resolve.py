@@ -119,7 +119,11 @@ def _from_hub(model: str, revision: str | None, download_dir: str | None) -> Mod
 
     try:
         folder = snapshot_download(
-            model, revision=revision, cache_dir=download_dir, allow_patterns=_HUB_FILES, max_workers=os.cpu_count() or 4
+            model,
+            revision=revision,
+            cache_dir=download_dir,
+            allow_patterns=_HUB_FILES,
+            max_workers=os.cpu_count() or 4,
         )
     except HFValidationError as error:
         raise ModelError(f"{model!r} is neither a path nor a hub id: {error}") from error

@@ -78,7 +78,9 @@ class SafetensorsCheckpoint:
         """Raises ModelError for a name the checkpoint does not have."""
         handle = self._where.get(name)
         if handle is None:
-            raise ModelError(f"the checkpoint has no tensor {name}; is it complete, and of the family its config names?")
+            raise ModelError(
+                f"the checkpoint has no tensor {name}; is it complete, and of the family its config names?"
+            )
         view = handle.get_slice(name)
         shape = tuple(view.get_shape())
 

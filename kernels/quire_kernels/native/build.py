@@ -12,7 +12,16 @@ from pathlib import Path
 from quire_kernels.cache_folder import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC", "-std=gnu11"]
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-ffast-math",
+    "-fno-finite-math-only",
+    "-fopenmp",
+    "-fPIC",
+    "-std=gnu11",
+]
 
 
 class NativeBuildError(Exception):

@@ -1,8 +1,8 @@
 """Paged attention in Triton: one kernel for prefill, chunked prefill and decode mixed in a batch.
 
-Legend: M query rows of a tile (query tokens times the heads of a group), N key tokens of a page, D head dim.
-The heads of a group are packed into M, so that a page is read once per group (as FlashInfer and vLLM's unified kernel do).
-Runs on triton 3.6 to 3.9; under the interpreter it equals the reference in fp32 and fp16.
+Legend: M query rows of a tile (query tokens times the heads of a group), N key tokens of a page, D head dim. The
+heads of a group are packed into M, so that a page is read once per group (as FlashInfer and vLLM's unified kernel
+do). Runs on triton 3.6 to 3.9; under the interpreter it equals the reference in fp32 and fp16.
 """
 
 from typing import Any

@@ -1,0 +1,151 @@
+"""Processes are killed under load: every stream completes, as if nothing had happened."""
+
+import asyncio
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import RunningServer
+from quire import AsyncClient
+
+NUM_STREAMS = 16
+NUM_TOKENS = 200
+
+
+async def run_streams(server: RunningServer, disturb: Callable[[], None] | None = None) -> list[list[int]]:
+    """Half of them greedy, half seeded with penalties; `disturb` runs once all have begun."""
+    begun = asyncio.Barrier(NUM_STREAMS + 1)
+
+    async def one(client: AsyncClient, number: int) -> list[int]:
+        options = (
+            {"temperature": 0.0}
+            if number % 2
+            else {
+                "temperature": 0.9,
+                "seed": number,
+                "top_p": 0.9,
+                "top_k": 40,
+                "presence_penalty": 0.3,
+                "repetition_penalty": 1.1,
+            }
+        )
+        tokens: list[int] = []
+        finish = None
+        prompt = [5 + number, 17, 30 + 2 * number, 99]
+        async for output in client.stream(prompt, max_tokens=NUM_TOKENS, ignore_eos=True, timeout=120, **options):
+            if not tokens:
+                await begun.wait()
+            tokens += output.token_ids
+            finish = output.finish_reason or finish
+        assert finish == "length"
+        return tokens
+
+    async with AsyncClient(server.grpc) as client:
+        streams = [asyncio.ensure_future(one(client, number)) for number in range(NUM_STREAMS)]
+        await begun.wait()
+        if disturb is not None:
+            disturb()
+        return await asyncio.gather(*streams)
+
+
+def processes(server: RunningServer, kind: str) -> list[int]:
+    """Ids of the server's actors of a class, by their titles."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if title.startswith(f"ray::{kind}") and server.process.pid in ancestors(int(folder.name)):
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def ancestors(pid: int) -> set[int]:
+    found: set[int] = set()
+    while pid > 1:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            break
+        parent = re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)
+        assert parent
+        pid = int(parent[1])
+        found.add(pid)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def engines(server: RunningServer) -> int:
+    return len(processes(server, "Replica"))
+
+
+@pytest.mark.parametrize("kind", ["Worker", "Replica"])
+def test_a_killed_process_costs_no_token(two_replicas: RunningServer, kind: str) -> None:
+    server = two_replicas
+    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    undisturbed = asyncio.run(run_streams(server))
+    victims = processes(server, kind)
+    assert len(victims) == 2
+    before = set(processes(server, "Worker") + processes(server, "Replica"))
+    disturbed = asyncio.run(run_streams(server, lambda: os.kill(victims[0], signal.SIGKILL)))
+    assert disturbed == undisturbed
+    assert "go on elsewhere" in server.log
+    # and the replica comes back, all of it anew
+    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    after = set(processes(server, "Worker") + processes(server, "Replica"))
+    assert len(after & before) == 2
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_both_replicas_die_and_the_streams_wait_for_the_rebuild(two_replicas: RunningServer) -> None:
+    server = two_replicas
+    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    undisturbed = asyncio.run(run_streams(server))
+
+    def kill_all() -> None:
+        for victim in processes(server, "Replica"):
+            os.kill(victim, signal.SIGKILL)
+
+    assert asyncio.run(run_streams(server, kill_all)) == undisturbed
+    wait_until(lambda: engines(server) == 2)
+
+
+def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:
+    """SIGTERM during a stream: the stream finishes, and then no process, no memory segment and no folder is left."""
+    folders = set(Path("/tmp").glob("quire-*"))
+    segments = set(Path("/dev/shm").iterdir())
+    server = RunningServer(str(checkpoint("llama")))
+    children = {
+        int(p.name)
+        for p in Path("/proc").iterdir()
+        if p.name.isdigit() and server.process.pid in ancestors(int(p.name))
+    }
+    assert len(children) > 3
+
+    async def stream() -> int:
+        count = 0
+        async with AsyncClient(server.grpc) as client:
+            async for output in client.stream([5, 6, 7], max_tokens=300, ignore_eos=True):
+                if count == 0:
+                    server.process.send_signal(signal.SIGTERM)
+                count += len(output.token_ids)
+        return count
+
+    assert asyncio.run(stream()) == 300
+    assert server.wait() == 0, server.log
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10)
+    assert set(Path("/tmp").glob("quire-*")) <= folders
+    assert set(Path("/dev/shm").iterdir()) <= segments

@@ -1,0 +1,121 @@
+"""The rules of the house that can be read off the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {
+    "quire_protos": "protos",
+    "quire_kernels": "kernels",
+    "quire_engine": "engine",
+    "quire_cluster": "cluster",
+    "quire": "cluster",
+}
+MAY_IMPORT = {
+    "quire_protos": set(),
+    "quire_kernels": set(),
+    "quire_engine": {"quire_kernels"},
+    "quire_cluster": {"quire_protos", "quire_engine", "quire"},
+    "quire": {"quire_protos", "quire_engine", "quire_cluster"},
+}
+FORBIDDEN = {"quire_kernels": {"ray", "grpc"}, "quire_engine": {"ray", "grpc"}}
+
+
+def sources(package: str) -> list[Path]:
+    folder = ROOT / ROOMS[package] / package
+    return [path for path in folder.rglob("*.py") if "_pb2" not in path.name]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, by its full name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found.add(node.module or "")
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    for package, allowed in MAY_IMPORT.items():
+        files = sources(package)
+        assert files, package
+        for path in files:
+            tops = {name.split(".")[0] for name in imports(path)}
+            ours = tops & MAY_IMPORT.keys() - {package}
+            assert ours <= allowed, f"{path.relative_to(ROOT)} imports {ours - allowed}"
+            banned = tops & FORBIDDEN.get(package, set())
+            assert not banned, f"{path.relative_to(ROOT)} imports {banned}"
+
+
+def test_no_cycles_between_modules() -> None:
+    graph: dict[str, set[str]] = {}
+    for package, folder in ROOMS.items():
+        for path in sources(package):
+            name = ".".join(path.relative_to(ROOT / folder).with_suffix("").parts).removesuffix(".__init__")
+            top_level = ast.parse(path.read_text()).body
+            graph[name] = set()
+            for node in top_level:
+                if isinstance(node, ast.ImportFrom):
+                    graph[name].add(node.module or "")
+                elif isinstance(node, ast.Import):
+                    graph[name] |= {alias.name for alias in node.names}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join([*path, name])
+        if name in done or name not in graph:
+            return
+        for following in graph[name]:
+            visit(following, (*path, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_engine_runs_without_ray_and_grpc() -> None:
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['grpc'] = sys.modules['gguf'] = None\n"
+        "import quire_engine.engine, quire_engine.execution.runner\n"
+        "import quire_engine.text.tokenizer, quire_engine.text.output"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_client_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = sys.modules['ray'] = None\nfrom quire import Client, AsyncClient"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_generated_protos_are_up_to_date(tmp_path: Path) -> None:
+    folder = ROOT / "protos/quire_protos/v1"
+    protos = [str(path) for path in sorted(folder.glob("*.proto"))]
+    outputs = [f"--{kind}={tmp_path}" for kind in ("python_out", "grpc_python_out", "pyi_out")]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}", *outputs, *protos], check=True)
+    made = {path.name: path.read_text() for path in (tmp_path / "quire_protos/v1").iterdir()}
+    kept = {
+        path.name: path.read_text()
+        for path in folder.iterdir()
+        if "_pb2" in path.name and path.suffix in (".py", ".pyi")
+    }
+    assert made == kept, "run `make protos`"
+
+
+def test_pickle_is_only_in_the_step_channel() -> None:
+    for package in ROOMS:
+        for path in sources(package):
+            used = {
+                name for name in imports(path) if name.split(".")[0] in ("pickle", "cloudpickle", "dill", "marshal")
+            }
+            assert not used or path.name == "channel.py", f"{path.relative_to(ROOT)} imports {used}"
+
+
+def test_no_file_grows_beyond_500_lines() -> None:
+    for package in ROOMS:
+        for path in sources(package):
+            assert len(path.read_text().splitlines()) <= 500, path.relative_to(ROOT)
