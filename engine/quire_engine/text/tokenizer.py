@@ -58,8 +58,8 @@ class Tokenizer:
             )
         except Exception as error:  # transformers raises nearly anything here
             raise ModelError(
-                f"the tokenizer of {other or files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); give "
-                "one with --tokenizer"
+                f"tokenizer of {other or files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); "
+                "give one with --tokenizer"
             ) from error
         if kept:
             _keep(backend, kept)

@@ -1,0 +1,394 @@
+"""The OpenAI API, through the openai SDK as it is and through plain HTTP."""
+
+import asyncio
+import json
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from conftest import RunningServer
+
+
+@pytest.fixture
+def client(two_replicas: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{two_replicas.url}/v1", api_key="none", max_retries=0)
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "w5 w17 w30"}]
+    whole = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=12)
+    choice = whole.choices[0]
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == "length"
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (3, 12, 15)
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        temperature=0,
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == choice.message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "w5 w17 w30"}]
+    for stream in (False, True):
+        answer = client.chat.completions.create(
+            model="tiny", messages=messages, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3, stream=stream
+        )
+        if stream:
+            parts = [chunk.choices[0].logprobs for chunk in answer if chunk.choices[0].logprobs]
+            content = [entry for part in parts for entry in part.content or []]
+        else:
+            content = answer.choices[0].logprobs.content
+        assert len(content) == 6
+        for entry in content:
+            assert len(entry.top_logprobs) == 3
+            assert entry.logprob == max(top.logprob for top in entry.top_logprobs), "greedy takes the likeliest"
+            assert entry.token == entry.top_logprobs[0].token
+            assert entry.logprob <= 0
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt=["w5 w6", "w7 w8 w9"], n=2, seed=7, max_tokens=5, logprobs=1, echo=True
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text.startswith("w5w6")
+    scores = answer.choices[3].logprobs
+    assert len(scores.tokens) == len(scores.token_logprobs) == 3 + 5
+    assert scores.token_logprobs[0] is None
+    assert answer.choices[0].text != answer.choices[1].text, "each choice draws for itself"
+    again = client.completions.create(model="tiny", prompt=["w5 w6", "w7 w8 w9"], n=2, seed=7, max_tokens=5, echo=True)
+    assert [c.text for c in again.choices] == [c.text for c in answer.choices], "a seed repeats"
+    tokens = client.completions.create(model="tiny", prompt=[5, 6], max_tokens=4, temperature=0)
+    assert tokens.usage.prompt_tokens == 2
+    streamed = client.completions.create(
+        model="tiny", prompt=["w5 w6", "w7 w8 w9"], n=2, seed=7, max_tokens=5, stream=True
+    )
+    texts = dict.fromkeys(range(4), "")
+    for chunk in streamed:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert ["w5w6" + texts[0], "w5w6" + texts[1], "w7w8w9" + texts[2], "w7w8w9" + texts[3]] == [
+        c.text for c in answer.choices
+    ]
+
+
+def test_stop_strings(client: openai.OpenAI) -> None:
+    free = client.completions.create(model="tiny", prompt="w5 w17", temperature=0, max_tokens=20).choices[0].text
+    words = re.findall(r"w\d+", free)
+    stop = words[6] + words[7][:2]
+    for stream in (False, True):
+        answer = client.completions.create(
+            model="tiny", prompt="w5 w17", temperature=0, max_tokens=20, stop=[stop, "never"], stream=stream
+        )
+        chunks = list(answer) if stream else [answer]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == free[: free.index(stop)]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        assert chunks[-1].choices[0].stop_reason == stop
+    kept = client.completions.create(
+        model="tiny",
+        prompt="w5 w17",
+        temperature=0,
+        max_tokens=20,
+        stop=stop,
+        extra_body={"include_stop_str_in_output": True},
+    )
+    assert kept.choices[0].text.endswith(stop)
+
+
+def test_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "w5"}]
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="other", messages=messages)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model="tiny", messages=messages, temperature=-1)
+    assert bad.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as unknown:
+        client.chat.completions.create(model="tiny", messages=messages, extra_body={"frobnicate": 1})
+    assert unknown.value.param == "frobnicate"
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+CHAT = {"messages": [{"role": "user", "content": "w5 w6"}]}
+TEXT = {"prompt": "w5 w6"}
+BAD = [
+    ("chat/completions", CHAT | {"temperature": -1}, 400, "temperature"),
+    ("chat/completions", CHAT | {"n": 10**9}, 400, "n"),
+    ("chat/completions", CHAT | {"n": 0}, 400, "n"),
+    ("chat/completions", CHAT | {"max_tokens": 10**12}, 400, "max_tokens"),
+    ("chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
+    ("chat/completions", CHAT | {"max_tokens": 512}, 400, "max_tokens"),
+    ("chat/completions", CHAT | {"stop": ["x"] * 10_000}, 400, "stop"),
+    ("chat/completions", CHAT | {"stop": ["x" * 100_000]}, 400, "stop"),
+    ("chat/completions", CHAT | {"stop": [""]}, 400, "stop"),
+    ("chat/completions", CHAT | {"top_p": 0}, 400, "top_p"),
+    ("chat/completions", CHAT | {"top_k": -2}, 400, "top_k"),
+    ("chat/completions", CHAT | {"min_p": 2}, 400, "min_p"),
+    ("chat/completions", CHAT | {"seed": 2**70}, 400, None),
+    ("chat/completions", CHAT | {"presence_penalty": 3}, 400, "presence_penalty"),
+    ("chat/completions", CHAT | {"repetition_penalty": 0}, 400, "repetition_penalty"),
+    ("chat/completions", CHAT | {"logit_bias": {"300": 1}}, 400, "logit_bias"),
+    ("chat/completions", CHAT | {"logit_bias": {"x": 1}}, 400, "logit_bias"),
+    ("chat/completions", CHAT | {"logit_bias": {"5": 1e9}}, 400, "logit_bias"),
+    ("chat/completions", CHAT | {"logit_bias": {str(i): 1 for i in range(100_000)}}, 400, "logit_bias"),
+    ("chat/completions", CHAT | {"allowed_token_ids": [-1]}, 400, "allowed_token_ids"),
+    ("chat/completions", CHAT | {"allowed_token_ids": []}, 400, "allowed_token_ids"),
+    ("chat/completions", CHAT | {"allowed_token_ids": [10**20]}, 400, None),
+    ("chat/completions", CHAT | {"stop_token_ids": [10**6]}, 400, "stop_token_ids"),
+    ("chat/completions", CHAT | {"logprobs": True, "top_logprobs": 10**6}, 400, "logprobs"),
+    ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs"),
+    ("chat/completions", CHAT | {"min_tokens": 20, "max_tokens": 10}, 400, "min_tokens"),
+    ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools"),
+    ("chat/completions", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("chat/completions", CHAT | {"structured_outputs": {"json": {}}}, 400, "structured_outputs"),
+    ("chat/completions", CHAT | {"chat_template": "{{ 1 }}"}, 400, "chat_template"),
+    ("chat/completions", CHAT | {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ("chat/completions", CHAT | {"temperature": "hot"}, 400, "temperature"),
+    ("chat/completions", CHAT | {"stream": "yes"}, 400, "stream"),
+    ("chat/completions", CHAT | {"priority": 2**40}, 400, "priority"),
+    ("chat/completions", CHAT | {"request_id": "a b\n"}, 400, "request_id"),
+    ("chat/completions", CHAT | {"model": "x" * 10_000}, 404, "model"),
+    ("chat/completions", {"messages": []}, 400, "messages"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
+    ("chat/completions", {}, 400, "messages"),
+    ("completions", {}, 400, "prompt"),
+    ("completions", {"prompt": []}, 400, "prompt"),
+    ("completions", {"prompt": [[]]}, 400, "prompt"),
+    ("completions", {"prompt": [300]}, 400, "prompt"),
+    ("completions", {"prompt": [-1]}, 400, "prompt"),
+    ("completions", {"prompt": [10**30]}, 400, None),
+    ("completions", {"prompt": [5] * 512}, 400, "prompt"),
+    ("completions", {"prompt": "w5 " * 3000}, 400, "prompt"),
+    ("completions", {"prompt": "w" * 3_000_000}, 400, "prompt"),
+    ("completions", TEXT | {"best_of": 3}, 400, "best_of"),
+    ("completions", TEXT | {"suffix": "x"}, 400, "suffix"),
+    ("completions", TEXT | {"bad_words": [""]}, 400, "bad_words"),
+    ("completions", TEXT | {"prompt_logprobs": 1, "stream": True}, 400, "stream"),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "status", "parameter"), BAD)
+def test_bad_input(two_replicas: RunningServer, route: str, body: dict, status: int, parameter: str | None) -> None:
+    answer = httpx.post(f"{two_replicas.url}/v1/{route}", json=body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == parameter or parameter is None, error
+    assert len(error["message"]) < 500
+    assert "Traceback" not in error["message"]
+    assert str(Path.home()) not in error["message"]
+
+
+def test_malformed_bodies(two_replicas: RunningServer) -> None:
+    url = f"{two_replicas.url}/v1/chat/completions"
+    for body in (
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"messages": NaN}',
+        b"\xff\xfe",
+        b'{"a":' * 5000,
+        json.dumps("x").encode(),
+    ):
+        answer = httpx.post(url, content=body)
+        assert answer.status_code == 400, (body[:20], answer.text)
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    nan = b'{"messages": [{"role": "user", "content": "w5"}], "temperature": NaN}'
+    assert httpx.post(url, content=nan).status_code == 400
+    assert httpx.get(f"{two_replicas.url}/nowhere").status_code == 404
+    assert httpx.get(url).status_code == 405
+
+
+def test_a_body_of_100_megabytes_is_refused_unread(two_replicas: RunningServer) -> None:
+    sent = 0
+
+    def body() -> object:
+        nonlocal sent
+        for _ in range(1600):
+            sent += 1 << 16
+            yield b"x" * (1 << 16)
+
+    url = f"{two_replicas.url}/v1/completions"
+    try:
+        answer = httpx.post(url, content=body(), headers={"content-length": str(100 << 20)})
+        assert answer.status_code == 413
+        assert "bytes" in answer.json()["error"]["message"]
+    except httpx.WriteError:
+        pass  # it hung up on the rest, which is as good
+    assert sent < 100 << 20
+    assert httpx.get(f"{two_replicas.url}/health").status_code == 200
+
+
+def test_bad_input_leaves_other_streams_alone(two_replicas: RunningServer) -> None:
+    """A victim alone equals a victim beside everything above."""
+    url = two_replicas.url
+    body = {"prompt": [9, 8, 7], "max_tokens": 300, "seed": 3, "ignore_eos": True, "return_token_ids": True}
+
+    async def victim(client: httpx.AsyncClient) -> list[int]:
+        return (await client.post(f"{url}/v1/completions", json=body)).json()["choices"][0]["token_ids"]
+
+    async def both() -> tuple[list[int], list[int]]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            alone = await victim(client)
+            beside = asyncio.ensure_future(victim(client))
+            hostile = [client.post(f"{url}/v1/{route}", json=bad) for route, bad, _, _ in BAD]
+            legal = [
+                client.post(f"{url}/v1/completions", json=TEXT | extra)
+                for extra in (
+                    {"allowed_token_ids": [5], "bad_words": ["w5"]},
+                    {"repetition_penalty": 100, "frequency_penalty": 2, "presence_penalty": -2},
+                    {"logit_bias": {str(i): -100 for i in range(300)}},
+                    {"temperature": 1000, "min_p": 1},
+                    {"prompt_logprobs": 20, "logprobs": 20},
+                )
+            ]
+            answers = await asyncio.gather(*hostile, *legal)
+            assert all(answer.status_code < 500 or "no token" in answer.text for answer in answers)
+            return alone, await beside
+
+    alone, beside = asyncio.run(both())
+    assert len(alone) == 300
+    assert alone == beside
+
+
+def test_tokenize_and_detokenize(two_replicas: RunningServer) -> None:
+    url = two_replicas.url
+    answer = httpx.post(f"{url}/tokenize", json={"prompt": "w5 w299 what", "return_token_strs": True}).json()
+    assert answer["tokens"] == [5, 299, 3]
+    assert answer["token_strs"] == ["w5", "w299", "<unk>"]
+    assert httpx.post(f"{url}/detokenize", json={"tokens": [5, 299]}).json() == {"prompt": "w5w299"}
+    assert httpx.post(f"{url}/detokenize", json={"tokens": [300]}).status_code == 400
+
+
+def metric(text: str, name: str) -> float:
+    """The sum of a metric over its labels."""
+    return sum(float(value) for value in re.findall(rf"^quire:{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE))
+
+
+def test_metrics(two_replicas: RunningServer) -> None:
+    url = two_replicas.url
+    before = httpx.get(f"{url}/metrics").text
+    body = {"prompt": [200 + i for i in range(50)], "max_tokens": 8, "ignore_eos": True, "n": 2}
+    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+    time.sleep(0.6)
+    after = httpx.get(f"{url}/metrics").text
+
+    def grown(name: str) -> float:
+        return metric(after, name) - metric(before, name)
+
+    assert grown("prompt_tokens_total") == 50
+    assert grown("generation_tokens_total") == 16
+    assert grown("request_success_total") == 2
+    assert grown("time_to_first_token_seconds_count") == 2
+    assert grown("inter_token_latency_seconds_count") == 14
+    assert metric(after, "num_requests_running") == 0
+    assert metric(after, "kv_cache_usage_perc") == 0
+    for name in ("num_requests_waiting", "cache_config_info", "num_preemptions_total", "prefix_cache_queries_total"):
+        assert f"quire:{name}" in after
+
+
+async def wait_until_idle(client: httpx.AsyncClient, url: str) -> float:
+    """The share of pages in use once no request is left in any engine (reports come four times a second)."""
+    until = time.monotonic() + 30
+    quiet = 0
+    while quiet < 3:
+        await asyncio.sleep(0.3)
+        text = (await client.get(f"{url}/metrics")).text
+        busy = metric(text, "num_requests_running") + metric(text, "num_requests_waiting")
+        quiet = 0 if busy else quiet + 1
+        assert time.monotonic() < until, text
+    return metric(text, "kv_cache_usage_perc")
+
+
+def test_64_streams(two_replicas: RunningServer) -> None:
+    async def one(client: httpx.AsyncClient, number: int) -> int:
+        body = {"prompt": [number + 5, 6], "max_tokens": 40, "stream": True, "ignore_eos": True}
+        count = 0
+        async with client.stream("POST", f"{two_replicas.url}/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                count += line.startswith("data: {")
+            assert line == "" or line == "data: [DONE]"
+        return count
+
+    async def all_of_them() -> list[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=60, limits=limits) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(64)))
+
+    assert min(asyncio.run(all_of_them())) >= 20
+
+
+def test_500_cancelled_requests_leave_no_page_behind(two_replicas: RunningServer) -> None:
+    url = two_replicas.url
+    generator = random.Random(0)
+
+    async def one(client: httpx.AsyncClient, number: int) -> None:
+        body = {"prompt": [4 + (number * 7 + i) % 290 for i in range(40)], "max_tokens": 400, "ignore_eos": True}
+        body["stream"] = number % 2 == 0
+        try:
+            async with asyncio.timeout(generator.uniform(0.0, 0.4)):
+                await client.post(f"{url}/v1/completions", json=body)
+        except TimeoutError:
+            pass
+
+    async def storm() -> None:
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+            assert await wait_until_idle(client, url) == 0
+            for start in range(0, 500, 50):
+                await asyncio.gather(*(one(client, start + i) for i in range(50)))
+            assert await wait_until_idle(client, url) == 0
+
+    asyncio.run(storm())
+    answer = httpx.post(f"{url}/v1/completions", json=TEXT)
+    assert answer.status_code == 200
+
+
+def test_an_occupied_port_and_a_missing_model(checkpoint: Callable[[str], Path], two_replicas: RunningServer) -> None:
+    port = two_replicas.url.rsplit(":", 1)[1]
+    taken = RunningServer(str(checkpoint("llama")), "--port", port, wait=False)
+    assert taken.wait() == 1
+    assert re.search(rf"quire: cannot listen on 127.0.0.1:{port} .*--port", taken.log), taken.log
+    missing = RunningServer("/nowhere/model", wait=False)
+    assert missing.wait() == 1
+    assert "there is no model at" in missing.log
+    assert "Traceback" not in missing.log
+
+
+def test_the_key_guards_every_route_but_health(checkpoint: Callable[[str], Path]) -> None:
+    server = RunningServer(str(checkpoint("llama")), "--api-key", "secret")
+    try:
+        for method, route in (
+            ("GET", "/v1/models"),
+            ("POST", "/v1/completions"),
+            ("POST", "/v1/chat/completions"),
+            ("POST", "/tokenize"),
+            ("POST", "/detokenize"),
+            ("GET", "/metrics"),
+            ("GET", "/nowhere"),
+        ):
+            assert httpx.request(method, server.url + route).status_code == 401, route
+        for route in ("/health", "/ready"):
+            assert httpx.get(server.url + route).status_code == 200
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret")
+        assert client.completions.create(model=client.models.list().data[0].id, prompt="w5", max_tokens=2).choices
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+    finally:
+        assert server.stop() == 0

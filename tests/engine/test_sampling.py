@@ -1,0 +1,167 @@
+"""The sampler against exact distributions and written-out rules."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from quire_engine.execution.plan import NewRow
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.sampling.random import philox_uniform
+from quire_engine.sampling.sampler import Sampler
+
+V = 50
+
+
+def sampler_for(*params: EngineSampling, tokens: list[int] | None = None, num_prompt: int = 0) -> Sampler:
+    sampler = Sampler(len(params), V, torch.device("cpu"))
+    log = tokens if tokens is not None else [1, 2, 3]
+    for row, one in enumerate(params):
+        sampler.set_row(NewRow(row, one, num_prompt or len(log), list(log)), len(log))
+    return sampler
+
+
+def draw(sampler: Sampler, logits: torch.Tensor, positions: list[int] | None = None) -> list[int]:
+    rows = np.arange(len(logits), dtype=np.int32)
+    where = np.array(positions if positions is not None else [0] * len(logits), np.int64)
+    return sampler.draw(logits.clone(), rows, where).tokens.tolist()
+
+
+def frequencies(params: EngineSampling, logits: torch.Tensor, count: int = 20_000) -> np.ndarray:
+    sampler = sampler_for(*[params] * 500)
+    found = np.zeros(V)
+    for at in range(count // 500):
+        found += np.bincount(draw(sampler, logits.expand(500, V), list(range(at * 500, at * 500 + 500))), minlength=V)
+    return found
+
+
+def chi_square(found: np.ndarray, exact: np.ndarray) -> None:
+    """Within five standard deviations of what chance gives; nothing where the probability is 0."""
+    assert found[exact == 0].sum() == 0
+    expected = exact[exact > 0] * found.sum()
+    statistic = ((found[exact > 0] - expected) ** 2 / expected).sum()
+    freedom = (exact > 0).sum() - 1
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom) + 1
+
+
+def exact(logits: torch.Tensor, temperature: float = 1.0, keep: torch.Tensor | None = None) -> np.ndarray:
+    probabilities = torch.softmax(logits.double() / temperature, -1)
+    if keep is not None:
+        probabilities = probabilities * keep
+    return (probabilities / probabilities.sum()).numpy()
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(V, generator=torch.Generator().manual_seed(3)) * 2
+
+
+def test_philox_is_the_published_one() -> None:
+    """Random123's known answer for key 0, counter 0: 6627e8d5 e169c58d."""
+    [value] = philox_uniform(np.zeros(1, np.uint64), np.zeros(1, np.int64))
+    assert value == ((0x6627E8D5 << 32 | 0xE169C58D) >> 11) * 2.0**-53
+
+
+def test_draws_follow_the_distribution(logits: torch.Tensor) -> None:
+    chi_square(frequencies(EngineSampling(seed=11), logits), exact(logits))
+    chi_square(frequencies(EngineSampling(seed=12, temperature=0.5), logits), exact(logits, 0.5))
+
+
+def test_top_k(logits: torch.Tensor) -> None:
+    keep = torch.zeros(V)
+    keep[logits.topk(7).indices] = 1
+    chi_square(frequencies(EngineSampling(seed=1, top_k=7), logits), exact(logits, keep=keep))
+
+
+def test_top_p(logits: torch.Tensor) -> None:
+    probabilities, order = torch.softmax(logits.double(), -1).sort(descending=True)
+    keep = torch.zeros(V)
+    keep[order[probabilities.cumsum(0) - probabilities < 0.8]] = 1
+    chi_square(frequencies(EngineSampling(seed=2, top_p=0.8), logits), exact(logits, keep=keep))
+
+
+def test_top_p_beyond_the_candidates() -> None:
+    """A flat distribution over a vocabulary far larger than what top-p looks at first."""
+    weights = torch.ones(20_000)
+    edge = Sampler._nucleus_edge(weights, 0.9)
+    assert edge == 1
+    weights = torch.linspace(1, 2, 20_000)
+    edge = Sampler._nucleus_edge(weights, 0.5)
+    assert weights[weights >= edge].sum() >= 0.5 * weights.sum()
+    assert weights[weights > edge].sum() < 0.5 * weights.sum() + 1
+
+
+def test_min_p(logits: torch.Tensor) -> None:
+    probabilities = torch.softmax(logits, -1)
+    keep = (probabilities >= 0.2 * probabilities.max()).double()
+    chi_square(frequencies(EngineSampling(seed=3, min_p=0.2), logits), exact(logits, keep=keep))
+
+
+def test_rows_do_not_touch_each_other(logits: torch.Tensor) -> None:
+    """A row alone draws what it draws beside rows that ask for everything."""
+    mine = EngineSampling(seed=5, temperature=0.7, top_p=0.9)
+    greedy = EngineSampling(temperature=0.0)
+    others = [
+        EngineSampling(seed=1, allowed_token_ids=(4,)),
+        EngineSampling(seed=1, bad_words=((5,),), logit_bias={3: 100.0}),
+        EngineSampling(seed=1, repetition_penalty=50.0, top_k=1),
+        EngineSampling(seed=1, logprobs=20, min_tokens=5, stop_token_ids=(7,)),
+    ]
+    alone = draw(sampler_for(mine), logits[None], [17])[0]
+    beside = draw(sampler_for(greedy, *others, mine), torch.stack([logits] * 6), [17] * 6)
+    assert beside[-1] == alone
+    assert beside[0] == int(logits.argmax())
+    assert beside[1] == 4
+    assert beside[2] == 3
+
+
+def test_penalties_are_the_fields_own(logits: torch.Tensor) -> None:
+    """Repetition counts prompt and output, presence and frequency only the output; twice, so that state counts."""
+    params = EngineSampling(
+        temperature=0.0, repetition_penalty=1.7, presence_penalty=0.9, frequency_penalty=0.4, logprobs=0
+    )
+    log, num_prompt = [3, 3, 8, 9, 9, 9, 12], 3
+    sampler = sampler_for(params, tokens=log, num_prompt=num_prompt)
+    for _ in range(6):
+        expected = logits.clone()
+        for token in set(log):
+            expected[token] = expected[token] / 1.7 if expected[token] > 0 else expected[token] * 1.7
+        for token in set(log[num_prompt:]):
+            expected[token] -= 0.9 + 0.4 * log[num_prompt:].count(token)
+        [token] = draw(sampler, logits[None])
+        assert token == int(expected.argmax())
+        log.append(token)
+
+
+def test_bad_words_need_their_beginning(logits: torch.Tensor) -> None:
+    best, second = logits.topk(2).indices.tolist()
+    banned = EngineSampling(temperature=0.0, bad_words=((1, 2, best),))
+    assert draw(sampler_for(banned, tokens=[9, 1, 2]), logits[None]) == [second]
+    assert draw(sampler_for(banned, tokens=[9, 2, 1]), logits[None]) == [best]
+
+
+def test_min_tokens_keeps_the_end_away(logits: torch.Tensor) -> None:
+    best, second = logits.topk(2).indices.tolist()
+    sampler = sampler_for(EngineSampling(temperature=0.0, min_tokens=2, stop_token_ids=(best,)))
+    assert [draw(sampler, logits[None])[0] for _ in range(3)] == [second, second, best]
+
+
+def test_logprobs_are_raw(logits: torch.Tensor) -> None:
+    params = EngineSampling(temperature=0.3, seed=4, logprobs=5, logit_bias={1: 50.0})
+    sampler = sampler_for(params)
+    drawn = sampler.draw(logits[None].clone(), np.zeros(1, np.int32), np.zeros(1, np.int64))
+    scores, truth = drawn.logprobs[0], torch.log_softmax(logits, -1)
+    assert drawn.tokens.tolist() == [1]
+    assert scores.logprobs[0] == pytest.approx(float(truth[1]), abs=1e-5)
+    assert scores.ranks[0] == int((logits > logits[1]).sum()) + 1
+    assert scores.top_ids[0].tolist() == truth.topk(5).indices.tolist()
+    np.testing.assert_allclose(scores.top_logprobs[0], truth.topk(5).values, atol=1e-5)
+
+
+def test_a_row_without_a_finite_logit_fails_alone(logits: torch.Tensor) -> None:
+    nothing = EngineSampling(temperature=1.0, allowed_token_ids=(4,), bad_words=((4,),))
+    broken = torch.stack([logits, logits, torch.full((V,), math.nan)])
+    sampler = sampler_for(EngineSampling(seed=9), nothing, EngineSampling(seed=9))
+    drawn = sampler.draw(broken, np.arange(3, dtype=np.int32), np.zeros(3, np.int64))
+    assert set(drawn.failed) == {1, 2}
+    assert drawn.tokens[0] == draw(sampler_for(EngineSampling(seed=9)), logits[None])[0]

@@ -1,0 +1,289 @@
+"""The scheduler without a model: random lives of requests, with every invariant checked at every step."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from quire_engine.config import SchedulerLimits
+from quire_engine.errors import ContextTooLong, DeadlineExceeded, QueueFull
+from quire_engine.execution.plan import StepPlan, StepResult
+from quire_engine.request import Request, State
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.scheduler import Scheduler, StepOutcome
+
+STOP = 99
+
+
+class FakeModel:
+    """Draws as a pure function of the log, as a model does: what a request gets depends on nothing but itself.
+
+    It keeps what the pages hold, so a wrong block table, a page written by two or a stale prefix shows at once.
+    """
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.size = limits.block_size
+        self.memory = np.full((limits.num_pages, limits.block_size), -1)
+        self.tables = np.zeros((limits.max_num_seqs, limits.num_pages + 1), np.int64)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.tables[plan.page_rows, plan.page_indexes] = plan.page_ids
+        at = 0
+        spans = []
+        for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
+            for position in range(start, start + count):  # every write of the step comes before its reads
+                self.memory[self.tables[row, position // self.size], position % self.size] = plan.token_ids[at]
+                at += 1
+            spans.append((row, start + count))
+        assert at == len(plan.token_ids)
+        drawn = []
+        for (row, length), draws in zip(spans, plan.draws, strict=True):
+            if draws:
+                seen = [int(self.memory[self.tables[row, p // self.size], p % self.size]) for p in range(length)]
+                drawn.append(next_token(seen))
+        return StepResult(np.array(drawn, np.int32))
+
+
+def next_token(log: list[int]) -> int:
+    return (sum((i + 1) * token for i, token in enumerate(log)) * 31 + 7) % 100
+
+
+def expected_output(request: Request, prompt: list[int]) -> list[int]:
+    log = list(prompt)
+    while len(log) < request.end_length:
+        log.append(next_token(log))
+        if log[-1] == STOP and len(log) > request.min_length:
+            break
+    return log[len(prompt) :]
+
+
+def limits(**changes: int | bool) -> SchedulerLimits:
+    base = dict(
+        num_pages=12,
+        block_size=4,
+        max_model_len=40,
+        max_num_seqs=5,
+        max_num_batched_tokens=16,
+        max_num_queued_reqs=1000,
+        enable_prefix_caching=True,
+        by_priority=False,
+    )
+    return SchedulerLimits(**(base | changes))
+
+
+def step(scheduler: Scheduler, model: FakeModel, now: float) -> StepOutcome:
+    plan = scheduler.schedule(now)
+    if plan is not None:
+        assert len(plan.token_ids) <= scheduler.limits.max_num_batched_tokens
+        assert len(set(plan.rows.tolist())) == len(plan.rows), "a row is planned twice"
+        assert plan.counts.min() > 0, "a step without progress"
+    return scheduler.commit(model.execute(plan) if plan is not None else None)
+
+
+REQUEST = st.tuples(
+    st.lists(st.integers(0, 3), min_size=1, max_size=30),  # few different tokens: many shared prefixes
+    st.integers(1, 12),  # max_tokens
+    st.integers(0, 3),  # min_tokens
+    st.integers(-2, 2),  # priority
+    st.sampled_from([0.0, 0.0, 0.0, 5.0, 20.0]),  # deadline, after its arrival
+    st.sampled_from([b"", b"other"]),  # salt
+)
+EVENT = st.one_of(REQUEST, st.integers(0, 30))  # a request arrives, or an old one (by number) is aborted
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(
+    events=st.lists(st.tuples(EVENT, st.integers(0, 3)), min_size=20, max_size=60),
+    num_pages=st.sampled_from([10, 12, 30]),
+    budget=st.sampled_from([1, 5, 16, 64]),
+    caching=st.booleans(),
+    by_priority=st.booleans(),
+)
+def test_random_lives(events: list, num_pages: int, budget: int, caching: bool, by_priority: bool) -> None:
+    bounds = limits(
+        num_pages=num_pages, max_num_batched_tokens=budget, enable_prefix_caching=caching, by_priority=by_priority
+    )
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    prompts: dict[int, list[int]] = {}
+    alive: dict[int, Request] = {}
+    endings: dict[int, int] = {}
+    aborted: set[int] = set()
+    now = 0.0
+
+    def advance() -> None:
+        nonlocal now
+        now += 1.0
+        outcome = step(scheduler, model, now)
+        scheduler.check_integrity()
+        for request in outcome.finished:
+            endings[request.id] = endings.get(request.id, 0) + 1
+
+    for number, (event, steps) in enumerate(events):
+        if isinstance(event, int):
+            aborted.add(event)
+            scheduler.abort(event)
+        else:
+            prompt, max_tokens, min_tokens, priority, patience, salt = event
+            params = EngineSampling(
+                max_tokens=max_tokens, min_tokens=min(min_tokens, max_tokens), stop_token_ids=(STOP,)
+            )
+            deadline = now + patience if patience else 0.0
+            request = Request(
+                number,
+                list(prompt),
+                len(prompt),
+                params,
+                priority=priority,
+                arrival=now,
+                deadline=deadline,
+                cache_salt=salt,
+            )
+            try:
+                scheduler.add(request)
+            except ContextTooLong:
+                assert len(prompt) + max_tokens > min(40, num_pages * 4)
+                continue
+            prompts[number], alive[number] = prompt, request
+        for _ in range(steps):
+            advance()
+    for _ in range(3000):
+        if not scheduler.has_work:
+            break
+        advance()
+    assert not scheduler.has_work, "requests are left that never run"
+    assert scheduler.pool.num_used == 0
+    for number, request in alive.items():
+        assert endings.get(number) == 1, "every request ends once"
+        output = request.tokens[request.num_prompt :]
+        whole = expected_output(request, prompts[number])
+        if request.finish_reason in ("stop", "length"):
+            assert output == whole
+        else:
+            assert output == whole[: len(output)]
+            assert (
+                number in aborted if request.finish_reason == "abort" else isinstance(request.error, DeadlineExceeded)
+            )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_run(seed: int) -> None:
+    """Thousands of steps under constant pressure: pages for about two requests, arrivals and aborts throughout."""
+    bounds = limits(num_pages=14, by_priority=bool(seed % 2))
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    generator = np.random.default_rng(seed)
+    prompts: dict[int, list[int]] = {}
+    finished: list[Request] = []
+    for number in range(2500):
+        if generator.random() < 0.35:
+            prompt = generator.integers(0, 3, generator.integers(1, 28)).tolist()
+            params = EngineSampling(max_tokens=int(generator.integers(1, 13)), stop_token_ids=(STOP,))
+            prompts[number] = prompt
+            scheduler.add(
+                Request(number, list(prompt), len(prompt), params, int(generator.integers(0, 3)), float(number))
+            )
+        if generator.random() < 0.05 and scheduler.requests:
+            scheduler.abort(int(generator.choice(list(scheduler.requests))))
+        finished += step(scheduler, model, float(number)).finished
+        scheduler.check_integrity()
+    while scheduler.has_work:
+        finished += step(scheduler, model, 1e6).finished
+    scheduler.check_integrity()
+    assert scheduler.stats.preemptions >= 15, "the pressure is gone"
+    assert scheduler.stats.prefix_hits >= 50, "nothing is shared"
+    assert {request.id for request in finished} == prompts.keys()
+    for request in finished:
+        whole = expected_output(request, prompts[request.id])
+        output = request.tokens[request.num_prompt :]
+        assert output == (whole if request.finish_reason != "abort" else whole[: len(output)])
+
+
+def request(number: int, length: int, max_tokens: int = 4, **facts: object) -> Request:
+    return Request(number, [number + 1] * length, length, EngineSampling(max_tokens=max_tokens), **facts)
+
+
+def test_what_can_never_fit_is_refused_and_blocks_nobody() -> None:
+    scheduler = Scheduler(limits())
+    with pytest.raises(ContextTooLong, match="max_tokens"):
+        scheduler.add(request(1, 38, 4))
+    with pytest.raises(ContextTooLong, match="shorten the prompt"):
+        scheduler.add(request(2, 40, 1))
+    scheduler.add(request(3, 30))
+    assert scheduler.schedule(0.0) is not None
+
+
+def test_the_queue_is_bounded() -> None:
+    scheduler = Scheduler(limits(max_num_queued_reqs=2))
+    for number in range(5 + 2):
+        scheduler.add(request(number, 4))
+    with pytest.raises(QueueFull, match="try again"):
+        scheduler.add(request(9, 4))
+
+
+def test_a_long_prompt_does_not_stop_decoding() -> None:
+    bounds = limits(num_pages=40, max_num_batched_tokens=6)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    first = request(1, 4, 12)
+    scheduler.add(first)
+    step(scheduler, model, 0.0)
+    scheduler.add(request(2, 30))
+    for _ in range(5):
+        before = len(first.tokens)
+        step(scheduler, model, 0.0)
+        assert len(first.tokens) == before + 1
+
+
+def test_priorities() -> None:
+    bounds = limits(by_priority=True, max_num_seqs=1)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    for number, priority in enumerate((3, 1, 2)):
+        scheduler.add(request(number, 4, 1, priority=priority, arrival=float(number)))
+    order = [done.id for _ in range(3) for done in step(scheduler, model, 0.0).finished]
+    assert order == [1, 2, 0]
+
+
+def test_requests_of_one_step_share_a_prefix() -> None:
+    scheduler = Scheduler(limits(num_pages=30, max_num_batched_tokens=64))
+    for number in range(3):
+        scheduler.add(Request(number, [7] * 17, 17, EngineSampling()))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    assert plan.counts.tolist() == [17, 1, 1]
+    assert scheduler.pool.num_used == 4 + 3
+
+
+def test_salts_do_not_share() -> None:
+    scheduler = Scheduler(limits(num_pages=30, max_num_batched_tokens=64))
+    for number, salt in enumerate((b"", b"tenant")):
+        scheduler.add(Request(number, [7] * 17, 17, EngineSampling(), cache_salt=salt))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    assert plan.counts.tolist() == [17, 17]
+
+
+def test_a_resumed_request_goes_on() -> None:
+    bounds = limits(num_pages=30)
+    prompt = [3, 1, 4, 1, 5]
+    whole = expected_output(request(0, 5, 12), prompt)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    resumed = Request(1, prompt + whole[:7], 5, EngineSampling(max_tokens=12))
+    complete = Request(2, prompt + whole, 5, EngineSampling(max_tokens=12))
+    scheduler.add(resumed)
+    scheduler.add(complete)
+    while scheduler.has_work:
+        step(scheduler, model, 0.0)
+    assert resumed.tokens == prompt + whole
+    assert complete.finish_reason == "length"
+    assert resumed.state is State.FINISHED
+
+
+def test_waste_stays_within_the_last_page() -> None:
+    bounds = limits(num_pages=200, block_size=16, max_model_len=400, max_num_seqs=8, max_num_batched_tokens=512)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    for number in range(8):
+        scheduler.add(Request(number, [number] * 200, 200, EngineSampling(max_tokens=150)))
+    for _ in range(120):
+        step(scheduler, model, 0.0)
+        allocated, unused = scheduler.slots()
+        running = len(scheduler.running)
+        assert unused <= 15 * running
+    assert running == 8
+    assert unused / allocated < 0.04

@@ -1,0 +1,94 @@
+"""Texts in and out: incremental detokenization and stop strings, against doing it all at once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from quire_engine.errors import InvalidParameter
+from quire_engine.text.params import SamplingParams
+from quire_engine.text.tokenizer import StopMatcher, Tokenizer
+from quire_engine.weights.resolve import DEMO_MODEL, resolve
+
+TEXTS = [
+    "The capital of France is Paris.",
+    "naïve café — “quoted” … 你好，世界 🌍🏳️‍🌈 e\u0301",
+    "def f(x):\n\treturn {'a': [1, 2.5e-3]}\n\n\n",
+    "   leading and trailing   ",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(resolve(DEMO_MODEL))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_stream_equals_decode(tokenizer: Tokenizer, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    stream = tokenizer.stream(skip_special_tokens=True, spaces_between_special_tokens=True)
+    pieces = [stream.step(token) for token in tokens]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(tokens) == text
+    assert "\ufffd" not in "".join(pieces), "no half character is shown"
+
+
+def test_an_unfinished_character_is_shown_at_the_end(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("a 🌍")[:-1]
+    stream = tokenizer.stream(skip_special_tokens=True, spaces_between_special_tokens=True)
+    text = "".join(stream.step(token) for token in tokens) + stream.flush()
+    assert text == tokenizer.decode(tokens)
+    assert text.endswith("\ufffd")
+
+
+def test_special_tokens(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("<|im_start|><|im_end|>hi")
+    for skip, expected in ((True, "hi"), (False, "<|im_start|><|im_end|>hi")):
+        for spaces in (True, False):
+            stream = tokenizer.stream(skip_special_tokens=skip, spaces_between_special_tokens=spaces)
+            assert "".join(stream.step(token) for token in tokens) + stream.flush() == expected
+
+
+def test_chat_template(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.render(messages, add_generation_prompt=True, continue_final_message=False)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(InvalidParameter):
+        tokenizer.render([{"content": "no role"}, {"x": 1}], add_generation_prompt=True, continue_final_message=False)
+
+
+def at_once(text: str, stops: list[str], include: bool) -> str:
+    found = min(((text.find(stop), stop) for stop in stops if stop in text), default=None, key=lambda f: f[0])
+    if found is None:
+        return text
+    return text[: found[0] + len(found[1])] if include else text[: found[0]]
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=4), max_size=12),
+    stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3, unique=True),
+    include=st.booleans(),
+)
+def test_stop_strings_across_pieces(pieces: list[str], stops: list[str], include: bool) -> None:
+    """However the text is cut: never a character too many, and none held back at the end."""
+    matcher = StopMatcher(stops, include)
+    shown, fed, stopped = "", "", None
+    for piece in pieces:
+        fed += piece
+        more, stopped = matcher.push(piece)
+        shown += more
+        if stopped is not None:
+            break
+        assert fed.startswith(shown)
+    if stopped is None:
+        assert shown + matcher.flush() == fed
+        assert not any(stop in fed for stop in stops)
+    else:
+        assert shown in {at_once(fed, [stop], include) for stop in stops}
+        assert stopped in fed
+
+
+def test_params_name_what_is_wrong() -> None:
+    with pytest.raises(InvalidParameter) as wrong:
+        SamplingParams(temperature=float("inf"))
+    assert wrong.value.parameter == "temperature"
+    with pytest.raises(InvalidParameter, match="at most 64"):
+        SamplingParams(stop=["x"] * 65)

@@ -1,0 +1,256 @@
+"""Reading checkpoints: what is right is read right, and what is wrong is refused with the reason."""
+
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from quire_engine.config import EngineConfig
+from quire_engine.engine import Engine
+from quire_engine.errors import InvalidParameter, ModelError, OutOfMemory
+from quire_engine.execution.runner import ModelRunner
+from quire_engine.request import Request
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.weights.gguf import READABLE, GGUFCheckpoint, GGUFFile
+from quire_engine.weights.resolve import resolve
+from quire_engine.weights.tensors import SafetensorsCheckpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+Make = Callable[[str], Path]
+WRITABLE = [name for name in READABLE if not name.endswith("_K")]
+
+
+def greedy(folder: Path, prompt: list[int], count: int = 12) -> list[int]:
+    config = EngineConfig(model=str(folder), kv_cache_memory_bytes=8 << 20)
+    engine = Engine(ModelRunner(config, resolve(str(folder))))
+    request = Request(1, list(prompt), len(prompt), EngineSampling(temperature=0.0, max_tokens=count))
+    engine.add(request)
+    while engine.has_work:
+        engine.step()
+    return request.tokens[len(prompt) :]
+
+
+def copy(source: Path, target: Path) -> Path:
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_sharded_safetensors(checkpoint: Make, tmp_path: Path) -> None:
+    folder = checkpoint("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert greedy(tmp_path, [5, 6, 7]) == greedy(folder, [5, 6, 7])
+    next(iter(sorted(tmp_path.glob("model-*.safetensors")))).unlink()
+    with pytest.raises(ModelError, match="lacks model-00001"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_slices_are_read_as_they_are(tmp_path: Path) -> None:
+    whole = torch.randn(12, 8)
+    save_file({"w": whole, "b": torch.arange(12.0)}, tmp_path / "model.safetensors")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert torch.equal(checkpoint.tensor("w").read(slice(3, 6), slice(2, 4)), whole[3:6, 2:4])
+    assert torch.equal(checkpoint.tensor("b").read(slice(3, 6)), torch.arange(3.0, 6.0))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 50, 5000])
+def test_truncated_safetensors(checkpoint: Make, tmp_path: Path, keep: int) -> None:
+    folder = copy(checkpoint("llama"), tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a whole safetensors file"):
+        greedy(folder, [5])
+
+
+def test_wrong_weights(checkpoint: Make, tmp_path: Path) -> None:
+    folder = copy(checkpoint("llama"), tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if n != "model.norm.weight"}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"no tensor model\.norm\.weight"):
+        greedy(folder, [5])
+    save_file(weights | {"model.layers.0.extra": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="does not use"):
+        greedy(folder, [5])
+    save_file(weights | {"model.norm.weight": torch.zeros(7)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"has shape \[7\], the config asks for \[64\]"):
+        greedy(folder, [5])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["NoSuchModel"]}, "served are LlamaForCausalLM"),
+        ({"architectures": None}, "architectures is missing"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"rope_parameters": {"rope_type": "strange", "rope_theta": 1e4}}, "rope_type 'strange'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config asks for 'gptq'"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+    ],
+)
+def test_configs_that_are_not_served(checkpoint: Make, tmp_path: Path, change: dict, message: str) -> None:
+    folder = copy(checkpoint("llama"), tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        greedy(folder, [5])
+
+
+def test_pickles_are_refused(checkpoint: Make, tmp_path: Path) -> None:
+    """And never opened: the file would leave a mark."""
+    folder = copy(checkpoint("llama"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    mark = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (mark,))
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    for given in (folder, folder / "pytorch_model.bin"):
+        with pytest.raises(ModelError, match="convert"):
+            resolve(str(given)).checkpoint()
+    assert not mark.exists()
+
+
+def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="there is no model at"):
+        resolve("/nowhere/at/all")
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        _ = resolve(str(tmp_path)).config
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not JSON"):
+        _ = resolve(str(tmp_path)).config
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    with pytest.raises(ModelError, match="neither a folder nor"):
+        resolve(str(tmp_path / "x.zip"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="not on this machine and could not be fetched"):
+        resolve("nobody/no-such-model", download_dir=str(tmp_path))
+
+
+def test_what_does_not_fit_is_said_before_it_is_loaded(checkpoint: Make) -> None:
+    folder = checkpoint("llama")
+    with pytest.raises(OutOfMemory, match="max-model-len"):
+        ModelRunner(EngineConfig(model=str(folder), kv_cache_memory_bytes=100_000), resolve(str(folder)))
+    with pytest.raises(InvalidParameter, match="the model's context is 512"):
+        ModelRunner(EngineConfig(model=str(folder), max_model_len=1000), resolve(str(folder)))
+    with pytest.raises(InvalidParameter, match="block_size"):
+        EngineConfig(model="x", block_size=0)
+
+
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, source: Path, quantization: str, architecture: str) -> dict[str, torch.Tensor]:
+    """The checkpoint as a GGUF file; returns what its tensors are worth after quantization, under their GGUF names."""
+    config = json.loads((source / "config.json").read_text())
+    weights = load_file(source / "model.safetensors")
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_array("tokenizer.ggml.tokens", [f"w{i}" for i in range(config["vocab_size"])])
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config["num_hidden_layers"])
+    kind = gguf.GGMLQuantizationType[quantization]
+    worth: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        stem, _, suffix = name.rpartition(".")
+        array = weight.numpy()
+        if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
+            heads = config["num_attention_heads" if ".q_proj" in name else "num_key_value_heads"]
+            array = (
+                array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+                .swapaxes(1, 2)
+                .reshape(array.shape)
+            )
+        written = f"{names.get_name(stem)}.{suffix}"
+        plain = array.ndim == 1
+        data = array if plain else gguf.quantize(array, kind)
+        writer.add_tensor(written, np.ascontiguousarray(data), raw_dtype=None if plain else kind)
+        worth[written] = torch.from_numpy(np.array(array if plain else gguf.dequantize(data, kind)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return worth
+
+
+@pytest.mark.parametrize("quantization", WRITABLE)
+def test_gguf_tensors(checkpoint: Make, tmp_path: Path, quantization: str) -> None:
+    worth = write_gguf(tmp_path / "m.gguf", checkpoint("qwen3"), quantization, "qwen3")
+    file = GGUFFile(tmp_path / "m.gguf")
+    for name, expected in worth.items():
+        info = file.tensors[name]
+        assert torch.equal(file.read(info, slice(None)), expected)
+        assert torch.equal(file.read(info, slice(3, 9)), expected[3:9])
+
+
+@pytest.mark.parametrize(("family", "architecture"), [("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")])
+def test_gguf_models_answer_like_their_safetensors(
+    checkpoint: Make, tmp_path: Path, family: str, architecture: str
+) -> None:
+    """Unquantized, so that not a token may differ. Within 24 tokens no window matters, which GGUF's llama lacks."""
+    write_gguf(tmp_path / "m.gguf", checkpoint(family), "F32", architecture)
+    prompt = [5, 17, 30, 99, 7]
+    assert greedy(tmp_path / "m.gguf", prompt) == greedy(checkpoint(family), prompt)
+
+
+def test_k_quants_are_read_by_rows(tmp_path: Path) -> None:
+    """The package cannot write them; any bytes are valid blocks, and rows must be where the whole has them."""
+    for name in (name for name in READABLE if name.endswith("_K")):
+        kind = gguf.GGMLQuantizationType[name]
+        _, size = gguf.GGML_QUANT_SIZES[kind]
+        raw = np.random.default_rng(0).integers(0, 120, (6, 2 * size), dtype=np.uint8)
+        writer = gguf.GGUFWriter(str(tmp_path / name), "llama")
+        writer.add_tensor("x.weight", raw, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        file = GGUFFile(tmp_path / name)
+        info = file.tensors["x.weight"]
+        assert info.shape == (6, 512)
+        expected = torch.from_numpy(gguf.dequantize(raw, kind))
+        assert torch.equal(file.read(info, slice(2, 4)).nan_to_num(), expected[2:4].nan_to_num())
+
+
+def test_broken_gguf(checkpoint: Make, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, checkpoint("qwen3"), "Q8_0", "qwen3")
+    whole = path.read_bytes()
+    for keep in (0, 3, 4, 8, 20, 100, 1000, len(whole) // 2, len(whole) - 1000):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ModelError, match=r"cannot be read|not a GGUF|truncated|corrupt"):
+            GGUFCheckpoint(GGUFFile(path))
+    path.write_bytes(b"GGUF" + struct.pack("<I", 9) + whole[8:])
+    with pytest.raises(ModelError, match="version 9"):
+        GGUFFile(path)
+    path.write_bytes(whole[:8] + struct.pack("<Q", 2**60) + whole[16:])
+    with pytest.raises(ModelError, match="corrupt"):
+        GGUFFile(path)
+    generator = np.random.default_rng(0)
+    for _ in range(300):  # flipped bytes in the header: read or refused, never anything else
+        broken = bytearray(whole)
+        for at in generator.integers(0, 600, 3):
+            broken[at] = generator.integers(0, 256)
+        path.write_bytes(broken)
+        try:
+            checkpoint_ = GGUFCheckpoint(GGUFFile(path))
+        except ModelError:
+            continue
+        assert checkpoint_.names()
