@@ -30,6 +30,84 @@ static inline float exp_neg(float x) {
     return p * two_n.f;
 }
 
+/* Vectors of W floats. `column_sums` turns W vectors into one whose lane j is the sum of vector j, in 3 (W - 1) operations:
+ * pairs are merged lane by lane, then groups of two lanes, of four, of eight. */
+#ifdef __AVX512F__
+#define W 16
+#define MERGE(a, b, KEEP, MOVE) (__builtin_shuffle(a, b, (ivec)KEEP) + __builtin_shuffle(a, b, (ivec)MOVE))
+#define EVEN {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}
+#define ODD {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31}
+#define EVEN2 {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}
+#define ODD2 {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31}
+#define EVEN4 {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}
+#define ODD4 {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31}
+#define EVEN8 {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}
+#define ODD8 {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}
+#else
+#define W 8
+#define MERGE(a, b, KEEP, MOVE) (__builtin_shuffle(a, b, (ivec)KEEP) + __builtin_shuffle(a, b, (ivec)MOVE))
+#define EVEN {0, 8, 2, 10, 4, 12, 6, 14}
+#define ODD {1, 9, 3, 11, 5, 13, 7, 15}
+#define EVEN2 {0, 1, 8, 9, 4, 5, 12, 13}
+#define ODD2 {2, 3, 10, 11, 6, 7, 14, 15}
+#define EVEN4 {0, 1, 2, 3, 8, 9, 10, 11}
+#define ODD4 {4, 5, 6, 7, 12, 13, 14, 15}
+#endif
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+
+static inline __attribute__((always_inline)) vec column_sums(vec *v) {
+    for (int i = 0; i < W / 2; i++) v[i] = MERGE(v[2 * i], v[2 * i + 1], EVEN, ODD);
+    for (int i = 0; i < W / 4; i++) v[i] = MERGE(v[2 * i], v[2 * i + 1], EVEN2, ODD2);
+    for (int i = 0; i < W / 8; i++) v[i] = MERGE(v[2 * i], v[2 * i + 1], EVEN4, ODD4);
+#if W == 16
+    v[0] = MERGE(v[0], v[1], EVEN8, ODD8);
+#endif
+    return v[0];
+}
+
+/* scores[j] = scale * q . k[j], all B rows of a page; what lies past the context is masked by the caller. */
+static inline __attribute__((always_inline)) void score_page(
+    const float *q, const float *k, float *scores, float scale, const int D, const int B) {
+    if (D % W == 0 && B % W == 0) {
+        for (int j = 0; j < B; j += W) {
+            vec partial[W];
+            for (int i = 0; i < W; i++) {
+                const float *row = k + (j + i) * D;
+                vec sum = *(const loose_vec *)q * *(const loose_vec *)row;
+                for (int d = W; d < D; d += W) sum += *(const loose_vec *)(q + d) * *(const loose_vec *)(row + d);
+                partial[i] = sum;
+            }
+            *(loose_vec *)(scores + j) = column_sums(partial) * scale;
+        }
+        return;
+    }
+    for (int j = 0; j < B; j++) {
+        float dot = 0.0f;
+        for (int d = 0; d < D; d++) dot += q[d] * k[j * D + d];
+        scores[j] = dot * scale;
+    }
+}
+
+/* acc = acc * shrink + sum over j of weights[j] v[j]; the accumulator stays in registers over the rows. */
+static inline __attribute__((always_inline)) void add_values(
+    float *acc, const float *v, const float *weights, float shrink, int start, int stop, const int D) {
+    if (D % (4 * W) == 0) {
+        for (int d = 0; d < D; d += 4 * W) {
+            vec a[4];
+            for (int i = 0; i < 4; i++) a[i] = *(loose_vec *)(acc + d + i * W) * shrink;
+            for (int j = start; j < stop; j++)
+                for (int i = 0; i < 4; i++) a[i] += weights[j] * *(const loose_vec *)(v + j * D + d + i * W);
+            for (int i = 0; i < 4; i++) *(loose_vec *)(acc + d + i * W) = a[i];
+        }
+        return;
+    }
+    for (int d = 0; d < D; d++) acc[d] *= shrink;
+    for (int j = start; j < stop; j++)
+        for (int d = 0; d < D; d++) acc[d] += weights[j] * v[j * D + d];
+}
+
 /* One (request, key-value head, tile of query tokens): an online softmax (Milakov & Gimelshein 2018) over its pages. */
 static inline __attribute__((always_inline)) void attend_tile(
     const float *q, int64_t q_stride, float *out, int64_t out_stride, const float *keys, const float *values,
@@ -48,6 +126,13 @@ static inline __attribute__((always_inline)) void attend_tile(
     for (int block = oldest / B; block <= last_position / B; block++) {
         const float *k = keys + (int64_t)block_table[block] * page_stride;
         const float *v = values + (int64_t)block_table[block] * page_stride;
+        if (block < last_position / B) { /* pages lie anywhere: fetch the next one while this one is computed */
+            const int64_t next = (int64_t)block_table[block + 1] * page_stride;
+            for (int i = 0; i < B * D; i += 16) {
+                __builtin_prefetch(keys + next + i, 0, 2);
+                __builtin_prefetch(values + next + i, 0, 2);
+            }
+        }
         for (int t = 0; t < tile; t++) {
             const int position = first_position + t;
             int stop = position + 1 - block * B;
@@ -56,31 +141,19 @@ static inline __attribute__((always_inline)) void attend_tile(
             start = start < 0 ? 0 : start;
             if (start >= stop) continue;
             for (int g = 0; g < G; g++) {
-                const float *query = q + t * q_stride + g * D;
-                float *a = acc[t * G + g];
-                float best = top[t * G + g];
-                for (int j = start; j < stop; j++) {
-                    float dot = 0.0f;
-                    for (int d = 0; d < D; d++) dot += query[d] * k[j * D + d];
-                    weights[j] = dot * scale;
-                }
-                for (int j = start; j < stop; j++) best = weights[j] > best ? weights[j] : best;
-                if (best > top[t * G + g]) {
-                    const float shrink = top[t * G + g] == -INFINITY ? 0.0f : exp_neg(top[t * G + g] - best);
-                    sum[t * G + g] *= shrink;
-                    for (int d = 0; d < D; d++) a[d] *= shrink;
-                    top[t * G + g] = best;
-                }
+                const int i = t * G + g;
+                score_page(q + t * q_stride + g * D, k, weights, scale, D, B);
+                float best = top[i];
+                if (start > 0 || stop < B)
+                    for (int j = 0; j < B; j++) weights[j] = j < start || j >= stop ? -INFINITY : weights[j];
+                for (int j = 0; j < B; j++) best = weights[j] > best ? weights[j] : best;
+                const float shrink = top[i] == -INFINITY ? 0.0f : exp_neg(top[i] - best);
                 float total = 0.0f;
-                for (int j = start; j < stop; j++) {
-                    weights[j] = exp_neg(weights[j] - best);
-                    total += weights[j];
-                }
-                sum[t * G + g] += total;
-                for (int j = start; j < stop; j++) {
-                    const float w = weights[j];
-                    for (int d = 0; d < D; d++) a[d] += w * v[j * D + d];
-                }
+                for (int j = 0; j < B; j++) weights[j] = exp_neg(weights[j] - best);
+                for (int j = start; j < stop; j++) total += weights[j];
+                sum[i] = sum[i] * shrink + total;
+                top[i] = best;
+                add_values(acc[i], v, weights, shrink, start, stop, D);
             }
         }
     }

@@ -1,0 +1,122 @@
+"""What the host costs, without a model to hide it: the scheduler alone, and the whole stack around a model of width 64.
+
+python benchmarks/host_side.py scheduler
+python benchmarks/host_side.py streams [--streams 1,64,256]
+"""
+
+import argparse
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from quire_engine.config import SchedulerLimits
+from quire_engine.execution.plan import StepResult
+from quire_engine.request import Request
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.scheduler import Scheduler
+
+
+def scheduler_step(running: int, steps: int = 200) -> tuple[float, float]:
+    """Median seconds of schedule() and commit() with `running` decoding requests."""
+    limits = SchedulerLimits(
+        num_pages=running * 40,
+        block_size=16,
+        max_model_len=640,
+        max_num_seqs=running,
+        max_num_batched_tokens=8192,
+        max_num_queued_reqs=running,
+    )
+    scheduler = Scheduler(limits)
+    generator = random.Random(0)
+    for number in range(running):
+        prompt = [generator.randrange(1000) for _ in range(generator.randrange(16, 64))]
+        params = EngineSampling(max_tokens=500, stop_token_ids=(2,))
+        scheduler.add(Request(number, prompt, len(prompt), params))
+    schedule_times, commit_times = [], []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        plan = scheduler.schedule(0.0)
+        planned = time.perf_counter()
+        assert plan is not None
+        result = StepResult(np.full(int(plan.draws.sum()), 7, np.int32))
+        committing = time.perf_counter()
+        scheduler.commit(result)
+        commit_times.append(time.perf_counter() - committing)
+        schedule_times.append(planned - begun)
+    return sorted(schedule_times)[steps // 2], sorted(commit_times)[steps // 2]
+
+
+def null_checkpoint(folder: Path) -> None:
+    """One layer of width 64, random: next to no arithmetic."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1000)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w2").save_pretrained(folder)
+
+
+def streams(counts: list[int]) -> None:
+    """`quire serve` as a process, the load generator as another."""
+    with tempfile.TemporaryDirectory() as folder:
+        null_checkpoint(Path(folder))
+        command = [sys.executable, "-m", "quire_cluster.cli.main", "serve", folder, "--port", "0", "--grpc-port", "0"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert server.stdout is not None
+        try:
+            url = next(m[1] for line in server.stdout if (m := re.search(r"OpenAI API +(http://\S+)/v1", line)))
+            subprocess.run(
+                [
+                    sys.executable,
+                    str(Path(__file__).with_name("load.py")),
+                    "--url",
+                    url,
+                    "--token-range",
+                    "3",
+                    "1000",
+                    "--input-tokens",
+                    "16",
+                    "--concurrency",
+                    ",".join(map(str, counts)),
+                ],
+                check=True,
+            )
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="What the host costs.")
+    parser.add_argument("part", choices=["scheduler", "streams"])
+    parser.add_argument("--streams", type=lambda text: [int(part) for part in text.split(",")], default=[1, 64, 256])
+    arguments = parser.parse_args()
+    if arguments.part == "scheduler":
+        for running in (16, 64, 256, 1024):
+            schedule, commit = scheduler_step(running)
+            print(f"{running:5d} running: schedule {schedule * 1e6:7.0f} µs, commit {commit * 1e6:7.0f} µs")
+    else:
+        streams(arguments.streams)
+
+
+if __name__ == "__main__":
+    main()
