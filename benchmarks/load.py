@@ -100,7 +100,7 @@ def summarize(load: str, traces: list[Trace], seconds: float, slo_first: float, 
 
 def http_sender(session: aiohttp.ClientSession, url: str, model: str, output_tokens: int, key: str | None) -> Send:
     """Streams /v1/completions; an event with text is counted as one token unless it names its token ids."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     async def send(prompt: list[int]) -> Trace:
         body = {

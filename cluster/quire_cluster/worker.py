@@ -2,6 +2,7 @@
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from quire_engine.config import EngineConfig, SchedulerLimits
@@ -15,6 +16,9 @@ class Worker:
     def __init__(self, rank: int) -> None:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self._rank = rank
+        # Loading and running share one thread: OpenMP keeps a pool per calling thread, and with more pooled threads than
+        # cores they sleep instead of spinning between operators, which makes a step half as fast.
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._store: Any = None
         self._runner: Any = None
 
@@ -31,6 +35,13 @@ class Worker:
 
     def load(self, config: EngineConfig, threads: int, store_port: int) -> SchedulerLimits:
         """Joins the group and loads this rank's slice."""
+        return self._compute.submit(self._load, config, threads, store_port).result()
+
+    def run(self, channel_path: str, replica: int) -> None:
+        """The step loop. Returns when the channel closes or the replica is gone; raises what a step raises."""
+        self._compute.submit(self._run, channel_path, replica).result()
+
+    def _load(self, config: EngineConfig, threads: int, store_port: int) -> SchedulerLimits:
         from quire_engine.execution.group import TensorParallelGroup
         from quire_engine.execution.runner import ModelRunner
         from quire_engine.plan import resolve_device
@@ -44,8 +55,7 @@ class Worker:
         limits: SchedulerLimits = self._runner.limits
         return limits
 
-    def run(self, channel_path: str, replica: int) -> None:
-        """The step loop. Returns when the channel closes or the replica is gone; raises what a step raises."""
+    def _run(self, channel_path: str, replica: int) -> None:
         channel = StepChannel.open(channel_path)
         alive = parent_lives(replica)
         execute = self._runner.execute

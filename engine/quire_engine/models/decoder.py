@@ -123,6 +123,9 @@ class Decoder:
 
 
 def empty_caches(spec: DecoderSpec, num_pages: int, block_size: int, ranks: int, **tensor: Any) -> list[KVCache]:
-    """This rank's slice of the paged cache, one pair of tensors per layer; memory is touched only as pages are."""
+    """This rank's slice of the paged cache: one pair of tensors per layer.
+
+    Not cleared: no kernel reads a slot before it is written, and a CPU's memory is taken only as pages are used.
+    """
     shape = (num_pages, spec.num_kv_heads // ranks, block_size, spec.head_dim)
-    return [(torch.zeros(shape, **tensor), torch.zeros(shape, **tensor)) for _ in range(spec.num_layers)]
+    return [(torch.empty(shape, **tensor), torch.empty(shape, **tensor)) for _ in range(spec.num_layers)]

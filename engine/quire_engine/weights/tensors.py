@@ -123,7 +123,8 @@ class TensorReader:
             )
         self._unread.discard(name)
         self.progress()
-        return lazy.read(rows, columns).to(self.device, self.dtype).contiguous()
+        # A copy, always: a view would keep the whole file mapped, and its pages in memory beside the weights.
+        return lazy.read(rows, columns).to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def check_all_read(self, ignored: Callable[[str], bool]) -> None:
         """Raises ModelError when the checkpoint holds weights that the model did not ask for."""

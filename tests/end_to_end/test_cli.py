@@ -1,0 +1,114 @@
+"""The command line as a user types it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import RunningServer
+from quire import LLM, SamplingParams
+from quire_cluster.cli.main import main
+
+Make = Callable[[str], Path]
+
+
+def quire(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quire_cluster.cli.main", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_run_batch(checkpoint: Make, tmp_path: Path) -> None:
+    folder = str(checkpoint("qwen3"))
+    chat = {"messages": [{"role": "user", "content": "w5 w17"}], "temperature": 0, "max_tokens": 9, "model": "m"}
+    lines = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": [5, 6], "n": 2, "seed": 1}},
+        {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": chat | {"temperature": -1}},
+        {"custom_id": "d", "method": "POST", "url": "/v1/embeddings", "body": {}},
+        {"custom_id": "e", "method": "POST", "url": "/v1/completions", "body": {"prompt": [5] * 600}},
+        {"custom_id": "f", "method": "POST", "url": "/v1/chat/completions", "body": chat | {"stream": True}},
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps(line) for line in lines) + "\nnot json\n")
+    done = quire("run-batch", str(source), "-o", str(target), "--model", folder)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 7 requests done" in done.stdout
+    assert "Requests: 100%" in done.stderr
+    results = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [result["custom_id"] for result in results] == ["a", "b", "c", "d", "e", "f", "line-7"]
+    assert [result["response"]["status_code"] for result in results] == [200, 200, 400, 400, 400, 400, 400]
+    with LLM(folder) as llm:
+        [truth] = llm.generate("w5 w17", SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)
+    body = results[0]["response"]["body"]
+    assert body["choices"][0]["message"]["content"] == truth.outputs[0].text
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11}
+    assert len(results[1]["response"]["body"]["choices"]) == 2
+    assert results[2]["response"]["body"]["error"]["param"] == "temperature"
+
+
+def test_run_batch_says_what_is_wrong(checkpoint: Make, tmp_path: Path) -> None:
+    missing = quire("run-batch", str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "out"))
+    assert missing.returncode == 1
+    assert "cannot be read" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_chat_and_complete(two_replicas: RunningServer) -> None:
+    complete = quire("complete", "w5 w17", "--address", two_replicas.grpc, "--temperature", "0", "--max-tokens", "5")
+    assert complete.returncode == 0, complete.stderr
+    assert complete.stdout.count("w") == 5
+    address = ("--address", two_replicas.grpc, "--temperature", "0", "--max-tokens", "5")
+    chat = quire("chat", "w5 w17", *address)
+    assert chat.stdout == complete.stdout
+    conversation = quire("chat", *address, stdin="w5 w17\nw6\n")
+    assert conversation.returncode == 0, conversation.stderr
+    assert complete.stdout.strip() in conversation.stdout
+    nobody = quire("complete", "x", "--address", "127.0.0.1:1")
+    assert nobody.returncode == 1
+    assert "no server answers" in nobody.stderr
+
+
+def test_plan(checkpoint: Make) -> None:
+    folder = str(checkpoint("llama"))
+    plan = quire("plan", folder, "--max-model-len", "256")
+    assert plan.returncode == 0, plan.stderr
+    assert "256 tokens" in plan.stdout
+    tight = quire("plan", folder, "--memory-bytes", "1000")
+    assert tight.returncode == 1
+    assert "the weights take" in tight.stderr
+
+
+def test_too_little_memory_is_said_by_serve(checkpoint: Make) -> None:
+    server = RunningServer(str(checkpoint("llama")), "--kv-cache-memory-bytes", "100000", wait=False)
+    assert server.wait(120) == 1
+    last = server.log.strip().splitlines()[-1]
+    assert last.startswith("quire: one request of 512 tokens takes")
+    assert "--max-model-len" in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "99999"], "ports go from 0 to 65535"),
+        (["-dp", "0"], "at least 1"),
+        (["--block-size", "1000"], "at most 64"),
+        (["-tp", "3"], "cannot be split over 3 ranks"),
+        (["--load-format", "gguf"], "load_format is gguf"),
+        (["--device", "cuda"], "device is 'cuda'"),
+    ],
+)
+def test_bad_options(checkpoint: Make, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(checkpoint("llama")), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_file(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "quire.yaml"
+    file.write_text("block-size: 1000\n")
+    assert main(["serve", str(checkpoint("llama")), "--config", str(file)]) == 1
+    assert "block_size is 1000" in capsys.readouterr().err
+    file.write_text("no-such-option: 1\n")
+    assert main(["serve", str(checkpoint("llama")), "--config", str(file)]) == 1
+    assert "unknown options: no_such_option" in capsys.readouterr().err
