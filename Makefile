@@ -1,5 +1,5 @@
 # Two commands do all the set-up: `make serve` and `make test`. Both make .venv first if it is not there.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := protos/quire_protos/v1/inference.proto protos/quire_protos/v1/engine.proto

@@ -144,6 +144,18 @@ def grpc_sender(address: str, output_tokens: int, key: str | None) -> tuple[Send
     return send, client.close
 
 
+def show(summary: Summary, traces: list[Trace]) -> None:
+    """One line on the terminal."""
+    failure = f"  {summary.failed} FAILED: {next(t.error for t in traces if t.error)}" if summary.failed else ""
+    print(
+        f"{summary.load:>12}  {summary.output_tokens_per_s:9.1f} tokens/s"
+        f"  first {summary.first_token_mean * 1e3:8.1f} ms (p99 {summary.first_token_p99 * 1e3:8.1f})"
+        f"  between {summary.between_tokens_mean * 1e3:7.1f} ms (p99 {summary.between_tokens_p99 * 1e3:7.1f})"
+        f"  goodput {summary.goodput_tokens_per_s:9.1f}{failure}",
+        flush=True,
+    )
+
+
 async def closed_loop(send: Send, prompts: list[list[int]], concurrency: int) -> list[Trace]:
     """`concurrency` clients, each sending its next request when the last one is done."""
     waiting = iter(prompts)
@@ -200,13 +212,7 @@ async def run(arguments: argparse.Namespace) -> list[Summary]:
             seconds = time.perf_counter() - started
             summary = summarize(name, traces, seconds, arguments.slo_first, arguments.slo_between)
             summaries.append(summary)
-            print(
-                f"{name:>12}  {summary.output_tokens_per_s:9.1f} tokens/s"
-                f"  first {summary.first_token_mean * 1e3:8.1f} ms (p99 {summary.first_token_p99 * 1e3:8.1f})  between {summary.between_tokens_mean * 1e3:7.1f} ms"
-                f" (p99 {summary.between_tokens_p99 * 1e3:7.1f})  goodput {summary.goodput_tokens_per_s:9.1f}"
-                + (f"  {summary.failed} FAILED: {next(t.error for t in traces if t.error)}" if summary.failed else ""),
-                flush=True,
-            )
+            show(summary, traces)
         if close is not None:
             await close()
         return summaries

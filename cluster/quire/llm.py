@@ -16,7 +16,7 @@ from quire_engine.request import Request, check_length
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
-from quire_engine.weights.resolve import DEMO_MODEL, ModelFiles, resolve
+from quire_engine.weights.resolve import DEMO_MODEL, ModelFiles, find_model
 from tqdm import tqdm
 
 Prompt = str | list[int]
@@ -59,7 +59,7 @@ class LLM:
     def __init__(self, model: str = DEMO_MODEL, *, chat_template: str | None = None, **options: Any) -> None:
         # Nobody waits for an answer while a batch is queued, so none of it is refused.
         config = EngineConfig(model=model, **(options | {"max_num_queued_reqs": sys.maxsize}))
-        files = resolve(model, revision=config.revision, download_dir=config.download_dir)
+        files = find_model(config)
         self.tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
         self._end_tokens = end_tokens(files, self.tokenizer)
         self._vocab_size: int = files.config["vocab_size"]
@@ -72,9 +72,7 @@ class LLM:
         if config.tensor_parallel_size == 1:
             from quire_engine.execution.runner import ModelRunner
 
-            return ModelRunner(
-                config, resolve(config.model, revision=config.revision, download_dir=config.download_dir)
-            )
+            return ModelRunner(config, files)
         from quire_cluster.workers import LocalWorkers
 
         return LocalWorkers(config)

@@ -6,12 +6,12 @@ A thin reconcile loop per replica slot: place, start, watch, and after a failure
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from quire_engine.config import EngineConfig
-from quire_engine.errors import ModelError, QuireError
+from quire_engine.errors import EngineFailure, ModelError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -19,7 +19,9 @@ from quire_cluster.replica import Replica
 from quire_cluster.workers import root_cause
 
 log = logging.getLogger(__name__)
+Key = tuple[int, int, str]  # slot, epoch, address: a controller that was started again counts its epochs anew
 _BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0)  # seconds before the next attempt, by failures in a row
+_ATTEMPTS = 3  # to start a replica that never served and whose process dies
 _STEADY = 30.0  # seconds of service after which a failure counts as the first
 
 
@@ -33,6 +35,11 @@ class ReplicaEntry:
     max_model_len: int
     process_id: int
     worker_process_ids: tuple[int, ...]
+
+    @property
+    def key(self) -> Key:
+        """What tells this replica from all others, past and present."""
+        return (self.slot, self.epoch, self.address)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class _Slot:
     entry: ReplicaEntry | None = None
     epoch: int = 0
     failures: int = 0
-    served: bool = field(default=False)
+    served: bool = False
 
 
 class Controller:
@@ -121,8 +128,10 @@ class Controller:
                 log.error("replica %d (epoch %d) is gone: %s", index, slot.epoch, cause)
             self._remove(slot)
             slot.failures = 1 if time.monotonic() - started > _STEADY else slot.failures + 1
-            hopeless = not slot.served and (isinstance(cause, QuireError) and slot.failures >= 2)
-            await self._publish(failure=str(cause) if hopeless or _is_final(cause, slot) else None)
+            if not slot.served and (slot.failures == _ATTEMPTS or not isinstance(cause, EngineFailure)):
+                await self._publish(failure=str(cause))  # what cannot be loaded now will not be loadable later
+                return
+            await self._publish()
             await asyncio.sleep(_BACKOFF[min(slot.failures - 1, len(_BACKOFF) - 1)])
 
     async def _start(self, index: int, slot: _Slot) -> None:
@@ -163,11 +172,6 @@ class Controller:
             entries = tuple(slot.entry for slot in self._slots if slot.entry is not None)
             self._table = RoutingTable(self._table.version + 1, entries, failure)
             self._changed.notify_all()
-
-
-def _is_final(cause: QuireError, slot: _Slot) -> bool:
-    """A model that cannot be loaded will not be loadable the second time either."""
-    return not slot.served and type(cause).__name__ != "EngineFailure"
 
 
 async def _address_of(placement: PlacementGroup) -> str:

@@ -4,10 +4,13 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import ray
 
+log = logging.getLogger(__name__)
+_REMOVAL_PATIENCE = 5.0  # seconds
 _OBJECT_STORE_BYTES = 80 << 20  # no tensor and no token passes through Ray
 
 
@@ -18,10 +21,16 @@ class PrivateCluster:
         self._folder = folder
 
     def stop(self) -> None:
-        """Idempotent."""
+        """Idempotent. Ray's processes may write their last lines while the folder goes, so it is tried again."""
         if ray.is_initialized():
             ray.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        until = time.monotonic() + _REMOVAL_PATIENCE
+        while self._folder.exists():
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if time.monotonic() > until:
+                log.warning("%s could not be removed", self._folder)
+                return
+            time.sleep(0.05)
 
 
 def start_private_cluster(*, num_workers: int) -> PrivateCluster:
@@ -30,6 +39,7 @@ def start_private_cluster(*, num_workers: int) -> PrivateCluster:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # nothing here runs as a task
     folder = Path(tempfile.mkdtemp(prefix="quire-"))
     try:
         ray.init(

@@ -13,10 +13,11 @@ from typing import Any
 
 import ray
 import uvicorn
+from quire_engine import allocator
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError, ServerError, Unavailable
 from quire_engine.models.families import spec_of
-from quire_engine.weights.resolve import ModelFiles, resolve
+from quire_engine.weights.resolve import ModelFiles, find_model
 
 from quire_cluster.cli.options import ServeConfig
 from quire_cluster.controller import Controller, RoutingTable
@@ -73,6 +74,7 @@ class Server:
             cluster = loop.run_in_executor(None, self._start_cluster)
             service = await loop.run_in_executor(None, self._load_service)
             await cluster
+            allocator.return_freed_memory()
             self._catch_signals()  # Ray has put its own handlers in front
             await self._start_controller()
             http = uvicorn.Server(
@@ -226,13 +228,7 @@ class Server:
 
 def check_model(engine: EngineConfig) -> ModelFiles:
     """What can be known before anything is started: the files are there, whole, and of a family that is served."""
-    files = resolve(engine.model, revision=engine.revision, download_dir=engine.download_dir)
-    if engine.load_format != "auto" and (engine.load_format == "gguf") != (files.gguf_path is not None):
-        raise InvalidParameter(
-            f"load_format is {engine.load_format}, but {files.name} is "
-            f"{'a GGUF file' if files.gguf_path else 'a folder of safetensors'}",
-            "load_format",
-        )
+    files = find_model(engine)
     spec_of(files.config).check_parallel(engine.tensor_parallel_size)
     files.checkpoint()
     return files

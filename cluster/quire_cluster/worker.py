@@ -16,8 +16,8 @@ class Worker:
     def __init__(self, rank: int) -> None:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self._rank = rank
-        # Loading and running share one thread: OpenMP keeps a pool per calling thread, and with more pooled threads than
-        # cores they sleep instead of spinning between operators, which makes a step half as fast.
+        # Loading and running share one thread: OpenMP keeps a pool per calling thread, and with more pooled threads
+        # than cores they sleep instead of spinning between operators, which makes a step half as fast.
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._store: Any = None
         self._runner: Any = None
@@ -45,10 +45,10 @@ class Worker:
         from quire_engine.execution.group import TensorParallelGroup
         from quire_engine.execution.runner import ModelRunner
         from quire_engine.plan import resolve_device
-        from quire_engine.weights.resolve import resolve
+        from quire_engine.weights.resolve import find_model
         from ray.experimental import tqdm_ray
 
-        files = resolve(config.model, revision=config.revision, download_dir=config.download_dir)
+        files = find_model(config)
         size = config.tensor_parallel_size
         group = TensorParallelGroup.join(self._rank, size, "127.0.0.1", store_port, resolve_device(config))
         self._runner = ModelRunner(config, files, group, threads=threads, progress_bar=tqdm_ray.tqdm)

@@ -4,6 +4,9 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +126,16 @@ def test_both_replicas_die_and_the_streams_wait_for_the_rebuild(two_replicas: Ru
     wait_until(lambda: engines(server) == 2)
 
 
+def test_the_controller_dies_and_the_streams_go_on(two_replicas: RunningServer) -> None:
+    """Its replicas die with it; all of it is started again, and the logs are in the gateway."""
+    server = two_replicas
+    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    undisturbed = asyncio.run(run_streams(server))
+    [controller] = processes(server, "Controller")
+    assert asyncio.run(run_streams(server, lambda: os.kill(controller, signal.SIGKILL))) == undisturbed
+    wait_until(lambda: engines(server) == 2)
+
+
 def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:
     """SIGTERM during a stream: the stream finishes, and then no process, no memory segment and no folder is left."""
     folders = set(Path("/tmp").glob("quire-*"))
@@ -149,3 +162,41 @@ def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10)
     assert set(Path("/tmp").glob("quire-*")) <= folders
     assert set(Path("/dev/shm").iterdir()) <= segments
+
+
+def test_a_running_cluster_is_joined_and_left_as_it_was(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    ray = str(Path(sys.executable).with_name("ray"))
+    start = f"{ray} start --head --block --port 36379 --num-cpus 2 --include-dashboard false"
+    start += " --object-store-memory 80000000 --node-ip-address 127.0.0.1"
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # pytest's own path is too long for a socket
+        head = subprocess.Popen(
+            [*start.split(), "--temp-dir", folder],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_until(
+                lambda: (
+                    subprocess.run(
+                        [ray, "status", "--address", "127.0.0.1:36379"],
+                        env=environment,
+                        capture_output=True,
+                        check=False,
+                    ).returncode
+                    == 0
+                )
+            )
+            for _ in range(2):  # what the first one left behind would be in the second one's way
+                server = RunningServer(str(checkpoint("llama")), "-dp", "2", "--ray-address", "127.0.0.1:36379")
+                answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "w5", "max_tokens": 3})
+                assert answer.status_code == 200
+                assert server.stop() == 0, server.log
+                assert head.poll() is None
+            nobody = RunningServer(str(checkpoint("llama")), "--ray-address", "127.0.0.1:1", wait=False)
+            assert nobody.wait(90) == 1
+            assert "no Ray cluster answers" in nobody.log
+        finally:
+            head.terminate()
+            head.wait(30)

@@ -12,7 +12,7 @@ from quire_engine.engine import Engine
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
-from quire_engine.weights.resolve import resolve
+from quire_engine.weights.resolve import find_model
 from transformers import AutoModelForCausalLM
 
 Make = Callable[[str], Path]
@@ -52,7 +52,7 @@ def run(engine: Engine, batch: list[list[int]], first_id: int = 1, **params: Any
 
 def engine_for(folder: Path, **options: Any) -> Engine:
     config = EngineConfig(model=str(folder), **({"kv_cache_memory_bytes": 8 << 20, "device": "cpu"} | options))
-    return Engine(ModelRunner(config, resolve(str(folder))))
+    return Engine(ModelRunner(config, find_model(config)))
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])

@@ -57,16 +57,16 @@ def expected_output(request: Request, prompt: list[int]) -> list[int]:
 
 
 def limits(**changes: int | bool) -> SchedulerLimits:
-    base = dict(
-        num_pages=12,
-        block_size=4,
-        max_model_len=40,
-        max_num_seqs=5,
-        max_num_batched_tokens=16,
-        max_num_queued_reqs=1000,
-        enable_prefix_caching=True,
-        by_priority=False,
-    )
+    base = {
+        "num_pages": 12,
+        "block_size": 4,
+        "max_model_len": 40,
+        "max_num_seqs": 5,
+        "max_num_batched_tokens": 16,
+        "max_num_queued_reqs": 1000,
+        "enable_prefix_caching": True,
+        "by_priority": False,
+    }
     return SchedulerLimits(**(base | changes))
 
 

@@ -3,14 +3,14 @@
 from quire_engine.config import EngineConfig
 from quire_engine.models.families import spec_of
 from quire_engine.plan import GIB, plan_memory, resolve_device, resolve_dtype, usable_bytes
-from quire_engine.weights.resolve import resolve
+from quire_engine.weights.resolve import find_model
 from rich.console import Console
 from rich.table import Table
 
 
 def show_plan(config: EngineConfig, memory_bytes: int | None) -> None:
     """Prints the plan. Raises OutOfMemory when the model does not fit."""
-    files = resolve(config.model, revision=config.revision, download_dir=config.download_dir)
+    files = find_model(config)
     spec = spec_of(files.config)
     spec.check_parallel(config.tensor_parallel_size)
     device = resolve_device(config)

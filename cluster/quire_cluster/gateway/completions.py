@@ -20,6 +20,7 @@ from quire_cluster.gateway.schema import ChatCompletionRequest, CompletionReques
 from quire_cluster.gateway.service import Service
 
 MAX_PROMPTS = 256
+MAX_ANSWERS = 1024  # of one call: prompts times n
 _REFUSAL_PATIENCE = 0.2  # seconds a stream's headers wait, so that a refusal still gets its HTTP status
 
 
@@ -257,6 +258,10 @@ class Completions(_Endpoint):
             raise InvalidParameter(f"prompt has {len(given)} entries; at most {MAX_PROMPTS} are allowed", "prompt")
         if self._body.echo and self._params.logprobs is not None:
             self._params = SamplingParams(**(vars(self._params) | {"prompt_logprobs": self._params.logprobs}))
+        if len(given) * self._params.n > MAX_ANSWERS:
+            raise InvalidParameter(
+                f"{len(given)} prompts times n make more than {MAX_ANSWERS} answers; ask for fewer", "n"
+            )
         special = self._body.add_special_tokens
         return [
             await self._service.tokenize(one, add_special_tokens=special) if isinstance(one, str) else list(one)

@@ -13,14 +13,13 @@ from quire_engine.errors import DeadlineExceeded, Unavailable
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 
-from quire_cluster.controller import ReplicaEntry, RoutingTable
+from quire_cluster.controller import Key, ReplicaEntry, RoutingTable
 from quire_cluster.convert import error_from_proto, logprobs_from_proto
 from quire_cluster.gateway.generation import Choice, Generation
 from quire_cluster.policies.routing import ReplicaLoad, choose_replica
 from quire_cluster.replica import MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
-Key = tuple[int, int]  # slot, epoch
 _REPLICA_WAIT = 120.0  # seconds a request waits while no replica is there (one is being rebuilt)
 
 
@@ -34,7 +33,7 @@ class ReplicaSession:
         on_lost: Callable[["ReplicaSession"], None],
     ) -> None:
         self.entry = entry
-        self.key: Key = (entry.slot, entry.epoch)
+        self.key: Key = entry.key
         self.live: dict[int, Choice] = {}  # wire id → choice
         self.load = pb.Load()
         self.load_at = time.monotonic()
@@ -78,7 +77,7 @@ class ReplicaSession:
                 async for update in stub.Session(self._messages()):
                     self._on_update(self, update)
         except grpc.aio.AioRpcError as error:
-            log.info("session with replica %d (epoch %d) broke: %s", *self.key, error.code().name)
+            log.info("session with replica %d (epoch %d) broke: %s", *self.key[:2], error.code().name)
         finally:
             if not self.closed:
                 self.closed = True
@@ -114,11 +113,11 @@ class Dispatcher:
     def update_table(self, table: RoutingTable) -> None:
         """Opens sessions to new replicas; a replica that left the table is left when its session breaks."""
         for entry in table.replicas:
-            key = (entry.slot, entry.epoch)
+            key = entry.key
             if key not in self._sessions:
                 self._sessions[key] = ReplicaSession(entry, self._handle, self._lost)
                 self.max_model_len = entry.max_model_len
-        wanted = {(entry.slot, entry.epoch) for entry in table.replicas}
+        wanted = {entry.key for entry in table.replicas}
         for key in [key for key in self._sessions if key not in wanted]:
             self._forget(self._sessions[key])
         self._place_homeless()
@@ -227,7 +226,7 @@ class Dispatcher:
         moved = list(session.live.values())
         session.live.clear()
         if moved:
-            log.warning("replica %d (epoch %d) is lost; %d requests go on elsewhere", *session.key, len(moved))
+            log.warning("replica %d (epoch %d) is lost; %d requests go on elsewhere", *session.key[:2], len(moved))
         for choice in moved:
             self._place.pop(choice, None)
             self._send(choice)

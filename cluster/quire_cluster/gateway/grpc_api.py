@@ -113,7 +113,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         async def prompt() -> list[int]:
             if not request.messages:
                 raise InvalidParameter("messages is empty", "messages")
-            messages = [{"role": message.role, "content": message.content} for message in request.messages]
+            messages = [
+                {"role": message.role, "content": message.content} | ({"name": message.name} if message.name else {})
+                for message in request.messages
+            ]
             going_on = request.continue_final_message
             opening = request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
             if going_on and opening:

@@ -1,6 +1,5 @@
 """Runs a step's plan on one device: batch in, tokens out. One per worker."""
 
-import ctypes
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ from quire_kernels.native.build import NativeBuildError
 from torch import Tensor
 from tqdm import tqdm
 
+from quire_engine import allocator
 from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import InvalidParameter
 from quire_engine.execution.group import TensorParallelGroup
@@ -65,18 +65,6 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
     return TorchBackend()
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: a fresh mapping per activation costs more in page faults than the
-    arithmetic."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # not glibc: its own malloc decides
-        return
-    mmap_threshold, trim_threshold = -3, -1
-    libc.mallopt(mmap_threshold, 32 << 20)
-    libc.mallopt(trim_threshold, 1 << 30)
-
-
 class ModelRunner:
     """The model, its slice of the paged cache, the static block tables, and (on rank 0) the sampler."""
 
@@ -116,7 +104,8 @@ class ModelRunner:
             self.spec, num_pages, config.block_size, self._group.size, dtype=dtype, device=self.device
         )
         if self.device.type == "cpu":
-            keep_freed_memory()
+            allocator.return_freed_memory()
+            allocator.keep_freed_memory()
         self.limits = SchedulerLimits(
             num_pages=num_pages,
             block_size=config.block_size,

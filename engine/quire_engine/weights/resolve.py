@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quire_engine.errors import ModelError
+from quire_engine.config import EngineConfig
+from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.weights.gguf import GGUFCheckpoint, GGUFFile, config_of
 from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
 
@@ -70,6 +71,15 @@ class ModelFiles:
                 )
             raise ModelError(f"{self.name} holds no *.safetensors and is no GGUF file; there are no weights to load")
         return SafetensorsCheckpoint(self.folder)
+
+
+def find_model(config: EngineConfig) -> ModelFiles:
+    """The model a configuration names. Raises ModelError, and InvalidParameter where `load_format` is another."""
+    files = resolve(config.model, revision=config.revision, download_dir=config.download_dir)
+    if config.load_format != "auto" and (config.load_format == "gguf") != (files.gguf_path is not None):
+        kind = "a GGUF file" if files.gguf_path else "a folder of safetensors"
+        raise InvalidParameter(f"load_format is {config.load_format}, but {files.name} is {kind}", "load_format")
+    return files
 
 
 def resolve(model: str, *, revision: str | None = None, download_dir: str | None = None) -> ModelFiles:
