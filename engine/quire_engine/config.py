@@ -48,7 +48,7 @@ class EngineConfig:
     gpu_memory_utilization: float = option(0.92, "share of a GPU's memory for weights, activations and cache")
     kv_cache_memory_bytes: int | None = option(
         None,
-        "bytes of key-value cache per worker (default: a GPU's share; on a CPU 600 MiB, or one longest request)",
+        "bytes of key-value cache per worker (default: a GPU's share; on a CPU 560 MiB, or one longest request)",
     )
     enable_prefix_caching: bool = option(True, "share pages between requests that begin alike")
     max_num_seqs: int = option(256, "requests that run at once")

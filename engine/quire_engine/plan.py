@@ -11,7 +11,7 @@ from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.models.spec import DecoderSpec
 
 GIB = 1 << 30
-_CPU_CACHE_BYTES = 600 << 20
+_CPU_CACHE_BYTES = 560 << 20
 _CPU_TOKENS_PER_STEP, _GPU_TOKENS_PER_STEP = 256, 8192
 
 
