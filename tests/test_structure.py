@@ -119,3 +119,12 @@ def test_no_file_grows_beyond_500_lines() -> None:
     for package in ROOMS:
         for path in sources(package):
             assert len(path.read_text().splitlines()) <= 500, path.relative_to(ROOT)
+
+
+def test_ray_accepts_the_deployment() -> None:
+    import yaml
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((ROOT / "deploy/ray/on-premise.yaml").read_text())
+    config["provider"] |= {"head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}
+    validate_config(prepare_config(config))

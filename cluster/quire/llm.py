@@ -184,7 +184,7 @@ class LLM:
                     kept = choices[request.id].completion.logprobs
                     if kept is not None:
                         kept.append(scores)
-                for request, scores in outcome.prompt_logprobs:
+                for request, _, scores in outcome.prompt_logprobs:
                     output = choices[request.id].output
                     output.prompt_logprobs = [*(output.prompt_logprobs or []), scores]
                 for request, token in zip(outcome.requests, outcome.tokens, strict=True):

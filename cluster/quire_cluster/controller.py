@@ -6,13 +6,20 @@ A thin reconcile loop per replica slot: place, start, watch, and after a failure
 import asyncio
 import logging
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from quire_engine.config import EngineConfig
 from quire_engine.errors import EngineFailure, ModelError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire_cluster.replica import Replica
@@ -66,8 +73,12 @@ class _Slot:
 class Controller:
     """`watch` is how gateways learn of changes; `shutdown` ends everything."""
 
-    def __init__(self, config: EngineConfig, replicas: int, *, threads: int, gpu: bool, host: str | None) -> None:
+    def __init__(
+        self, name: str, config: EngineConfig, replicas: int, *, threads: int, gpu: bool, host: str | None
+    ) -> None:
+        """`name` tells this server's placement groups from those of others on the same Ray cluster."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self._name = name
         self._config = config
         self._threads = threads
         self._gpu = gpu
@@ -81,7 +92,14 @@ class Controller:
     async def start(self) -> None:
         """Begins to reconcile."""
         if not self._tasks:
+            self._remove_leftovers()
             self._tasks = [asyncio.ensure_future(self._keep(index)) for index in range(len(self._slots))]
+
+    def _remove_leftovers(self) -> None:
+        """Placement groups of a controller that died under this name; its actors died with it."""
+        for entry in placement_group_table().values():
+            if entry["name"].startswith(self._name) and entry["state"] != "REMOVED":
+                remove_placement_group(get_placement_group(entry["name"]))
 
     async def watch(self, version: int) -> RoutingTable:
         """The table, once it is newer than `version`."""
@@ -137,7 +155,9 @@ class Controller:
     async def _start(self, index: int, slot: _Slot) -> None:
         size = self._config.tensor_parallel_size
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if self._gpu else {})
-        slot.placement = placement_group([bundle] * size, strategy="STRICT_PACK")
+        slot.placement = placement_group(
+            [bundle] * size, strategy="STRICT_PACK", name=f"{self._name}-{uuid.uuid4().hex[:12]}"
+        )
         slot.epoch += 1
         strategy = PlacementGroupSchedulingStrategy(slot.placement, placement_group_bundle_index=0)
         slot.actor = (
@@ -177,7 +197,7 @@ class Controller:
 async def _address_of(placement: PlacementGroup) -> str:
     """The address of the node a replica is placed on, as other nodes see it."""
     await placement.ready()
-    node = ray.util.placement_group_table(placement)["bundles_to_node_id"][0]
+    node = placement_group_table(placement)["bundles_to_node_id"][0]
     for entry in ray.nodes():
         if entry["NodeID"] == node:
             return str(entry["NodeManagerAddress"])

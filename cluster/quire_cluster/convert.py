@@ -65,11 +65,14 @@ def request_from_proto(message: pb.Submit, request_id: int, now: float) -> Reque
     )
 
 
-def logprobs_to_proto(request_id: int, scores: TokenLogprobs, *, prompt: bool) -> pb.TopLogprobs:
+def logprobs_to_proto(
+    request_id: int, scores: TokenLogprobs, *, prompt: bool = False, first: int = 0
+) -> pb.TopLogprobs:
     """Flattened: one message for all positions."""
     return pb.TopLogprobs(
         id=request_id,
         prompt=prompt,
+        first=first,
         chosen=scores.chosen.tolist(),
         logprob=scores.logprobs.tolist(),
         rank=scores.ranks.tolist(),

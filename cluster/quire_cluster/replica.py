@@ -200,10 +200,12 @@ class EngineThread:
         for request in outcome.started:
             session, wire_id = owners[request.id]
             update_for(session).started.add(id=wire_id, cached_tokens=max(request.num_cached, 0))
-        for scores, prompt in ((outcome.logprobs, False), (outcome.prompt_logprobs, True)):
-            for request, values in scores:
-                session, wire_id = owners[request.id]
-                update_for(session).logprobs.append(logprobs_to_proto(wire_id, values, prompt=prompt))
+        for request, scores in outcome.logprobs:
+            session, wire_id = owners[request.id]
+            update_for(session).logprobs.append(logprobs_to_proto(wire_id, scores))
+        for request, first, scores in outcome.prompt_logprobs:
+            session, wire_id = owners[request.id]
+            update_for(session).logprobs.append(logprobs_to_proto(wire_id, scores, prompt=True, first=first))
         for request in outcome.finished:
             session, wire_id = owners.pop(request.id)
             del session.by_wire_id[wire_id]

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Server:
         self._engine = engine
         self._serve = serve
         self._files = files
+        self._name = f"quire-{uuid.uuid4().hex[:12]}"
         self._cluster: PrivateCluster | None = None
         self._controller: Any = None
         self._stop = asyncio.Event()
@@ -141,8 +143,11 @@ class Server:
             self._cluster = start_private_cluster(num_workers=workers)
             return
         try:
+            host, _, port = self._serve.ray_address.rpartition(":")
+            if host and port.isdigit() and "://" not in host:  # Ray itself tries for minutes
+                socket.create_connection((host, int(port)), timeout=5).close()
             ray.init(address=self._serve.ray_address, logging_level=logging.WARNING, log_to_driver=True)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise Unavailable(f"no Ray cluster answers at {self._serve.ray_address}: {error}") from error
 
     async def _start_controller(self) -> None:
@@ -156,7 +161,7 @@ class Server:
         self._controller = (
             ray.remote(Controller)
             .options(num_cpus=0, max_concurrency=64)
-            .remote(config, serve.data_parallel_size, threads=threads, gpu=on_gpu, host=host)
+            .remote(self._name, config, serve.data_parallel_size, threads=threads, gpu=on_gpu, host=host)
         )
         await self._controller.start.remote()
 

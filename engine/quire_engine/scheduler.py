@@ -29,7 +29,7 @@ class StepOutcome:
     finished: list[Request] = field(default_factory=list)
     started: list[Request] = field(default_factory=list)  # admitted for the first time
     logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)
-    prompt_logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[Request, int, TokenLogprobs]] = field(default_factory=list)  # with the first's place
     num_tokens: int = 0  # computed
 
 
@@ -248,9 +248,7 @@ class Scheduler:
                 request.finish("length")
                 finished.append(request)
         if result is not None and (result.logprobs or result.prompt_logprobs):
-            by_row = {request.row: request for request, _ in self._scheduled}
-            outcome.logprobs = [(by_row[row], found) for row, found in result.logprobs.items()]
-            outcome.prompt_logprobs = [(by_row[row], found) for row, found in result.prompt_logprobs.items()]
+            self._collect_logprobs(result, outcome)
         self._scheduled.clear()
         if finished:
             for request in finished:
@@ -262,6 +260,18 @@ class Scheduler:
             self._ended = []
         outcome.num_tokens = num_tokens
         return outcome
+
+    def _collect_logprobs(self, result: StepResult, outcome: StepOutcome) -> None:
+        """Each position is reported once: a preempted request computes its prompt again."""
+        for request, count in self._scheduled:
+            if (drawn := result.logprobs.get(request.row)) is not None:
+                outcome.logprobs.append((request, drawn))
+            if (scores := result.prompt_logprobs.get(request.row)) is not None:
+                first = request.num_computed - count
+                fresh = scores.after(max(0, request.num_scored - first))
+                if len(fresh.chosen):
+                    outcome.prompt_logprobs.append((request, request.num_scored, fresh))
+                    request.num_scored += len(fresh.chosen)
 
     # ---- pages ----------------------------------------------------------------------------------------------------
 

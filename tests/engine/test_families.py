@@ -110,3 +110,29 @@ def test_triton_attention_under_the_interpreter(checkpoint: Make) -> None:
     batch = prompts()[1:4]
     engine = engine_for(folder, attention_backend="triton", max_num_batched_tokens=24)
     assert run(engine, batch, max_tokens=6) == [truth(folder, prompt)[:6] for prompt in batch]
+
+
+def test_prompt_logprobs_are_reported_once(checkpoint: Make) -> None:
+    """Also when preemption computes a prompt again, and in chunks; equal to transformers' within 1e-4."""
+    folder = checkpoint("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    page = 2 * 3 * 2 * 16 * 16 * 4
+    engine = engine_for(folder, kv_cache_memory_bytes=9 * page, max_model_len=128, max_num_batched_tokens=24)
+    batch = [prompt for prompt in prompts() if len(prompt) > 1]
+    found: dict[int, list[tuple[int, float]]] = {}
+    for number, prompt in enumerate(batch):
+        params = EngineSampling(temperature=0.0, max_tokens=NEW_TOKENS, prompt_logprobs=0)
+        engine.add(Request(number, list(prompt), len(prompt), params))
+    while engine.has_work:
+        for request, first, scores in engine.step().prompt_logprobs:
+            known = found.setdefault(request.id, [])
+            assert first == len(known)
+            known += zip(scores.chosen.tolist(), scores.logprobs.tolist(), strict=True)
+    assert engine.scheduler.stats.preemptions > 0
+    for number, prompt in enumerate(batch):
+        assert [token for token, _ in found[number]] == prompt[1:]
+        with torch.no_grad():
+            truth = torch.log_softmax(model(torch.tensor([prompt])).logits[0, :-1], -1)
+        expected = truth.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        ours = torch.tensor([value for _, value in found[number]])
+        assert (ours - expected).abs().max() < 1e-4

@@ -184,7 +184,7 @@ class Dispatcher:
             if (choice := live.get(scores.id)) is not None:
                 values = logprobs_from_proto(scores)
                 if scores.prompt:
-                    choice.prompt_logprobs.append(values)
+                    choice.accept_prompt_logprobs(scores.first, values)
                 else:
                     choice.accept_logprobs(values)
         for wire_id, index, token in zip(update.ids, update.indexes, update.tokens, strict=True):

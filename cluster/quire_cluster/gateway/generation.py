@@ -128,6 +128,13 @@ class Choice:
         """Of the token accepted last."""
         self._new_logprobs.append(scores)
 
+    def accept_prompt_logprobs(self, first: int, scores: TokenLogprobs) -> None:
+        """Of the prompt's positions from `first` on; those an earlier replica had reported are dropped."""
+        known = sum(len(part.chosen) for part in self.prompt_logprobs)
+        fresh = scores.after(max(0, known - first))
+        if len(fresh.chosen):
+            self.prompt_logprobs.append(fresh)
+
     def end(self, reason: str, *, stop_reason: str | int | None = None, error: QuireError | None = None) -> None:
         """Its one ending; a later one (the abort after a stop string, say) changes nothing."""
         if self.finish_reason is not None:

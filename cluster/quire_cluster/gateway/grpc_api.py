@@ -284,7 +284,8 @@ class GrpcServer:
 
     async def start(self, host: str, port: int) -> int:
         """Binds and serves; the port it got. Raises RuntimeError or OSError when the port is taken."""
-        bound = int(self._server.add_insecure_port(f"{host}:{port}"))
+        address = f"[{host}]" if ":" in host else host
+        bound = int(self._server.add_insecure_port(f"{address}:{port}"))
         if bound == 0:
             raise OSError(f"cannot bind {host}:{port}")
         await self._server.start()

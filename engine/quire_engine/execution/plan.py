@@ -45,6 +45,10 @@ class TokenLogprobs:
     top_ids: Ints  # [P, width]
     top_logprobs: NDArray[np.float32]  # [P, width]
 
+    def after(self, count: int) -> "TokenLogprobs":
+        """Without the first `count` positions."""
+        return TokenLogprobs(*(getattr(self, name)[count:] for name in TokenLogprobs.__slots__))
+
 
 @dataclass(slots=True)
 class StepResult:

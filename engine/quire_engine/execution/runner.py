@@ -85,7 +85,6 @@ class ModelRunner:
         self.device = resolve_device(config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads or threads or _cores())
-        torch.set_grad_enabled(False)
         self.spec: DecoderSpec = spec_of(files.config)
         self.spec.check_parallel(self._group.size)
         dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), self.device)
@@ -131,6 +130,7 @@ class ModelRunner:
             time.monotonic() - started,
         )
 
+    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
         """Computes the plan's tokens; rank 0 draws and returns, the other ranks return None."""
         for new in plan.new_rows:

@@ -104,9 +104,10 @@ class Started(_message.Message):
     def __init__(self, id: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TopLogprobs(_message.Message):
-    __slots__ = ("id", "prompt", "chosen", "logprob", "rank", "width", "top_ids", "top_logprobs")
+    __slots__ = ("id", "prompt", "first", "chosen", "logprob", "rank", "width", "top_ids", "top_logprobs")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -115,13 +116,14 @@ class TopLogprobs(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     id: int
     prompt: bool
+    first: int
     chosen: _containers.RepeatedScalarFieldContainer[int]
     logprob: _containers.RepeatedScalarFieldContainer[float]
     rank: _containers.RepeatedScalarFieldContainer[int]
     width: int
     top_ids: _containers.RepeatedScalarFieldContainer[int]
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, id: _Optional[int] = ..., prompt: _Optional[bool] = ..., chosen: _Optional[_Iterable[int]] = ..., logprob: _Optional[_Iterable[float]] = ..., rank: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., prompt: _Optional[bool] = ..., first: _Optional[int] = ..., chosen: _Optional[_Iterable[int]] = ..., logprob: _Optional[_Iterable[float]] = ..., rank: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "pages_total", "pages_used", "slots_allocated", "slots_unused", "steps", "busy", "step_age", "preemptions", "prefix_queries", "prefix_hits", "block_size")
