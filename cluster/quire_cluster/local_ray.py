@@ -40,6 +40,7 @@ def start_private_cluster(*, num_workers: int) -> PrivateCluster:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # nothing here runs as a task
+    os.environ.setdefault("RAY_worker_niceness", "0")  # a worker is the system, not a batch job beside it
     folder = Path(tempfile.mkdtemp(prefix="quire-"))
     try:
         ray.init(
