@@ -40,8 +40,6 @@ class ReplicaEntry:
     epoch: int
     address: str
     max_model_len: int
-    process_id: int
-    worker_process_ids: tuple[int, ...]
 
     @property
     def key(self) -> Key:
@@ -107,12 +105,6 @@ class Controller:
             await self._changed.wait_for(lambda: self._table.version > version)
             return self._table
 
-    async def drain(self, timeout: float) -> bool:
-        """Lets every replica finish what it has; False when `timeout` seconds were not enough."""
-        actors = [slot.actor for slot in self._slots if slot.entry is not None]
-        done = await asyncio.gather(*(actor.drain.remote(timeout) for actor in actors), return_exceptions=True)
-        return all(result is True for result in done)
-
     async def shutdown(self) -> None:
         """Stops every replica and gives its place back."""
         self._stopping = True
@@ -166,15 +158,8 @@ class Controller:
             .remote(f"replica-{index}")
         )
         host = self._host or await _address_of(slot.placement)
-        facts = await slot.actor.start.remote(self._config, self._threads, slot.placement, host)
-        slot.entry = ReplicaEntry(
-            slot=index,
-            epoch=slot.epoch,
-            address=facts["address"],
-            max_model_len=facts["max_model_len"],
-            process_id=facts["process_id"],
-            worker_process_ids=tuple(facts["worker_process_ids"]),
-        )
+        address, max_model_len = await slot.actor.start.remote(self._config, self._threads, slot.placement, host)
+        slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len)
         slot.served = True
         await self._publish()
 

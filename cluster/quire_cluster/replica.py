@@ -6,7 +6,6 @@ and aborts go one way through an inbox, one update per step and session the othe
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -105,11 +104,6 @@ class EngineThread:
     def max_model_len(self) -> int:
         """Of the engine."""
         return self._engine.scheduler.limits.max_model_len
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request is left."""
-        return not self._inbox and not self._engine.has_work and not self._stepping
 
     # ---- on the engine's thread -----------------------------------------------------------------------------------
 
@@ -306,8 +300,8 @@ class Replica:
         self._name = name
         self._ended: asyncio.Future[None] | None = None
 
-    async def start(self, config: EngineConfig, threads: int, placement: PlacementGroup, host: str) -> dict[str, Any]:
-        """Starts the workers and the session service; its address, and what gateways must know of the engine."""
+    async def start(self, config: EngineConfig, threads: int, placement: PlacementGroup, host: str) -> tuple[str, int]:
+        """Starts the workers and the session service; returns its address and the engine's context length."""
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
         self._workers = await loop.run_in_executor(
@@ -322,12 +316,7 @@ class Replica:
         port = self._server.add_insecure_port(f"{host}:0")
         await self._server.start()
         self._engine.start()
-        return {
-            "address": f"{host}:{port}",
-            "max_model_len": self._engine.max_model_len,
-            "process_id": os.getpid(),
-            "worker_process_ids": await loop.run_in_executor(None, self._workers.process_ids),
-        }
+        return f"{host}:{port}", self._engine.max_model_len
 
     def _worker_died(self) -> None:
         engine = getattr(self, "_engine", None)
@@ -343,16 +332,6 @@ class Replica:
         """Until `stop` (returns) or a failure (raises what it was)."""
         assert self._ended is not None, "run() before start()"
         await asyncio.shield(self._ended)
-
-    async def drain(self, timeout: float) -> bool:
-        """Accepts nothing more and waits until all is finished; False when `timeout` seconds were not enough."""
-        self._service.accepting = False
-        until = time.monotonic() + timeout
-        while not self._engine.idle:
-            if time.monotonic() > until:
-                return False
-            await asyncio.sleep(0.02)
-        return True
 
     async def stop(self) -> None:
         """Ends the engine, its workers and its sessions."""

@@ -90,7 +90,6 @@ class Server:
                     backlog=4096,
                 )
             )
-            http.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
             http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
             http_task = asyncio.ensure_future(http.serve(sockets=[listener]))
             self.http_port = listener.getsockname()[1]

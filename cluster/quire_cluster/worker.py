@@ -1,7 +1,6 @@
 """A worker: the actor that owns one GPU (or a share of the CPU's cores) and runs one rank's slice of the model."""
 
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,10 +20,6 @@ class Worker:
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._store: Any = None
         self._runner: Any = None
-
-    def process_id(self) -> int:
-        """For tests and for `quire top`."""
-        return os.getpid()
 
     def host_store(self, size: int) -> int:
         """Opens the rendezvous of the group and returns its port."""

@@ -92,10 +92,6 @@ class Workers:
             return EngineFailure(f"a worker failed: {root_cause(cause)}")
         return EngineFailure("a worker process died")
 
-    def process_ids(self) -> list[int]:
-        """Of the workers, by rank."""
-        return [actor.process_id.remote().future().result() for actor in self._actors]
-
     def execute(self, plan: StepPlan) -> StepResult | None:
         """One step. Raises EngineFailure within 0.1 s of a worker's death."""
         try:

@@ -1,6 +1,7 @@
 """OpenAI's completions and chat completions: from a request's body to its answer, at once or as a stream of events."""
 
 import asyncio
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
@@ -242,11 +243,20 @@ def _joined(parts: list[Delta]) -> tuple[str, list[int], list[TokenLogprobs]]:
     )
 
 
+def _offsets(texts: list[str], start: int) -> list[int]:
+    """Where each text begins when they follow one another from `start`; last, where they end."""
+    return list(itertools.accumulate((len(text) for text in texts), initial=start))
+
+
 class Completions(_Endpoint):
     """POST /v1/completions"""
 
     route = "/v1/completions"
     _body: CompletionRequest
+
+    def __init__(self, service: Service, body: CompletionRequest, request: Request) -> None:
+        super().__init__(service, body, request)
+        self._shown: dict[int, int] = {}  # choice → characters of its tokens so far
 
     async def _prompts(self) -> list[list[int]]:
         given: Any = self._body.prompt
@@ -284,11 +294,12 @@ class Completions(_Endpoint):
             return None
         return {"index": index, "text": self._echo(generation), "logprobs": None, "finish_reason": None}
 
-    def _logprobs(self, tokens: list[int], scores: list[TokenLogprobs]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, tokens: list[int], scores: list[TokenLogprobs]) -> dict[str, Any] | None:
         if self._params.logprobs is None:
             return None
         texts = [self._token(token) for token in tokens]
-        offsets = [sum(len(text) for text in texts[:i]) for i in range(len(texts))]
+        offsets = _offsets(texts, self._shown.get(index, 0))
+        self._shown[index] = offsets.pop()
         return {
             "tokens": texts,
             "token_logprobs": [float(score.logprobs[0]) for score in scores],
@@ -306,7 +317,7 @@ class Completions(_Endpoint):
         choice: dict[str, Any] = {
             "index": index,
             "text": delta.text,
-            "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
+            "logprobs": self._logprobs(index, delta.token_ids, delta.logprobs),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -316,7 +327,7 @@ class Completions(_Endpoint):
 
     def _whole_choice(self, index: int, generation: Generation, parts: list[Delta]) -> dict[str, Any]:
         text, tokens, scores = _joined(parts)
-        logprobs = self._logprobs(tokens, scores)
+        logprobs = self._logprobs(index, tokens, scores)
         if self._body.echo and logprobs is not None:
             logprobs = self._with_prompt(generation, tokens, scores)
         choice: dict[str, Any] = {
@@ -343,7 +354,7 @@ class Completions(_Endpoint):
             "tokens": texts,
             "token_logprobs": [None] + [float(score.logprobs[at]) for score, at in everything],
             "top_logprobs": [None] + [self._top(score, at) for score, at in everything],
-            "text_offset": [sum(len(text) for text in texts[:i]) for i in range(len(texts))],
+            "text_offset": _offsets(texts, 0)[:-1],
         }
 
 

@@ -210,7 +210,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             self._service.check_model(request.model)
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-            tokens = await self._service.tokenize(request.text, add_special_tokens=special)
+            tokens = await self._service.encode(request.text, add_special_tokens=special)
         except QuireError as error:
             await _fail(context, error)
         return pb.TokenizeResponse(token_ids=tokens, max_model_len=self._service.max_model_len)

@@ -221,7 +221,7 @@ class Api:
                 continue_final_message=False,
             )
         else:
-            tokens = await service.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
+            tokens = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         content: dict[str, Any] = {
             "count": len(tokens),
             "max_model_len": service.max_model_len,

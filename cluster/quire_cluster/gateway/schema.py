@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from quire_engine.errors import InvalidParameter
-from quire_engine.text.params import SamplingParams
+from quire_engine.text.params import MAX_BIASES, MAX_STOP_TOKENS, SamplingParams
 
 Text = Annotated[str, Field(max_length=1 << 24)]
 _SHARED = [
@@ -60,13 +60,13 @@ class _Sampling(Strict):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: Text | list[Text] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKENS)
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
     allowed_token_ids: list[int] | None = None
     bad_words: list[Text] | None = None
     structured_outputs: Any = None

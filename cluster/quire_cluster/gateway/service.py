@@ -32,6 +32,8 @@ from quire_cluster.observability.metrics import Metrics
 
 access_log = logging.getLogger("quire.requests")
 _LARGE_TEXT = 20_000  # characters from which a text is tokenized off the event loop
+_CHARACTERS_PER_TOKEN = 6  # more than in nearly any text
+_CUT_SLACK = 16  # tokens that may differ because a text was cut
 _STALL = 10.0  # seconds a busy engine may go without a step before it counts as hung
 _SILENCE = 5.0  # seconds a replica may go without a report
 _REJECTIONS = {QueueFull: "queue_full", ContextTooLong: "context_too_long", Unavailable: "unavailable"}
@@ -92,16 +94,23 @@ class Service:
             )
 
     async def tokenize(self, text: str, *, add_special_tokens: bool, parameter: str = "prompt") -> list[int]:
-        """Token ids. Raises ContextTooLong at once for a text that cannot fit however well it compresses."""
-        if len(text) > self.max_model_len * self._longest_token:
-            raise ContextTooLong(
-                f"the {parameter} has {len(text)} characters, more than the context of {self.max_model_len} tokens can "
-                f"hold; shorten it",
-                parameter,
-            )
-        if len(text) < _LARGE_TEXT:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        """A prompt's token ids. One far beyond the context is refused (ContextTooLong) for its beginning alone."""
+        beginning = self.max_model_len * _CHARACTERS_PER_TOKEN
+        if len(text) > beginning:
+            some = len(await self.encode(text[:beginning], add_special_tokens=False))
+            if some > self.max_model_len + _CUT_SLACK or len(text) > self.max_model_len * self._longest_token:
+                raise ContextTooLong(
+                    f"the {parameter} has {len(text)} characters, and more tokens than the context of "
+                    f"{self.max_model_len} holds; shorten it",
+                    parameter,
+                )
+        return await self.encode(text, add_special_tokens=add_special_tokens)
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of any text; a large one off the event loop."""
         encode = self.tokenizer.encode
+        if len(text) < _LARGE_TEXT:
+            return encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(lambda: encode(text, add_special_tokens=add_special_tokens))
 
     async def render(

@@ -36,11 +36,6 @@ class PagePool:
         """Pages that requests hold."""
         return self.num_pages - self.num_free
 
-    @property
-    def num_cached(self) -> int:
-        """Unreferenced pages whose content can still be found."""
-        return len(self._cached)
-
     def allocate(self) -> int | None:
         """A page to write to, with one reference; None when all are held. May evict the oldest cached page."""
         if self._blank:
@@ -88,13 +83,6 @@ class PagePool:
         if hash_ not in self._page_of and page not in self._hash_of:
             self._page_of[hash_] = page
             self._hash_of[page] = hash_
-
-    def forget_cached(self) -> None:
-        """Makes every cached page blank."""
-        for page in self._cached:
-            del self._page_of[self._hash_of.pop(page)]
-            self._blank.append(page)
-        self._cached.clear()
 
     def check_integrity(self, owners: Iterable[list[int]] = ()) -> None:
         """Raises AssertionError unless every page is exactly one of blank, cached, owned, and counts match `owners`."""

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
-NO_BIAS: dict[int, float] = {}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSampling:
-    """Defaults as in the field. All bounds were checked where the request came in; see text/validation.py."""
+    """Defaults as in the field. All bounds were checked where the request came in; see text/params.py."""
 
     max_tokens: int = 16
     min_tokens: int = 0
