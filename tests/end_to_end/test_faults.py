@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -166,7 +167,9 @@ def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:
 
 def test_a_running_cluster_is_joined_and_left_as_it_was(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     ray = str(Path(sys.executable).with_name("ray"))
-    start = f"{ray} start --head --block --port 36379 --num-cpus 2 --include-dashboard false"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    start = f"{ray} start --head --block --port {address.split(':')[1]} --num-cpus 2 --include-dashboard false"
     start += " --object-store-memory 80000000 --node-ip-address 127.0.0.1"
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # pytest's own path is too long for a socket
@@ -180,7 +183,7 @@ def test_a_running_cluster_is_joined_and_left_as_it_was(checkpoint: Callable[[st
             wait_until(
                 lambda: (
                     subprocess.run(
-                        [ray, "status", "--address", "127.0.0.1:36379"],
+                        [ray, "status", "--address", address],
                         env=environment,
                         capture_output=True,
                         check=False,
@@ -189,7 +192,7 @@ def test_a_running_cluster_is_joined_and_left_as_it_was(checkpoint: Callable[[st
                 )
             )
             for _ in range(2):  # what the first one left behind would be in the second one's way
-                server = RunningServer(str(checkpoint("llama")), "-dp", "2", "--ray-address", "127.0.0.1:36379")
+                server = RunningServer(str(checkpoint("llama")), "-dp", "2", "--ray-address", address)
                 answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "w5", "max_tokens": 3})
                 assert answer.status_code == 200
                 assert server.stop() == 0, server.log

@@ -34,6 +34,7 @@ PROMPTS = [
 NEW_TOKENS = 64
 
 
+@pytest.mark.timeout(900)  # transformers alone takes a minute or two
 def test_greedy_tokens_equal_transformers() -> None:
     """20 prompts, 64 tokens each, alone and batched together. transformers reads and dequantizes the file by itself."""
     files = resolve(DEMO_MODEL)
