@@ -41,6 +41,7 @@ def start_private_cluster(*, num_workers: int) -> PrivateCluster:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # nothing here runs as a task
     os.environ.setdefault("RAY_worker_niceness", "0")  # a worker is the system, not a batch job beside it
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns of signal handlers, which are ours
     folder = Path(tempfile.mkdtemp(prefix="quire-"))
     try:
         ray.init(
@@ -50,7 +51,7 @@ def start_private_cluster(*, num_workers: int) -> PrivateCluster:
             object_store_memory=_OBJECT_STORE_BYTES,
             num_cpus=max(len(os.sched_getaffinity(0)), num_workers + 1),
             log_to_driver=True,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
             configure_logging=False,
             _temp_dir=str(folder),
         )

@@ -1,6 +1,13 @@
 """Prometheus metrics of a gateway, under the field's names with the prefix `quire:`."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from quire_protos.v1 import engine_pb2 as pb
 
 LATENCY_BUCKETS = (
@@ -56,6 +63,7 @@ class Metrics:
     """All series of one model. Engine gauges carry the replica as `engine`."""
 
     def __init__(self, model_name: str) -> None:
+        disable_created_metrics()  # a second series per counter that no dashboard reads
         self._registry = CollectorRegistry()
         self._model = model_name
         labels = ["model_name", "engine"]
