@@ -5,6 +5,7 @@ and aborts go one way through an inbox, one update per step and session the othe
 """
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -263,9 +264,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     )
                     session.updates.put_nowait(refused)
                     continue
-                engine.put(lambda submit=submit: engine.submit(session, submit))  # type: ignore[misc]
+                engine.put(functools.partial(engine.submit, session, submit))
             for wire_id in message.abort:
-                engine.put(lambda wire_id=wire_id: engine.abort(session, wire_id))  # type: ignore[misc]
+                engine.put(functools.partial(engine.abort, session, wire_id))
         session.updates.put_nowait(None)
 
     async def _beat(self, session: GatewaySession) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import Any
 
@@ -28,7 +28,7 @@ _REFUSAL_PATIENCE = 0.2  # seconds a stream's headers wait, so that a refusal st
 class EventStream(Response):
     """Server-sent events. The client's going away cancels the iteration, whose `finally` aborts the work."""
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-cache"
         self.headers["X-Accel-Buffering"] = "no"
@@ -54,7 +54,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -159,7 +159,7 @@ class _Endpoint(ABC):
             choices += [self._whole_choice(len(choices) + i, generation, part) for i, part in enumerate(parts)]
         return choices
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         """One event per delta. The envelope is encoded once; a token costs one small encoding."""
         envelope = orjson.dumps(self._envelope(chunk=True))[:-1]
         options = self._body.stream_options
