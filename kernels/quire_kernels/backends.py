@@ -12,6 +12,7 @@ from quire_kernels.activation import reference as activation_reference
 from quire_kernels.cache_write import reference as cache_write_reference
 from quire_kernels.native import build
 from quire_kernels.norm import reference as norm_reference
+from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.paged_attention import reference as attention_reference
 
 ATTENTION_TILE = 8
@@ -25,6 +26,7 @@ class AttentionBatch:
     slots: Tensor  # [T] int64, page * block size + offset; -1: not written
     block_tables: Tensor  # [R, max pages] int32
     query_starts: list[int]  # [R + 1]
+    longest_query: int  # new tokens of the request that has most
     context_lens: list[int]  # [R], the new tokens included
     tiles: Tensor  # [tiles, 3] int32: request, first flat token, tokens (at most ATTENTION_TILE)
     query_starts_tensor: Tensor  # [R + 1] int32, on the device
@@ -43,7 +45,7 @@ class Backend(Protocol):
         value_cache: Tensor,
         batch: AttentionBatch,
         scale: float,
-        window: int,
+        options: AttentionOptions,
     ) -> Tensor: ...
 
     def rope_cache_write(
@@ -76,7 +78,7 @@ class TorchBackend:
         value_cache: Tensor,
         batch: AttentionBatch,
         scale: float,
-        window: int,
+        options: AttentionOptions,
     ) -> Tensor:
         return attention_reference.paged_attention(
             q,
@@ -86,7 +88,7 @@ class TorchBackend:
             batch.query_starts,
             batch.context_lens,
             scale,
-            window,
+            options,
         )
 
     def rope_cache_write(
@@ -146,11 +148,12 @@ class NativeBackend:
         value_cache: Tensor,
         batch: AttentionBatch,
         scale: float,
-        window: int,
+        options: AttentionOptions,
     ) -> Tensor:
         kv_heads, block_size, head_dim = key_cache.shape[1:]
         group = q.shape[1] // kv_heads
         assert q.stride(1) == head_dim, "heads of a token are consecutive"
+        assert options == AttentionOptions(window=options.window), "kernels.c knows windows alone"
         assert head_dim <= 256, "kernels.c: MAX_DIM"
         assert group <= 16, "kernels.c: MAX_GROUP"
         assert block_size <= 64, "kernels.c: MAX_BLOCK"
@@ -171,7 +174,7 @@ class NativeBackend:
             group,
             head_dim,
             block_size,
-            window,
+            options.window,
             ctypes.c_float(scale),
         )
         return out

@@ -1,12 +1,11 @@
 """The GPU's kernels. Attention is Triton's; what has no kernel of its own yet runs on torch's operators."""
 
-import itertools
-import os
-
 import torch
 from torch import Tensor
 
 from quire_kernels.backends import AttentionBatch, TorchBackend
+from quire_kernels.hardware import hardware
+from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.paged_attention.triton import paged_attention
 
 
@@ -16,8 +15,7 @@ class TritonBackend(TorchBackend):
     name = "triton"
 
     def __init__(self, device: torch.device) -> None:
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("attention_backend triton needs a GPU; on a CPU use native or torch")
+        hardware(device)
 
     def paged_attention(
         self,
@@ -26,10 +24,8 @@ class TritonBackend(TorchBackend):
         value_cache: Tensor,
         batch: AttentionBatch,
         scale: float,
-        window: int,
+        options: AttentionOptions,
     ) -> Tensor:
-        starts = batch.query_starts
-        longest = max(end - begin for begin, end in itertools.pairwise(starts))
         return paged_attention(
             q,
             key_cache,
@@ -37,7 +33,7 @@ class TritonBackend(TorchBackend):
             batch.block_tables,
             batch.query_starts_tensor,
             batch.context_lens_tensor,
-            longest,
+            batch.longest_query,
             scale,
-            window,
+            options,
         )

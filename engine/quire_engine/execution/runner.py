@@ -187,6 +187,7 @@ class ModelRunner:
             slots=on_device(slots),
             block_tables=on_device(tables),
             query_starts=starts_list,
+            longest_query=int(counts.max()),
             context_lens=context_lens.tolist(),
             tiles=torch.from_numpy(attention_tiles(counts.tolist(), starts_list)),
             query_starts_tensor=on_device(query_starts),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from quire_kernels.backends import AttentionBatch, Backend
+from quire_kernels.paged_attention import AttentionOptions
 from torch import Tensor
 
 from quire_engine.execution.group import TensorParallelGroup
@@ -32,7 +33,7 @@ class Attention:
         self._num_heads = spec.num_heads // group.size
         self._kv_heads = spec.num_kv_heads // group.size
         self._scale = spec.head_dim**-0.5
-        self._window = spec.window(layer)
+        self._options = AttentionOptions(window=spec.window(layer))
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         parts = [(f"{at}.{name}_proj", size, shard(size, group)) for name, size in (("q", q), ("k", kv), ("v", kv))]
         self._qkv = column_parallel(weights, parts, spec.hidden_size, spec.qkv_bias)
@@ -44,7 +45,7 @@ class Attention:
         qkv = self._qkv(x)  # [T, (H + 2K) * D]
         self._ops.rope_cache_write(qkv, *cache, batch, cos_sin, self._q_norm, self._k_norm, self._eps, self._num_heads)
         heads = qkv.view(qkv.shape[0], self._num_heads + 2 * self._kv_heads, self._head_dim)
-        attended = self._ops.paged_attention(heads[:, : self._num_heads], *cache, batch, self._scale, self._window)
+        attended = self._ops.paged_attention(heads[:, : self._num_heads], *cache, batch, self._scale, self._options)
         return self._output(attended.reshape(qkv.shape[0], -1))
 
 

@@ -1,0 +1,5 @@
+"""Kernel tests run on Triton's interpreter, mended first."""
+
+import interpreter_shim
+
+interpreter_shim.install()
