@@ -8,12 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire_kernels.activation import Activation
 from quire_kernels.activation import reference as activation_reference
+from quire_kernels.cache_write import HeadNorm, Rope
 from quire_kernels.cache_write import reference as cache_write_reference
 from quire_kernels.native import build
+from quire_kernels.norm import Norm
 from quire_kernels.norm import reference as norm_reference
 from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.paged_attention import reference as attention_reference
+from quire_kernels.quantize import Quantized
 
 ATTENTION_TILE = 8
 
@@ -31,6 +35,12 @@ class AttentionBatch:
     tiles: Tensor  # [tiles, 3] int32: request, first flat token, tokens (at most ATTENTION_TILE)
     query_starts_tensor: Tensor  # [R + 1] int32, on the device
     context_lens_tensor: Tensor  # [R] int32, on the device
+
+
+def unquantized(x: Tensor | Quantized) -> Tensor:
+    """The result of an operation that was asked for no fp8."""
+    assert isinstance(x, Tensor), "no fp8 result was asked for"
+    return x
 
 
 class Backend(Protocol):
@@ -54,14 +64,12 @@ class Backend(Protocol):
         key_cache: Tensor,
         value_cache: Tensor,
         batch: AttentionBatch,
-        cos_sin: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
         num_heads: int,
+        rope: Rope | None,
+        norm: HeadNorm | None,
     ) -> None: ...
 
-    def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor: ...
+    def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm) -> Tensor: ...
 
     def silu_mul(self, x: Tensor) -> Tensor: ...
 
@@ -97,11 +105,9 @@ class TorchBackend:
         key_cache: Tensor,
         value_cache: Tensor,
         batch: AttentionBatch,
-        cos_sin: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
         num_heads: int,
+        rope: Rope | None,
+        norm: HeadNorm | None,
     ) -> None:
         cache_write_reference.rope_cache_write(
             qkv,
@@ -109,18 +115,16 @@ class TorchBackend:
             value_cache,
             batch.positions,
             batch.slots,
-            cos_sin,
-            q_weight,
-            k_weight,
-            eps,
             num_heads,
+            rope,
+            norm,
         )
 
-    def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        return norm_reference.add_rms_norm(residual, delta, weight, eps)
+    def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm) -> Tensor:
+        return unquantized(norm_reference.add_norm(residual, delta, weight, None, norm))
 
     def silu_mul(self, x: Tensor) -> Tensor:
-        return activation_reference.silu_mul(x)
+        return unquantized(activation_reference.activate(x, Activation.SILU, gated=True))
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -185,13 +189,14 @@ class NativeBackend:
         key_cache: Tensor,
         value_cache: Tensor,
         batch: AttentionBatch,
-        cos_sin: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
         num_heads: int,
+        rope: Rope | None,
+        norm: HeadNorm | None,
     ) -> None:
         kv_heads, block_size, head_dim = key_cache.shape[1:]
+        assert rope is not None, "kernels.c rotates"
+        assert not rope.interleaved and rope.axes is None, "kernels.c rotates by halves"
+        assert norm is None or not norm.unit_offset, "kernels.c multiplies by the weight itself"
         self._cache_write(
             _pointer(qkv),
             ctypes.c_int64(qkv.stride(0)),
@@ -199,26 +204,27 @@ class NativeBackend:
             _pointer(value_cache),
             _pointer(batch.positions),
             _pointer(batch.slots),
-            _pointer(cos_sin),
-            _pointer(q_weight),
-            _pointer(k_weight),
-            ctypes.c_float(eps),
+            _pointer(rope.cos_sin),
+            _pointer(None if norm is None else norm.q_weight),
+            _pointer(None if norm is None else norm.k_weight),
+            ctypes.c_float(0.0 if norm is None else norm.eps),
             ctypes.c_int64(qkv.shape[0]),
             num_heads,
             kv_heads,
             head_dim,
             block_size,
-            cos_sin.shape[-1],
+            rope.cos_sin.shape[-1],
         )
 
-    def add_rms_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm) -> Tensor:
+        assert norm == Norm(norm.eps), "kernels.c has RMSNorm alone"
         out = torch.empty_like(residual)
         self._norm(
             _pointer(residual),
             _pointer(delta),
             _pointer(weight),
             _pointer(out),
-            ctypes.c_float(eps),
+            ctypes.c_float(norm.eps),
             ctypes.c_int64(residual.shape[0]),
             ctypes.c_int64(residual.shape[1]),
         )

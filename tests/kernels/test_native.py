@@ -4,6 +4,8 @@ import pytest
 import torch
 from paging import make_batch, poisoned
 from quire_kernels.backends import NativeBackend, TorchBackend
+from quire_kernels.cache_write import HeadNorm, Rope
+from quire_kernels.norm import Norm
 from quire_kernels.paged_attention import AttentionOptions
 
 
@@ -38,7 +40,7 @@ def test_rope_cache_write(tokens: int, rotary: int, qk_norm: bool) -> None:
     batch = make_batch([tokens], [tokens + 5], size, 8)
     batch.slots[::3] = -1
     cos_sin = torch.randn(100, 2, rotary // 2)
-    weights = (torch.randn(dim), torch.randn(dim)) if qk_norm else (None, None)
+    norm = HeadNorm(q_weight=torch.randn(dim), k_weight=torch.randn(dim), eps=1e-6) if qk_norm else None
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
     results = []
     for backend in (NativeBackend(), TorchBackend()):
@@ -47,8 +49,8 @@ def test_rope_cache_write(tokens: int, rotary: int, qk_norm: bool) -> None:
             torch.full((8, kv_heads, size, dim), 7.0),
             torch.full((8, kv_heads, size, dim), 7.0),
         )
-        backend.rope_cache_write(mine, keys, values, batch, cos_sin, *weights, 1e-6, heads)
-        results.append((mine, keys, values))
+        backend.rope_cache_write(mine, keys, values, batch, heads, Rope(cos_sin=cos_sin), norm)
+        results.append((mine[:, : heads * dim], keys, values))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
 
@@ -59,8 +61,8 @@ def test_norm_and_activation(tokens: int, width: int) -> None:
     residual, delta, weight = torch.randn(tokens, width), torch.randn(tokens, width), torch.randn(width)
     for added in (delta, None):
         mine, theirs = residual.clone(), residual.clone()
-        got = native.add_rms_norm(mine, added, weight, 1e-5)
-        expected = torch_backend.add_rms_norm(theirs, added, weight, 1e-5)
+        got = native.add_norm(mine, added, weight, Norm(1e-5))
+        expected = torch_backend.add_norm(theirs, added, weight, Norm(1e-5))
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
     gates = torch.randn(tokens, 2 * width) * 30

@@ -1,7 +1,8 @@
 """How far a kernel may be from its reference, the reference being computed in fp32 (or wider) from the same inputs.
 
-One rounding of the result costs half a unit in the last place: 2^-8 of the value in bf16, 2^-11 in fp16, 2^-4 in
-e4m3 (whose neighbours, 2^-3 apart, a last bit of difference before the rounding can tell). The absolute part covers sums of cancelling terms of about 1, whose inner factors were rounded.
+One rounding of the result costs half a unit in the last place: 2^-8 of the value in bf16, 2^-11 in fp16. In e4m3 a
+last bit of difference before the rounding can tell neighbours apart, which lie 2^-3 from each other. The absolute
+part covers sums of cancelling terms of about 1, whose inner factors were rounded.
 """
 
 import torch

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from quire_kernels.backends import AttentionBatch, Backend
+from quire_kernels.cache_write import HeadNorm, Rope
+from quire_kernels.norm import Norm
 from quire_kernels.paged_attention import AttentionOptions
 from torch import Tensor
 
@@ -28,7 +30,6 @@ class Attention:
     ) -> None:
         at = f"model.layers.{layer}.self_attn"
         self._ops = ops
-        self._eps = spec.norm_eps
         self._head_dim = spec.head_dim
         self._num_heads = spec.num_heads // group.size
         self._kv_heads = spec.num_kv_heads // group.size
@@ -38,12 +39,14 @@ class Attention:
         parts = [(f"{at}.{name}_proj", size, shard(size, group)) for name, size in (("q", q), ("k", kv), ("v", kv))]
         self._qkv = column_parallel(weights, parts, spec.hidden_size, spec.qkv_bias)
         self._output = row_parallel(weights, f"{at}.o_proj", spec.hidden_size, q, spec.output_bias, group)
-        self._q_norm = weights.take(f"{at}.q_norm.weight", (spec.head_dim,)) if spec.qk_norm else None
-        self._k_norm = weights.take(f"{at}.k_norm.weight", (spec.head_dim,)) if spec.qk_norm else None
+        self._norm: HeadNorm | None = None
+        if spec.qk_norm:
+            q_weight, k_weight = (weights.take(f"{at}.{name}_norm.weight", (spec.head_dim,)) for name in ("q", "k"))
+            self._norm = HeadNorm(q_weight=q_weight, k_weight=k_weight, eps=spec.norm_eps)
 
-    def __call__(self, x: Tensor, batch: AttentionBatch, cache: KVCache, cos_sin: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, batch: AttentionBatch, cache: KVCache, rope: Rope) -> Tensor:
         qkv = self._qkv(x)  # [T, (H + 2K) * D]
-        self._ops.rope_cache_write(qkv, *cache, batch, cos_sin, self._q_norm, self._k_norm, self._eps, self._num_heads)
+        self._ops.rope_cache_write(qkv, *cache, batch, self._num_heads, rope, self._norm)
         heads = qkv.view(qkv.shape[0], self._num_heads + 2 * self._kv_heads, self._head_dim)
         attended = self._ops.paged_attention(heads[:, : self._num_heads], *cache, batch, self._scale, self._options)
         return self._output(attended.reshape(qkv.shape[0], -1))
@@ -98,25 +101,26 @@ class Decoder:
         tied = spec.tie_embeddings
         head = self._embedding if tied else Embedding(weights, "lm_head", spec.vocab_size, spec.hidden_size, group)
         self._head = OutputHead(head.table, spec.vocab_size, group)
-        self._cos_sin = cos_sin_table(
+        cos_sin = cos_sin_table(
             theta=spec.rope_theta,
             rotary_dim=spec.head_dim,
             scaling=spec.rope_scaling,
             max_position=max_model_len,
             model_max_position=spec.max_position,
-        ).to(weights.device)
+        )
+        self._rope = Rope(cos_sin=cos_sin.to(weights.device))
         weights.check_all_read(lambda name: name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"))
 
     def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[KVCache]) -> Tensor:
         """Token ids [T] → the last layer's normalized output [T, hidden]."""
-        ops, eps = self._ops, self.spec.norm_eps
+        ops, kind = self._ops, Norm(self.spec.norm_eps)
         residual = self._embedding(token_ids)
         delta: Tensor | None = None
         for (attention_norm, attention, mlp_norm, mlp), cache in zip(self._layers, caches, strict=True):
-            x = ops.add_rms_norm(residual, delta, attention_norm, eps)
-            x = ops.add_rms_norm(residual, attention(x, batch, cache, self._cos_sin), mlp_norm, eps)
+            x = ops.add_norm(residual, delta, attention_norm, kind)
+            x = ops.add_norm(residual, attention(x, batch, cache, self._rope), mlp_norm, kind)
             delta = mlp(x)
-        return ops.add_rms_norm(residual, delta, self._norm, eps)
+        return ops.add_norm(residual, delta, self._norm, kind)
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """[S, hidden] → fp32 [S, vocabulary] on rank 0."""

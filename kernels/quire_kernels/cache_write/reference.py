@@ -3,20 +3,37 @@
 import torch
 from torch import Tensor
 
-
-def _normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
+from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
+from quire_kernels.norm import Norm
+from quire_kernels.norm.reference import normalize
 
 
-def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """x [T, heads, D]; cos_sin [T, 2, half]: the halves of the first 2 * half dimensions turn, the rest stays."""
-    half = cos_sin.shape[-1]
-    cosine, sine = cos_sin[:, None, 0], cos_sin[:, None, 1]
-    a, b = x[..., :half].float(), x[..., half : 2 * half].float()
-    turned = torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1).to(x.dtype)
-    return torch.cat((turned, x[..., 2 * half :]), -1)
+def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """x [T, heads, D], positions [T] or [A, T] → fp32."""
+    half = rope.cos_sin.shape[-1]
+    if rope.axes is None:
+        turn = rope.cos_sin[positions.long()]  # [T, 2, half]
+    else:
+        each = rope.cos_sin[positions.long()]  # [A, T, 2, half]
+        turn = each.gather(0, rope.axes.long().expand(1, *each.shape[1:]))[0]
+    cosine, sine = turn[:, None, 0], turn[:, None, 1]
+    turning, rest = x[..., : 2 * half].float(), x[..., 2 * half :].float()
+    pairs = turning.unflatten(-1, (half, 2)) if rope.interleaved else turning.unflatten(-1, (2, half)).mT
+    a, b = pairs.unbind(-1)
+    turned = torch.stack((a * cosine - b * sine, b * cosine + a * sine), -1)
+    return torch.cat(((turned if rope.interleaved else turned.mT).flatten(-2), rest), -1)
+
+
+def store(x: Tensor, cache: Tensor, slots: Tensor, scale: Tensor | None) -> None:
+    """x [T, K, D] fp32 → the cache's slots."""
+    kept = slots >= 0
+    page, offset = slots[kept] // cache.shape[2], slots[kept] % cache.shape[2]
+    if scale is None:
+        cache[page, :, offset] = x[kept].to(cache.dtype)
+        return
+    limit = torch.finfo(cache.dtype).max
+    narrow = (x[kept] / scale[:, None]).clamp(-limit, limit).to(cache.dtype)
+    cache.view(torch.uint8)[page, :, offset] = narrow.view(torch.uint8)
 
 
 def rope_cache_write(
@@ -25,22 +42,28 @@ def rope_cache_write(
     value_cache: Tensor,
     positions: Tensor,
     slots: Tensor,
-    cos_sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
     num_heads: int,
+    rope: Rope | None,
+    norm: HeadNorm | None = None,
+    scales: CacheScales | None = None,
 ) -> None:
-    """See the package's contract. The caches are [P, K, B, D]."""
-    kv_heads, block_size, head_dim = key_cache.shape[1:]
+    """See the package's contract. `positions` [T], or [A, T] where the rope has axes."""
+    kv_heads, _, head_dim = key_cache.shape[1:]
     heads = qkv.view(qkv.shape[0], num_heads + 2 * kv_heads, head_dim)
     q, k, v = heads.split((num_heads, kv_heads, kv_heads), 1)
-    turn = cos_sin[positions.long()]
-    q_new = _rotate(q if q_weight is None else _normalize(q, q_weight, eps), turn)
-    k_new = _rotate(k if k_weight is None else _normalize(k, k_weight, eps), turn)
-    q.copy_(q_new)
-    k.copy_(k_new)
-    kept = slots >= 0
-    page, offset = slots[kept] // block_size, slots[kept] % block_size
-    key_cache[page, :, offset] = k_new[kept]
-    value_cache[page, :, offset] = v[kept]
+    wide_q, wide_k = q.float(), k.float()
+    if norm is not None:
+        kind = Norm(norm.eps, unit_offset=norm.unit_offset)
+        wide_q = normalize(wide_q, norm.q_weight, None, kind)
+        wide_k = normalize(wide_k, norm.k_weight, None, kind)
+    if rope is not None:
+        wide_q, wide_k = rotate(wide_q, positions, rope), rotate(wide_k, positions, rope)
+    q.copy_(wide_q)
+    store(wide_k, key_cache, slots, None if scales is None else scales.key)
+    store(v.float(), value_cache, slots, None if scales is None else scales.value)
+
+
+def copy_pages(cache: Tensor, pairs: Tensor) -> None:
+    """Pages pairs[:, 0] of cache [P, ...] → pages pairs[:, 1]; none is both read and written."""
+    raw = cache.view(torch.uint8)
+    raw[pairs[:, 1].long()] = raw[pairs[:, 0].long()]

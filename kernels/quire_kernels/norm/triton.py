@@ -129,7 +129,7 @@ def add_norm(
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
         _launch(residual, delta, weight, bias, norm, out, 1)
         return out
-    quantized = output.empty(*residual.shape, residual.device)
+    quantized = output.empty(residual.shape[0], residual.shape[1], residual.device)
     _launch(residual, delta, weight, bias, norm, quantized.values, 1, output, quantized.scale)
     return quantized
 
