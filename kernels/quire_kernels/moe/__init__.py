@@ -1,0 +1,47 @@
+"""Mixture of experts (Shazeer et al. 2017): T tokens, E experts, k of them for a token.
+
+`route(logits [T, E], routing)` → weights [T, k] fp32 and experts [T, k] int32, best first.
+
+`align(experts, E, tile)` sorts the T * k (token, choice) pairs by expert, stably, and pads each expert's to whole
+tiles of rows → `Alignment`. Its sizes depend on shapes alone, so that a captured graph stays valid.
+
+`grouped_matmul(a, w [E, N, K], alignment, pairs_per_row)` → [T * k, N]: pair p's row of a is p // pairs_per_row (k
+where a holds tokens, 1 where it holds pairs already). fp8 operands come with scales as in `quantized_matmul`, the
+weights' one per expert: [E], [E, N] or [E, N / 128, K / 128].
+
+`combine(x [T * k, N], weights [T, k])` → [T, N]: the weighted sum over a token's pairs, in the order of its choices.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """How experts are chosen."""
+
+    top_k: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    correction_bias: Tensor | None = None  # [E] fp32: added to the scores for the choice alone (DeepSeek-V3)
+    groups: int = 1  # experts are in so many groups ...
+    top_groups: int = 1  # ... of which the best so many take part
+    group_score: Literal["max", "top2"] = "top2"  # a group's: its best (DeepSeek-V2), or its two best added up (V3)
+    renormalize: bool = True  # the chosen weights add up to 1
+    scale: float = 1.0  # the weights' factor
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Pairs by expert. S = T * k + E * (tile - 1) at most, rounded up to tiles."""
+
+    pairs: Tensor  # [S] int32, the pair in each row; T * k where the row is padding
+    tile_experts: Tensor  # [S / tile] int32, each tile's expert; -1: the tile holds nothing
+    tile: int
+    num_pairs: int
+
+
+def aligned_rows(num_pairs: int, num_experts: int, tile: int) -> int:
+    """S."""
+    return -(-(num_pairs + min(num_experts, num_pairs) * (tile - 1)) // tile) * tile

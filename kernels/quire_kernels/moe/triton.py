@@ -1,0 +1,343 @@
+"""Mixture of experts in Triton: choosing, sorting, multiplying, adding up. No host looks on, and no atomics."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire_kernels.hardware import Hardware, hardware
+from quire_kernels.matmul.triton import MatrixTiles, tile_of_program
+from quire_kernels.moe import Alignment, Routing, aligned_rows
+
+
+@triton.jit
+def _route(
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    experts_ptr,
+    num_tokens,
+    scale,
+    SIGMOID: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    E: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, E_PADDED)
+    inside = (token < num_tokens)[:, None] & (expert < E)[None, :]
+    at = token.to(tl.int64)[:, None] * E + expert[None, :]
+    logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        best = tl.max(logits, 1)
+        powers = tl.exp(logits - tl.where(token < num_tokens, best, 0.0)[:, None])
+        total = tl.sum(powers, 1)
+        scores = powers / tl.where(total > 0, total, 1.0)[:, None]
+    choice = scores
+    if bias_ptr is not None:
+        choice += tl.load(bias_ptr + expert, mask=expert < E, other=0.0)[None, :]
+    choice = tl.where((expert < E)[None, :], choice, float("-inf"))
+    if GROUPS > 1:  # E is a power of two here
+        grouped = tl.reshape(choice, [TOKENS, GROUPS, E_PADDED // GROUPS])
+        of_group = tl.max(grouped, 2)  # [TOKENS, GROUPS]
+        if TOP2:
+            place = tl.argmax(grouped, 2)
+            within = tl.arange(0, E_PADDED // GROUPS)
+            of_group += tl.max(tl.where(within[None, None, :] == place[:, :, None], float("-inf"), grouped), 2)
+        group = tl.arange(0, GROUPS)
+        kept = tl.zeros([TOKENS, GROUPS], tl.int32)
+        for _ in tl.static_range(TOP_GROUPS):
+            chosen = group[None, :] == tl.argmax(of_group, 1)[:, None]
+            kept = tl.where(chosen, 1, kept)
+            of_group = tl.where(chosen, float("-inf"), of_group)
+        choice = tl.reshape(tl.where(kept[:, :, None] == 1, grouped, float("-inf")), [TOKENS, E_PADDED])
+    places = tl.arange(0, K_PADDED)
+    weights = tl.zeros([TOKENS, K_PADDED], tl.float32)
+    experts = tl.zeros([TOKENS, K_PADDED], tl.int32)
+    for i in tl.static_range(K):
+        best_expert = tl.argmax(choice, 1)  # the lowest of equals
+        chosen = expert[None, :] == best_expert[:, None]
+        weight = tl.sum(tl.where(chosen, scores, 0.0), 1)
+        choice = tl.where(chosen, float("-inf"), choice)
+        weights = tl.where(places[None, :] == i, weight[:, None], weights)
+        experts = tl.where(places[None, :] == i, best_expert[:, None], experts)
+    if RENORMALIZE:
+        weights = weights / tl.maximum(tl.sum(weights, 1), 1e-20)[:, None]
+    at = token.to(tl.int64)[:, None] * K + places[None, :]
+    inside = (token < num_tokens)[:, None] & (places < K)[None, :]
+    tl.store(weights_ptr + at, weights * scale, mask=inside)
+    tl.store(experts_ptr + at, experts, mask=inside)
+
+
+def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """See the package's contract. logits are contiguous."""
+    tokens, experts = logits.shape
+    hardware(logits.device)
+    padded = triton.next_power_of_2(experts)
+    if routing.groups > 1 and padded != experts:
+        raise ValueError(f"{experts} experts in {routing.groups} groups: the kernel takes powers of two")
+    weights = torch.empty((tokens, routing.top_k), dtype=torch.float32, device=logits.device)
+    chosen = torch.empty((tokens, routing.top_k), dtype=torch.int32, device=logits.device)
+    rows = max(1, 1024 // padded)
+    kernel: Any = _route
+    kernel[(triton.cdiv(tokens, rows),)](
+        logits,
+        routing.correction_bias,
+        weights,
+        chosen,
+        tokens,
+        routing.scale,
+        SIGMOID=routing.score == "sigmoid",
+        GROUPS=routing.groups,
+        TOP_GROUPS=routing.top_groups,
+        TOP2=routing.group_score == "top2",
+        RENORMALIZE=routing.renormalize,
+        E=experts,
+        E_PADDED=padded,
+        K=routing.top_k,
+        K_PADDED=triton.next_power_of_2(routing.top_k),
+        TOKENS=rows,
+        num_warps=4,
+        num_stages=1,
+    )
+    return weights, chosen
+
+
+@triton.jit
+def _count(experts_ptr, counts_ptr, num_pairs, E: tl.constexpr, E_PADDED: tl.constexpr, CHUNK: tl.constexpr):
+    """How many pairs of each chunk go to each expert: counts [chunks, E]."""
+    chunk = tl.program_id(0)
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    mine = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=E_PADDED)
+    expert = tl.arange(0, E_PADDED)
+    counts = tl.sum((mine[:, None] == expert[None, :]).to(tl.int32), 0)
+    tl.store(counts_ptr + chunk * E + expert, counts, mask=expert < E)
+
+
+@triton.jit
+def _offsets(
+    counts_ptr, tile_experts_ptr, chunks, tiles, E: tl.constexpr, E_PADDED: tl.constexpr, TILE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """counts become the row where each chunk's pairs of each expert begin; names every tile's expert. One program."""
+    expert = tl.arange(0, E_PADDED)
+    total = tl.zeros([E_PADDED], tl.int32)
+    for begin in range(0, chunks, CHUNKS):
+        chunk = begin + tl.arange(0, CHUNKS)
+        inside = (chunk < chunks)[:, None] & (expert < E)[None, :]
+        total += tl.sum(tl.load(counts_ptr + chunk[:, None] * E + expert[None, :], mask=inside, other=0), 0)
+    padded = (total + TILE - 1) // TILE * TILE
+    last = tl.cumsum(padded, 0)
+    at = last - padded
+    for begin in range(0, chunks, CHUNKS):
+        chunk = begin + tl.arange(0, CHUNKS)
+        inside = (chunk < chunks)[:, None] & (expert < E)[None, :]
+        place = counts_ptr + chunk[:, None] * E + expert[None, :]
+        counts = tl.load(place, mask=inside, other=0)
+        tl.store(place, at[None, :] + tl.cumsum(counts, 0) - counts, mask=inside)
+        at += tl.sum(counts, 0)
+    for tile in range(tiles):
+        mine = tl.sum((last <= tile * TILE).to(tl.int32), 0)  # the first expert whose rows end past the tile's start
+        tl.store(tile_experts_ptr + tile, tl.where(mine < E, mine, -1))
+
+
+@triton.jit
+def _place(
+    experts_ptr, offsets_ptr, pairs_ptr, num_pairs, E: tl.constexpr, E_PADDED: tl.constexpr, CHUNK: tl.constexpr
+):
+    chunk = tl.program_id(0)
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    mine = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=E_PADDED)
+    same = (mine[:, None] == tl.arange(0, E_PADDED)[None, :]).to(tl.int32)
+    rank = tl.sum(same * tl.cumsum(same, 0), 1) - 1  # among the chunk's pairs of the same expert
+    row = tl.load(offsets_ptr + chunk * E + mine, mask=pair < num_pairs, other=0) + rank
+    tl.store(pairs_ptr + row, pair, mask=pair < num_pairs)
+
+
+def align(experts: Tensor, num_experts: int, tile: int) -> Alignment:
+    """See the package's contract. experts [T, k] int32, contiguous."""
+    device, num_pairs = experts.device, experts.numel()
+    padded = triton.next_power_of_2(num_experts)
+    chunk = max(16, 16384 // padded)
+    chunks = triton.cdiv(num_pairs, chunk)
+    rows = aligned_rows(num_pairs, num_experts, tile)
+    pairs = torch.full((rows,), num_pairs, dtype=torch.int32, device=device)
+    tile_experts = torch.empty((rows // tile,), dtype=torch.int32, device=device)
+    counts = torch.empty((chunks, num_experts), dtype=torch.int32, device=device)
+    count: Any = _count
+    offsets: Any = _offsets
+    place: Any = _place
+    sizes = {"E": num_experts, "E_PADDED": padded}
+    count[(chunks,)](experts, counts, num_pairs, **sizes, CHUNK=chunk, num_warps=4)
+    offsets[(1,)](
+        counts, tile_experts, chunks, rows // tile, **sizes, TILE=tile, CHUNKS=max(1, 4096 // padded), num_warps=4
+    )
+    place[(chunks,)](experts, counts, pairs, num_pairs, **sizes, CHUNK=chunk, num_warps=4)
+    return Alignment(pairs, tile_experts, tile, num_pairs)
+
+
+@triton.jit
+def _grouped_matmul(
+    a_ptr,
+    a_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    pairs_ptr,
+    tile_experts_ptr,
+    num_pairs,
+    tiles_m,
+    N,
+    K,
+    a_stride: tl.int64,
+    SCALES: tl.constexpr,
+    A_PER_ROW: tl.constexpr,
+    W_PER_COLUMN: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """SCALES: 0 none, 1 per tensor, row or column, 3 per block of 128."""
+    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, TILE_N), 8)
+    expert = tl.load(tile_experts_ptr + tile_m).to(tl.int64)
+    if expert < 0:
+        return
+    pair = tl.load(pairs_ptr + tile_m * TILE_M + tl.arange(0, TILE_M))
+    row = tl.minimum(pair, num_pairs - 1) // PAIRS_PER_ROW  # padding computes the last pair again and is not stored
+    n = tile_n * TILE_N + tl.arange(0, TILE_N)
+    safe_n = tl.minimum(n, N - 1)
+    k = tl.arange(0, TILE_K)
+    a_at = a_ptr + row.to(tl.int64)[:, None] * a_stride + k[None, :]
+    w_at = w_ptr + (expert * N + safe_n)[:, None] * K + k[None, :]
+    blocks = tl.cdiv(K, 128)
+    acc = tl.zeros([TILE_M, TILE_N], tl.float32)
+    for step in range(0, K, TILE_K):
+        if EVEN_K:
+            a = tl.load(a_at)
+            w = tl.load(w_at)
+        else:
+            present = (k < K - step)[None, :]
+            a = tl.load(a_at, mask=present, other=0.0)
+            w = tl.load(w_at, mask=present, other=0.0)
+        if SCALES == 3:
+            scale = tl.load(a_scale_ptr + row * blocks + step // 128)[:, None]
+            at = (expert * tl.cdiv(N, 128) + safe_n // 128) * blocks + step // 128
+            acc += tl.dot(a, w.T) * (scale * tl.load(w_scale_ptr + at)[None, :])
+        elif SCALES == 1:
+            acc += tl.dot(a, w.T)
+        else:
+            acc = tl.dot(a, w.T, acc, input_precision="ieee")
+        a_at += TILE_K
+        w_at += TILE_K
+    if SCALES == 1:
+        if A_PER_ROW:
+            acc *= tl.load(a_scale_ptr + row)[:, None]
+        else:
+            acc *= tl.load(a_scale_ptr)
+        if W_PER_COLUMN:
+            acc *= tl.load(w_scale_ptr + expert * N + safe_n)[None, :]
+        else:
+            acc *= tl.load(w_scale_ptr + expert)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + expert * N + safe_n).to(tl.float32)[None, :]
+    inside = (pair < num_pairs)[:, None] & (n < N)[None, :]
+    tl.store(out_ptr + pair.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def rows_per_tile(num_pairs: int, num_experts: int) -> int:
+    """The tile for `align`: about what an expert gets, so that little is padding."""
+    each = triton.cdiv(num_pairs, num_experts)
+    return 16 if each <= 16 else 64 if each <= 96 else 128
+
+
+def _tiles(chip: Hardware, m: int, element_bytes: int) -> MatrixTiles:
+    k = 32 if element_bytes == 4 else 128 // element_bytes
+    stages = 2 if chip.amd else 4
+    if m == 16:
+        return MatrixTiles(m, 64, k, 4, stages)
+    return MatrixTiles(m, 128 if element_bytes < 4 else 64, k, 8 if m == 128 else 4, stages)
+
+
+def grouped_matmul(
+    a: Tensor,
+    w: Tensor,
+    alignment: Alignment,
+    pairs_per_row: int,
+    dtype: torch.dtype,
+    a_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See the package's contract; bias [E, N]. w is contiguous, rows of a may be strided."""
+    assert w.is_contiguous()
+    assert (a_scale is None) == (w_scale is None)
+    chip = hardware(a.device)
+    columns, k = w.shape[1:]
+    tiles = _tiles(chip, alignment.tile, a.element_size()).fits(chip, a.element_size(), w.element_size())
+    tiles_m = alignment.tile_experts.shape[0]
+    out = torch.empty((alignment.num_pairs, columns), dtype=dtype, device=a.device)
+    blocks = w_scale is not None and w_scale.ndim == 3
+    kernel: Any = _grouped_matmul
+    kernel[(tiles_m * triton.cdiv(columns, tiles.n),)](
+        a,
+        a_scale,
+        w,
+        w_scale,
+        bias,
+        out,
+        alignment.pairs,
+        alignment.tile_experts,
+        alignment.num_pairs,
+        tiles_m,
+        columns,
+        k,
+        a.stride(0),
+        SCALES=0 if w_scale is None else 3 if blocks else 1,
+        A_PER_ROW=a_scale is not None and a_scale.numel() > 1,
+        W_PER_COLUMN=w_scale is not None and w_scale.ndim == 2,
+        PAIRS_PER_ROW=pairs_per_row,
+        EVEN_K=k % tiles.k == 0,
+        TILE_M=tiles.m,
+        TILE_N=tiles.n,
+        TILE_K=tiles.k,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return out
+
+
+@triton.jit
+def _combine(x_ptr, weights_ptr, out_ptr, width, K: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    total = tl.zeros([COLUMNS], tl.float32)
+    for i in tl.static_range(K):
+        weight = tl.load(weights_ptr + token * K + i)
+        total += weight * tl.load(x_ptr + (token * K + i) * width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def combine(x: Tensor, weights: Tensor) -> Tensor:
+    """See the package's contract. Both are contiguous."""
+    hardware(x.device)
+    tokens, k = weights.shape
+    out = torch.empty((tokens, x.shape[1]), dtype=x.dtype, device=x.device)
+    kernel: Any = _combine
+    kernel[(tokens, triton.cdiv(x.shape[1], 1024))](
+        x, weights, out, x.shape[1], K=k, COLUMNS=1024, num_warps=4, num_stages=1
+    )
+    return out
