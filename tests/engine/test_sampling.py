@@ -7,8 +7,8 @@ import pytest
 import torch
 from quire_engine.execution.plan import NewRow
 from quire_engine.sampling.params import EngineSampling
-from quire_engine.sampling.random import philox_uniform
 from quire_engine.sampling.sampler import Sampler
+from quire_kernels.sampling.random import philox_uniform
 
 V = 50
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from quire_kernels.sampling.random import philox_uniform
 from torch import Tensor
 
 from quire_engine.execution.plan import NewRow, TokenLogprobs
 from quire_engine.sampling.params import EngineSampling
-from quire_engine.sampling.random import philox_uniform
 
 _CANDIDATES = 1024  # top-p looks at so many before it sorts the whole vocabulary
 
