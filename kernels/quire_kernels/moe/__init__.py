@@ -3,7 +3,8 @@
 `route(logits [T, E], routing)` → weights [T, k] fp32 and experts [T, k] int32, best first.
 
 `align(experts, E, tile)` sorts the T * k (token, choice) pairs by expert, stably, and pads each expert's to whole
-tiles of rows → `Alignment`. Its sizes depend on shapes alone, so that a captured graph stays valid.
+tiles of rows → `Alignment`. Its sizes depend on shapes alone, so that a captured graph stays valid. A pair whose
+expert is E (of no expert) gets no row.
 
 `grouped_matmul(a, w [E, N, K], alignment, pairs_per_row)` → [T * k, N]: pair p's row of a is p // pairs_per_row (k
 where a holds tokens, 1 where it holds pairs already). fp8 operands come with scales as in `quantized_matmul`, the

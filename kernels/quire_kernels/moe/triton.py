@@ -160,8 +160,9 @@ def _place(
     mine = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=E_PADDED)
     same = (mine[:, None] == tl.arange(0, E_PADDED)[None, :]).to(tl.int32)
     rank = tl.sum(same * tl.cumsum(same, 0), 1) - 1  # among the chunk's pairs of the same expert
-    row = tl.load(offsets_ptr + chunk * E + mine, mask=pair < num_pairs, other=0) + rank
-    tl.store(pairs_ptr + row, pair, mask=pair < num_pairs)
+    placed = mine < E  # who goes to no expert has no row
+    row = tl.load(offsets_ptr + chunk * E + mine, mask=placed, other=0) + rank
+    tl.store(pairs_ptr + row, pair, mask=placed)
 
 
 def align(experts: Tensor, num_experts: int, tile: int) -> Alignment:
