@@ -145,7 +145,7 @@ def _inspect_nvidia(binary: bytes) -> tuple[int, int, str, int]:
 
 def _inspect_amd(code: str) -> tuple[int, int, str, int]:
     registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[-1])
-    spills = sum(int(found) for found in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", code))
+    spills = sum(int(found) for found in re.findall(r"\.vgpr_spill_count:\s+(\d+)", code))
     matrix = re.search(_MATRIX, code)
     wide = len(re.findall(r"\b(?:global|buffer)_load_(?:dwordx4|b128|lds_dwordx4)", code))
     return registers, spills, matrix[1] if matrix else "", wide
@@ -175,7 +175,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         shared_limit=CHIPS[target].shared_bytes,
         spills=spills,
         multiplies="tt.dot" in compiled.asm["ttir"],
-        rows=constants.get("M", constants.get("TILE_M", 0)),
+        rows=constants.get("TILE_M", constants.get("M", 0)),
         matrix=matrix,
         streams=launch.case.streams,
         wide_loads=wide,
@@ -208,8 +208,8 @@ def table(results: list[Compiled]) -> str:
     lines = [
         "# What the kernels take",
         "",
-        f"Compiled ahead of time by triton {triton.__version__}; `make kernel-table` writes this page anew. Nothing here",
-        "was run. Registers of a thread, shared memory of a program in KiB (its limit stands in the heading), spills where",
+        f"Compiled ahead of time by triton {triton.__version__}; `make kernel-table` writes this page. Nothing was",
+        "run. Registers of a thread, shared memory of a program in KiB (its limit stands in the heading), spills where",
         "there are any, the matrix instruction where the kernel multiplies matrices.",
         "",
         "| kernel | case | " + " | ".join(f"{t} ({CHIPS[t].shared_bytes >> 10})" for t in TARGETS) + " |",

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels.hardware import hardware
+from quire_kernels.hardware import Hardware, hardware
 from quire_kernels.paged_attention.triton import (
     LN2,
     LOG2E,
+    Tiles,
     launch_merge,
     num_segments,
     online_softmax,
@@ -106,6 +107,15 @@ def _latent_attention(
         tl.store(lse_ptr + to, (best + tl.math.log2(total)) * LN2, mask=alive)
 
 
+def _tiles(chip: Hardware, heads: int, element_bytes: int) -> Tiles:
+    """The accumulator [rows, 512] takes half of the registers; keys are few so that the rest does not spill."""
+    if chip.amd or element_bytes == 4 or heads <= 16:
+        return Tiles(16, 16 if chip.amd else 32, 4, 1 if chip.amd else 2)
+    if chip.warpgroup_matrices and heads > 32:
+        return Tiles(64, 16, 8, 2)
+    return Tiles(32, 32, 8, 2)
+
+
 def latent_attention(
     q: Tensor,
     cache: Tensor,
@@ -123,9 +133,9 @@ def latent_attention(
     requests, block_size = context_lens.shape[0], cache.shape[1]
     assert q.stride(1) == width, "heads of a token are consecutive"
     out = torch.empty((tokens, heads, latent), dtype=q.dtype, device=q.device)
-    rows = max(16, min(16 if chip.amd or q.element_size() == 4 else 64, triton.next_power_of_2(heads)))
-    of_token = min(rows, triton.next_power_of_2(heads))
-    tile_tokens = rows // of_token
+    tiles = _tiles(chip, heads, q.element_size())
+    of_token = min(tiles.rows, triton.next_power_of_2(heads))
+    tile_tokens = tiles.rows // of_token
     head_tiles = triton.cdiv(heads, of_token)
     blocks = tokens // tile_tokens + requests
     segments = 1
@@ -139,8 +149,8 @@ def latent_attention(
     kernel[(blocks, head_tiles, segments)](
         q, parts, part_lse, cache, block_tables, query_starts, context_lens, q.stride(0), block_tables.stride(0),
         requests, tokens, scale, HEADS=heads, L=latent, E=width - latent, BLOCK_SIZE=block_size,
-        TILE_TOKENS=tile_tokens, SEGMENTS=segments, M=rows, N=32 if chip.shared_bytes > 128 << 10 else 16,
-        num_warps=8 if rows == 64 else 4, num_stages=1 if chip.amd else 2,
+        TILE_TOKENS=tile_tokens, SEGMENTS=segments, M=tiles.rows, N=tiles.keys,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if segments > 1 and part_lse is not None:
         launch_merge(parts, part_lse, out, lse, None, 1)
@@ -199,5 +209,5 @@ def latent_cache_write(
     kernel[(latent.shape[0],)](
         latent, q_rope, cache, positions, slots, cos_sin, weight,
         latent.stride(0), q_rope.stride(0), q_rope.stride(1), eps,
-        HEADS=heads, HEADS_PADDED=triton.next_power_of_2(heads), L=weight.shape[0], E=turned, num_warps=4,
+        HEADS=heads, HEADS_PADDED=triton.next_power_of_2(heads), L=weight.shape[0], E=turned, num_warps=1,
     )  # fmt: skip

@@ -264,12 +264,12 @@ def rows_per_tile(num_pairs: int, num_experts: int) -> int:
     return 16 if each <= 16 else 64 if each <= 96 else 128
 
 
-def _tiles(chip: Hardware, m: int, element_bytes: int) -> MatrixTiles:
+def _tiles(chip: Hardware, m: int, element_bytes: int, blocks: bool) -> MatrixTiles:
     k = 32 if element_bytes == 4 else 128 // element_bytes
     stages = 2 if chip.amd else 4
     if m == 16:
         return MatrixTiles(m, 64, k, 4, stages)
-    return MatrixTiles(m, 128 if element_bytes < 4 else 64, k, 8 if m == 128 else 4, stages)
+    return MatrixTiles(m, 64 if blocks or element_bytes == 4 else 128, k, 8 if m == 128 else 4, stages)
 
 
 def grouped_matmul(
@@ -287,10 +287,10 @@ def grouped_matmul(
     assert (a_scale is None) == (w_scale is None)
     chip = hardware(a.device)
     columns, k = w.shape[1:]
-    tiles = _tiles(chip, alignment.tile, a.element_size()).fits(chip, a.element_size(), w.element_size())
+    blocks = w_scale is not None and w_scale.ndim == 3
+    tiles = _tiles(chip, alignment.tile, a.element_size(), blocks).fits(chip, a.element_size(), w.element_size())
     tiles_m = alignment.tile_experts.shape[0]
     out = torch.empty((alignment.num_pairs, columns), dtype=dtype, device=a.device)
-    blocks = w_scale is not None and w_scale.ndim == 3
     kernel: Any = _grouped_matmul
     kernel[(tiles_m * triton.cdiv(columns, tiles.n),)](
         a,
@@ -334,11 +334,11 @@ def _combine(x_ptr, weights_ptr, out_ptr, width, K: tl.constexpr, COLUMNS: tl.co
 
 def combine(x: Tensor, weights: Tensor) -> Tensor:
     """See the package's contract. Both are contiguous."""
-    hardware(x.device)
+    chip = hardware(x.device)
     tokens, k = weights.shape
     out = torch.empty((tokens, x.shape[1]), dtype=x.dtype, device=x.device)
     kernel: Any = _combine
     kernel[(tokens, triton.cdiv(x.shape[1], 1024))](
-        x, weights, out, x.shape[1], K=k, COLUMNS=1024, num_warps=4, num_stages=1
+        x, weights, out, x.shape[1], K=k, COLUMNS=1024, num_warps=2 if chip.amd else 4, num_stages=1
     )
     return out

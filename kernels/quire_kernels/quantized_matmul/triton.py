@@ -89,14 +89,17 @@ def _scale_kind(scale: Tensor, rows: int) -> int:
     return 2 if scale.shape[0] == rows and rows > 1 else 1
 
 
-def narrow_or_wide(chip: Hardware, rows: int, k: int) -> MatrixTiles:
-    """Tiles for one byte a value: few rows stream the weights, many rows fill the matrix units."""
+def _tiles(chip: Hardware, rows: int, blocks: bool) -> MatrixTiles:
+    """For one byte a value: few rows stream the weights, many rows fill the matrix units.
+
+    Blocks of scales need a second accumulator, so their tiles are half as wide.
+    """
     stages = 2 if chip.amd else 4
     if rows <= 16:
-        return MatrixTiles(16, 64, k, 4, 2 if chip.amd else 5)
+        return MatrixTiles(16, 64, 128, 4, 2 if chip.amd else 5)
     if rows <= 64:
-        return MatrixTiles(64, 64, k, 4, stages)
-    return MatrixTiles(128, 128, k, 8, stages)
+        return MatrixTiles(64, 64, 128, 4, stages)
+    return MatrixTiles(128, 64 if blocks else 128, 128, 8, stages)
 
 
 def scaled_matmul(
@@ -108,7 +111,7 @@ def scaled_matmul(
     assert (a_scale.ndim == 2) == (w_scale.ndim == 2), "blocks go with blocks"
     chip = hardware(a.device)
     (rows, k), columns = a.shape, w.shape[0]
-    tiles = narrow_or_wide(chip, rows, 128).fits(chip, 1, 1)
+    tiles = _tiles(chip, rows, a_scale.ndim == 2).fits(chip, 1, 1)
     tiles_m, tiles_n = triton.cdiv(rows, tiles.m), triton.cdiv(columns, tiles.n)
     steps = triton.cdiv(k, tiles.k)
     splits = num_splits(chip, tiles_m * tiles_n, steps) if tiles_m == 1 else 1
@@ -199,7 +202,7 @@ def int4_matmul(a: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
     chunks, columns = weight.packed.shape[:2]
     assert chunks * INT4_CHUNK == k, "the weight has as many inputs as a has columns"
     if rows <= 16:
-        tiles = MatrixTiles(16, 64, INT4_CHUNK, 4, 2 if chip.amd else 6)
+        tiles = MatrixTiles(16, 64, INT4_CHUNK, 2 if chip.amd else 4, 2 if chip.amd else 6)
     else:
         tiles = MatrixTiles(64, 128, INT4_CHUNK, 4, 2 if chip.amd else 4)
     tiles_m, tiles_n = triton.cdiv(rows, tiles.m), triton.cdiv(columns, tiles.n)
