@@ -16,7 +16,7 @@ from torch import Tensor
 class Built:
     """A case with its inputs on a device."""
 
-    run: Callable[[], Any]  # → a tensor, or several
+    run: Callable[[], Any]  # → a tensor, several, or Quantized
     expected: Callable[[], Any]  # the same from the reference, in higher precision
     bytes: float = 0.0  # that must move to or from memory at least
     operations: float = 0.0  # of the matrix units, at least

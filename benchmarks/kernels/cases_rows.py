@@ -12,8 +12,7 @@ from quire_kernels.activation.triton import activate
 from quire_kernels.norm import Norm
 from quire_kernels.norm import reference as norm_reference
 from quire_kernels.norm.triton import add_norm, norm_heads
-from quire_kernels.quantize import Fp8Output, Quantized, Scales
-from quire_kernels.quantize.reference import dequantize
+from quire_kernels.quantize import Fp8Output, Scales
 from quire_kernels.sampling import Biases, Penalties, Rows, reference
 from quire_kernels.sampling.triton import add_bias, draw, penalize, prepare, token_logprobs
 from quire_kernels.verification.triton import verify
@@ -21,10 +20,6 @@ from torch import Tensor
 
 Build = Callable[[torch.device, torch.dtype], Built]
 VOCABULARY = 128256
-
-
-def _plain(x: Tensor | Quantized) -> Tensor:
-    return x if isinstance(x, Tensor) else dequantize(x).to(x.values.dtype)
 
 
 def _output(scales: Scales | None, device: torch.device, fp8: torch.dtype) -> Fp8Output | None:
@@ -40,8 +35,8 @@ def _norm(tokens: int, width: int, kind: Norm, scales: Scales | None = None) -> 
         bias = normal(device, width) if kind.kind == "layer" else None
         written = size(residual) if output is None else size(residual) / 2
         return Built(
-            run=lambda: _plain(add_norm(residual, zeros, weight, bias, kind, output)),
-            expected=lambda: _plain(norm_reference.add_norm(residual.clone(), zeros, weight, bias, kind, output)),
+            run=lambda: add_norm(residual, zeros, weight, bias, kind, output),
+            expected=lambda: norm_reference.add_norm(residual.clone(), zeros, weight, bias, kind, output),
             bytes=3 * size(residual) + written,
             peers={}
             if output is not None or kind.kind != "rms"
@@ -69,8 +64,8 @@ def _activation(tokens: int, width: int, kind: Activation, gated: bool, scales: 
         if output is None and kind is Activation.SILU:
             peers["torch"] = lambda: F.silu(x[:, :width]) * x[:, width:]
         return Built(
-            run=lambda: _plain(activate(x, kind, gated, output)),
-            expected=lambda: _plain(activation_reference.activate(x, kind, gated, output)),
+            run=lambda: activate(x, kind, gated, output),
+            expected=lambda: activation_reference.activate(x, kind, gated, output),
             bytes=size(x) + tokens * width * (2 if output is None else 1),
             terms=4.0,
             peers=peers,

@@ -31,6 +31,7 @@ import cases_matrix  # noqa: E402
 import cases_rows  # noqa: E402
 from case import Built, Case  # noqa: E402
 from quire_kernels.hardware import hardware  # noqa: E402
+from quire_kernels.quantize import Quantized  # noqa: E402
 from tolerance import assert_close  # noqa: E402
 
 CASES: list[Case] = cases_attention.CASES + cases_rows.CASES + cases_matrix.CASES
@@ -84,12 +85,19 @@ def rates(watch: Stopwatch, fp8: torch.dtype | None) -> dict[str, float]:
     return found
 
 
+def _parts(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [result.values, result.scale] if isinstance(result, Quantized) else list(result)
+
+
 def check(built: Built) -> None:
     """Raises AssertionError where the kernel is not its reference."""
-    got, expected = built.run(), built.expected()
-    pairs = [(got, expected)] if isinstance(got, torch.Tensor) else zip(got, expected, strict=True)
-    for mine, theirs in pairs:
-        assert_close(mine, theirs, built.terms)
+    for mine, theirs in zip(_parts(built.run()), _parts(built.expected()), strict=True):
+        if mine.is_floating_point():
+            assert_close(mine, theirs, built.terms)
+        else:
+            assert torch.equal(mine, theirs)
 
 
 def measure(case: Case, watch: Stopwatch, rate: dict[str, float], fp8: torch.dtype | None) -> dict[str, Any]:

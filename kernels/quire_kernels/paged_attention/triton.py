@@ -377,7 +377,7 @@ def wide_tiles(chip: Hardware, group: int, head_dim: int, element_bytes: int) ->
     rows = 128 if padded * element_bytes <= 256 else 64
     rows = max(rows, triton.next_power_of_2(group))
     keys = 64 if padded <= 128 else 32
-    warps = 8 if rows * padded >= 128 * 128 and not chip.amd else 4
+    warps = 8 if (rows >= 128 or padded >= 256) and not chip.amd else 4
     tile = 2 * keys * padded * element_bytes
     spare = chip.shared_bytes - rows * padded * element_bytes - rows * keys * element_bytes
     stages = 1 if chip.amd else max(1, min(3, spare // tile))

@@ -171,12 +171,13 @@ def _thresholds(
         count = 0
         for i in range(chunks):
             if tl.load(max_ptr + row * chunks + i) >= low:
-                ids = i * CHUNK + tl.arange(0, CHUNK)
-                x = _scaled(logits_ptr, masks_ptr, temperature_ptr, row, ids, V, stride, words)
-                kept = (x >= low) & (x > float("-inf"))
-                places = count + tl.cumsum(kept.to(tl.int32), 0) - 1
-                tl.store(candidates_ptr + places, x, mask=kept)
-                count += tl.sum(kept.to(tl.int32), 0)
+                for part in range(CHUNK // SEARCH):
+                    ids = i * CHUNK + part * SEARCH + tl.arange(0, SEARCH)
+                    x = _scaled(logits_ptr, masks_ptr, temperature_ptr, row, ids, V, stride, words)
+                    kept = (x >= low) & (x > float("-inf"))
+                    places = count + tl.cumsum(kept.to(tl.int32), 0) - 1
+                    tl.store(candidates_ptr + places, x, mask=kept)
+                    count += tl.sum(kept.to(tl.int32), 0)
         tl.debug_barrier()
         threshold = low
         if top_k > 0:  # the largest value that at least k reach
@@ -248,7 +249,7 @@ def prepare(logits: Tensor, rows: Rows, filtered: bool = True) -> Prepared:
         CHUNK=CHUNK,
         C_PADDED=triton.next_power_of_2(chunks),
         SEARCH=_SEARCH,
-        num_warps=8,
+        num_warps=4,
     )
     return Prepared(maxima, best, threshold, log_mass)
 
