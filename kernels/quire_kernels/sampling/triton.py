@@ -113,7 +113,7 @@ def _count_and_mass(candidates_ptr, count, threshold, best, SEARCH: tl.constexpr
 
 
 @triton.jit
-def _thresholds(
+def _candidates(
     logits_ptr,
     masks_ptr,
     temperature_ptr,
@@ -124,6 +124,7 @@ def _thresholds(
     sum_ptr,
     arg_ptr,
     candidates_ptr,
+    count_ptr,
     best_ptr,
     threshold_ptr,
     log_mass_ptr,
@@ -135,6 +136,7 @@ def _thresholds(
     C_PADDED: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
+    """The row's best token and whole mass; a first threshold, below which nothing takes part, and what reaches it."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, C_PADDED)
     at = row * chunks + chunk
@@ -145,14 +147,14 @@ def _thresholds(
     tl.store(best_ptr + row, tl.where(possible, token, -1))
     best = tl.where(possible, best, 0.0)
     sums = tl.load(sum_ptr + at, mask=chunk < chunks, other=0.0)
-    mass = tl.sum(sums * tl.exp(maxima - best), 0)
+    tl.store(log_mass_ptr + row, best + tl.log(tl.sum(sums * tl.exp(maxima - best), 0)))
 
     top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     top_k = tl.where((top_k <= 0) | (top_k >= V), 0, top_k)
-    threshold = float("-inf")
+    low = float("-inf")
+    count = 0
     filtered = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
     if filtered & possible & (tl.load(temperature_ptr + row) > 0):
-        low = float("-inf")  # nothing below can take part
         if min_p > 0.0:
             low = best + tl.log(min_p)
         if top_k > 0:
@@ -166,9 +168,8 @@ def _thresholds(
                         end = middle
                 low = tl.maximum(low, _value(begin))
         elif (top_p < 1.0) & (min_p == 0.0):
-            low = tl.maximum(low, best + tl.log((1.0 - top_p) * 0.5 / V))  # half: for the rounding of sums
+            low = best + tl.log((1.0 - top_p) * 0.5 / V)  # half: for the rounding of sums
         candidates_ptr += row * V
-        count = 0
         for i in range(chunks):
             if tl.load(max_ptr + row * chunks + i) >= low:
                 for part in range(CHUNK // SEARCH):
@@ -178,33 +179,51 @@ def _thresholds(
                     places = count + tl.cumsum(kept.to(tl.int32), 0) - 1
                     tl.store(candidates_ptr + places, x, mask=kept)
                     count += tl.sum(kept.to(tl.int32), 0)
-        tl.debug_barrier()
-        threshold = low
-        if top_k > 0:  # the largest value that at least k reach
-            begin, end = _key(tl.maximum(low, -3.4e38)), _key(best) + 1
-            while end - 1 > begin:
-                middle = (begin >> 1) + (end >> 1) + (begin & end & 1)
-                found, _ = _count_and_mass(candidates_ptr, count, _value(middle), best, SEARCH)
-                if found >= top_k:
-                    begin = middle
-                else:
-                    end = middle
-            threshold = tl.maximum(threshold, _value(begin))
+    tl.store(threshold_ptr + row, low)
+    tl.store(count_ptr + row, count)
+
+
+@triton.jit
+def _thresholds(
+    top_k_ptr, top_p_ptr, min_p_ptr, max_ptr, candidates_ptr, count_ptr, threshold_ptr, log_mass_ptr, V, chunks,
+    C_PADDED: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """The threshold and the mass of a row that has candidates."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(count_ptr + row)
+    if count == 0:
+        return
+    chunk = tl.arange(0, C_PADDED)
+    best = tl.max(tl.load(max_ptr + row * chunks + chunk, mask=chunk < chunks, other=float("-inf")), 0)
+    top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
+    top_k = tl.where((top_k <= 0) | (top_k >= V), 0, top_k)
+    threshold = tl.load(threshold_ptr + row)
+    candidates_ptr += row * V
+    if top_k > 0:  # the largest value that at least k reach
+        begin, end = _key(tl.maximum(threshold, -3.4e38)), _key(best) + 1
+        while end - 1 > begin:
+            middle = (begin >> 1) + (end >> 1) + (begin & end & 1)
+            found, _ = _count_and_mass(candidates_ptr, count, _value(middle), best, SEARCH)
+            if found >= top_k:
+                begin = middle
+            else:
+                end = middle
+        threshold = tl.maximum(threshold, _value(begin))
+    if top_p < 1.0:  # the largest value that carries at least p of the mass
         _, mass = _count_and_mass(candidates_ptr, count, threshold, best, SEARCH)
-        if top_p < 1.0:  # the largest value that carries at least p of the mass
-            wanted = mass * top_p
-            if (top_k == 0) & (min_p == 0.0):
-                wanted = tl.sum(sums * tl.exp(maxima - best), 0) * top_p
-            begin, end = _key(tl.maximum(threshold, -3.4e38)), _key(best) + 1
-            while end - 1 > begin:
-                middle = (begin >> 1) + (end >> 1) + (begin & end & 1)
-                _, carried = _count_and_mass(candidates_ptr, count, _value(middle), best, SEARCH)
-                if carried >= wanted:
-                    begin = middle
-                else:
-                    end = middle
-            threshold = tl.maximum(threshold, _value(begin))
-            _, mass = _count_and_mass(candidates_ptr, count, threshold, best, SEARCH)
+        if (top_k == 0) & (min_p == 0.0):  # of all, not of the candidates alone
+            mass = tl.exp(tl.load(log_mass_ptr + row) - best)
+        wanted = mass * top_p
+        begin, end = _key(tl.maximum(threshold, -3.4e38)), _key(best) + 1
+        while end - 1 > begin:
+            middle = (begin >> 1) + (end >> 1) + (begin & end & 1)
+            _, carried = _count_and_mass(candidates_ptr, count, _value(middle), best, SEARCH)
+            if carried >= wanted:
+                begin = middle
+            else:
+                end = middle
+        threshold = tl.maximum(threshold, _value(begin))
+    _, mass = _count_and_mass(candidates_ptr, count, threshold, best, SEARCH)
     tl.store(threshold_ptr + row, threshold)
     tl.store(log_mass_ptr + row, best + tl.log(mass))
 
@@ -226,8 +245,10 @@ def prepare(logits: Tensor, rows: Rows, filtered: bool = True) -> Prepared:
         num_warps=8,
     )  # fmt: skip
     best, threshold, log_mass = empty(size, dtype=torch.int32), empty(size), empty(size)
+    count = empty(size, dtype=torch.int32)
     candidates = empty(size, vocabulary) if filtered else threshold
-    kernel = _thresholds
+    padded = triton.next_power_of_2(chunks)
+    kernel = _candidates
     kernel[(size,)](
         logits,
         rows.masks,
@@ -239,6 +260,7 @@ def prepare(logits: Tensor, rows: Rows, filtered: bool = True) -> Prepared:
         sums,
         args,
         candidates,
+        count,
         best,
         threshold,
         log_mass,
@@ -247,10 +269,16 @@ def prepare(logits: Tensor, rows: Rows, filtered: bool = True) -> Prepared:
         logits.stride(0),
         words,
         CHUNK=CHUNK,
-        C_PADDED=triton.next_power_of_2(chunks),
+        C_PADDED=padded,
         SEARCH=_SEARCH,
-        num_warps=4,
+        num_warps=8,
     )
+    if filtered:
+        kernel = _thresholds
+        kernel[(size,)](
+            rows.top_k, rows.top_p, rows.min_p, maxima, candidates, count, threshold, log_mass, vocabulary, chunks,
+            C_PADDED=padded, SEARCH=_SEARCH, num_warps=8,
+        )  # fmt: skip
     return Prepared(maxima, best, threshold, log_mass)
 
 
