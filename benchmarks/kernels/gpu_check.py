@@ -24,6 +24,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).parents[2]
+# Nothing of the project is installed where this runs, so the paths come before the imports (hence the noqa).
 sys.path[:0] = [str(ROOT / room) for room in ("kernels", "tests/kernels")]
 
 import cases_attention  # noqa: E402
@@ -126,7 +127,7 @@ def measure(case: Case, watch: Stopwatch, rate: dict[str, float], fp8: torch.dty
                     row["peers"][name] = watch.seconds(peer) / seconds
                 except Exception as error:  # a peer that cannot is no fault of the kernel
                     row["peers"][name] = f"{type(error).__name__}: {error}"[:200]
-    except Exception:
+    except Exception:  # shown in the table; the other kernels are still to be tried
         row |= {"right": False, "why": traceback.format_exc()[-1500:]}
     torch.cuda.empty_cache()
     return row

@@ -1,6 +1,7 @@
 """Paged attention in Triton against its reference, and the reference against softmax written out."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,10 @@ def both(
     return got, lse, expected, expected_lse
 
 
-def check(queries: list[int], contexts: list[int], block_size: int, *arguments: int, **more: object) -> None:
+def check(queries: list[int], contexts: list[int], block_size: int, *arguments: int, **more: Any) -> None:
     batch = make_batch(queries, contexts, block_size, sum(-(-c // block_size) for c in contexts) + 2)
     heads, kv_heads, dim = arguments
-    got, lse, expected, expected_lse = both(batch, heads, kv_heads, dim, block_size, **more)  # type: ignore[arg-type]
+    got, lse, expected, expected_lse = both(batch, heads, kv_heads, dim, block_size, **more)
     assert_close(got, expected)
     torch.testing.assert_close(lse, expected_lse, atol=2e-2 if got.dtype != torch.float32 else 2e-5, rtol=1e-5)
 
