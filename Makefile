@@ -30,9 +30,9 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_structure.py
 
-# Needs a GPU with torch and triton, and nothing else of the project; it makes no environment of its own.
+# Needs a GPU with torch and triton; nothing is installed, so the paths say where the kernels and their tolerances are.
 gpu-check:
-	@$(PYTHON) benchmarks/kernels/gpu_check.py $(ARGS)
+	@PYTHONPATH=kernels:tests/kernels:$$PYTHONPATH $(PYTHON) benchmarks/kernels/gpu_check.py $(ARGS)
 
 kernel-table: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernels/compile_ahead.py --table

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -20,21 +19,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import cases_attention
+import cases_matrix
+import cases_rows
 import torch
 import triton
+from case import Built, Case
+from quire_kernels.hardware import hardware
+from quire_kernels.quantize import Quantized
+from tolerance import assert_close
 
 ROOT = Path(__file__).parents[2]
-# Nothing of the project is installed where this runs, so the paths come before the imports (hence the noqa).
-sys.path[:0] = [str(ROOT / room) for room in ("kernels", "tests/kernels")]
-
-import cases_attention  # noqa: E402
-import cases_matrix  # noqa: E402
-import cases_rows  # noqa: E402
-from case import Built, Case  # noqa: E402
-from quire_kernels.hardware import hardware  # noqa: E402
-from quire_kernels.quantize import Quantized  # noqa: E402
-from tolerance import assert_close  # noqa: E402
-
 CASES: list[Case] = cases_attention.CASES + cases_rows.CASES + cases_matrix.CASES
 
 

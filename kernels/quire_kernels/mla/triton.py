@@ -152,7 +152,8 @@ def latent_attention(
         TILE_TOKENS=tile_tokens, SEGMENTS=segments, M=tiles.rows, N=tiles.keys,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    if segments > 1 and part_lse is not None:
+    if segments > 1:
+        assert part_lse is not None
         launch_merge(parts, part_lse, out, lse, None, 1)
     return out
 
