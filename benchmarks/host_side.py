@@ -1,4 +1,4 @@
-"""What the host costs, without a model to hide it: the scheduler alone, and the whole stack around a model of width 64.
+"""What the host costs: its share of a step without a device, and the whole stack around a model of width 64.
 
 python benchmarks/host_side.py scheduler
 python benchmarks/host_side.py streams [--streams 1,64,256]
@@ -11,18 +11,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
+import torch
 from quire_engine.config import SchedulerLimits
+from quire_engine.execution.batch import Batcher
 from quire_engine.execution.plan import StepResult
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
+from quire_engine.sampling.sampler import Sampler
 from quire_engine.scheduler import Scheduler
+from quire_kernels.backends import TorchBackend
 
 
-def scheduler_step(running: int, steps: int = 200) -> tuple[float, float]:
-    """Median seconds of schedule() and commit() with `running` decoding requests."""
+def host_share(running: int, steps: int = 200) -> dict[str, float]:
+    """Median seconds per step of what the host does for `running` decoding requests, without a device: schedule,
+    batch (the step's arrays, packed into the buffer that one copy would take), commit. Steps overlap, as on a GPU."""
     limits = SchedulerLimits(
         num_pages=running * 40,
         block_size=16,
@@ -30,30 +36,43 @@ def scheduler_step(running: int, steps: int = 200) -> tuple[float, float]:
         max_num_seqs=running,
         max_num_batched_tokens=8192,
         max_num_queued_reqs=running,
+        steps_in_flight=2,
     )
+    device = torch.device("cpu")
     scheduler = Scheduler(limits)
+    sampler = Sampler(running + 1, 32000, device, TorchBackend())
+    batcher = Batcher(limits, device, sampler)
     generator = random.Random(0)
     for number in range(running):
         prompt = [generator.randrange(1000) for _ in range(generator.randrange(16, 64))]
         params = EngineSampling(max_tokens=500, stop_token_ids=(2,))
         scheduler.add(Request(number, prompt, len(prompt), params))
-    schedule_times, commit_times = [], []
+    inputs = torch.empty(1 << 22, dtype=torch.uint8)
+    times: dict[str, list[float]] = {"schedule": [], "batch": [], "commit": []}
+    results: deque[StepResult] = deque()
     for _ in range(steps):
         begun = time.perf_counter()
         plan = scheduler.schedule(0.0)
         planned = time.perf_counter()
         assert plan is not None
-        result = StepResult(np.full(int(plan.draws.sum()), 7, np.int32))
+        for new in plan.new_rows:
+            sampler.set_row(new, 1)
+        batching = time.perf_counter()
+        batcher.set_pages(plan)
+        batcher.upload.into(inputs, batcher.arrays(plan, batcher.shape(plan)))
+        batched = time.perf_counter()
+        results.append(StepResult(np.full(int(plan.draws.sum()), 7, np.int32)))
         committing = time.perf_counter()
-        scheduler.commit(result)
-        commit_times.append(time.perf_counter() - committing)
-        schedule_times.append(planned - begun)
-    return sorted(schedule_times)[steps // 2], sorted(commit_times)[steps // 2]
+        if len(results) == limits.steps_in_flight:
+            scheduler.commit(results.popleft())
+        times["commit"].append(time.perf_counter() - committing)
+        times["schedule"].append(planned - begun)
+        times["batch"].append(batched - batching)
+    return {name: sorted(found)[steps // 2] for name, found in times.items()}
 
 
 def null_checkpoint(folder: Path) -> None:
     """One layer of width 64, random: next to no arithmetic."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -111,9 +130,10 @@ def main() -> None:
     parser.add_argument("--streams", type=lambda text: [int(part) for part in text.split(",")], default=[1, 64, 256])
     arguments = parser.parse_args()
     if arguments.part == "scheduler":
-        for running in (16, 64, 256, 1024):
-            schedule, commit = scheduler_step(running)
-            print(f"{running:5d} running: schedule {schedule * 1e6:7.0f} µs, commit {commit * 1e6:7.0f} µs")
+        for running in (1, 16, 64, 256, 512, 1024, 2048):
+            parts = {name: seconds * 1e6 for name, seconds in host_share(running).items()}
+            shown = ", ".join(f"{name} {micros:5.0f}" for name, micros in parts.items())
+            print(f"{running:5d} running: {sum(parts.values()):6.0f} µs a step ({shown})")
     else:
         streams(arguments.streams)
 

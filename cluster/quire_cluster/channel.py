@@ -2,9 +2,10 @@
 back.
 
 One writer of plans, many readers, one writer of results (rank 0). A message is written, then its sequence number,
-then a futex wakes who sleeps; readers look at the number a few times before they sleep. The memory is anonymous
-(memfd): when the last process that maps it is gone, so is it, however they died. Pickle is safe here: only processes
-of the same user that were handed the descriptor's path can write to it.
+then a futex wakes who sleeps; readers look at the number a few times before they sleep. Messages go round in slots,
+more than there are steps in flight, so that none is overwritten before the slowest reader has it. The memory is
+anonymous (memfd): when the last process that maps it is gone, so is it, however they died. Pickle is safe here: only
+processes of the same user that were handed the descriptor's path can write to it.
 """
 
 import ctypes
@@ -19,14 +20,23 @@ from typing import Any
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _HEADER = 64
-_PLAN, _RESULT = 0, 1  # words of the header: sequence numbers; their lengths follow at 8 and 16
-_CAPACITY = 64 << 20  # of each direction; memory is used only as far as messages reach
+_PLAN, _RESULT = 0, 1  # words of the header: how many messages were sent; "closed" follows at 8
+_SLOTS = 4
+_CAPACITY = 64 << 20  # of a slot, its length in the first 8 bytes; memory is used only as far as messages reach
 _SPINS = 50 if platform.machine() == "x86_64" else 0  # elsewhere a plain load may pass the data it announces
 _NAP = 0.05  # seconds asleep before looking whether the other side still lives
 
 
 class _Timespec(ctypes.Structure):
     _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+def _size() -> int:
+    return _HEADER + 2 * _SLOTS * _CAPACITY
+
+
+def _slot(word: int, number: int) -> int:
+    return _HEADER + (word * _SLOTS + number % _SLOTS) * _CAPACITY
 
 
 class ChannelClosed(Exception):
@@ -43,10 +53,9 @@ class StepChannel:
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._number = _SYS_FUTEX[machine]
         self._descriptor = descriptor
-        self._map = mmap.mmap(descriptor, _HEADER + 2 * _CAPACITY)
+        self._map = mmap.mmap(descriptor, _size())
         self._sequence = (ctypes.c_uint32 * 2).from_buffer(self._map, 0)
-        self._length = (ctypes.c_uint64 * 2).from_buffer(self._map, 8)
-        self._closed = ctypes.c_uint32.from_buffer(self._map, 24)
+        self._closed = ctypes.c_uint32.from_buffer(self._map, 8)
         self._addresses = [ctypes.addressof(self._sequence), ctypes.addressof(self._sequence) + 4]
         self._seen = [0, 0]
 
@@ -54,7 +63,7 @@ class StepChannel:
     def create() -> "StepChannel":
         """A fresh channel."""
         descriptor = os.memfd_create("quire-step-channel")
-        os.ftruncate(descriptor, _HEADER + 2 * _CAPACITY)
+        os.ftruncate(descriptor, _size())
         return StepChannel(descriptor)
 
     @staticmethod
@@ -91,12 +100,13 @@ class StepChannel:
 
     def _send(self, word: int, message: Any) -> None:
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-        if len(data) > _CAPACITY:
-            raise ValueError(f"a step message of {len(data)} bytes exceeds the channel's {_CAPACITY}")
-        start = _HEADER + word * _CAPACITY
-        self._map[start : start + len(data)] = data
-        self._length[word] = len(data)
-        self._sequence[word] = (self._sequence[word] + 1) & 0xFFFFFFFF
+        if len(data) > _CAPACITY - 8:
+            raise ValueError(f"a step message of {len(data)} bytes exceeds the channel's {_CAPACITY - 8}")
+        number = self._sequence[word]
+        start = _slot(word, number)
+        self._map[start : start + 8] = len(data).to_bytes(8, "little")
+        self._map[start + 8 : start + 8 + len(data)] = data
+        self._sequence[word] = (number + 1) & 0xFFFFFFFF
         self._wake(word)
 
     def _receive(self, word: int, alive: Callable[[], bool]) -> Any:
@@ -112,8 +122,9 @@ class StepChannel:
                 raise ChannelClosed("the other side of the step channel is gone")
             self._sleep(word, seen)
         self._seen[word] = (seen + 1) & 0xFFFFFFFF
-        start = _HEADER + word * _CAPACITY
-        return pickle.loads(memoryview(self._map)[start : start + self._length[word]])
+        start = _slot(word, seen)
+        length = int.from_bytes(self._map[start : start + 8], "little")
+        return pickle.loads(memoryview(self._map)[start + 8 : start + 8 + length])
 
     def _sleep(self, word: int, value: int) -> None:
         """Until the word differs from `value`, 50 ms at most (futex(2))."""

@@ -1,7 +1,7 @@
 """A worker: the actor that owns one GPU (or a share of the CPU's cores) and runs one rank's slice of the model."""
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from quire_engine.config import EngineConfig, SchedulerLimits
@@ -51,13 +51,29 @@ class Worker:
         return limits
 
     def _run(self, channel_path: str, replica: int) -> None:
+        """A step whose result is not ready goes to a thread that waits for it: the next one is launched meanwhile."""
         channel = StepChannel.open(channel_path)
         alive = parent_lives(replica)
         execute = self._runner.execute
-        try:
-            while True:
-                result = execute(channel.receive_plan(alive))
-                if self._rank == 0:
-                    channel.send_result(result)
-        except ChannelClosed:
-            return
+        with ThreadPoolExecutor(1, thread_name_prefix="results") as results:
+            sending: Future[None] | None = None
+            try:
+                while True:
+                    step = execute(channel.receive_plan(alive))
+                    if step is None:
+                        continue
+                    if step.ready and (sending is None or sending.done()):
+                        channel.send_result(step.result())
+                    else:
+                        sending = results.submit(_send, channel, step)
+            except ChannelClosed:
+                if sending is not None:
+                    sending.result()  # raises what it failed with
+
+
+def _send(channel: StepChannel, step: Any) -> None:
+    try:
+        channel.send_result(step.result())
+    except BaseException:
+        channel.close()
+        raise

@@ -92,11 +92,14 @@ class Workers:
             return EngineFailure(f"a worker failed: {root_cause(cause)}")
         return EngineFailure("a worker process died")
 
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """One step. Raises EngineFailure within 0.1 s of a worker's death."""
+    def submit(self, plan: StepPlan) -> None:
+        """Hands a step to the workers, which may still be at the one before it."""
+        self._channel.send_plan(plan)
+
+    def collect(self) -> StepResult:
+        """The oldest result that is due. Raises EngineFailure within 0.1 s of a worker's death."""
         try:
-            self._channel.send_plan(plan)
-            result: StepResult | None = self._channel.receive_result(lambda: not self._dead.is_set())
+            result: StepResult = self._channel.receive_result(lambda: not self._dead.is_set())
         except ChannelClosed as error:
             raise self.failure or EngineFailure("the step channel was closed") from error
         return result

@@ -57,6 +57,8 @@ class EngineConfig:
     scheduling_policy: str = option(
         "fcfs", "fcfs: by arrival; priority: by priority, then arrival", choices=("fcfs", "priority")
     )
+    enforce_eager: bool = option(False, "launch a GPU's kernels one by one instead of capturing steps as graphs")
+    async_scheduling: bool = option(True, "plan a step while the one before it runs; tokens stay on the device between")
     cpu_threads: int | None = option(None, "threads per CPU worker (default: cores / workers on this machine)")
 
     def __post_init__(self) -> None:
@@ -94,3 +96,4 @@ class SchedulerLimits:
     max_num_queued_reqs: int
     enable_prefix_caching: bool = True
     by_priority: bool = False
+    steps_in_flight: int = 1  # 2: a step is planned while the one before it runs

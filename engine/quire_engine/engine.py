@@ -14,7 +14,11 @@ class Executor(Protocol):
 
     limits: SchedulerLimits
 
-    def execute(self, plan: StepPlan) -> StepResult | None: ...
+    def submit(self, plan: StepPlan) -> None:
+        """Starts a step; `limits.steps_in_flight` may be on their way at once."""
+
+    def collect(self) -> StepResult:
+        """The result of the oldest step that was submitted and not collected."""
 
     def close(self) -> None: ...
 
@@ -41,11 +45,15 @@ class Engine:
         return self.scheduler.has_work
 
     def step(self) -> StepOutcome:
-        """Schedule, execute, commit."""
-        plan = self.scheduler.schedule(time.time())
-        result = self._executor.execute(plan) if plan is not None else None
+        """Schedule and submit one step; collect and commit the oldest, unless there is room for another in flight."""
+        scheduler = self.scheduler
+        plan = scheduler.schedule(time.time())
+        if plan is not None:
+            self._executor.submit(plan)
         self.steps += 1
-        return self.scheduler.commit(result)
+        in_flight = scheduler.num_in_flight
+        due = in_flight and (plan is None or in_flight >= scheduler.limits.steps_in_flight)
+        return scheduler.commit(self._executor.collect() if due else None)
 
     def close(self) -> None:
         """Stops the workers."""

@@ -28,7 +28,8 @@ class Request:
     deadline: float = 0.0  # seconds since the epoch; 0: none
     cache_salt: bytes = b""
     state: State = State.WAITING
-    num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_computed: int = 0  # tokens whose keys and values are in the cache, or on their way in a step in flight
+    pending: int = 0  # tokens that steps in flight draw; they are not in the log yet
     pages: list[int] = field(default_factory=list)  # the block table
     row: int = -1  # its place in the workers' static tables while it runs
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, chained

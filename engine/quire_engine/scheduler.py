@@ -5,9 +5,15 @@ of its token log, within a budget of tokens. Requests with one token left (decod
 never stops them; then unfinished prompts; then waiting requests, as pages allow. When pages run out the least
 important running request gives its pages back and waits again: its log is kept and recomputed (preemption by
 recomputation).
+
+Steps may overlap: `schedule` plans step n + 1 while step n is in flight, whose tokens nobody knows yet. A request then
+counts as one token longer, and the plan says -1 for that token: the device has it. Where it turns out to have been the
+last one, what was computed past it is dropped. Whatever a step writes is safe, because steps run in their order: a page
+given to someone else meanwhile is written by the later step.
 """
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -55,7 +61,8 @@ class Scheduler:
         self._num_waiting = 0  # the heap also holds aborted requests until they surface
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id)
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._scheduled: list[tuple[Request, int]] = []  # request, tokens of the plan in flight
+        self._planned: list[Request] = []  # by the plan that is being made
+        self._in_flight: deque[tuple[list[Request], StepPlan]] = deque()  # oldest first
         self._ended: list[Request] = []  # finished outside a commit: aborted, past their deadline
         self._started: list[Request] = []
         self._importance: Callable[[Request], tuple[int, float, int]] = (
@@ -77,7 +84,12 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.running or self._num_waiting or self._ended)
+        return bool(self.running or self._num_waiting or self._ended or self._in_flight)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that were planned and are not committed."""
+        return len(self._in_flight)
 
     def add(self, request: Request) -> None:
         """Accepts a request. Raises ContextTooLong for what can never fit, QueueFull, DeadlineExceeded (by arrival)."""
@@ -140,8 +152,7 @@ class Scheduler:
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan | None:
-        """Plans a step; None when there is nothing to compute (a commit may still have endings to report)."""
-        assert not self._scheduled, "schedule() before the last plan was committed"
+        """Plans a step; None when there is nothing to compute (a commit may still have something to report)."""
         self._expire(now)
         limits, block_size = self.limits, self.limits.block_size
         budget = limits.max_num_batched_tokens
@@ -152,15 +163,18 @@ class Scheduler:
         draws: list[bool] = []
         page_updates: list[tuple[int, int, int]] = []
         new_rows: list[NewRow] = []
-        scheduled = self._scheduled
+        planned = self._planned = []
         prefilling: list[Request] = []
 
         for request in tuple(self.running):  # decoding: one token each
-            computed = request.num_computed
-            if len(request.tokens) - computed != 1:
+            computed, pending = request.num_computed, request.pending
+            length = len(request.tokens) + pending
+            if length - computed != 1:
                 prefilling.append(request)
                 continue
             if budget == 0 or request.state is not State.RUNNING:
+                continue
+            if pending and length >= request.end_length:  # the token in flight is its last
                 continue
             if computed == len(request.pages) * block_size and not self._grow(request, computed + 1, page_updates):
                 continue
@@ -168,10 +182,12 @@ class Scheduler:
             rows.append(request.row)
             starts.append(computed)
             counts.append(1)
-            token_ids.append(request.tokens[-1])
+            token_ids.append(-1 if pending else request.tokens[-1])
             draws.append(True)
-            scheduled.append((request, 1))
-            if (computed + 1) % block_size == 0:
+            planned.append(request)
+            request.num_computed = computed + 1
+            request.pending = pending + 1
+            if not pending and (computed + 1) % block_size == 0:
                 self._register(request, computed + 1)
 
         def take(request: Request) -> bool:
@@ -186,7 +202,9 @@ class Scheduler:
             counts.append(count)
             token_ids.extend(request.tokens[computed : computed + count])
             draws.append(computed + count == length)
-            scheduled.append((request, count))
+            planned.append(request)
+            request.num_computed = computed + count
+            request.pending += computed + count == length
             self._register(request, computed + count)
             return True
 
@@ -195,6 +213,8 @@ class Scheduler:
                 take(request)
 
         while budget and self._rows and (waiting := self._next_waiting()) is not None:
+            if waiting.pending:  # preempted while its next token is in flight
+                break
             hits = self._cached_prefix(waiting)
             if not self._room_for(waiting, hits):
                 break
@@ -202,11 +222,11 @@ class Scheduler:
             if not take(waiting):  # the room was counted: it cannot happen
                 raise AssertionError("an admitted request found no page")
 
-        if not scheduled:
-            assert not self.running and not self._num_waiting, "requests are left and none can run"
+        if not planned:
+            assert self._in_flight or not (self.running or self._num_waiting), "requests are left and none can run"
             return None
         updates = np.array(page_updates, np.int32).reshape(-1, 3)
-        return StepPlan(
+        plan = StepPlan(
             rows=np.array(rows, np.int32),
             starts=np.array(starts, np.int32),
             counts=np.array(counts, np.int32),
@@ -217,57 +237,83 @@ class Scheduler:
             page_ids=updates[:, 2],
             new_rows=new_rows,
         )
+        self._in_flight.append((planned, plan))
+        return plan
 
     def commit(self, result: StepResult | None) -> StepOutcome:
-        """Appends what was drawn, frees what is finished, and says what happened."""
+        """Appends what the oldest step in flight drew (None: there is none), frees what is finished, says what
+        happened."""
         outcome = StepOutcome(started=self._started)
         self._started = []
-        out_requests, out_tokens, finished = outcome.requests, outcome.tokens, outcome.finished
-        drawn = iter(result.tokens.tolist() if result is not None else ())
-        failed = result.failed if result is not None else {}
-        num_tokens = 0
-        for request, count in self._scheduled:
-            num_tokens += count
-            computed = request.num_computed + count
-            request.num_computed = computed
-            tokens = request.tokens
-            if computed != len(tokens):
-                continue
-            token = next(drawn)
-            if failed and request.row in failed:
-                request.finish("error", error=EngineFailure(failed[request.row]))
-                finished.append(request)
-                continue
-            tokens.append(token)
-            out_requests.append(request)
-            out_tokens.append(token)
-            if token in request.stop_ids and len(tokens) > request.min_length:
-                request.finish("stop", stop_token_id=token)
-                finished.append(request)
-            elif len(tokens) >= request.end_length:
-                request.finish("length")
-                finished.append(request)
-        if result is not None and (result.logprobs or result.prompt_logprobs):
-            self._collect_logprobs(result, outcome)
-        self._scheduled.clear()
-        if finished:
-            for request in finished:
-                del self.requests[request.id]
-                self._vacate(request)
-            self.running = [request for request in self.running if request.state is State.RUNNING]
+        if result is not None:
+            requests, plan = self._in_flight.popleft()
+            outcome.num_tokens = len(plan.token_ids)
+            if plan.draws.all():
+                drawing = requests
+            else:
+                drawing = [request for request, draws in zip(requests, plan.draws.tolist(), strict=True) if draws]
+            self._append(drawing, result, plan, outcome)
+            if result.logprobs or result.prompt_logprobs:
+                self._collect_logprobs(requests, plan, result, outcome)
         if self._ended:
-            finished.extend(self._ended)
+            outcome.finished.extend(self._ended)
             self._ended = []
-        outcome.num_tokens = num_tokens
         return outcome
 
-    def _collect_logprobs(self, result: StepResult, outcome: StepOutcome) -> None:
-        """Each position is reported once: a preempted request computes its prompt again."""
-        for request, count in self._scheduled:
-            if (drawn := result.logprobs.get(request.row)) is not None:
+    def _append(self, drawing: list[Request], result: StepResult, plan: StepPlan, outcome: StepOutcome) -> None:
+        out_requests, out_tokens, finished = outcome.requests, outcome.tokens, outcome.finished
+        failed = {}
+        if result.failed:
+            place_of = {row: place for place, row in enumerate(plan.rows[plan.draws].tolist())}
+            failed = {id(drawing[place_of[row]]): why for row, why in result.failed.items()}
+        block_size = self.limits.block_size
+        running, finished_state = State.RUNNING, State.FINISHED
+        for request, token in zip(drawing, result.tokens.tolist(), strict=True):
+            if request.state is finished_state:  # it ended while the step was in flight
+                continue
+            request.pending -= 1
+            if failed and id(request) in failed:
+                self._finish(request, "error", error=EngineFailure(failed[id(request)]))
+                finished.append(request)
+                continue
+            tokens = request.tokens
+            tokens.append(token)
+            length = len(tokens)
+            out_requests.append(request)
+            out_tokens.append(token)
+            if token in request.stop_ids and length > request.min_length:
+                self._finish(request, "stop", stop_token_id=token)
+                finished.append(request)
+            elif length >= request.end_length:
+                self._finish(request, "length")
+                finished.append(request)
+            elif length % block_size == 0 and request.num_computed >= length and request.state is running:
+                self._register(request, length)
+        if finished:
+            self.running = [request for request in self.running if request.state is running]
+
+    def _finish(
+        self, request: Request, reason: str, *, stop_token_id: int | None = None, error: Exception | None = None
+    ) -> None:
+        """Ends a request in a commit, which takes it off the running list afterwards."""
+        if request.state is State.RUNNING:
+            self._vacate(request)
+        else:
+            self._num_waiting -= 1  # preempted meanwhile; the heap entry is skipped when it surfaces
+        request.finish(reason, stop_token_id=stop_token_id, error=error)
+        del self.requests[request.id]
+
+    def _collect_logprobs(
+        self, requests: list[Request], plan: StepPlan, result: StepResult, outcome: StepOutcome
+    ) -> None:
+        """Each position is reported once: a preempted request computes its prompt again, and a request that ended
+        while the step was in flight has no use for it."""
+        told = {id(request) for request in outcome.requests}
+        for request, row, first in zip(requests, plan.rows.tolist(), plan.starts.tolist(), strict=True):
+            if (drawn := result.logprobs.get(row)) is not None and id(request) in told:
                 outcome.logprobs.append((request, drawn))
-            if (scores := result.prompt_logprobs.get(request.row)) is not None:
-                first = request.num_computed - count
+            scores = result.prompt_logprobs.get(row)
+            if scores is not None and (id(request) in told or request.state is not State.FINISHED):
                 fresh = scores.after(max(0, request.num_scored - first))
                 if len(fresh.chosen):
                     outcome.prompt_logprobs.append((request, request.num_scored, fresh))
@@ -293,7 +339,7 @@ class Scheduler:
 
     def _victim(self) -> Request:
         """The least important running request that is not in the plan yet."""
-        planned = {id(request) for request, _ in self._scheduled}
+        planned = {id(request) for request in self._planned}
         return next(request for request in reversed(self.running) if id(request) not in planned)
 
     def _preempt(self, request: Request) -> None:

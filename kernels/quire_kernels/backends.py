@@ -2,10 +2,12 @@
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire_kernels.activation import Activation
@@ -18,23 +20,27 @@ from quire_kernels.norm import reference as norm_reference
 from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.paged_attention import reference as attention_reference
 from quire_kernels.quantize import Quantized
+from quire_kernels.sampling import Rows
+from quire_kernels.sampling.host import draw as draw_on_host
 
 ATTENTION_TILE = 8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionBatch:
     """Which tokens of a flat batch belong to which request. T tokens, R requests."""
 
     positions: Tensor  # [T] int32
     slots: Tensor  # [T] int64, page * block size + offset; -1: not written
     block_tables: Tensor  # [R, max pages] int32
-    query_starts: list[int]  # [R + 1]
+    query_starts: Tensor  # [R + 1] int32
     longest_query: int  # new tokens of the request that has most
-    context_lens: list[int]  # [R], the new tokens included
-    tiles: Tensor  # [tiles, 3] int32: request, first flat token, tokens (at most ATTENTION_TILE)
-    query_starts_tensor: Tensor  # [R + 1] int32, on the device
-    context_lens_tensor: Tensor  # [R] int32, on the device
+    context_lens: Tensor  # [R] int32, the new tokens included
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """[tiles, 3] int32: request, first flat token, tokens (at most ATTENTION_TILE). For the C kernel."""
+        return torch.from_numpy(attention_tiles(self.query_starts.numpy()))
 
 
 def unquantized(x: Tensor | Quantized) -> Tensor:
@@ -72,6 +78,8 @@ class Backend(Protocol):
     def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm) -> Tensor: ...
 
     def silu_mul(self, x: Tensor) -> Tensor: ...
+
+    def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor: ...
 
 
 class TorchBackend:
@@ -125,6 +133,9 @@ class TorchBackend:
 
     def silu_mul(self, x: Tensor) -> Tensor:
         return unquantized(activation_reference.activate(x, Activation.SILU, gated=True))
+
+    def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
+        return draw_on_host(logits, rows)
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -235,17 +246,16 @@ class NativeBackend:
         self._silu_mul(_pointer(x), _pointer(out), ctypes.c_int64(x.shape[0]), ctypes.c_int64(out.shape[1]))
         return out
 
+    def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
+        return draw_on_host(logits, rows)
 
-def attention_tiles(query_lens: list[int], query_starts: list[int]) -> np.ndarray:
+
+def attention_tiles(query_starts: NDArray[np.int32]) -> NDArray[np.int32]:
     """Cuts every request's new tokens into tiles [tiles, 3] (request, first flat token, tokens) for the C kernel."""
-    if all(length == 1 for length in query_lens):
-        tiles = np.ones((len(query_lens), 3), np.int32)
-        tiles[:, 0] = np.arange(len(query_lens))
-        tiles[:, 1] = query_starts[:-1]
-        return tiles
-    rows = [
-        (r, query_starts[r] + offset, min(ATTENTION_TILE, length - offset))
-        for r, length in enumerate(query_lens)
-        for offset in range(0, length, ATTENTION_TILE)
-    ]
-    return np.array(rows, np.int32)
+    starts, lengths = query_starts[:-1], np.diff(query_starts)
+    tiles = -(-lengths // ATTENTION_TILE)
+    request = np.repeat(np.arange(len(lengths), dtype=np.int32), tiles)
+    first = np.cumsum(tiles) - tiles
+    offset = (np.arange(len(request)) - first[request]) * ATTENTION_TILE
+    rows = (request, starts[request] + offset, np.minimum(ATTENTION_TILE, lengths[request] - offset))
+    return np.ascontiguousarray(np.stack(rows, 1), np.int32)

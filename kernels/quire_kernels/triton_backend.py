@@ -13,6 +13,8 @@ from quire_kernels.norm import Norm
 from quire_kernels.norm.triton import add_norm
 from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.paged_attention.triton import paged_attention
+from quire_kernels.sampling import Rows
+from quire_kernels.sampling.triton import draw, prepare
 
 
 class TritonBackend:
@@ -37,8 +39,8 @@ class TritonBackend:
             key_cache,
             value_cache,
             batch.block_tables,
-            batch.query_starts_tensor,
-            batch.context_lens_tensor,
+            batch.query_starts,
+            batch.context_lens,
             batch.longest_query,
             scale,
             options,
@@ -61,3 +63,6 @@ class TritonBackend:
 
     def silu_mul(self, x: Tensor) -> Tensor:
         return unquantized(activate(x, Activation.SILU, gated=True))
+
+    def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
+        return draw(logits, rows, prepare(logits, rows, filtered))

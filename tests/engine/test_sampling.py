@@ -8,13 +8,16 @@ import torch
 from quire_engine.execution.plan import NewRow
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.sampling.sampler import Sampler
+from quire_kernels.backends import TorchBackend
+from quire_kernels.sampling import Rows
+from quire_kernels.sampling.host import nucleus_edge
 from quire_kernels.sampling.random import philox_uniform
 
 V = 50
 
 
 def sampler_for(*params: EngineSampling, tokens: list[int] | None = None, num_prompt: int = 0) -> Sampler:
-    sampler = Sampler(len(params), V, torch.device("cpu"))
+    sampler = Sampler(len(params), V, torch.device("cpu"), TorchBackend())
     log = tokens if tokens is not None else [1, 2, 3]
     for row, one in enumerate(params):
         sampler.set_row(NewRow(row, one, num_prompt or len(log), list(log)), len(log))
@@ -24,7 +27,13 @@ def sampler_for(*params: EngineSampling, tokens: list[int] | None = None, num_pr
 def draw(sampler: Sampler, logits: torch.Tensor, positions: list[int] | None = None) -> list[int]:
     rows = np.arange(len(logits), dtype=np.int32)
     where = np.array(positions if positions is not None else [0] * len(logits), np.int64)
-    return sampler.draw(logits.clone(), rows, where).tokens.tolist()
+    return sampler.draw(logits.clone(), rows, parameters(sampler, rows, where)).tokens.tolist()
+
+
+def parameters(sampler: Sampler, rows: np.ndarray, positions: np.ndarray) -> Rows:
+    names = ("seeds", "temperature", "top_k", "top_p", "min_p")
+    tables = {name: torch.from_numpy(values) for name, values in zip(names, sampler.tables(rows), strict=True)}
+    return Rows(**tables, positions=torch.from_numpy(positions))
 
 
 def frequencies(params: EngineSampling, logits: torch.Tensor, count: int = 20_000) -> np.ndarray:
@@ -83,10 +92,10 @@ def test_top_p(logits: torch.Tensor) -> None:
 def test_top_p_beyond_the_candidates() -> None:
     """A flat distribution over a vocabulary far larger than what top-p looks at first."""
     weights = torch.ones(20_000)
-    edge = Sampler._nucleus_edge(weights, 0.9)
+    edge = nucleus_edge(weights, 0.9)
     assert edge == 1
     weights = torch.linspace(1, 2, 20_000)
-    edge = Sampler._nucleus_edge(weights, 0.5)
+    edge = nucleus_edge(weights, 0.5)
     assert weights[weights >= edge].sum() >= 0.5 * weights.sum()
     assert weights[weights > edge].sum() < 0.5 * weights.sum() + 1
 
@@ -149,8 +158,11 @@ def test_min_tokens_keeps_the_end_away(logits: torch.Tensor) -> None:
 def test_logprobs_are_raw(logits: torch.Tensor) -> None:
     params = EngineSampling(temperature=0.3, seed=4, logprobs=5, logit_bias={1: 50.0})
     sampler = sampler_for(params)
-    drawn = sampler.draw(logits[None].clone(), np.zeros(1, np.int32), np.zeros(1, np.int64))
-    scores, truth = drawn.logprobs[0], torch.log_softmax(logits, -1)
+    rows = np.zeros(1, np.int32)
+    drawn = sampler.draw(logits[None].clone(), rows, parameters(sampler, rows, np.zeros(1, np.int64)))
+    assert drawn.scores is not None
+    [(_, width)] = drawn.scored_rows
+    scores, truth = drawn.scores.read(slice(0, 1), width), torch.log_softmax(logits, -1)
     assert drawn.tokens.tolist() == [1]
     assert scores.logprobs[0] == pytest.approx(float(truth[1]), abs=1e-5)
     assert scores.ranks[0] == int((logits > logits[1]).sum()) + 1
@@ -162,6 +174,7 @@ def test_a_row_without_a_finite_logit_fails_alone(logits: torch.Tensor) -> None:
     nothing = EngineSampling(temperature=1.0, allowed_token_ids=(4,), bad_words=((4,),))
     broken = torch.stack([logits, logits, torch.full((V,), math.nan)])
     sampler = sampler_for(EngineSampling(seed=9), nothing, EngineSampling(seed=9))
-    drawn = sampler.draw(broken, np.arange(3, dtype=np.int32), np.zeros(3, np.int64))
-    assert set(drawn.failed) == {1, 2}
+    rows = np.arange(3, dtype=np.int32)
+    drawn = sampler.draw(broken, rows, parameters(sampler, rows, np.zeros(3, np.int64)))
+    assert drawn.tokens[1:].tolist() == [-1, -1]
     assert drawn.tokens[0] == draw(sampler_for(EngineSampling(seed=9)), logits[None])[0]

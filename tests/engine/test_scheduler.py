@@ -1,5 +1,7 @@
 """The scheduler without a model: random lives of requests, with every invariant checked at every step."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,12 +19,15 @@ STOP = 99
 class FakeModel:
     """Draws as a pure function of the log, as a model does: what a request gets depends on nothing but itself.
 
-    It keeps what the pages hold, so a wrong block table, a page written by two or a stale prefix shows at once.
+    It keeps what the pages hold, so a wrong block table, a page written by two or a stale prefix shows at once; and,
+    as a device does, the token drawn last for each row. Its results wait until they are collected.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.size = limits.block_size
         self.memory = np.full((limits.num_pages, limits.block_size), -1)
+        self.drawn = np.zeros(limits.max_num_seqs, np.int64)
+        self.results: deque[StepResult] = deque()
         self.tables = np.zeros((limits.max_num_seqs, limits.num_pages + 1), np.int64)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -31,7 +36,8 @@ class FakeModel:
         spans = []
         for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
             for position in range(start, start + count):  # every write of the step comes before its reads
-                self.memory[self.tables[row, position // self.size], position % self.size] = plan.token_ids[at]
+                token = plan.token_ids[at] if plan.token_ids[at] >= 0 else self.drawn[row]
+                self.memory[self.tables[row, position // self.size], position % self.size] = token
                 at += 1
             spans.append((row, start + count))
         assert at == len(plan.token_ids)
@@ -40,6 +46,7 @@ class FakeModel:
             if draws:
                 seen = [int(self.memory[self.tables[row, p // self.size], p % self.size]) for p in range(length)]
                 drawn.append(next_token(seen))
+                self.drawn[row] = drawn[-1]
         return StepResult(np.array(drawn, np.int32))
 
 
@@ -72,11 +79,14 @@ def limits(**changes: int | bool) -> SchedulerLimits:
 
 def step(scheduler: Scheduler, model: FakeModel, now: float) -> StepOutcome:
     plan = scheduler.schedule(now)
+    depth = scheduler.limits.steps_in_flight
     if plan is not None:
         assert len(plan.token_ids) <= scheduler.limits.max_num_batched_tokens
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a row is planned twice"
         assert plan.counts.min() > 0, "a step without progress"
-    return scheduler.commit(model.execute(plan) if plan is not None else None)
+        model.results.append(model.execute(plan))
+    waits = scheduler.num_in_flight and (plan is None or scheduler.num_in_flight >= depth)
+    return scheduler.commit(model.results.popleft() if waits else None)
 
 
 REQUEST = st.tuples(
@@ -90,17 +100,22 @@ REQUEST = st.tuples(
 EVENT = st.one_of(REQUEST, st.integers(0, 30))  # a request arrives, or an old one (by number) is aborted
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=90, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     events=st.lists(st.tuples(EVENT, st.integers(0, 3)), min_size=20, max_size=60),
     num_pages=st.sampled_from([10, 12, 30]),
     budget=st.sampled_from([1, 5, 16, 64]),
     caching=st.booleans(),
     by_priority=st.booleans(),
+    depth=st.sampled_from([1, 2, 3]),
 )
-def test_random_lives(events: list, num_pages: int, budget: int, caching: bool, by_priority: bool) -> None:
+def test_random_lives(events: list, num_pages: int, budget: int, caching: bool, by_priority: bool, depth: int) -> None:
     bounds = limits(
-        num_pages=num_pages, max_num_batched_tokens=budget, enable_prefix_caching=caching, by_priority=by_priority
+        num_pages=num_pages,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=caching,
+        by_priority=by_priority,
+        steps_in_flight=depth,
     )
     scheduler, model = Scheduler(bounds), FakeModel(bounds)
     prompts: dict[int, list[int]] = {}
@@ -167,7 +182,7 @@ def test_random_lives(events: list, num_pages: int, budget: int, caching: bool, 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_long_run(seed: int) -> None:
     """Thousands of steps under constant pressure: pages for about two requests, arrivals and aborts throughout."""
-    bounds = limits(num_pages=14, by_priority=bool(seed % 2))
+    bounds = limits(num_pages=14, by_priority=bool(seed % 2), steps_in_flight=1 + seed // 2)
     scheduler, model = Scheduler(bounds), FakeModel(bounds)
     generator = np.random.default_rng(seed)
     prompts: dict[int, list[int]] = {}
@@ -216,6 +231,27 @@ def test_the_queue_is_bounded() -> None:
         scheduler.add(request(number, 4))
     with pytest.raises(QueueFull, match="try again"):
         scheduler.add(request(9, 4))
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_overlapped_steps_keep_the_device_busy(depth: int) -> None:
+    """Each step is planned before the one before it is committed, and the plan leaves the unknown token open."""
+    bounds = limits(num_pages=40, steps_in_flight=depth)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    alone = request(1, 5, 9)
+    scheduler.add(alone)
+    plans = []
+    for _ in range(depth):
+        plan = scheduler.schedule(0.0)
+        assert plan is not None
+        plans.append(plan)
+        model.results.append(model.execute(plan))
+    assert [plan.token_ids.tolist() for plan in plans[1:]] == [[-1]] * (depth - 1)
+    while scheduler.has_work:
+        scheduler.commit(model.results.popleft())
+        if (plan := scheduler.schedule(0.0)) is not None:
+            model.results.append(model.execute(plan))
+    assert alone.tokens[5:] == expected_output(alone, [2] * 5)
 
 
 def test_a_long_prompt_does_not_stop_decoding() -> None:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from quire_kernels.backends import AttentionBatch, attention_tiles
+from quire_kernels.backends import AttentionBatch
 
 
 def make_batch(queries: list[int], contexts: list[int], block_size: int, num_pages: int) -> AttentionBatch:
@@ -24,19 +24,16 @@ def make_batch(queries: list[int], contexts: list[int], block_size: int, num_pag
         positions=torch.tensor(positions, dtype=torch.int32),
         slots=torch.tensor(slots),
         block_tables=tables,
-        query_starts=starts.tolist(),
+        query_starts=torch.from_numpy(starts),
         longest_query=max(queries),
-        context_lens=list(contexts),
-        tiles=torch.from_numpy(attention_tiles(queries, starts.tolist())),
-        query_starts_tensor=torch.from_numpy(starts),
-        context_lens_tensor=torch.tensor(contexts, dtype=torch.int32),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
     )
 
 
 def poisoned(batch: AttentionBatch, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A cache [P, K, B, D], NaN everywhere but in the slots of the requests' contexts."""
     cache = torch.full(shape, math.nan).to(dtype)
-    for r, context in enumerate(batch.context_lens):
+    for r, context in enumerate(batch.context_lens.tolist()):
         for page_place in range(-(-context // shape[2])):
             filled = min(shape[2], context - page_place * shape[2])
             page = int(batch.block_tables[r, page_place])

@@ -33,13 +33,13 @@ def both(
     cache_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kernel's result and log-sum-exp, then the reference's in fp32."""
-    shape = (sum(-(-c // block_size) for c in batch.context_lens) + 2, kv_heads, block_size, dim)
+    shape = (sum(-(-c // block_size) for c in batch.context_lens.tolist()) + 2, kv_heads, block_size, dim)
     keys = poisoned(batch, shape, cache_dtype or dtype)
     values = poisoned(batch, shape, cache_dtype or dtype)
-    q = torch.randn(batch.query_starts[-1], heads, dim).to(dtype)
+    q = torch.randn(int(batch.query_starts[-1]), heads, dim).to(dtype)
     lse = torch.full(q.shape[:2], float("nan"))
     got = paged_attention(
-        q, keys, values, batch.block_tables, batch.query_starts_tensor, batch.context_lens_tensor,
+        q, keys, values, batch.block_tables, batch.query_starts, batch.context_lens,
         batch.longest_query, dim**-0.5, options, lse,
     )  # fmt: skip
     expected, expected_lse = reference.attention_with_lse(

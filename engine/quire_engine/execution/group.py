@@ -40,6 +40,11 @@ class TensorParallelGroup:
             dist.all_reduce(x, group=self._process_group)
         return x
 
+    def broadcast(self, x: Tensor) -> None:
+        """Rank 0's values into everyone's x."""
+        if self.size > 1:
+            dist.broadcast(x, group_src=0, group=self._process_group)
+
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """Every rank's columns side by side, on rank 0; None on the others. x [N, columns] has one shape everywhere."""
         if self.size == 1:

@@ -27,12 +27,18 @@ class StepPlan:
     rows: Ints  # [R]
     starts: Ints  # [R] position of the first token to compute
     counts: Ints  # [R] tokens to compute
-    token_ids: Ints  # [T]
+    token_ids: Ints  # [T]; -1: the token drawn last for the row, which only the device knows yet
     draws: NDArray[np.bool_]  # [R] whether the last token's logits are sampled
     page_rows: Ints  # [N] block table entries to set: row,
     page_indexes: Ints  # [N] place in the row,
     page_ids: Ints  # [N] page
     new_rows: list[NewRow] = field(default_factory=list)
+
+    @staticmethod
+    def empty() -> "StepPlan":
+        """No request at all."""
+        none = np.zeros(0, np.int32)
+        return StepPlan(none, none, none, none, np.zeros(0, np.bool_), none, none, none)
 
 
 @dataclass(slots=True)

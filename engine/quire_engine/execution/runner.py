@@ -3,22 +3,23 @@
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from quire_kernels.backends import AttentionBatch, Backend, NativeBackend, TorchBackend, attention_tiles
-from quire_kernels.native.build import NativeBuildError
 from torch import Tensor
 from tqdm import tqdm
 
 from quire_engine import allocator
 from quire_engine.config import EngineConfig, SchedulerLimits
-from quire_engine.errors import InvalidParameter
+from quire_engine.execution.backend import choose_backend
+from quire_engine.execution.batch import Batcher, Shape, StepBatch
+from quire_engine.execution.graphs import Record, StepGraphs, decode_ladder, graph_recorder, mixed_ladder
 from quire_engine.execution.group import TensorParallelGroup
-from quire_engine.execution.plan import NewRow, StepPlan, StepResult, TokenLogprobs
+from quire_engine.execution.pending import PendingStep
+from quire_engine.execution.plan import NewRow, StepPlan, StepResult
 from quire_engine.models.decoder import Decoder, empty_caches
 from quire_engine.models.families import spec_of
 from quire_engine.models.spec import DecoderSpec
@@ -29,40 +30,12 @@ from quire_engine.plan import (
     tokens_per_step,
     usable_bytes,
 )
-from quire_engine.sampling.sampler import Sampler, token_logprobs
+from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
 from quire_engine.weights.resolve import ModelFiles
 from quire_engine.weights.tensors import TensorReader
 
 log = logging.getLogger(__name__)
 _PROMPT_LOGPROB_ROWS = 128  # positions whose logits are held at once
-
-
-def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The kernels of `--attention-backend`, once. Says so where it falls back to something slower."""
-    wanted = config.attention_backend
-    native_fits = device.type == "cpu" and dtype == torch.float32
-    if wanted == "auto":
-        wanted = "triton" if device.type == "cuda" else "native" if native_fits else "torch"
-        if wanted == "native":
-            try:
-                return NativeBackend()
-            except NativeBuildError as error:
-                log.warning("the C kernels cannot be built, attention will be slower: %s", error)
-                return TorchBackend()
-        if wanted == "torch":
-            log.warning("%s on a CPU runs on torch's own operators; --dtype float32 has faster kernels", dtype)
-    if wanted == "native":
-        if not native_fits:
-            raise InvalidParameter(
-                f"attention_backend native is for float32 on a CPU, not {dtype} on {device.type}",
-                "attention_backend",
-            )
-        return NativeBackend()
-    if wanted == "triton":
-        from quire_kernels.triton_backend import TritonBackend
-
-        return TritonBackend(device)
-    return TorchBackend()
 
 
 class ModelRunner:
@@ -114,11 +87,16 @@ class ModelRunner:
             max_num_queued_reqs=config.max_num_queued_reqs,
             enable_prefix_caching=config.enable_prefix_caching,
             by_priority=config.scheduling_policy == "priority",
+            steps_in_flight=2 if config.async_scheduling else 1,
         )
-        longest = -(-memory.max_model_len // config.block_size)
-        self._block_tables = np.zeros((config.max_num_seqs, longest), np.int32)
-        self._sampler = Sampler(config.max_num_seqs, self.spec.vocab_size, self.device)
+        self._sampler = Sampler(config.max_num_seqs + 1, self.spec.vocab_size, self.device, backend)
+        self._batcher = Batcher(self.limits, self.device, self._sampler)
+        self._last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device=self.device)
+        self._submitted: deque[PendingStep] = deque()
         self._prompt_logprobs: dict[int, NewRow] = {}
+        self._graphs: StepGraphs | None = None
+        if self.device.type != "cpu" and not config.enforce_eager:
+            self.capture_graphs(graph_recorder(self.device))
         log.info(
             "%s on %s in %s, %s kernels, %d pages of %d tokens, loaded in %.1f s",
             files.name,
@@ -130,28 +108,77 @@ class ModelRunner:
             time.monotonic() - started,
         )
 
+    def submit(self, plan: StepPlan) -> None:
+        """Starts a step, for an engine in this process. Rank 0."""
+        step = self.execute(plan)
+        assert step is not None, "only rank 0 has results"
+        self._submitted.append(step)
+
+    def collect(self) -> StepResult:
+        """The result of the oldest step that was submitted."""
+        return self._submitted.popleft().result()
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """Computes the plan's tokens; rank 0 draws and returns, the other ranks return None."""
+    def execute(self, plan: StepPlan) -> PendingStep | None:
+        """Launches the plan's step without waiting for it; rank 0 draws, the other ranks return None."""
         for new in plan.new_rows:
             self._take_row(new, plan)
-        self._block_tables[plan.page_rows, plan.page_indexes] = plan.page_ids
-        batch, last_of_row = self._batch(plan)
-        token_ids = torch.from_numpy(plan.token_ids).to(self.device)
-        hidden = self._model(token_ids, batch, self._caches)
-        prompt_logprobs = self._prompt_scores(plan, hidden, batch.query_starts) if self._prompt_logprobs else {}
-        if not plan.draws.any():
-            return StepResult(np.zeros(0, np.int32), prompt_logprobs=prompt_logprobs) if self._group.rank == 0 else None
-        if plan.draws.all() and len(plan.rows) == len(plan.token_ids):
-            drawing = hidden
+        self._batcher.set_pages(plan)
+        replayed = self._graphs.replay(plan) if self._graphs is not None and not self._prompt_logprobs else None
+        prompt_scores: dict[int, tuple[list[TokenScores], int]] = {}
+        if replayed is not None:
+            batch, logits = replayed
         else:
-            drawing = hidden[torch.from_numpy(last_of_row[plan.draws]).to(self.device)]
-        logits = self._model.logits(drawing)
-        if logits is None:
-            return None
-        positions = (plan.starts + plan.counts)[plan.draws].astype(np.int64)
-        drawn = self._sampler.draw(logits, plan.rows[plan.draws], positions)
-        return StepResult(drawn.tokens, drawn.logprobs, prompt_logprobs, drawn.failed)
+            batch = self._eager_batch(plan)
+            hidden = self._hidden(batch)
+            if self._prompt_logprobs:
+                prompt_scores = self._prompt_scores(plan, hidden)
+            logits = self._logits(hidden, batch) if plan.draws.any() else None
+        drawn = self._draw(plan, batch, logits) if plan.draws.any() else None
+        return PendingStep(plan, drawn, prompt_scores, self.device) if self._group.rank == 0 else None
+
+    def _eager_batch(self, plan: StepPlan) -> StepBatch:
+        shape = self._batcher.shape(plan)
+        uploaded = self._batcher.upload(self._batcher.arrays(plan, shape))
+        return self._batcher.assemble(uploaded, shape, int((plan.starts + plan.counts).max()))
+
+    def _hidden(self, batch: StepBatch) -> Tensor:
+        """[T, hidden], of the tokens in the plan or, where it leaves them open, of those drawn last."""
+        known = batch.token_ids
+        token_ids = torch.where(known < 0, self._last_tokens.index_select(0, batch.token_rows), known)
+        return self._model(token_ids, batch.attention, self._caches)
+
+    def _logits(self, hidden: Tensor, batch: StepBatch) -> Tensor | None:
+        drawing = hidden if batch.draw_places is None else hidden.index_select(0, batch.draw_places)
+        return self._model.logits(drawing)
+
+    def _draw(self, plan: StepPlan, batch: StepBatch, logits: Tensor | None) -> Drawn | None:
+        """Draws on rank 0; where the next plan may leave these tokens open, every rank keeps them."""
+        rows = plan.rows[plan.draws]
+        drawn = None
+        if self._group.rank == 0:
+            assert logits is not None, "rank 0 has the logits"
+            drawn = self._sampler.draw(logits[: len(rows)], rows, batch.sampling.first(len(rows)))
+        if self.limits.steps_in_flight > 1:
+            tokens = drawn.tokens if drawn is not None else self._last_tokens.new_empty(len(rows))
+            self._group.broadcast(tokens)
+            self._last_tokens.index_copy_(0, batch.draw_rows[: len(rows)].long(), tokens)
+        return drawn
+
+    @torch.inference_mode()
+    def capture_graphs(self, record: Record) -> None:
+        """Captures the shapes of decoding and of small mixed steps."""
+        started = time.monotonic()
+        limits = self.limits
+
+        def forward(batch: StepBatch) -> Tensor | None:
+            return self._logits(self._hidden(batch), batch)
+
+        self._graphs = StepGraphs(self._batcher, forward, record, self.device, limits.max_model_len)
+        shapes = [Shape(size, size, size, 1) for size in decode_ladder(limits.max_num_seqs)]
+        shapes += mixed_ladder(limits.max_num_batched_tokens, limits.max_num_seqs)
+        self._graphs.capture(shapes)
+        log.info("%d step shapes captured in %.1f s", len(shapes), time.monotonic() - started)
 
     def _take_row(self, new: NewRow, plan: StepPlan) -> None:
         place = int(np.flatnonzero(plan.rows == new.row)[-1])
@@ -161,61 +188,27 @@ class ModelRunner:
         if new.params.prompt_logprobs is not None:
             self._prompt_logprobs[new.row] = new
 
-    def _batch(self, plan: StepPlan) -> tuple[AttentionBatch, NDArray[np.int64]]:
-        """The step's index tensors, and each request's last token in the flat batch [R]."""
-        rows, starts, counts = plan.rows, plan.starts, plan.counts
-        size = self.limits.block_size
-        query_starts = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum(counts, out=query_starts[1:])
-        context_lens = starts + counts
-        if len(plan.token_ids) == len(rows):
-            positions, row_of_token = starts, rows
-        else:
-            positions = np.arange(len(plan.token_ids), dtype=np.int32) + np.repeat(starts - query_starts[:-1], counts)
-            row_of_token = np.repeat(rows, counts)
-        pages = self._block_tables[row_of_token, positions // size]
-        slots = pages.astype(np.int64) * size + positions % size
-        width = -(-int(context_lens.max()) // size)
-        tables = np.ascontiguousarray(self._block_tables[rows, :width])
-        starts_list = query_starts.tolist()
-
-        def on_device(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(self.device)
-
-        batch = AttentionBatch(
-            positions=on_device(np.ascontiguousarray(positions, np.int32)),
-            slots=on_device(slots),
-            block_tables=on_device(tables),
-            query_starts=starts_list,
-            longest_query=int(counts.max()),
-            context_lens=context_lens.tolist(),
-            tiles=torch.from_numpy(attention_tiles(counts.tolist(), starts_list)),
-            query_starts_tensor=on_device(query_starts),
-            context_lens_tensor=on_device(context_lens.astype(np.int32)),
-        )
-        return batch, query_starts[1:].astype(np.int64) - 1
-
-    def _prompt_scores(self, plan: StepPlan, hidden: Tensor, query_starts: list[int]) -> dict[int, TokenLogprobs]:
-        """Log-probabilities of the prompt's tokens that follow those computed now."""
-        found: dict[int, TokenLogprobs] = {}
+    def _prompt_scores(self, plan: StepPlan, hidden: Tensor) -> dict[int, tuple[list[TokenScores], int]]:
+        """Log-probabilities of the prompt's tokens that follow those computed now; row → parts, width."""
+        found: dict[int, tuple[list[TokenScores], int]] = {}
+        first_places = np.cumsum(plan.counts) - plan.counts
         for place, row in enumerate(plan.rows.tolist()):
             new = self._prompt_logprobs.get(row)
             if new is None:
                 continue
             start = int(plan.starts[place])
             stop = min(start + int(plan.counts[place]), new.num_prompt - 1)
+            width = new.params.prompt_logprobs or 0
             parts = []
             for at in range(start, stop, _PROMPT_LOGPROB_ROWS):
                 end = min(at + _PROMPT_LOGPROB_ROWS, stop)
-                flat = query_starts[place] - start
+                flat = int(first_places[place]) - start
                 logits = self._model.logits(hidden[flat + at : flat + end])
                 if logits is not None:
-                    targets = np.array(new.tokens[at + 1 : end + 1], np.int32)
-                    parts.append(token_logprobs(logits, targets, new.params.prompt_logprobs or 0))
+                    targets = torch.tensor(new.tokens[at + 1 : end + 1], device=self.device)
+                    parts.append(token_scores(logits, targets, width))
             if parts:
-                found[row] = TokenLogprobs(
-                    *(np.concatenate([getattr(part, name) for part in parts]) for name in TokenLogprobs.__slots__)
-                )
+                found[row] = (parts, width)
         return found
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 Order, as in the field: log-probabilities are of the raw logits; then allowed tokens, bad words, logit bias,
 min_tokens and penalties; then greedy, or temperature, min-p, top-k, top-p and a draw by inversion of the cumulative
-distribution.
+distribution. Nothing here waits for the device, but for bad words of several tokens.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from quire_kernels.sampling.random import philox_uniform
+from quire_kernels.backends import Backend
+from quire_kernels.sampling import Rows
 from torch import Tensor
 
 from quire_engine.execution.plan import NewRow, TokenLogprobs
 from quire_engine.sampling.params import EngineSampling
-
-_CANDIDATES = 1024  # top-p looks at so many before it sorts the whole vocabulary
 
 
 @dataclass(slots=True)
@@ -32,26 +31,53 @@ class _EditedRow:
     allowed: Tensor | None = None  # [V] 0 where allowed, -inf elsewhere
 
 
-@dataclass(slots=True)
-class Drawn:
-    """One token per row; `failed` names rows (by place) without a single finite logit."""
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Log-probabilities of P positions as the model gave them; see TokenLogprobs."""
 
-    tokens: NDArray[np.int32]  # [S]
-    logprobs: dict[int, TokenLogprobs]  # row → of the drawn token
-    failed: dict[int, str]  # row → why
+    chosen: Tensor  # [P]
+    logprobs: Tensor  # [P]
+    ranks: Tensor  # [P]
+    top_ids: Tensor  # [P, width]
+    top_logprobs: Tensor  # [P, width]
+
+    def to_host(self) -> "TokenScores":
+        """On their way to the host; readable once the stream has come that far."""
+        return TokenScores(*(getattr(self, name).to("cpu", non_blocking=True) for name in TokenScores.__slots__))
+
+    def read(self, part: slice, width: int) -> TokenLogprobs:
+        """Some positions, with the `width` likeliest tokens of each. On the host."""
+        return TokenLogprobs(
+            chosen=self.chosen[part].numpy().astype(np.int32),
+            logprobs=self.logprobs[part].numpy(),
+            ranks=self.ranks[part].numpy().astype(np.int32),
+            top_ids=self.top_ids[part, :width].numpy().astype(np.int32),
+            top_logprobs=self.top_logprobs[part, :width].numpy(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One token per row, on the device; -1 where no logit was finite."""
+
+    tokens: Tensor  # [S] int32
+    scores: TokenScores | None  # of the rows below, in their order
+    scored_rows: list[tuple[int, int]]  # row, width
 
 
 class Sampler:
     """Keeps each row's parameters in tables, so that a step touches only what its rows ask for."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, ops: Backend) -> None:
         self._vocab_size = vocab_size
         self._device = device
+        self._ops = ops
         self._temperature = np.zeros(num_rows, np.float32)  # 0: greedy
         self._top_p = np.ones(num_rows, np.float32)
-        self._top_k = np.zeros(num_rows, np.int64)  # 0: all
+        self._top_k = np.zeros(num_rows, np.int32)  # 0: all
         self._min_p = np.zeros(num_rows, np.float32)
-        self._seed = np.zeros(num_rows, np.uint64)
+        self._seed = np.zeros(num_rows, np.int64)
+        self._filters = np.zeros(num_rows, np.bool_)
         self._logprobs: dict[int, int] = {}
         self._edited: dict[int, _EditedRow] = {}
 
@@ -62,7 +88,8 @@ class Sampler:
         self._top_p[row] = params.top_p
         self._top_k[row] = params.top_k if 0 < params.top_k < self._vocab_size else 0
         self._min_p[row] = params.min_p
-        self._seed[row] = params.seed
+        self._seed[row] = np.uint64(params.seed).view(np.int64)
+        self._filters[row] = not params.greedy and bool(self._top_k[row] or params.top_p < 1 or params.min_p)
         self._logprobs.pop(row, None)
         self._edited.pop(row, None)
         if params.logprobs is not None:
@@ -83,30 +110,25 @@ class Sampler:
             state.allowed[list(params.allowed_token_ids)] = 0.0
         return state
 
-    def draw(self, logits: Tensor, rows: NDArray[np.int32], positions: NDArray[np.int64]) -> Drawn:
-        """One token per row. logits [S, V] fp32 (changed in place); `positions` [S] of the tokens to be drawn."""
-        places = {int(row): place for place, row in enumerate(rows)}
-        raw = {row: logits[places[row]].clone() for row in places if row in self._logprobs}
-        for row in self._edited.keys() & places.keys():
+    def tables(self, rows: NDArray[np.int32]) -> tuple[NDArray[np.generic], ...]:
+        """What `Rows` holds of these rows, on the host: seeds, temperature, top-k, top-p, min-p."""
+        return self._seed[rows], self._temperature[rows], self._top_k[rows], self._top_p[rows], self._min_p[rows]
+
+    def draw(self, logits: Tensor, rows: NDArray[np.int32], parameters: Rows) -> Drawn:
+        """One token per row. logits [S, V] fp32 (changed in place)."""
+        places = {int(row): place for place, row in enumerate(rows)} if self._logprobs or self._edited else {}
+        scored = [(row, self._logprobs[row]) for row in places if row in self._logprobs]
+        raw = logits[[places[row] for row, _ in scored]] if scored else None
+        edited = self._edited.keys() & places.keys()
+        for row in edited:
             self._edit(logits[places[row]], self._edited[row])
-        best, greedy = logits.max(-1)
-        tokens = greedy.cpu().numpy().astype(np.int32)
-        finite = torch.isfinite(best).cpu().numpy()
-        failed = {
-            int(rows[place]): "no token has a finite logit: the parameters rule out all, or the model broke down"
-            for place in np.flatnonzero(~finite)
-        }
-        random = np.flatnonzero((self._temperature[rows] > 0) & finite)
-        if random.size:
-            chosen = torch.from_numpy(random).to(self._device) if random.size < len(rows) else slice(None)
-            tokens[random] = self._draw_random(logits[chosen], best[chosen], rows[random], positions[random])
-        for row in self._edited.keys() & places.keys():
-            self._remember(self._edited[row], int(tokens[places[row]]))
-        logprobs = {
-            row: token_logprobs(values[None], tokens[places[row]][None], self._logprobs[row])
-            for row, values in raw.items()
-        }
-        return Drawn(tokens, logprobs, failed)
+        tokens = self._ops.draw(logits, parameters, filtered=bool(self._filters[rows].any()))
+        for row in edited:
+            self._remember(self._edited[row], tokens[places[row] : places[row] + 1])
+        if raw is None:
+            return Drawn(tokens, None, [])
+        chosen = tokens[[places[row] for row, _ in scored]]
+        return Drawn(tokens, token_scores(raw, chosen.clamp(min=0), max(width for _, width in scored)), scored)
 
     # ---- edits ----------------------------------------------------------------------------------------------------
 
@@ -135,65 +157,27 @@ class Sampler:
                 logits -= params.presence_penalty * (state.counts > 0)
 
     @staticmethod
-    def _remember(state: _EditedRow, token: int) -> None:
+    def _remember(state: _EditedRow, token: Tensor) -> None:
+        """token [1]; a row without one ends with the step, so what is noted for it does not matter."""
         state.length += 1
-        if state.params.bad_words:
-            state.tokens.append(token)
+        if any(len(word) > 1 for word in state.params.bad_words):
+            state.tokens.append(int(token.item()))
         if state.counts is not None and state.seen is not None:
-            state.counts[token] += 1
-            state.seen[token] = True
-
-    # ---- draws ----------------------------------------------------------------------------------------------------
-
-    def _draw_random(
-        self, logits: Tensor, best: Tensor, rows: NDArray[np.int32], positions: NDArray[np.int64]
-    ) -> NDArray[np.int32]:
-        """logits [N, V], best [N] their maxima. Weights are e^((l - max) / temperature): the likeliest token has 1."""
-        temperature = torch.from_numpy(self._temperature[rows]).to(self._device)[:, None]
-        weights = ((logits - best[:, None]) / temperature).exp_()  # [N, V]
-        min_p, top_k, top_p = self._min_p[rows], self._top_k[rows], self._top_p[rows]
-        if min_p.any():
-            weights.masked_fill_(weights < torch.from_numpy(min_p).to(self._device)[:, None], 0.0)
-        for place in np.flatnonzero(top_k):
-            least = weights[place].topk(int(top_k[place])).values[-1]
-            weights[place].masked_fill_(weights[place] < least, 0.0)
-        for place in np.flatnonzero(top_p < 1.0):
-            least = self._nucleus_edge(weights[place], float(top_p[place]))
-            weights[place].masked_fill_(weights[place] < least, 0.0)
-        cumulative = weights.cumsum(-1)
-        uniform = torch.from_numpy(philox_uniform(self._seed[rows], positions)).to(self._device)
-        target = (uniform * cumulative[:, -1].double()).float()[:, None]
-        # The product may round up to the total; then the search ends past the last possible token.
-        target = torch.minimum(target, torch.nextafter(cumulative[:, -1:], torch.zeros_like(target)))
-        found = torch.searchsorted(cumulative, target, right=True)
-        return found[:, 0].cpu().numpy().astype(np.int32)
-
-    @staticmethod
-    def _nucleus_edge(weights: Tensor, top_p: float) -> Tensor:
-        """The smallest weight in the nucleus: the fewest likeliest tokens that make up `top_p` (Holtzman et al.
-        2020)."""
-        wanted = weights.sum() * top_p
-        count = min(_CANDIDATES, weights.shape[0])
-        ordered = weights.topk(count).values
-        cumulative = ordered.cumsum(-1)
-        if cumulative[-1] < wanted and count < weights.shape[0]:
-            ordered = weights.sort(descending=True).values
-            cumulative = ordered.cumsum(-1)
-        last = int((cumulative < wanted).sum())
-        return ordered[min(last, ordered.shape[0] - 1)]
+            at = token.clamp(min=0).long()
+            state.counts[at] += 1
+            state.seen[at] = True
 
 
-def token_logprobs(logits: Tensor, chosen: NDArray[np.int32], width: int) -> TokenLogprobs:
+def token_scores(logits: Tensor, chosen: Tensor, width: int) -> TokenScores:
     """Of P positions: logits [P, V] raw, chosen [P]. Rank 1 is the most likely token."""
-    ids = torch.from_numpy(chosen.astype(np.int64)).to(logits.device)[:, None]
+    ids = chosen.long()[:, None]
     normalizer = logits.logsumexp(-1, keepdim=True)
     picked = logits.gather(1, ids)
-    ranks = (logits > picked).sum(-1) + 1
-    top = logits.topk(width) if width else None
-    return TokenLogprobs(
-        chosen=chosen.astype(np.int32),
-        logprobs=(picked - normalizer)[:, 0].cpu().numpy(),
-        ranks=ranks.cpu().numpy().astype(np.int32),
-        top_ids=top.indices.cpu().numpy().astype(np.int32) if top else np.zeros((len(chosen), 0), np.int32),
-        top_logprobs=(top.values - normalizer).cpu().numpy() if top else np.zeros((len(chosen), 0), np.float32),
+    top = logits.topk(width)
+    return TokenScores(
+        chosen=chosen,
+        logprobs=(picked - normalizer)[:, 0],
+        ranks=(logits > picked).sum(-1) + 1,
+        top_ids=top.indices,
+        top_logprobs=top.values - normalizer,
     )

@@ -11,7 +11,7 @@ from quire_kernels.paged_attention.reference import attention_with_lse
 
 
 def latent_attention(
-    q: Tensor, cache: Tensor, block_tables: Tensor, query_starts: list[int], context_lens: list[int], scale: float,
+    q: Tensor, cache: Tensor, block_tables: Tensor, query_starts: Tensor, context_lens: Tensor, scale: float,
     latent: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See the package's contract. → result and log-sum-exp."""

@@ -34,8 +34,8 @@ def paged_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     block_tables: Tensor,
-    query_starts: list[int],
-    context_lens: list[int],
+    query_starts: Tensor,
+    context_lens: Tensor,
     scale: float,
     options: AttentionOptions = PLAIN,
 ) -> Tensor:
@@ -46,8 +46,9 @@ def paged_attention(
         ]
     group = q.shape[1] // key_cache.shape[1]
     out = torch.empty_like(q)
-    for r, context in enumerate(context_lens):
-        begin, end = query_starts[r], query_starts[r + 1]
+    starts = query_starts.tolist()
+    for r, context in enumerate(context_lens.tolist()):
+        begin, end = starts[r], starts[r + 1]
         if begin == end:
             continue
         pages = block_tables[r, : -(-context // key_cache.shape[2])].long()
@@ -68,8 +69,8 @@ def attention_with_lse(
     key_cache: Tensor,
     value_cache: Tensor,
     block_tables: Tensor,
-    query_starts: list[int],
-    context_lens: list[int],
+    query_starts: Tensor,
+    context_lens: Tensor,
     scale: float,
     options: AttentionOptions = PLAIN,
 ) -> tuple[Tensor, Tensor]:
@@ -77,8 +78,9 @@ def attention_with_lse(
     heads, kv_heads = q.shape[1], key_cache.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=wide, device=q.device)
-    for r, context in enumerate(context_lens):
-        begin, end = query_starts[r], query_starts[r + 1]
+    starts = query_starts.tolist()
+    for r, context in enumerate(context_lens.tolist()):
+        begin, end = starts[r], starts[r + 1]
         if begin == end:
             continue
         pages = block_tables[r, : -(-context // key_cache.shape[2])].long()

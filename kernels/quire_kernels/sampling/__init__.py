@@ -33,6 +33,18 @@ class Rows:
     positions: Tensor  # [S] int64, of the token to be drawn
     masks: Tensor | None = None  # [S, V / 32 rounded up] int32: bit i of word j allows token 32 j + i (a grammar's)
 
+    def first(self, count: int) -> "Rows":
+        """The parameters of the first rows."""
+        return Rows(
+            temperature=self.temperature[:count],
+            top_k=self.top_k[:count],
+            top_p=self.top_p[:count],
+            min_p=self.min_p[:count],
+            seeds=self.seeds[:count],
+            positions=self.positions[:count],
+            masks=None if self.masks is None else self.masks[:count],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:

@@ -1,0 +1,40 @@
+"""Which kernels a worker calls: decided once, at start."""
+
+import logging
+
+import torch
+from quire_kernels.backends import Backend, NativeBackend, TorchBackend
+from quire_kernels.native.build import NativeBuildError
+
+from quire_engine.config import EngineConfig
+from quire_engine.errors import InvalidParameter
+
+log = logging.getLogger(__name__)
+
+
+def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The kernels of `--attention-backend`, once. Says so where it falls back to something slower."""
+    wanted = config.attention_backend
+    native_fits = device.type == "cpu" and dtype == torch.float32
+    if wanted == "auto":
+        wanted = "triton" if device.type == "cuda" else "native" if native_fits else "torch"
+        if wanted == "native":
+            try:
+                return NativeBackend()
+            except NativeBuildError as error:
+                log.warning("the C kernels cannot be built, attention will be slower: %s", error)
+                return TorchBackend()
+        if wanted == "torch":
+            log.warning("%s on a CPU runs on torch's own operators; --dtype float32 has faster kernels", dtype)
+    if wanted == "native":
+        if not native_fits:
+            raise InvalidParameter(
+                f"attention_backend native is for float32 on a CPU, not {dtype} on {device.type}",
+                "attention_backend",
+            )
+        return NativeBackend()
+    if wanted == "triton":
+        from quire_kernels.triton_backend import TritonBackend
+
+        return TritonBackend(device)
+    return TorchBackend()

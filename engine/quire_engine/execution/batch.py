@@ -1,0 +1,208 @@
+"""A step's plan as tensors. T tokens of R requests, S of which draw a token at the end."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from quire_kernels.backends import AttentionBatch
+from quire_kernels.sampling import Rows
+from torch import Tensor
+
+from quire_engine.config import SchedulerLimits
+from quire_engine.execution.plan import StepPlan
+from quire_engine.sampling.sampler import Sampler
+
+Array = NDArray[Any]
+_ALIGNMENT = 16
+_BUFFERS = 4  # pinned ones, used in turn: more than steps are ever in flight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatch:
+    """What the model and the sampler read, on the device."""
+
+    token_ids: Tensor  # [T] int32; -1: the token drawn last for the row
+    token_rows: Tensor  # [T] int32
+    attention: AttentionBatch
+    draw_places: Tensor | None  # [S] int32, of the tokens whose logits are sampled; None: all
+    draw_rows: Tensor  # [S] int32
+    sampling: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a batch, after padding. Batches of one shape have one layout, which is what a graph needs."""
+
+    tokens: int
+    requests: int
+    draws: int
+    longest_query: int  # at most
+
+
+def layout(arrays: list[Array]) -> tuple[list[int], int]:
+    """Where each array starts in a buffer that holds them all, and the buffer's size, in bytes."""
+    starts, at = [], 0
+    for array in arrays:
+        starts.append(at)
+        at += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return starts, at
+
+
+def views(buffer: Tensor, arrays: list[Array]) -> list[Tensor]:
+    """The tensors in a buffer that was filled with such arrays."""
+    return [
+        buffer[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype)
+        for start, array in zip(layout(arrays)[0], arrays, strict=True)
+    ]
+
+
+class Upload:
+    """Host arrays to the device, all of a step's in one copy. On a CPU they stay where they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pinned: list[Tensor] = []
+        self._turn = 0
+
+    def __call__(self, arrays: list[Array]) -> list[Tensor]:
+        """The arrays on the device, in memory of their own."""
+        if self._device.type == "cpu":
+            return [torch.from_numpy(array) for array in arrays]
+        buffer = torch.empty(layout(arrays)[1], dtype=torch.uint8, device=self._device)
+        self.into(buffer, arrays)
+        return views(buffer, arrays)
+
+    def into(self, buffer: Tensor, arrays: list[Array]) -> None:
+        """The arrays into given bytes of the device, each in its place of `layout`."""
+        starts, size = layout(arrays)
+        host = self._host_buffer(size)
+        bytes_ = host.numpy()
+        for start, array in zip(starts, arrays, strict=True):
+            bytes_[start : start + array.nbytes].view(array.dtype)[:] = array
+        buffer[:size].copy_(host[:size], non_blocking=True)
+
+    def _host_buffer(self, size: int) -> Tensor:
+        """Free by the time its turn comes again: the step that used it was collected."""
+        self._turn = (self._turn + 1) % _BUFFERS
+        while len(self._pinned) < _BUFFERS:
+            self._pinned.append(torch.empty(0, dtype=torch.uint8))
+        if self._pinned[self._turn].numel() < size:
+            pin = self._device.type != "cpu"
+            self._pinned[self._turn] = torch.empty(2 * size, dtype=torch.uint8, pin_memory=pin)
+        return self._pinned[self._turn]
+
+
+class Batcher:
+    """Keeps the block tables, which plans update, and turns plans into batches."""
+
+    def __init__(self, limits: SchedulerLimits, device: torch.device, sampler: Sampler) -> None:
+        longest = -(-limits.max_model_len // limits.block_size)
+        self._block_size = limits.block_size
+        self._device = device
+        self._sampler = sampler
+        self._spare_row = limits.max_num_seqs  # padding's: its pages are all page 0, which padding only reads
+        self.upload = Upload(device)
+        self._host_tables = np.zeros((limits.max_num_seqs + 1, longest), np.int32)
+        self._tables = torch.from_numpy(self._host_tables).to(device)  # on a CPU the same memory
+
+    def set_pages(self, plan: StepPlan) -> None:
+        """The plan's entries of the block tables, here and on the device."""
+        if not len(plan.page_rows):
+            return
+        self._host_tables[plan.page_rows, plan.page_indexes] = plan.page_ids
+        if self._device.type != "cpu":
+            places = plan.page_rows.astype(np.int64) * self._host_tables.shape[1] + plan.page_indexes
+            where, pages = self.upload([places, np.ascontiguousarray(plan.page_ids)])
+            self._tables.view(-1).index_put_((where,), pages)
+
+    def shape(self, plan: StepPlan) -> Shape:
+        """Of the plan as it is."""
+        requests = len(plan.rows)
+        return Shape(len(plan.token_ids), requests, int(np.count_nonzero(plan.draws)), int(plan.counts.max()))
+
+    def arrays(self, plan: StepPlan, shape: Shape) -> list[Array]:
+        """The batch on the host, padded to `shape`; see `assemble` for their order."""
+        size, spare = self._block_size, self._spare_row
+        rows, starts, counts = plan.rows, plan.starts, plan.counts
+        token_ids, draws = plan.token_ids, plan.draws
+        requests, tokens = len(rows), len(token_ids)
+        if shape.requests > requests:
+            rows = np.append(rows, np.full(shape.requests - requests, spare, np.int32))
+            starts = np.append(starts, np.zeros(shape.requests - requests, np.int32))
+            more = np.zeros(shape.requests - requests, np.int32)
+            if shape.longest_query == 1:
+                more[:] = 1
+            else:
+                more[0] = shape.tokens - tokens
+            counts = np.append(counts, more)
+            draws = np.append(draws, np.zeros(shape.requests - requests, np.bool_))
+        if shape.tokens > tokens:
+            token_ids = np.append(token_ids, np.zeros(shape.tokens - tokens, np.int32))
+        query_starts = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        assert query_starts[-1] == shape.tokens, "padding tokens belong to a padding request"
+        if shape.longest_query == 1:
+            positions, token_rows = starts, rows
+        else:
+            positions = np.arange(len(token_ids), dtype=np.int32) + np.repeat(starts - query_starts[:-1], counts)
+            token_rows = np.repeat(rows, counts)
+        slots = self._host_tables[token_rows, positions // size].astype(np.int64) * size + positions % size
+        if shape.tokens > tokens:
+            slots[tokens:] = -1
+        context_lens = starts + counts
+        draw_places = (query_starts[1:] - 1)[draws]
+        draw_rows = rows[draws]
+        draw_positions = context_lens[draws].astype(np.int64)
+        if shape.draws > len(draw_rows):
+            missing = shape.draws - len(draw_rows)
+            draw_places = np.append(draw_places, np.zeros(missing, np.int32))
+            draw_rows = np.append(draw_rows, np.full(missing, spare, np.int32))
+            draw_positions = np.append(draw_positions, np.zeros(missing, np.int64))
+        seeds, *parameters = self._sampler.tables(draw_rows)
+        return [
+            slots,
+            seeds,
+            draw_positions,
+            token_ids,
+            token_rows,
+            np.ascontiguousarray(positions, np.int32),
+            query_starts,
+            context_lens,
+            rows,
+            draw_places,
+            draw_rows,
+            *parameters,
+        ]
+
+    def assemble(self, uploaded: list[Tensor], shape: Shape, longest_context: int) -> StepBatch:
+        """What `upload` made of `arrays`, with the block tables. It works on the device alone, so it can be captured."""
+        (
+            slots, seeds, draw_positions, token_ids, token_rows, positions, query_starts, context_lens, rows,
+            draw_places, draw_rows, temperature, top_k, top_p, min_p,
+        ) = uploaded  # fmt: skip
+        pages = -(-longest_context // self._block_size)
+        attention = AttentionBatch(
+            positions=positions,
+            slots=slots,
+            block_tables=self._tables[:, :pages].index_select(0, rows),
+            query_starts=query_starts,
+            longest_query=shape.longest_query,
+            context_lens=context_lens,
+        )
+        return StepBatch(
+            token_ids=token_ids,
+            token_rows=token_rows,
+            attention=attention,
+            draw_places=None if shape.draws == shape.tokens else draw_places,
+            draw_rows=draw_rows,
+            sampling=Rows(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                seeds=seeds,
+                positions=draw_positions,
+            ),
+        )

@@ -1,0 +1,55 @@
+"""A step under way: launched, its result being copied to the host."""
+
+import numpy as np
+import torch
+
+from quire_engine.execution.plan import StepPlan, StepResult, TokenLogprobs
+from quire_engine.sampling.sampler import Drawn, TokenScores
+
+_NO_LOGIT = "no token has a finite logit: the parameters rule out all, or the model broke down"
+
+
+class PendingStep:
+    """What rank 0 has of a step before its result is read."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        drawn: Drawn | None,
+        prompt_scores: dict[int, tuple[list[TokenScores], int]],
+        device: torch.device,
+    ) -> None:
+        """`prompt_scores`: row → its parts, and how many likeliest tokens were asked for."""
+        self._rows = plan.rows[plan.draws]
+        self._tokens = drawn.tokens.to("cpu", non_blocking=True) if drawn is not None else None
+        self._scores = drawn.scores.to_host() if drawn is not None and drawn.scores is not None else None
+        self._scored_rows = drawn.scored_rows if drawn is not None else []
+        self._prompt = {row: ([part.to_host() for part in parts], n) for row, (parts, n) in prompt_scores.items()}
+        self._copied: torch.Event | None = None
+        if device.type != "cpu":
+            self._copied = torch.Event(device)
+            self._copied.record()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._copied is None or self._copied.query()
+
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens = np.zeros(0, np.int32) if self._tokens is None else self._tokens.numpy()
+        failed = {int(self._rows[place]): _NO_LOGIT for place in np.flatnonzero(tokens < 0)}
+        logprobs = {}
+        if self._scores is not None:
+            for place, (row, width) in enumerate(self._scored_rows):
+                logprobs[row] = self._scores.read(slice(place, place + 1), width)
+        return StepResult(tokens, logprobs, {row: _joined(*found) for row, found in self._prompt.items()}, failed)
+
+
+def _joined(parts: list[TokenScores], width: int) -> TokenLogprobs:
+    read = [part.read(slice(None), width) for part in parts]
+    if len(read) == 1:
+        return read[0]
+    return TokenLogprobs(*(np.concatenate([getattr(part, name) for part in read]) for name in TokenLogprobs.__slots__))

@@ -1,0 +1,170 @@
+"""Steps that overlap, and steps replayed from padded buffers, give the tokens of plain ones."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from quire_engine.config import EngineConfig
+from quire_engine.engine import Engine
+from quire_engine.execution.graphs import decode_ladder
+from quire_engine.execution.runner import ModelRunner
+from quire_engine.request import Request
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.weights.resolve import find_model
+
+Make = Callable[[str], Path]
+PAGE = 2 * 3 * 2 * 16 * 16 * 4
+
+
+def runner_for(folder: Path, **options: Any) -> ModelRunner:
+    config = EngineConfig(
+        model=str(folder),
+        device="cpu",
+        max_num_seqs=6,
+        max_model_len=128,
+        max_num_batched_tokens=40,
+        **({"kv_cache_memory_bytes": 9 * PAGE} | options),
+    )
+    return ModelRunner(config, find_model(config))
+
+
+def random_params(generator: np.random.Generator, number: int) -> EngineSampling:
+    """Greedy, seeded, filtered, penalized, biased and scored requests, some that stop early."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "top_p": 0.9, "top_k": 20},
+        {"temperature": 1.2, "min_p": 0.05, "logprobs": 2},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logprobs": 0},
+        {"temperature": 0.0, "bad_words": ((5,), (6, 7)), "logit_bias": {8: 1.5}, "min_tokens": 4},
+        {"temperature": 0.8, "prompt_logprobs": 1},
+    ]
+    return EngineSampling(
+        max_tokens=int(generator.integers(1, 60)),
+        seed=number,
+        stop_token_ids=tuple(generator.integers(4, 300, 4).tolist()),
+        **kinds[number % len(kinds)],
+    )
+
+
+def live(runner: ModelRunner, seed: int) -> dict[int, tuple[list[int], str | None, list[float]]]:
+    """Random arrivals and aborts, with pages for about three requests."""
+    generator = np.random.default_rng(seed)
+    engine = Engine(runner)
+    shared = generator.integers(4, 300, 32).tolist()
+    requests: dict[int, Request] = {}
+    scores: dict[int, list[float]] = {}
+    arrivals = iter(range(24))
+    aborted: set[int] = set()
+    while True:
+        number = next(arrivals, None)
+        if number is None and not engine.has_work:
+            break
+        if number is not None:
+            prompt = shared[: int(generator.integers(0, 33))] + generator.integers(4, 300, 7).tolist()
+            requests[number] = Request(number, prompt, len(prompt), random_params(generator, number))
+            engine.add(requests[number])
+            if generator.random() < 0.2:
+                victim = int(generator.integers(0, number + 1))
+                aborted.add(victim)
+                engine.abort(victim)
+        for _ in range(2):
+            outcome = engine.step()
+            engine.scheduler.check_integrity()
+            for request, found in outcome.logprobs:
+                scores.setdefault(request.id, []).extend(found.logprobs.tolist())
+    assert engine.scheduler.stats.preemptions > 0, "the pressure is gone"
+    assert engine.scheduler.pool.num_used == 0
+    return {
+        number: (request.tokens[request.num_prompt :], request.finish_reason, scores.get(number, []))
+        for number, request in requests.items()
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_overlapped_equals_plain(checkpoint: Make, seed: int) -> None:
+    plain = live(runner_for(checkpoint("llama"), async_scheduling=False), seed)
+    overlapped = live(runner_for(checkpoint("llama")), seed)
+    assert any(reason == "stop" for _, reason, _ in plain.values())
+    for number, (tokens, reason, scores) in plain.items():
+        ours, our_reason, our_scores = overlapped[number]
+        if "abort" in (reason, our_reason):  # how far it came depends on when
+            shorter = min(len(ours), len(tokens))
+            assert ours[:shorter] == tokens[:shorter]
+            continue
+        assert (ours, our_reason) == (tokens, reason)
+        np.testing.assert_allclose(our_scores, scores, atol=1e-4)
+
+
+def replaying(step: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    """What a recorded graph does, without a GPU: the same operations on the same memory, outputs into the same place.
+
+    Nothing of the step that replays it reaches it but what lies in its input buffer.
+    """
+    batch, logits = step()
+
+    def replay() -> None:
+        logits.copy_(step()[1])
+
+    return (batch, logits), replay
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_replayed_equals_eager(checkpoint: Make, backend: str) -> None:
+    """Through every padded shape, decoding and mixed."""
+    eager = live(runner_for(checkpoint("llama"), attention_backend=backend), 7)
+    runner = runner_for(checkpoint("llama"), attention_backend=backend)
+    for keys, values in runner._caches:  # a GPU's pool is cleared, for padding reads page 0
+        keys.zero_()
+        values.zero_()
+    runner.capture_graphs(replaying)
+    graphs = runner._graphs
+    assert graphs is not None
+    used: set[tuple[int, int]] = set()
+    fitting = graphs._fitting
+
+    def noted(shape: Any) -> Any:
+        captured = fitting(shape)
+        if captured is not None:
+            used.add((captured.shape.tokens, captured.shape.requests))
+        return captured
+
+    graphs._fitting = noted
+    replayed = live(runner, 7)
+    assert {requests for _, requests in used} >= {4, 7}
+    assert len(used) >= 5, "too few shapes were used"
+    for number, (tokens, reason, scores) in eager.items():
+        assert replayed[number][:2] == (tokens, reason)
+        np.testing.assert_allclose(replayed[number][2], scores, atol=1e-4)
+
+
+def test_the_ladder_covers_every_batch() -> None:
+    for most in (1, 5, 8, 256, 1000):
+        sizes = decode_ladder(most)
+        assert sizes[0] == 1
+        assert sizes[-1] == most
+        assert len(sizes) < 60
+        for before, after in itertools.pairwise(sizes):
+            assert after <= max(2 * before, before + 8, before * 9 // 8 + 1)
+
+
+def test_tokens_stay_on_the_device(checkpoint: Make) -> None:
+    """While a step is in flight the next plan names none of its tokens."""
+    runner = runner_for(checkpoint("llama"))
+    seen: list[bool] = []
+    submit = runner.submit
+
+    def noted(plan: Any) -> None:
+        seen.append(bool((plan.token_ids < 0).any()))
+        submit(plan)
+
+    runner.submit = noted
+    engine = Engine(runner)
+    engine.add(Request(1, [5, 6, 7], 3, EngineSampling(temperature=0.0, max_tokens=8)))
+    while engine.has_work:
+        engine.step()
+    assert seen == [False] + [True] * 7
+    torch.testing.assert_close(runner._last_tokens[-1], torch.tensor(0, dtype=torch.int32))
