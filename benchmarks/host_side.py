@@ -23,7 +23,7 @@ from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.sampling.sampler import Sampler
 from quire_engine.scheduler import Scheduler
-from quire_kernels.backends import TorchBackend
+from quire_kernels.torch_backend import TorchBackend
 
 
 def host_share(running: int, steps: int = 200) -> dict[str, float]:

@@ -12,7 +12,7 @@ from quire_kernels.activation.triton import activate
 from quire_kernels.norm import Norm
 from quire_kernels.norm import reference as norm_reference
 from quire_kernels.norm.triton import add_norm, norm_heads
-from quire_kernels.quantize import Fp8Output, Scales
+from quire_kernels.quantize import QuantizedOutput, Scales
 from quire_kernels.sampling import Biases, Penalties, Rows, reference
 from quire_kernels.sampling.triton import add_bias, draw, penalize, prepare, token_logprobs
 from quire_kernels.verification.triton import verify
@@ -22,8 +22,8 @@ Build = Callable[[torch.device, torch.dtype], Built]
 VOCABULARY = 128256
 
 
-def _output(scales: Scales | None, device: torch.device, fp8: torch.dtype) -> Fp8Output | None:
-    return None if scales is None else Fp8Output(scales, fp8, torch.ones(1, device=device))
+def _output(scales: Scales | None, device: torch.device, fp8: torch.dtype) -> QuantizedOutput | None:
+    return None if scales is None else QuantizedOutput(scales, fp8, torch.ones(1, device=device))
 
 
 def _norm(tokens: int, width: int, kind: Norm, scales: Scales | None = None) -> Build:

@@ -69,7 +69,7 @@ class LLM:
 
     @staticmethod
     def _start(config: EngineConfig, files: ModelFiles) -> Executor:
-        if config.tensor_parallel_size == 1:
+        if config.num_workers == 1:
             from quire_engine.execution.runner import ModelRunner
 
             return ModelRunner(config, files)

@@ -145,7 +145,7 @@ class Controller:
             await asyncio.sleep(_BACKOFF[min(slot.failures - 1, len(_BACKOFF) - 1)])
 
     async def _start(self, index: int, slot: _Slot) -> None:
-        size = self._config.tensor_parallel_size
+        size = self._config.num_workers
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if self._gpu else {})
         slot.placement = placement_group(
             [bundle] * size, strategy="STRICT_PACK", name=f"{self._name}-{uuid.uuid4().hex[:12]}"

@@ -18,6 +18,7 @@ from quire_engine import allocator
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError, ServerError, Unavailable
 from quire_engine.models.families import spec_of
+from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import ModelFiles, find_model
 
 from quire_cluster.cli.options import ServeConfig
@@ -137,7 +138,7 @@ class Server:
         return Service.load(self._files, self._engine, names=self.model_names, chat_template=template)
 
     def _start_cluster(self) -> None:
-        workers = self._engine.tensor_parallel_size * self._serve.data_parallel_size
+        workers = self._engine.num_workers * self._serve.data_parallel_size
         if self._serve.ray_address is None:
             self._cluster = start_private_cluster(num_workers=workers)
             return
@@ -151,7 +152,7 @@ class Server:
 
     async def _start_controller(self) -> None:
         config, serve = self._engine, self._serve
-        total = config.tensor_parallel_size * serve.data_parallel_size
+        total = config.num_workers * serve.data_parallel_size
         on_gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
         if config.device == "cuda" and not on_gpu:
             raise InvalidParameter("device is 'cuda', but the Ray cluster has no GPU", "device")
@@ -233,8 +234,12 @@ class Server:
 def check_model(engine: EngineConfig) -> ModelFiles:
     """What can be known before anything is started: the files are there, whole, and of a family that is served."""
     files = find_model(engine)
-    spec_of(files.config).check_parallel(engine.tensor_parallel_size)
-    files.checkpoint()
+    spec_of(files.config).check_parallel(
+        engine.tensor_parallel_size, engine.pipeline_parallel_size, experts_apart=engine.enable_expert_parallel
+    )
+    quantization_of(files.config, engine.quantization)
+    if engine.load_format != "dummy":
+        files.checkpoint()
     return files
 
 

@@ -23,9 +23,9 @@ class Worker:
 
     def host_store(self, size: int) -> int:
         """Opens the rendezvous of the group and returns its port."""
-        from quire_engine.execution.group import TensorParallelGroup
+        from quire_engine.execution.group import ParallelGroup
 
-        self._store = TensorParallelGroup.host_store(size)
+        self._store = ParallelGroup.host_store(size)
         return int(self._store.port)
 
     def load(self, config: EngineConfig, threads: int, store_port: int) -> SchedulerLimits:
@@ -37,15 +37,24 @@ class Worker:
         self._compute.submit(self._run, channel_path, replica).result()
 
     def _load(self, config: EngineConfig, threads: int, store_port: int) -> SchedulerLimits:
-        from quire_engine.execution.group import TensorParallelGroup
+        from quire_engine.execution.group import ParallelGroup
         from quire_engine.execution.runner import ModelRunner
-        from quire_engine.plan import resolve_device
+        from quire_engine.plan import resolve_device, resolve_dtype
         from quire_engine.weights.resolve import find_model
         from ray.experimental import tqdm_ray
 
         files = find_model(config)
-        size = config.tensor_parallel_size
-        group = TensorParallelGroup.join(self._rank, size, "127.0.0.1", store_port, resolve_device(config))
+        device = resolve_device(config)
+        group = ParallelGroup.join(
+            self._rank,
+            config.tensor_parallel_size,
+            config.pipeline_parallel_size,
+            "127.0.0.1",
+            store_port,
+            device,
+            dtype=resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), device),
+            experts_apart=config.enable_expert_parallel,
+        )
         self._runner = ModelRunner(config, files, group, threads=threads, progress_bar=tqdm_ray.tqdm)
         limits: SchedulerLimits = self._runner.limits
         return limits

@@ -43,7 +43,7 @@ class Workers:
         placement: PlacementGroup | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        size = config.tensor_parallel_size
+        size = config.num_workers
         self._dead = threading.Event()
         self._cause: BaseException | None = None
         self._on_death = on_death
@@ -125,10 +125,10 @@ class LocalWorkers(Workers):
     def __init__(self, config: EngineConfig) -> None:
         self._own_cluster = None
         if not ray.is_initialized():
-            self._own_cluster = start_private_cluster(num_workers=config.tensor_parallel_size)
+            self._own_cluster = start_private_cluster(num_workers=config.num_workers)
         cores = len(os.sched_getaffinity(0))
         try:
-            super().__init__(config, threads=config.cpu_threads or max(1, cores // config.tensor_parallel_size))
+            super().__init__(config, threads=config.cpu_threads or max(1, cores // config.num_workers))
         except BaseException:
             self._stop_cluster()
             raise

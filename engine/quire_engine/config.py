@@ -16,10 +16,9 @@ def check_choices(config: Any) -> None:
     described: tuple[Field[Any], ...] = fields(config)
     for f in described:
         choices = f.metadata.get("choices")
-        if choices and getattr(config, f.name) not in choices:
-            raise InvalidParameter(
-                f"{f.name} is {getattr(config, f.name)!r}; it must be one of {', '.join(choices)}", f.name
-            )
+        value = getattr(config, f.name)
+        if choices and value not in choices and not (value is None and f.default is None):
+            raise InvalidParameter(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}", f.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,18 @@ class EngineConfig:
     tokenizer: str | None = option(None, "a tokenizer other than the model's: a folder or a hub id")
     revision: str | None = option(None, "branch, tag or commit of a model from the hub")
     download_dir: str | None = option(None, "where models from the hub are kept (default: the hub's own cache)")
-    load_format: str = option("auto", "format of the weights", choices=("auto", "safetensors", "gguf"))
+    load_format: str = option(
+        "auto",
+        "format of the weights; dummy: random ones, from the config alone",
+        choices=("auto", "safetensors", "gguf", "dummy"),
+    )
+    quantization: str | None = option(
+        None,
+        "quantize an unquantized checkpoint as it is read (a quantized one says itself what it is)",
+        flags=("-q",),
+        choices=("fp8", "int8"),
+    )
+    kv_cache_dtype: str = option("auto", "of the key-value cache; auto: as the activations", choices=("auto", "fp8"))
     dtype: str = option(
         "auto",
         "of weights and activations; auto: float32 on a CPU, the checkpoint's (bfloat16 for float32) on a GPU",
@@ -44,6 +54,8 @@ class EngineConfig:
     )
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's)")
     tensor_parallel_size: int = option(1, "workers that share every layer", flags=("-tp",))
+    pipeline_parallel_size: int = option(1, "stages that the layers are divided among", flags=("-pp",))
+    enable_expert_parallel: bool = option(False, "each tensor-parallel rank holds whole experts, not slices of all")
     block_size: int = option(16, "tokens per page of the key-value cache")
     gpu_memory_utilization: float = option(0.92, "share of a GPU's memory for weights, activations and cache")
     kv_cache_memory_bytes: int | None = option(
@@ -61,10 +73,16 @@ class EngineConfig:
     async_scheduling: bool = option(True, "plan a step while the one before it runs; tokens stay on the device between")
     cpu_threads: int | None = option(None, "threads per CPU worker (default: cores / workers on this machine)")
 
+    @property
+    def num_workers(self) -> int:
+        """Ranks of the engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
     def __post_init__(self) -> None:
         check_choices(self)
         for name, least in (
             ("tensor_parallel_size", 1),
+            ("pipeline_parallel_size", 1),
             ("block_size", 1),
             ("max_num_seqs", 1),
             ("max_num_queued_reqs", 0),

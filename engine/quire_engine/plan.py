@@ -1,18 +1,70 @@
-"""What a model needs, from its config alone: weights, pages of cache, and how many requests they hold."""
+"""What a model needs, from its config alone: weights, pages of cache, and how many requests they hold.
+
+Weights and activations are those of a dry run (execution/dry_run.py); the rest of the memory becomes pages.
+"""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from quire_kernels.hardware import CHIPS, hardware
 
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, OutOfMemory
+from quire_engine.execution.dry_run import DryGroup, allocated
+from quire_engine.execution.graphs import MIXED_TOKENS
+from quire_engine.models.decoder import kv_heads_of, layers_of
 from quire_engine.models.spec import DecoderSpec
+from quire_engine.quantization.config import Quantization
 
 GIB = 1 << 30
 _CPU_CACHE_BYTES = 560 << 20
+_GPU_RESERVE = 640 << 20  # matrix libraries' workspaces, kernels, what the allocator rounds up
+LARGEST_MIXED = MIXED_TOKENS[-1]
 _CPU_TOKENS_PER_STEP, _GPU_TOKENS_PER_STEP = 256, 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a plan is for: this machine's device, or a GPU that is not here."""
+
+    kind: str  # cpu or cuda
+    name: str
+    fp8: torch.dtype | None = torch.float8_e4m3fn
+
+    @staticmethod
+    def of(device: torch.device) -> "Target":
+        """The device itself."""
+        if device.type == "cpu":
+            return Target("cpu", "cpu")
+        return Target("cuda", torch.cuda.get_device_name(device), hardware(device).fp8)
+
+
+# Name → memory in MiB as its driver reports it, and the chip as the kernels know it.
+GPUS = {
+    "A100-40GB": (40960, "sm_80"),
+    "A100-80GB": (81920, "sm_80"),
+    "A10": (23028, "sm_86"),
+    "RTX4090": (24564, "sm_89"),
+    "L4": (23034, "sm_89"),
+    "L40S": (46068, "sm_89"),
+    "H100": (81559, "sm_90"),
+    "H200": (143771, "sm_90"),
+    "B200": (183359, "sm_100"),
+    "MI250X": (65520, "gfx90a"),
+    "MI300X": (196592, "gfx942"),
+    "MI355X": (294896, "gfx950"),
+}
+
+
+def gpu_target(name: str) -> tuple[Target, int]:
+    """A GPU of `GPUS`, and its bytes. Raises InvalidParameter for another."""
+    found = {known.lower(): known for known in GPUS}.get(name.lower())
+    if found is None:
+        raise InvalidParameter(f"gpu is {name!r}; known are {', '.join(GPUS)}; or give --memory-gib", "gpu")
+    mebibytes, chip = GPUS[found]
+    return Target("cuda", found, CHIPS[chip].fp8), mebibytes << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,39 +123,70 @@ def resolve_max_model_len(config: EngineConfig, spec: DecoderSpec) -> int:
     return config.max_model_len
 
 
-def tokens_per_step(config: EngineConfig, device: torch.device) -> int:
+def tokens_per_step(config: EngineConfig, cpu: bool) -> int:
     """The scheduler's budget."""
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
-    return _CPU_TOKENS_PER_STEP if device.type == "cpu" else _GPU_TOKENS_PER_STEP
+    return _CPU_TOKENS_PER_STEP if cpu else _GPU_TOKENS_PER_STEP
 
 
 def plan_memory(
-    config: EngineConfig, spec: DecoderSpec, device: torch.device, dtype: torch.dtype, free_bytes: int
+    config: EngineConfig,
+    spec: DecoderSpec,
+    quantization: Quantization,
+    target: Target,
+    dtype: torch.dtype,
+    free_bytes: int,
+    *,
+    stage: int = 0,
 ) -> MemoryPlan:
-    """Divides `free_bytes` (what the worker may use, before anything is loaded).
+    """Divides `free_bytes` (what the worker may use, before anything is loaded) for a rank of `stage`.
 
     Raises OutOfMemory when the weights do not fit, or not one request of the full length beside them.
     """
-    ranks = config.tensor_parallel_size
+    cpu = target.kind == "cpu"
     max_model_len = resolve_max_model_len(config, spec)
-    weights = spec.num_parameters * dtype.itemsize // ranks
-    if device.type == "cpu" and spec.tie_embeddings:  # the output head is packed beside the embedding
-        weights += spec.vocab_size * spec.hidden_size * dtype.itemsize // ranks
-    tokens = tokens_per_step(config, device)
-    widest = 2 * spec.intermediate_size // ranks + 4 * spec.hidden_size + (spec.num_heads * spec.head_dim) * 3 // ranks
-    activations = tokens * widest * dtype.itemsize + 3 * config.max_num_seqs * spec.vocab_size * 4
-    page = 2 * spec.num_layers * spec.num_kv_heads // ranks * config.block_size * spec.head_dim * dtype.itemsize
+    group = DryGroup(
+        size=config.tensor_parallel_size,
+        stage=stage,
+        stages=config.pipeline_parallel_size,
+        experts_apart=config.enable_expert_parallel,
+        dtype=dtype,
+    )
+    tokens = tokens_per_step(config, cpu)
+    draws = min(config.max_num_seqs, tokens)
+    steps = [(tokens, draws)]
+    captures = not cpu and not config.enforce_eager
+    if captures:
+        steps.append((min(tokens, max(LARGEST_MIXED, config.max_num_seqs)), draws))
+    found = allocated(
+        spec,
+        quantization,
+        group,
+        cpu=cpu,
+        fp8=target.fp8,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        steps=steps,
+        quantized_cache=config.kv_cache_dtype == "fp8",
+    )
+    weights = found.weights
+    activations = sum(found.steps)  # a graph's memory is its own
+    reserved = 0 if cpu else _GPU_RESERVE
+    cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+    heads = kv_heads_of(spec, group)
+    page = 2 * len(layers_of(spec, group)) * (heads.stop - heads.start) * config.block_size * spec.head_dim
+    page *= cache_dtype.itemsize
     one_request = -(-max_model_len // config.block_size)
-    left = free_bytes - weights - activations
+    left = free_bytes - weights - activations - reserved
     if left <= 0:
         raise OutOfMemory(
-            f"the weights take {weights / GIB:.2f} GiB and a step's buffers {activations / GIB:.2f} GiB of the "
-            f"{free_bytes / GIB:.2f} GiB there are; use more ranks (-tp), a smaller dtype or a smaller model"
+            f"the weights take {weights / GIB:.2f} GiB and a step's buffers {(activations + reserved) / GIB:.2f} GiB "
+            f"of the {free_bytes / GIB:.2f} GiB there are; use more ranks (-tp), --quantization fp8 or a smaller model"
         )
     wanted = config.kv_cache_memory_bytes
     if wanted is None:
-        wanted = min(max(_CPU_CACHE_BYTES, one_request * page), left) if device.type == "cpu" else left
+        wanted = min(max(_CPU_CACHE_BYTES, one_request * page), left) if cpu else left
     num_pages = min(wanted, left) // page
     if num_pages < one_request:
         fits = num_pages * config.block_size
@@ -115,7 +198,7 @@ def plan_memory(
         )
     return MemoryPlan(
         weight_bytes=weights,
-        activation_bytes=activations,
+        activation_bytes=activations + reserved,
         page_bytes=page,
         num_pages=num_pages,
         block_size=config.block_size,
@@ -128,7 +211,7 @@ def usable_bytes(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return min(free, int(total * config.gpu_memory_utilization))
-    return int(_available_memory() * 0.9) // config.tensor_parallel_size
+    return int(_available_memory() * 0.9) // (config.tensor_parallel_size * config.pipeline_parallel_size)
 
 
 def _available_memory() -> int:

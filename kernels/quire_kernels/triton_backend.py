@@ -1,18 +1,24 @@
 """The GPU's kernels, all of them Triton's."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.activation import Activation
 from quire_kernels.activation.triton import activate
-from quire_kernels.backends import AttentionBatch, unquantized
-from quire_kernels.cache_write import HeadNorm, Rope
+from quire_kernels.backends import AttentionBatch, Matmul, QuantizedMatmul
+from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
 from quire_kernels.cache_write.triton import rope_cache_write
 from quire_kernels.hardware import hardware
+from quire_kernels.moe import Experts, Routing
+from quire_kernels.moe.triton import align, combine, grouped_matmul, route, rows_per_tile
 from quire_kernels.norm import Norm
 from quire_kernels.norm.triton import add_norm
 from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.paged_attention.triton import paged_attention
+from quire_kernels.quantize import Quantized, QuantizedOutput
+from quire_kernels.quantized_matmul import Int4Weight
+from quire_kernels.quantized_matmul.triton import int4_matmul, scaled_matmul
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.triton import draw, prepare
 
@@ -23,7 +29,7 @@ class TritonBackend:
     name = "triton"
 
     def __init__(self, device: torch.device) -> None:
-        hardware(device)  # refuses what the kernels do not run on
+        self.fp8 = hardware(device).fp8  # refuses what the kernels do not run on
 
     def paged_attention(
         self,
@@ -55,14 +61,52 @@ class TritonBackend:
         num_heads: int,
         rope: Rope | None,
         norm: HeadNorm | None,
+        scales: CacheScales | None,
     ) -> None:
-        rope_cache_write(qkv, key_cache, value_cache, batch.positions, batch.slots, num_heads, rope, norm)
+        rope_cache_write(qkv, key_cache, value_cache, batch.positions, batch.slots, num_heads, rope, norm, scales)
 
-    def add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm) -> Tensor:
-        return unquantized(add_norm(residual, delta, weight, None, norm))
+    def add_norm(
+        self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm, output: QuantizedOutput | None = None
+    ) -> Tensor | Quantized:
+        return add_norm(residual, delta, weight, None, norm, output)
 
-    def silu_mul(self, x: Tensor) -> Tensor:
-        return unquantized(activate(x, Activation.SILU, gated=True))
+    def activate(
+        self, x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None
+    ) -> Tensor | Quantized:
+        return activate(x, kind, gated, output)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Matmul:
+        """cuBLAS (hipBLASLt)."""
+        return lambda x: F.linear(x, weight, bias)
+
+    def scaled_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantizedMatmul:
+        return lambda x: scaled_matmul(x.values, x.scale, weight, scale, dtype, bias)
+
+    def int4_linear(self, weight: Int4Weight, bias: Tensor | None) -> Matmul:
+        return lambda x: int4_matmul(x, weight, bias)
+
+    def experts(self, x: Tensor, router_logits: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        """Two grouped products over all the tokens' choices. Choices of experts held elsewhere take no part."""
+        held = experts.gate_up.shape[0]
+        weights, chosen = route(router_logits, routing)
+        if experts.partial:
+            local = chosen - experts.first
+            chosen = torch.where((local >= 0) & (local < held), local, held)
+        alignment = align(chosen, held, rows_per_tile(chosen.numel(), held))
+        values, scale = self._narrow(x, Activation.IDENTITY, False, experts)
+        inner = grouped_matmul(values, experts.gate_up, alignment, routing.top_k, x.dtype, scale, experts.gate_up_scale)
+        values, scale = self._narrow(inner, experts.activation, True, experts)
+        out = grouped_matmul(values, experts.down, alignment, 1, x.dtype, scale, experts.down_scale)
+        if experts.partial:  # rows of no expert were not written
+            out.masked_fill_((chosen == held).view(-1, 1), 0.0)
+        return combine(out, weights)
+
+    @staticmethod
+    def _narrow(x: Tensor, kind: Activation, gated: bool, experts: Experts) -> tuple[Tensor, Tensor | None]:
+        if experts.inputs is None and kind is Activation.IDENTITY:
+            return x, None
+        result = activate(x, kind, gated, experts.inputs)
+        return (result, None) if isinstance(result, Tensor) else (result.values, result.scale)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         return draw(logits, rows, prepare(logits, rows, filtered))

@@ -58,7 +58,7 @@ def test_two_ranks(checkpoint: Make, family: str) -> None:
 
 
 def test_what_cannot_be_split_is_refused_with_what_can(checkpoint: Make) -> None:
-    with pytest.raises(ModelError, match=r"tensor_parallel_size can be 1, 2$"):
+    with pytest.raises(ModelError, match=r"tensor_parallel_size can be 1, 2, 4$"):
         LLM(str(checkpoint("llama")), tensor_parallel_size=3)
 
 

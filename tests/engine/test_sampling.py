@@ -8,10 +8,10 @@ import torch
 from quire_engine.execution.plan import NewRow
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.sampling.sampler import Sampler
-from quire_kernels.backends import TorchBackend
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.host import nucleus_edge
 from quire_kernels.sampling.random import philox_uniform
+from quire_kernels.torch_backend import TorchBackend
 
 V = 50
 

@@ -92,7 +92,7 @@ def test_wrong_weights(checkpoint: Make, tmp_path: Path) -> None:
         ({"architectures": None}, "architectures is missing"),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "strange", "rope_theta": 1e4}}, "rope_type 'strange'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config asks for 'gptq'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config asks for 'bitsandbytes'"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
 )

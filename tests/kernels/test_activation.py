@@ -4,7 +4,7 @@ import pytest
 import torch
 from quire_kernels.activation import Activation, reference
 from quire_kernels.activation.triton import activate
-from quire_kernels.quantize import Fp8Output, Quantized, Scales
+from quire_kernels.quantize import Quantized, QuantizedOutput, Scales
 from tolerance import FP8, assert_close
 from transformers.activations import ACT2FN
 
@@ -24,13 +24,33 @@ def test_activate(tokens: int, width: int, kind: Activation, gated: bool, dtype:
 @pytest.mark.parametrize(("kind", "gated"), [(Activation.SILU, True), (Activation.IDENTITY, False)])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 128), (63, 1152)])
 def test_fp8_result(tokens: int, width: int, kind: Activation, gated: bool, scales: Scales, dtype: torch.dtype) -> None:
-    output = Fp8Output(scales, dtype, torch.tensor([0.05]) if scales is Scales.TENSOR else None)
+    output = QuantizedOutput(scales, dtype, torch.tensor([0.05]) if scales is Scales.TENSOR else None)
     x = (torch.randn(tokens, width * (2 if gated else 1)) * 3).bfloat16()
     got, expected = activate(x, kind, gated, output), reference.activate(x, kind, gated, output)
     assert isinstance(got, Quantized)
     assert isinstance(expected, Quantized)
     torch.testing.assert_close(got.scale, expected.scale, rtol=1e-5, atol=0)
     assert_close(got.values, expected.values)
+
+
+@pytest.mark.parametrize("kind", [Activation.SILU, Activation.IDENTITY])
+def test_int8_result(kind: Activation) -> None:
+    """The nearest integers: at most one apart where a value lies between two."""
+    output = QuantizedOutput(Scales.TOKEN, torch.int8)
+    x = (torch.randn(9, 700 * (2 if kind is Activation.SILU else 1)) * 3).bfloat16()
+    gated = kind is Activation.SILU
+    got, expected = activate(x, kind, gated, output), reference.activate(x, kind, gated, output)
+    assert isinstance(got, Quantized)
+    assert isinstance(expected, Quantized)
+    assert expected.values.abs().amax(1).tolist() == [127] * 9
+    torch.testing.assert_close(got.scale, expected.scale, rtol=1e-5, atol=0)
+    apart = (got.values.int() - expected.values.int()).abs()
+    assert apart.max() <= 1
+    assert apart.float().mean() < 1e-3
+    plain = reference.activate(x, kind, gated)
+    assert isinstance(plain, torch.Tensor)
+    error = (expected.values.float() * expected.scale[:, None] - plain.float()).abs()
+    assert (error <= expected.scale[:, None] * 0.51 + 0.02 * plain.float().abs()).all()
 
 
 @pytest.mark.parametrize(

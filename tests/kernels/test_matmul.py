@@ -6,7 +6,7 @@ import pytest
 import torch
 from quire_kernels.matmul import reference as plain
 from quire_kernels.matmul.triton import matmul
-from quire_kernels.quantize import Fp8Output, Scales
+from quire_kernels.quantize import QuantizedOutput, Scales
 from quire_kernels.quantize.reference import quantize
 from quire_kernels.quantized_matmul import reference
 from quire_kernels.quantized_matmul.int4 import from_awq, from_gptq, pack, unpack
@@ -42,12 +42,12 @@ def test_a_row_of_a_product_has_the_same_bits_in_any_batch(k: int) -> None:
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 63, 1152), (63, 300, 128), (130, 136, 640)])
 def test_fp8(m: int, n: int, k: int, a_scales: int, w_scales: int, dtype: torch.dtype) -> None:
     given = torch.tensor([0.01])
-    a = quantize(poisoned(m, k, torch.float32), Fp8Output(Scales(a_scales), dtype, given))
+    a = quantize(poisoned(m, k, torch.float32), QuantizedOutput(Scales(a_scales), dtype, given))
     if w_scales == 3:
         w = torch.randn(n, k).to(dtype)
         w_scale = torch.rand(-(-n // 128), k // 128) + 0.1
     else:
-        quantized = quantize(torch.randn(n, k), Fp8Output(Scales(w_scales), dtype, given))
+        quantized = quantize(torch.randn(n, k), QuantizedOutput(Scales(w_scales), dtype, given))
         w, w_scale = quantized.values, quantized.scale
     bias = torch.randn(n).bfloat16()
     got = scaled_matmul(a.values, a.scale, w, w_scale, torch.bfloat16, bias)

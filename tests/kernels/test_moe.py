@@ -4,7 +4,7 @@ import pytest
 import torch
 from quire_kernels.moe import Routing, aligned_rows, reference
 from quire_kernels.moe.triton import align, combine, grouped_matmul, route
-from quire_kernels.quantize import Fp8Output, Scales
+from quire_kernels.quantize import QuantizedOutput, Scales
 from quire_kernels.quantize.reference import quantize
 from tolerance import FP8, assert_close
 
@@ -93,7 +93,7 @@ def test_grouped_matmul(tokens: int, k: int, tile: int, bias: bool, dtype: torch
 def test_grouped_matmul_in_fp8(a_scales: int, w_shape: tuple[int, ...], dtype: torch.dtype) -> None:
     experts, n, width, tokens, k = 4, 200, 384, 63, 2
     chosen = expert_layer(tokens, experts, k)
-    a = quantize(torch.randn(tokens, width), Fp8Output(Scales(a_scales), dtype, torch.tensor([0.02])))
+    a = quantize(torch.randn(tokens, width), QuantizedOutput(Scales(a_scales), dtype, torch.tensor([0.02])))
     w = torch.randn(experts, n, width).to(dtype)
     w_scale = torch.rand(experts, *((n,) if w_shape == (1,) else w_shape)) + 0.1
     got = grouped_matmul(a.values, w, align(chosen, experts, 16), k, torch.bfloat16, a.scale, w_scale)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from paging import make_batch, poisoned
-from quire_kernels.backends import NativeBackend, TorchBackend
+from quire_kernels.activation import Activation
 from quire_kernels.cache_write import HeadNorm, Rope
+from quire_kernels.native.backend import NativeBackend
 from quire_kernels.norm import Norm
 from quire_kernels.paged_attention import AttentionOptions
+from quire_kernels.torch_backend import TorchBackend
 
 
 @pytest.mark.parametrize("window", [0, 7])
@@ -49,7 +51,7 @@ def test_rope_cache_write(tokens: int, rotary: int, qk_norm: bool) -> None:
             torch.full((8, kv_heads, size, dim), 7.0),
             torch.full((8, kv_heads, size, dim), 7.0),
         )
-        backend.rope_cache_write(mine, keys, values, batch, heads, Rope(cos_sin=cos_sin), norm)
+        backend.rope_cache_write(mine, keys, values, batch, heads, Rope(cos_sin=cos_sin), norm, None)
         results.append((mine[:, : heads * dim], keys, values))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
@@ -66,4 +68,5 @@ def test_norm_and_activation(tokens: int, width: int) -> None:
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
     gates = torch.randn(tokens, 2 * width) * 30
-    torch.testing.assert_close(native.silu_mul(gates), torch_backend.silu_mul(gates), atol=1e-4, rtol=1e-5)
+    ours, theirs = (backend.activate(gates, Activation.SILU, True) for backend in (native, torch_backend))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)

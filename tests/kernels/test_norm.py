@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from quire_kernels.norm import Norm, reference
 from quire_kernels.norm.triton import add_norm, norm_heads
-from quire_kernels.quantize import Fp8Output, Quantized, Scales
+from quire_kernels.quantize import Quantized, QuantizedOutput, Scales
 from quire_kernels.quantize.reference import dequantize
 from tolerance import FP8, assert_close
 
@@ -31,7 +31,7 @@ def test_add_norm(tokens: int, width: int, norm: Norm, bias: bool, dtype: torch.
 @pytest.mark.parametrize("scales", list(Scales))
 @pytest.mark.parametrize(("tokens", "width"), [(1, 128), (7, 384), (3, 2048)])
 def test_fp8_result(tokens: int, width: int, scales: Scales, dtype: torch.dtype) -> None:
-    output = Fp8Output(scales, dtype, torch.tensor([0.02]) if scales is Scales.TENSOR else None)
+    output = QuantizedOutput(scales, dtype, torch.tensor([0.02]) if scales is Scales.TENSOR else None)
     residual, weight = torch.randn(tokens, width).bfloat16(), torch.randn(width).bfloat16()
     residual[-1] = 0  # a row of zeros has a scale too
     expected = reference.add_norm(residual.clone(), None, weight, None, Norm(1e-5), output)

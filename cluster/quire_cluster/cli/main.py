@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="what a model needs, before it is loaded", description="What a model needs, per worker."
     )
     _model_argument(plan)
-    plan.add_argument("--memory-bytes", type=int, help="of one worker's device (default: what this machine has)")
+    plan.add_argument("--gpu", help="plan for a GPU that need not be here: H100, H200, MI300X, ...")
+    plan.add_argument("--memory-gib", type=float, help="memory that a worker may use (default: what its device has)")
     add_options(plan, EngineConfig)
     return parser
 
@@ -97,7 +98,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from quire_cluster.cli.plan import show_plan
 
-    show_plan(build(EngineConfig, _values(arguments)), arguments.memory_bytes)
+    show_plan(build(EngineConfig, _values(arguments)), arguments.gpu, arguments.memory_gib)
 
 
 def _run_batch(arguments: argparse.Namespace) -> None:

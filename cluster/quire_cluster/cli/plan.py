@@ -1,26 +1,51 @@
 """`quire plan`: what a model needs per worker, from its config alone."""
 
+import torch
 from quire_engine.config import EngineConfig
+from quire_engine.execution.dry_run import DryGroup, allocated
 from quire_engine.models.families import spec_of
-from quire_engine.plan import GIB, plan_memory, resolve_device, resolve_dtype, usable_bytes
+from quire_engine.plan import GIB, Target, gpu_target, plan_memory, resolve_device, resolve_dtype, usable_bytes
+from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import find_model
 from rich.console import Console
 from rich.table import Table
 
 
-def show_plan(config: EngineConfig, memory_bytes: int | None) -> None:
-    """Prints the plan. Raises OutOfMemory when the model does not fit."""
+def show_plan(config: EngineConfig, gpu: str | None, memory_gib: float | None) -> None:
+    """Prints the plan. Raises OutOfMemory when the model does not fit, InvalidParameter for an unknown GPU."""
     files = find_model(config)
     spec = spec_of(files.config)
-    spec.check_parallel(config.tensor_parallel_size)
-    device = resolve_device(config)
+    spec.check_parallel(
+        config.tensor_parallel_size, config.pipeline_parallel_size, experts_apart=config.enable_expert_parallel
+    )
+    if gpu is None:
+        device = resolve_device(config)
+        target, free = Target.of(device), usable_bytes(config, device)
+    else:
+        target, total = gpu_target(gpu)
+        device, free = torch.device(target.kind), int(total * config.gpu_memory_utilization)
+    if memory_gib is not None:
+        free = int(memory_gib * GIB)
     dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), device)
-    free = memory_bytes if memory_bytes is not None else usable_bytes(config, device)
-    plan = plan_memory(config, spec, device, dtype, free)
-    table = Table(title=f"{files.name}, per worker ({config.tensor_parallel_size} in all)", show_header=False)
+    quantization = quantization_of(files.config, config.quantization)
+    stages = range(config.pipeline_parallel_size)
+    plans = [plan_memory(config, spec, quantization, target, dtype, free, stage=stage) for stage in stages]
+    plan = min(plans, key=lambda plan: plan.num_pages)
+    whole = allocated(
+        spec,
+        quantization,
+        DryGroup(),
+        cpu=target.kind == "cpu",
+        fp8=target.fp8,
+        dtype=dtype,
+        max_model_len=plan.max_model_len,
+        steps=(),
+    )
+    table = Table(title=f"{files.name}, per worker ({config.num_workers} in all)", show_header=False)
     for name, value in (
-        ("device, dtype", f"{device.type}, {str(dtype).removeprefix('torch.')}"),
-        ("parameters", f"{spec.num_parameters / 1e6:,.1f} M"),
+        ("device, dtype", f"{target.name}, {str(dtype).removeprefix('torch.')}"),
+        ("quantization, cache", f"{quantization.name}, {config.kv_cache_dtype}"),
+        ("parameters of the model", f"{whole.parameters / 1e6:,.1f} M"),
         ("weights", f"{plan.weight_bytes / GIB:.3f} GiB"),
         ("activations", f"{plan.activation_bytes / GIB:.3f} GiB"),
         ("cache", f"{plan.cache_bytes / GIB:.3f} GiB: {plan.num_pages:,} pages of {plan.block_size} tokens"),

@@ -3,8 +3,10 @@
 import logging
 
 import torch
-from quire_kernels.backends import Backend, NativeBackend, TorchBackend
+from quire_kernels.backends import Backend
+from quire_kernels.native.backend import NativeBackend
 from quire_kernels.native.build import NativeBuildError
+from quire_kernels.torch_backend import TorchBackend
 
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
@@ -15,7 +17,7 @@ log = logging.getLogger(__name__)
 def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Backend:
     """The kernels of `--attention-backend`, once. Says so where it falls back to something slower."""
     wanted = config.attention_backend
-    native_fits = device.type == "cpu" and dtype == torch.float32
+    native_fits = device.type == "cpu" and dtype == torch.float32 and config.kv_cache_dtype == "auto"
     if wanted == "auto":
         wanted = "triton" if device.type == "cuda" else "native" if native_fits else "torch"
         if wanted == "native":
@@ -25,11 +27,16 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
                 log.warning("the C kernels cannot be built, attention will be slower: %s", error)
                 return TorchBackend()
         if wanted == "torch":
-            log.warning("%s on a CPU runs on torch's own operators; --dtype float32 has faster kernels", dtype)
+            log.warning(
+                "%s with a cache in %s runs on torch's own operators on a CPU: slow; the C kernels take float32",
+                dtype,
+                config.kv_cache_dtype,
+            )
     if wanted == "native":
         if not native_fits:
             raise InvalidParameter(
-                f"attention_backend native is for float32 on a CPU, not {dtype} on {device.type}",
+                f"attention_backend native is for float32 on a CPU, not {dtype} with a cache in "
+                f"{config.kv_cache_dtype} on {device.type}",
                 "attention_backend",
             )
         return NativeBackend()

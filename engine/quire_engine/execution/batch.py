@@ -177,7 +177,7 @@ class Batcher:
         ]
 
     def assemble(self, uploaded: list[Tensor], shape: Shape, longest_context: int) -> StepBatch:
-        """What `upload` made of `arrays`, with the block tables. It works on the device alone, so it can be captured."""
+        """What `upload` made of `arrays`, with the block tables. All on the device, so it can be captured."""
         (
             slots, seeds, draw_positions, token_ids, token_rows, positions, query_starts, context_lens, rows,
             draw_places, draw_rows, temperature, top_k, top_p, min_p,

@@ -4,35 +4,42 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from quire_kernels.backends import Backend
 from torch import Tensor
 from tqdm import tqdm
 
 from quire_engine import allocator
 from quire_engine.config import EngineConfig, SchedulerLimits
+from quire_engine.errors import InvalidParameter
 from quire_engine.execution.backend import choose_backend
 from quire_engine.execution.batch import Batcher, Shape, StepBatch
 from quire_engine.execution.graphs import Record, StepGraphs, decode_ladder, graph_recorder, mixed_ladder
-from quire_engine.execution.group import TensorParallelGroup
+from quire_engine.execution.group import ParallelGroup
 from quire_engine.execution.pending import PendingStep
 from quire_engine.execution.plan import NewRow, StepPlan, StepResult
+from quire_engine.layers.linear import Builder
 from quire_engine.models.decoder import Decoder, empty_caches
 from quire_engine.models.families import spec_of
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.plan import (
+    Target,
     plan_memory,
     resolve_device,
     resolve_dtype,
     tokens_per_step,
     usable_bytes,
 )
+from quire_engine.quantization.config import quantization_of
 from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
+from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.resolve import ModelFiles
-from quire_engine.weights.tensors import TensorReader
+from quire_engine.weights.tensors import TensorReader, Weights
 
 log = logging.getLogger(__name__)
 _PROMPT_LOGPROB_ROWS = 128  # positions whose logits are held at once
@@ -45,7 +52,7 @@ class ModelRunner:
         self,
         config: EngineConfig,
         files: ModelFiles,
-        group: TensorParallelGroup | None = None,
+        group: ParallelGroup | None = None,
         *,
         threads: int | None = None,
         progress_bar: Callable[..., Any] = tqdm,
@@ -54,27 +61,33 @@ class ModelRunner:
 
         Raises ModelError, OutOfMemory or InvalidParameter, each with its mend.
         """
-        self._group = group or TensorParallelGroup()
+        self._group = group or ParallelGroup()
         self.device = resolve_device(config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads or threads or _cores())
         self.spec: DecoderSpec = spec_of(files.config)
-        self.spec.check_parallel(self._group.size)
+        group = self._group
+        self.spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), self.device)
-        memory = plan_memory(config, self.spec, self.device, dtype, usable_bytes(config, self.device))
+        quantization = quantization_of(files.config, config.quantization)
+        memory = plan_memory(
+            config,
+            self.spec,
+            quantization,
+            Target.of(self.device),
+            dtype,
+            usable_bytes(config, self.device),
+            stage=group.stage,
+        )
         backend = choose_backend(config, self.device, dtype)
         started = time.monotonic()
-        weights = TensorReader(files.checkpoint(), dtype, self.device)
-        bar = progress_bar(total=len(weights), desc=f"Loading {files.name}") if self._group.rank == 0 else None
-        if bar is not None:
-            weights.progress = lambda: bar.update(1)
-        self._model = Decoder(self.spec, weights, self._group, backend, memory.max_model_len)
-        if bar is not None:
-            bar.close()
-        num_pages = self._group.minimum(memory.num_pages)
-        self._caches = empty_caches(
-            self.spec, num_pages, config.block_size, self._group.size, dtype=dtype, device=self.device
-        )
+        quantized_cache = config.kv_cache_dtype == "fp8"
+        with _opened(config, files, dtype, self.device, progress_bar if group.draws else None) as weights:
+            build = Builder(weights, group, backend, quantization)
+            self._model = Decoder(build, self.spec, memory.max_model_len, quantized_cache=quantized_cache)
+        num_pages = group.minimum(memory.num_pages)
+        cache_dtype = cache_dtype_of(backend) if quantized_cache else dtype
+        self._caches = empty_caches(self.spec, group, num_pages, config.block_size, cache_dtype, self.device)
         if self.device.type == "cpu":
             allocator.return_freed_memory()
             allocator.keep_freed_memory()
@@ -83,7 +96,7 @@ class ModelRunner:
             block_size=config.block_size,
             max_model_len=memory.max_model_len,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=tokens_per_step(config, self.device),
+            max_num_batched_tokens=tokens_per_step(config, self.device.type == "cpu"),
             max_num_queued_reqs=config.max_num_queued_reqs,
             enable_prefix_caching=config.enable_prefix_caching,
             by_priority=config.scheduling_policy == "priority",
@@ -95,23 +108,25 @@ class ModelRunner:
         self._submitted: deque[PendingStep] = deque()
         self._prompt_logprobs: dict[int, NewRow] = {}
         self._graphs: StepGraphs | None = None
-        if self.device.type != "cpu" and not config.enforce_eager:
+        if self.device.type != "cpu" and not config.enforce_eager and group.stages == 1:
             self.capture_graphs(graph_recorder(self.device))
         log.info(
-            "%s on %s in %s, %s kernels, %d pages of %d tokens, loaded in %.1f s",
+            "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s, loaded in %.1f s",
             files.name,
             self.device,
             dtype,
+            quantization.name,
             backend.name,
             num_pages,
             config.block_size,
+            cache_dtype,
             time.monotonic() - started,
         )
 
     def submit(self, plan: StepPlan) -> None:
-        """Starts a step, for an engine in this process. Rank 0."""
+        """Starts a step, for an engine in this process."""
         step = self.execute(plan)
-        assert step is not None, "only rank 0 has results"
+        assert step is not None, "another rank draws"
         self._submitted.append(step)
 
     def collect(self) -> StepResult:
@@ -120,7 +135,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep | None:
-        """Launches the plan's step without waiting for it; rank 0 draws, the other ranks return None."""
+        """Launches the plan's step without waiting for it; one rank draws, the others return None."""
         for new in plan.new_rows:
             self._take_row(new, plan)
         self._batcher.set_pages(plan)
@@ -131,19 +146,19 @@ class ModelRunner:
         else:
             batch = self._eager_batch(plan)
             hidden = self._hidden(batch)
-            if self._prompt_logprobs:
+            if self._prompt_logprobs and hidden is not None:
                 prompt_scores = self._prompt_scores(plan, hidden)
-            logits = self._logits(hidden, batch) if plan.draws.any() else None
+            logits = self._logits(hidden, batch) if hidden is not None and plan.draws.any() else None
         drawn = self._draw(plan, batch, logits) if plan.draws.any() else None
-        return PendingStep(plan, drawn, prompt_scores, self.device) if self._group.rank == 0 else None
+        return PendingStep(plan, drawn, prompt_scores, self.device) if self._group.draws else None
 
     def _eager_batch(self, plan: StepPlan) -> StepBatch:
         shape = self._batcher.shape(plan)
         uploaded = self._batcher.upload(self._batcher.arrays(plan, shape))
         return self._batcher.assemble(uploaded, shape, int((plan.starts + plan.counts).max()))
 
-    def _hidden(self, batch: StepBatch) -> Tensor:
-        """[T, hidden], of the tokens in the plan or, where it leaves them open, of those drawn last."""
+    def _hidden(self, batch: StepBatch) -> Tensor | None:
+        """[T, hidden] on the last stage: of the plan's tokens or, where it leaves them open, of those drawn last."""
         known = batch.token_ids
         token_ids = torch.where(known < 0, self._last_tokens.index_select(0, batch.token_rows), known)
         return self._model(token_ids, batch.attention, self._caches)
@@ -153,15 +168,15 @@ class ModelRunner:
         return self._model.logits(drawing)
 
     def _draw(self, plan: StepPlan, batch: StepBatch, logits: Tensor | None) -> Drawn | None:
-        """Draws on rank 0; where the next plan may leave these tokens open, every rank keeps them."""
+        """Draws on one rank; where the next plan may leave these tokens open, every rank keeps them."""
         rows = plan.rows[plan.draws]
         drawn = None
-        if self._group.rank == 0:
-            assert logits is not None, "rank 0 has the logits"
+        if self._group.draws:
+            assert logits is not None, "the rank that draws has the logits"
             drawn = self._sampler.draw(logits[: len(rows)], rows, batch.sampling.first(len(rows)))
         if self.limits.steps_in_flight > 1:
             tokens = drawn.tokens if drawn is not None else self._last_tokens.new_empty(len(rows))
-            self._group.broadcast(tokens)
+            self._group.share_drawn(tokens)
             self._last_tokens.index_copy_(0, batch.draw_rows[: len(rows)].long(), tokens)
         return drawn
 
@@ -172,7 +187,9 @@ class ModelRunner:
         limits = self.limits
 
         def forward(batch: StepBatch) -> Tensor | None:
-            return self._logits(self._hidden(batch), batch)
+            hidden = self._hidden(batch)
+            assert hidden is not None, "stages are not captured"
+            return self._logits(hidden, batch)
 
         self._graphs = StepGraphs(self._batcher, forward, record, self.device, limits.max_model_len)
         shapes = [Shape(size, size, size, 1) for size in decode_ladder(limits.max_num_seqs)]
@@ -214,6 +231,32 @@ class ModelRunner:
     def close(self) -> None:
         """Leaves the group; the memory goes with the object."""
         self._group.close()
+
+
+@contextmanager
+def _opened(
+    config: EngineConfig, files: ModelFiles, dtype: torch.dtype, device: torch.device, bar: Callable[..., Any] | None
+) -> Iterator[Weights]:
+    """The weights, with a progress bar while they are read."""
+    if config.load_format == "dummy":
+        log.warning("--load-format dummy: the weights are random numbers")
+        yield RandomWeights(dtype, device)
+        return
+    weights = TensorReader(files.checkpoint(), dtype, device)
+    if bar is None:
+        yield weights
+        return
+    shown = bar(total=len(weights), desc=f"Loading {files.name}")
+    weights.progress = lambda: shown.update(1)
+    yield weights
+    shown.close()
+
+
+def cache_dtype_of(backend: Backend) -> torch.dtype:
+    """Of an fp8 cache. Raises InvalidParameter where the backend has none."""
+    if backend.fp8 is None:
+        raise InvalidParameter("kv_cache_dtype is fp8, which this GPU does not have; leave it out", "kv_cache_dtype")
+    return backend.fp8
 
 
 def _cores() -> int:

@@ -4,25 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire_engine.execution.group import TensorParallelGroup
-from quire_engine.layers.linear import bind_matmul, shard
-from quire_engine.weights.tensors import TensorReader
+from quire_engine.execution.group import ParallelGroup
+from quire_engine.layers.linear import Builder, shard
 
 
-def _padded(vocab_size: int, group: TensorParallelGroup) -> int:
+def _padded(vocab_size: int, group: ParallelGroup) -> int:
     return -(-vocab_size // group.size) * group.size
 
 
 class Embedding:
     """Token ids [T] → [T, hidden]. Each rank holds an equal part of the vocabulary, the last one padded with zeros."""
 
-    def __init__(
-        self, weights: TensorReader, name: str, vocab_size: int, hidden: int, group: TensorParallelGroup
-    ) -> None:
-        self._group = group
-        self._part = shard(_padded(vocab_size, group), group)
+    def __init__(self, build: Builder, name: str, vocab_size: int, hidden: int) -> None:
+        self._group = build.group
+        self._part = shard(_padded(vocab_size, build.group), build.group)
         rows = slice(min(self._part.start, vocab_size), min(self._part.stop, vocab_size))
-        table = weights.take(f"{name}.weight", (vocab_size, hidden), rows)
+        table = build.weights.take(f"{name}.weight", (vocab_size, hidden), rows)
         missing = self._part.stop - self._part.start - table.shape[0]
         self.table = F.pad(table, (0, 0, 0, missing)) if missing else table
 
@@ -38,10 +35,10 @@ class Embedding:
 class OutputHead:
     """[S, hidden] → fp32 logits [S, vocabulary] on rank 0, None elsewhere. May share the embedding's table."""
 
-    def __init__(self, table: Tensor, vocab_size: int, group: TensorParallelGroup) -> None:
+    def __init__(self, build: Builder, table: Tensor, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._group = group
-        self._matmul = bind_matmul(table, None)
+        self._group = build.group
+        self._matmul = build.ops.linear(table, None)
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         logits = self._group.gather_columns(self._matmul(hidden))

@@ -3,60 +3,55 @@
 T tokens, N outputs, K inputs, S ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from quire_kernels.backends import Backend
 from torch import Tensor
 
-from quire_engine.execution.group import TensorParallelGroup
-from quire_engine.weights.tensors import TensorReader
-
-Matmul = Callable[[Tensor], Tensor]  # [T, K] → [T, N]
-
-
-def bind_matmul(weight: Tensor, bias: Tensor | None) -> Matmul:
-    """x @ weight.T + bias. On a CPU in fp32 the weight is packed once into oneDNN's blocked layout and the original is
-    dropped: 1.1 to 1.7 times `F.linear` from two tokens on. weight [N, K], bias [N]."""
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        apply = torch.ops.mkldnn._linear_pointwise
-
-        def packed_matmul(x: Tensor) -> Tensor:
-            return apply(x, packed, bias, "none", [], "")
-
-        return packed_matmul
-
-    def matmul(x: Tensor) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    return matmul
+from quire_engine.execution.group import ParallelGroup
+from quire_engine.quantization.config import Quantization
+from quire_engine.quantization.schemes import WHOLE, Linear, Part
+from quire_engine.weights.tensors import Weights
 
 
-def shard(size: int, group: TensorParallelGroup) -> slice:
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """What every layer is built from."""
+
+    weights: Weights
+    group: ParallelGroup
+    ops: Backend
+    quantization: Quantization
+
+    def column_parallel(self, parts: Sequence[Part], inputs: int, bias: bool) -> Linear:
+        """Several projections of one input as one product, each rank computing some of their outputs."""
+        scheme = self.quantization.scheme_of(parts[0].name)
+        added = None
+        if bias:
+            added = torch.cat([self.weights.take(f"{part.name}.bias", (part.outputs,), part.rows) for part in parts])
+        return scheme.linear(self.weights, parts, inputs, WHOLE, added, self.ops)
+
+    def row_parallel(self, name: str, outputs: int, inputs: int, bias: bool) -> Linear:
+        """A projection whose inputs are sliced: every rank's partial result is summed. Rank 0 alone adds the bias."""
+        group = self.group
+        added = self.weights.take(f"{name}.bias", (outputs,)) if bias else None
+        scheme = self.quantization.scheme_of(name)
+        columns = shard(inputs, group) if group.size > 1 else WHOLE
+        partial = scheme.linear(
+            self.weights, [Part(name, outputs, WHOLE)], inputs, columns, added if group.rank == 0 else None, self.ops
+        )
+        if group.size == 1:
+            return partial
+
+        def summed(x: Tensor) -> Tensor:
+            return group.all_reduce(partial(x))
+
+        return Linear(summed, partial.input)
+
+
+def shard(size: int, group: ParallelGroup) -> slice:
     """This rank's part of `size` equal units."""
     part = size // group.size
     return slice(group.rank * part, (group.rank + 1) * part)
-
-
-def column_parallel(weights: TensorReader, parts: list[tuple[str, int, slice]], inputs: int, bias: bool) -> Matmul:
-    """Several projections of one input as one matmul, each rank computing some of their outputs.
-
-    `parts`: name, outputs of the whole tensor, and the rows that this rank takes.
-    """
-    rows = [weights.take(f"{name}.weight", (outputs, inputs), rows) for name, outputs, rows in parts]
-    biases = [weights.take(f"{name}.bias", (outputs,), rows) for name, outputs, rows in parts] if bias else None
-    weight = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return bind_matmul(weight, torch.cat(biases) if biases else None)
-
-
-def row_parallel(
-    weights: TensorReader, name: str, outputs: int, inputs: int, bias: bool, group: TensorParallelGroup
-) -> Matmul:
-    """A projection whose inputs are sliced: every rank's partial result is summed. Rank 0 alone adds the bias."""
-    weight = weights.take(f"{name}.weight", (outputs, inputs), columns=shard(inputs, group))
-    added = weights.take(f"{name}.bias", (outputs,)) if bias else None
-    partial = bind_matmul(weight, added if group.rank == 0 else None)
-    if group.size == 1:
-        return partial
-    return lambda x: group.all_reduce(partial(x))

@@ -3,21 +3,25 @@
 Shapes: T tokens of the step, H query heads and K key-value heads of this rank, D head dim, S rows that draw a token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from quire_kernels.backends import AttentionBatch, Backend
-from quire_kernels.cache_write import HeadNorm, Rope
+from quire_kernels.activation import Activation
+from quire_kernels.backends import AttentionBatch
+from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
 from quire_kernels.norm import Norm
 from quire_kernels.paged_attention import AttentionOptions
+from quire_kernels.quantize import Quantized, QuantizedOutput
 from torch import Tensor
 
-from quire_engine.execution.group import TensorParallelGroup
+from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.embedding import Embedding, OutputHead
-from quire_engine.layers.linear import column_parallel, row_parallel, shard
+from quire_engine.layers.experts import MixtureOfExperts
+from quire_engine.layers.linear import Builder, shard
 from quire_engine.layers.rotary import cos_sin_table
 from quire_engine.models.spec import DecoderSpec
-from quire_engine.weights.tensors import TensorReader
+from quire_engine.quantization.schemes import Part
 
 KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, [pages, K, block size, D] each
 
@@ -25,82 +29,124 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, [pages, K, bloc
 class Attention:
     """Grouped-query attention over the paged cache."""
 
-    def __init__(
-        self, spec: DecoderSpec, layer: int, weights: TensorReader, group: TensorParallelGroup, ops: Backend
-    ) -> None:
+    def __init__(self, build: Builder, spec: DecoderSpec, layer: int, quantized_cache: bool) -> None:
         at = f"model.layers.{layer}.self_attn"
-        self._ops = ops
+        weights, group = build.weights, build.group
+        self._ops = build.ops
         self._head_dim = spec.head_dim
         self._num_heads = spec.num_heads // group.size
-        self._kv_heads = spec.num_kv_heads // group.size
         self._scale = spec.head_dim**-0.5
-        self._options = AttentionOptions(window=spec.window(layer))
-        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        parts = [(f"{at}.{name}_proj", size, shard(size, group)) for name, size in (("q", q), ("k", kv), ("v", kv))]
-        self._qkv = column_parallel(weights, parts, spec.hidden_size, spec.qkv_bias)
-        self._output = row_parallel(weights, f"{at}.o_proj", spec.hidden_size, q, spec.output_bias, group)
+        heads, kv_heads = shard(spec.num_heads, group), kv_heads_of(spec, group)
+        self._kv_heads = kv_heads.stop - kv_heads.start
+        self._cache_scales = cache_scales(build, at, self._kv_heads) if quantized_cache else None
+        stored = self._cache_scales
+        self._options = AttentionOptions(
+            window=spec.window(layer),
+            key_scale=None if stored is None else stored.key,
+            value_scale=None if stored is None else stored.value,
+        )
+
+        def rows(name: str, whole: int, part: slice) -> Part:
+            size = spec.head_dim
+            return Part(f"{at}.{name}_proj", whole * size, slice(part.start * size, part.stop * size))
+
+        parts = [rows("q", spec.num_heads, heads)]
+        parts += [rows(name, spec.num_kv_heads, kv_heads) for name in ("k", "v")]
+        self._qkv = build.column_parallel(parts, spec.hidden_size, spec.qkv_bias)
+        inner = spec.num_heads * spec.head_dim
+        self._output = build.row_parallel(f"{at}.o_proj", spec.hidden_size, inner, spec.output_bias)
         self._norm: HeadNorm | None = None
         if spec.qk_norm:
             q_weight, k_weight = (weights.take(f"{at}.{name}_norm.weight", (spec.head_dim,)) for name in ("q", "k"))
             self._norm = HeadNorm(q_weight=q_weight, k_weight=k_weight, eps=spec.norm_eps)
 
-    def __call__(self, x: Tensor, batch: AttentionBatch, cache: KVCache, rope: Rope) -> Tensor:
+    @property
+    def input(self) -> QuantizedOutput | None:
+        """The form in which the first projection wants its input."""
+        return self._qkv.input
+
+    def __call__(self, x: Tensor | Quantized, batch: AttentionBatch, cache: KVCache, rope: Rope) -> Tensor:
+        ops = self._ops
         qkv = self._qkv(x)  # [T, (H + 2K) * D]
-        self._ops.rope_cache_write(qkv, *cache, batch, self._num_heads, rope, self._norm)
+        ops.rope_cache_write(qkv, *cache, batch, self._num_heads, rope, self._norm, self._cache_scales)
         heads = qkv.view(qkv.shape[0], self._num_heads + 2 * self._kv_heads, self._head_dim)
-        attended = self._ops.paged_attention(heads[:, : self._num_heads], *cache, batch, self._scale, self._options)
-        return self._output(attended.reshape(qkv.shape[0], -1))
+        attended = ops.paged_attention(heads[:, : self._num_heads], *cache, batch, self._scale, self._options)
+        flat = attended.reshape(qkv.shape[0], -1)
+        wanted = self._output.input
+        return self._output(flat if wanted is None else ops.activate(flat, Activation.IDENTITY, False, wanted))
 
 
 class FeedForward:
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(
-        self, spec: DecoderSpec, layer: int, weights: TensorReader, group: TensorParallelGroup, ops: Backend
-    ) -> None:
-        at = f"model.layers.{layer}.mlp"
-        self._ops = ops
-        inner, part = spec.intermediate_size, shard(spec.intermediate_size, group)
-        parts = [(f"{at}.gate_proj", inner, part), (f"{at}.up_proj", inner, part)]
-        self._gate_up = column_parallel(weights, parts, spec.hidden_size, spec.mlp_bias)
-        self._down = row_parallel(weights, f"{at}.down_proj", spec.hidden_size, inner, spec.mlp_bias, group)
+    def __init__(self, build: Builder, spec: DecoderSpec, at: str) -> None:
+        self._ops = build.ops
+        inner, part = spec.intermediate_size, shard(spec.intermediate_size, build.group)
+        parts = [Part(f"{at}.{name}_proj", inner, part) for name in ("gate", "up")]
+        self._gate_up = build.column_parallel(parts, spec.hidden_size, spec.mlp_bias)
+        self._down = build.row_parallel(f"{at}.down_proj", spec.hidden_size, inner, spec.mlp_bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._down(self._ops.silu_mul(self._gate_up(x)))
+    @property
+    def input(self) -> QuantizedOutput | None:
+        """The form in which the first projection wants its input."""
+        return self._gate_up.input
+
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        return self._down(self._ops.activate(self._gate_up(x), Activation.SILU, True, self._down.input))
+
+
+class Layer:
+    """Pre-norm attention and feed-forward, each added to the residual by the norm that follows it."""
+
+    def __init__(self, build: Builder, spec: DecoderSpec, layer: int, quantized_cache: bool) -> None:
+        at = f"model.layers.{layer}"
+        self._ops = build.ops
+        self._kind = Norm(spec.norm_eps)
+        self._attention_norm = build.weights.take(f"{at}.input_layernorm.weight", (spec.hidden_size,))
+        self._attention = Attention(build, spec, layer, quantized_cache)
+        self._mlp_norm = build.weights.take(f"{at}.post_attention_layernorm.weight", (spec.hidden_size,))
+        self._mlp: Callable[[Any], Tensor]
+        if spec.experts is not None and layer not in spec.experts.dense_layers:
+            self._mlp = mixture = MixtureOfExperts(build, spec.experts, f"{at}.{spec.experts.at}", spec.hidden_size)
+            self._mlp_input: QuantizedOutput | None = mixture.input
+        else:
+            self._mlp = dense = FeedForward(build, spec, f"{at}.mlp")
+            self._mlp_input = dense.input
+
+    def __call__(
+        self, residual: Tensor, delta: Tensor | None, batch: AttentionBatch, cache: KVCache, rope: Rope
+    ) -> Tensor:
+        """Adds `delta` [T, hidden] to `residual` in place, and the attention to both; returns what is to be added."""
+        ops, kind = self._ops, self._kind
+        x = ops.add_norm(residual, delta, self._attention_norm, kind, self._attention.input)
+        attended = self._attention(x, batch, cache, rope)
+        return self._mlp(ops.add_norm(residual, attended, self._mlp_norm, kind, self._mlp_input))
 
 
 class Decoder:
-    """Token ids to logits. Building it reads the weights, each straight into this rank's slice."""
+    """Token ids to logits, or this rank's stage of it. Building it reads the weights, each straight into its slice."""
 
-    def __init__(
-        self,
-        spec: DecoderSpec,
-        weights: TensorReader,
-        group: TensorParallelGroup,
-        ops: Backend,
-        max_model_len: int,
-    ) -> None:
-        spec.check_parallel(group.size)
+    def __init__(self, build: Builder, spec: DecoderSpec, max_model_len: int, *, quantized_cache: bool = False) -> None:
+        group, weights = build.group, build.weights
+        spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         self.spec = spec
-        self._ops = ops
-
-        def norm(name: str) -> Tensor:
-            return weights.take(f"model.{name}.weight", (spec.hidden_size,))
-
-        self._embedding = Embedding(weights, "model.embed_tokens", spec.vocab_size, spec.hidden_size, group)
-        self._layers = [
-            (
-                norm(f"layers.{i}.input_layernorm"),
-                Attention(spec, i, weights, group, ops),
-                norm(f"layers.{i}.post_attention_layernorm"),
-                FeedForward(spec, i, weights, group, ops),
-            )
-            for i in range(spec.num_layers)
-        ]
-        self._norm = norm("norm")
+        self.group = group
+        self._ops = build.ops
         tied = spec.tie_embeddings
-        head = self._embedding if tied else Embedding(weights, "lm_head", spec.vocab_size, spec.hidden_size, group)
-        self._head = OutputHead(head.table, spec.vocab_size, group)
+        embedding = None
+        if group.first or (group.last and tied):
+            embedding = Embedding(build, "model.embed_tokens", spec.vocab_size, spec.hidden_size)
+        self._embedding = embedding if group.first else None
+        layers = layers_of(spec, group)
+        self._layers = []
+        for layer in layers:
+            self._layers.append(Layer(build, spec, layer, quantized_cache))
+        self._head: OutputHead | None = None
+        if group.last:
+            self._norm = weights.take("model.norm.weight", (spec.hidden_size,))
+            head = embedding if tied else Embedding(build, "lm_head", spec.vocab_size, spec.hidden_size)
+            assert head is not None
+            self._head = OutputHead(build, head.table, spec.vocab_size)
         cos_sin = cos_sin_table(
             theta=spec.rope_theta,
             rotary_dim=spec.head_dim,
@@ -109,28 +155,77 @@ class Decoder:
             model_max_position=spec.max_position,
         )
         self._rope = Rope(cos_sin=cos_sin.to(weights.device))
-        weights.check_all_read(lambda name: name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"))
+        others = tuple(f"model.layers.{i}." for i in range(spec.num_layers) if i not in layers)
 
-    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[KVCache]) -> Tensor:
-        """Token ids [T] → the last layer's normalized output [T, hidden]."""
-        ops, kind = self._ops, Norm(self.spec.norm_eps)
-        residual = self._embedding(token_ids)
+        def of_others(name: str) -> bool:
+            if name.endswith(("rotary_emb.inv_freq", ".k_scale", ".v_scale")) or (tied and name == "lm_head.weight"):
+                return True
+            if group.experts_apart and ".experts." in name:
+                return True
+            return group.stages > 1 and (not name.startswith("model.layers.") or name.startswith(others))
+
+        weights.check_all_read(of_others)
+
+    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[KVCache]) -> Tensor | None:
+        """Token ids [T] → the last layer's normalized output [T, hidden]; None on all stages but the last."""
+        residual = (
+            self._embedding(token_ids)
+            if self._embedding is not None
+            else self.group.receive(token_ids.shape[0], self.spec.hidden_size, self._rope.cos_sin.device)
+        )
         delta: Tensor | None = None
-        for (attention_norm, attention, mlp_norm, mlp), cache in zip(self._layers, caches, strict=True):
-            x = ops.add_norm(residual, delta, attention_norm, kind)
-            x = ops.add_norm(residual, attention(x, batch, cache, self._rope), mlp_norm, kind)
-            delta = mlp(x)
-        return ops.add_norm(residual, delta, self._norm, kind)
+        for layer, cache in zip(self._layers, caches, strict=True):
+            delta = layer(residual, delta, batch, cache, self._rope)
+        if self._head is None:
+            self.group.send(residual if delta is None else residual.add_(delta))
+            return None
+        normalized = self._ops.add_norm(residual, delta, self._norm, Norm(self.spec.norm_eps))
+        assert isinstance(normalized, Tensor)
+        return normalized
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """[S, hidden] → fp32 [S, vocabulary] on rank 0."""
-        return self._head(hidden)
+        """[S, hidden] → fp32 [S, vocabulary] on the last stage's rank 0."""
+        return self._head(hidden) if self._head is not None else None
 
 
-def empty_caches(spec: DecoderSpec, num_pages: int, block_size: int, ranks: int, **tensor: Any) -> list[KVCache]:
-    """This rank's slice of the paged cache: one pair of tensors per layer.
+def layers_of(spec: DecoderSpec, group: ParallelGroup) -> range:
+    """The layers of a rank's stage; where they do not divide, the first stages have one more."""
+    share, more = divmod(spec.num_layers, group.stages)
+    start = group.stage * share + min(group.stage, more)
+    return range(start, start + share + (group.stage < more))
 
-    Not cleared: no kernel reads a slot before it is written, and a CPU's memory is taken only as pages are used.
+
+def kv_heads_of(spec: DecoderSpec, group: ParallelGroup) -> slice:
+    """The key-value heads of a rank; with more ranks than heads several ranks hold the same one."""
+    if spec.num_kv_heads >= group.size:
+        return shard(spec.num_kv_heads, group)
+    head = group.rank * spec.num_kv_heads // group.size
+    return slice(head, head + 1)
+
+
+def cache_scales(build: Builder, at: str, heads: int) -> CacheScales:
+    """What an fp8 cache's numbers stand for: as the checkpoint was calibrated, else 1."""
+
+    def scale(name: str) -> Tensor:
+        full = f"{at}.{name}_scale"
+        one = torch.ones(heads, device=build.weights.device)
+        return one * build.weights.take_all(full).flatten() if full in build.weights else one
+
+    return CacheScales(key=scale("k"), value=scale("v"))
+
+
+def empty_caches(
+    spec: DecoderSpec, group: ParallelGroup, num_pages: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[KVCache]:
+    """This rank's slice of the paged cache: one pair of tensors per layer of its stage.
+
+    A CPU's is not cleared, so that memory is taken only as pages are used: no kernel reads a slot before it is written.
+    A GPU's is, for the padding of captured steps reads page 0 and must find numbers there.
     """
-    shape = (num_pages, spec.num_kv_heads // ranks, block_size, spec.head_dim)
-    return [(torch.empty(shape, **tensor), torch.empty(shape, **tensor)) for _ in range(spec.num_layers)]
+    heads = kv_heads_of(spec, group)
+    shape = (num_pages, heads.stop - heads.start, block_size, spec.head_dim)
+    make = torch.empty if device.type != "cuda" else torch.zeros
+    return [
+        (make(shape, dtype=dtype, device=device), make(shape, dtype=dtype, device=device))
+        for _ in layers_of(spec, group)
+    ]

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 from quire_engine.errors import ModelError
-from quire_engine.models import llama, mistral, qwen2, qwen3
+from quire_engine.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from quire_engine.models.spec import DecoderSpec
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], DecoderSpec]] = {
     "LlamaForCausalLM": llama.spec,
     "MistralForCausalLM": mistral.spec,
+    "MixtralForCausalLM": mixtral.spec,
     "Qwen2ForCausalLM": qwen2.spec,
     "Qwen3ForCausalLM": qwen3.spec,
+    "Qwen3MoeForCausalLM": qwen3_moe.spec,
 }
 
 

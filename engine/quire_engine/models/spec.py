@@ -1,15 +1,30 @@
 """What the decoder needs to know of a family: facts only."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from quire_engine.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """Layers whose feed-forward part is a mixture of experts."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True  # the chosen experts' weights add up to 1
+    scale: float = 1.0
+    dense_layers: frozenset[int] = frozenset()  # layers without experts
+    at: str = "mlp"  # names in the checkpoint: the block, its router, and an expert's gate, up and down projections
+    router: str = "gate"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """A pre-norm decoder with grouped-query attention and a gated feed-forward layer."""
+    """A pre-norm decoder with grouped-query attention and gated feed-forward layers or experts."""
 
     vocab_size: int
     hidden_size: int
@@ -27,37 +42,39 @@ class DecoderSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm on each query and key head before the rotary embedding
+    experts: "ExpertsSpec | None" = None
     windows: tuple[int, ...] = ()  # per layer, 0: all that precedes; empty: 0 everywhere
 
     def window(self, layer: int) -> int:
         """How many tokens a token of this layer sees, itself included; 0: all."""
         return self.windows[layer] if self.windows else 0
 
-    def check_parallel(self, size: int) -> None:
-        """Raises ModelError unless every sliced dimension is a multiple of the number of ranks."""
-        dimensions = {
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "intermediate_size": self.intermediate_size,
-        }
-        for name, count in dimensions.items():
-            if count % size:
-                common = math.gcd(*dimensions.values())
-                fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-                raise ModelError(
-                    f"{name} is {count} and cannot be split over {size} ranks; tensor_parallel_size can be {fitting}"
-                )
+    def check_parallel(self, size: int, stages: int = 1, *, experts_apart: bool = False) -> None:
+        """Raises ModelError unless every sliced dimension is a multiple of the number of ranks. Key-value heads may
+        also be fewer: then several ranks hold the same one."""
+        if stages > self.num_layers:
+            raise ModelError(
+                f"{self.num_layers} layers cannot be split over {stages} stages; lower pipeline_parallel_size"
+            )
+        fitting = [n for n in range(1, self.num_heads + 1) if not self._misfit(n, experts_apart)]
+        if misfit := self._misfit(size, experts_apart):
+            raise ModelError(f"{misfit} over {size} ranks; tensor_parallel_size can be {', '.join(map(str, fitting))}")
 
-    @property
-    def num_parameters(self) -> int:
-        """Weights of the whole model."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * q + 2 * kv) + self.qkv_bias * (q + 2 * kv)
-        attention += self.output_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        mlp += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size + tables
+    def _misfit(self, size: int, experts_apart: bool) -> str | None:
+        sliced = {"num_attention_heads": self.num_heads}
+        if self.experts is None or self.experts.dense_layers:
+            sliced["intermediate_size"] = self.intermediate_size
+        if self.experts is not None:
+            if experts_apart:
+                sliced["num_experts"] = self.experts.num_experts
+            else:
+                sliced["moe_intermediate_size"] = self.experts.intermediate_size
+        for name, count in sliced.items():
+            if count % size:
+                return f"{name} is {count} and cannot be split"
+        if self.num_kv_heads % size and size % self.num_kv_heads:
+            return f"num_key_value_heads is {self.num_kv_heads} and can neither be split nor repeated"
+        return None
 
 
 def need(config: dict[str, Any], key: str) -> Any:
@@ -72,11 +89,6 @@ def base_spec(config: dict[str, Any], **facts: Any) -> DecoderSpec:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"hidden_act is {activation!r}; served is silu")
-    if quantization := config.get("quantization_config"):
-        raise ModelError(
-            f"quantization_config asks for {quantization.get('quant_method', 'an unnamed scheme')!r}; served are "
-            "unquantized checkpoints and GGUF files"
-        )
     heads, hidden = need(config, "num_attention_heads"), need(config, "hidden_size")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     values: dict[str, Any] = {

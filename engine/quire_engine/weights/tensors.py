@@ -90,6 +90,33 @@ class SafetensorsCheckpoint:
         return LazyTensor(name, shape, rows)
 
 
+class Weights(Protocol):
+    """What layers read from: one rank's view of a checkpoint."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The part of a tensor whose whole shape must be `shape`, on the rank's device: in the rank's dtype, or in
+        `dtype`, which the checkpoint must hold it in already."""
+
+    def take_all(self, name: str) -> Tensor:
+        """A small tensor of any shape, whole: fp32 on the rank's device, integers as they are."""
+
+    def check_all_read(self, ignored: Callable[[str], bool]) -> None:
+        """Raises ModelError when the checkpoint holds weights that the model did not ask for."""
+
+
 class TensorReader:
     """Hands a checkpoint's tensors to the layers of one rank, and knows at the end which were never asked for."""
 
@@ -112,9 +139,16 @@ class TensorReader:
         return self._checkpoint.tensor(name).shape
 
     def take(
-        self, name: str, shape: tuple[int, ...], rows: slice = slice(None), columns: slice = slice(None)
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+        *,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """The part of a tensor whose whole shape must be `shape`, in the rank's dtype, on its device."""
+        """The part of a tensor whose whole shape must be `shape`, on the rank's device: in the rank's dtype, or in
+        `dtype`, which the checkpoint must hold it in already."""
         lazy = self._checkpoint.tensor(name)
         if lazy.shape != shape:
             raise ModelError(
@@ -124,7 +158,18 @@ class TensorReader:
         self._unread.discard(name)
         self.progress()
         # A copy, always: a view would keep the whole file mapped, and its pages in memory beside the weights.
-        return lazy.read(rows, columns).to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format)
+        part = lazy.read(rows, columns)
+        if dtype is not None and part.dtype != dtype:
+            raise ModelError(f"tensor {name} is in {part.dtype}, where {dtype} belongs")
+        return part.to(self.device, dtype or self.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def take_all(self, name: str) -> Tensor:
+        """A small tensor of any shape, whole: fp32 on the rank's device, integers as they are."""
+        lazy = self._checkpoint.tensor(name)
+        self._unread.discard(name)
+        self.progress()
+        whole = lazy.read()
+        return whole.to(self.device, torch.float32 if whole.is_floating_point() else whole.dtype, copy=True)
 
     def check_all_read(self, ignored: Callable[[str], bool]) -> None:
         """Raises ModelError when the checkpoint holds weights that the model did not ask for."""

@@ -1,7 +1,7 @@
 """Activations of feed-forward layers, gated or not, and plain fp8 quantization as the one that changes nothing.
 
 Contract: gated, x [T, 2N] holds gate and up, and the result [T, N] is f(gate) * up; else x [T, N] gives f(x) [T, N].
-Computed in fp32, rounded once; with an `Fp8Output` the result is Quantized.
+Computed in fp32, rounded once; with a `QuantizedOutput` the result is Quantized.
 """
 
 from enum import IntEnum

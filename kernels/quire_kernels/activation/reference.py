@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire_kernels.activation import CLAMP, SHARPNESS, Activation
-from quire_kernels.quantize import Fp8Output, Quantized
+from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantize.reference import quantize
 
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -19,7 +19,7 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activate(x: Tensor, kind: Activation, gated: bool, output: Fp8Output | None = None) -> Tensor | Quantized:
+def activate(x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None) -> Tensor | Quantized:
     """See the package's contract."""
     if kind is Activation.SWIGLU_CLAMPED:
         assert gated, "clamped SwiGLU has a gate"

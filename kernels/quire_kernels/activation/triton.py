@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quire_kernels.activation import CLAMP, SHARPNESS, Activation
 from quire_kernels.hardware import hardware
-from quire_kernels.quantize import Fp8Output, Quantized, Scales
+from quire_kernels.quantize import Quantized, QuantizedOutput, Scales
 from quire_kernels.quantize.triton import store_quantized
 
 _CLAMP = tl.constexpr(CLAMP)
@@ -71,7 +71,7 @@ def _activate(
         store_quantized(x, out_ptr, scale_ptr, row, columns, row >= 0, inside, width, SCALES, LIMIT, 1, COLUMNS)
 
 
-def activate(x: Tensor, kind: Activation, gated: bool, output: Fp8Output | None = None) -> Tensor | Quantized:
+def activate(x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None) -> Tensor | Quantized:
     """See the package's contract. Rows may be strided."""
     assert gated or kind is not Activation.SWIGLU_CLAMPED, "clamped SwiGLU has a gate"
     chip = hardware(x.device)
@@ -91,7 +91,7 @@ def activate(x: Tensor, kind: Activation, gated: bool, output: Fp8Output | None 
         KIND=int(kind),
         GATED=gated,
         SCALES=0 if output is None else int(output.scales),
-        LIMIT=0.0 if output is None else torch.finfo(output.dtype).max,
+        LIMIT=0.0 if output is None else output.limit,
         COLUMNS=columns,
         num_warps=max(1, min(16, columns // (512 if chip.amd else 256))),
         num_stages=1,

@@ -18,6 +18,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from quire_kernels.activation import Activation
+from quire_kernels.quantize import QuantizedOutput
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
@@ -31,6 +34,20 @@ class Routing:
     group_score: Literal["max", "top2"] = "top2"  # a group's: its best (DeepSeek-V2), or its two best added up (V3)
     renormalize: bool = True  # the chosen weights add up to 1
     scale: float = 1.0  # the weights' factor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """The weights of the experts `first` and following, E of them. fp8 and int8 weights come with scales."""
+
+    gate_up: Tensor  # [E, 2I, H], the gates' outputs first
+    down: Tensor  # [E, H, I]
+    activation: Activation = Activation.SILU
+    gate_up_scale: Tensor | None = None  # [E, 2I] or [E, 2I / 128, H / 128]
+    down_scale: Tensor | None = None  # [E, H] or [E, H / 128, I / 128]
+    inputs: QuantizedOutput | None = None  # how what is multiplied with them is quantized
+    first: int = 0
+    partial: bool = False  # there are experts that are not held here
 
 
 @dataclass(frozen=True, slots=True)

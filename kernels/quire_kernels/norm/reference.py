@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quire_kernels.norm import Norm
-from quire_kernels.quantize import Fp8Output, Quantized
+from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantize.reference import quantize
 
 
@@ -25,7 +25,7 @@ def add_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     norm: Norm,
-    output: Fp8Output | None = None,
+    output: QuantizedOutput | None = None,
 ) -> Tensor | Quantized:
     """See the package's contract."""
     if delta is not None:

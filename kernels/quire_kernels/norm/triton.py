@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quire_kernels.hardware import hardware
 from quire_kernels.norm import Norm
-from quire_kernels.quantize import Fp8Output, Quantized
+from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantize.triton import store_quantized
 
 
@@ -80,7 +80,7 @@ def _launch(
     norm: Norm,
     out: Tensor,
     heads: int,
-    output: Fp8Output | None = None,
+    output: QuantizedOutput | None = None,
     scale: Tensor | None = None,
 ) -> None:
     chip = hardware(x.device)
@@ -107,7 +107,7 @@ def _launch(
         LAYER=norm.kind == "layer",
         UNIT_OFFSET=norm.unit_offset,
         SCALES=0 if output is None else int(output.scales),
-        LIMIT=0.0 if output is None else torch.finfo(output.dtype).max,
+        LIMIT=0.0 if output is None else output.limit,
         ROWS=rows,
         COLUMNS=columns,
         num_warps=max(1, min(16, rows * columns // (1024 if chip.amd else 512))),
@@ -121,7 +121,7 @@ def add_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     norm: Norm,
-    output: Fp8Output | None = None,
+    output: QuantizedOutput | None = None,
 ) -> Tensor | Quantized:
     """See the package's contract."""
     assert residual.stride(-1) == 1

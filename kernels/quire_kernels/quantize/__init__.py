@@ -1,8 +1,8 @@
-"""fp8 results of other operations: what is asked for, and what comes back.
+"""fp8 and int8 results of other operations: what is asked for, and what comes back.
 
-A value v is stored as e4m3(v / scale), clamped to the largest number, where the scale is given (one for the tensor) or
-is max |v| / that number over a row or over 128 columns of a row. e4m3 is `float8_e4m3fn`, but `float8_e4m3fnuz` on
-gfx942.
+A value v is stored as e4m3(v / scale), or as the nearest int8, clamped to the largest number, where the scale is given
+(one for the tensor) or is max |v| / that number over a row or over 128 columns of a row. e4m3 is `float8_e4m3fn`, but
+`float8_e4m3fnuz` on gfx942.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,17 @@ class Scales(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Output:
-    """Asks an operation for an fp8 result."""
+class QuantizedOutput:
+    """Asks an operation for a result in fp8 or int8."""
 
     scales: Scales
     dtype: torch.dtype
     scale: Tensor | None = None  # [1] fp32 with Scales.TENSOR
+
+    @property
+    def limit(self) -> float:
+        """The largest number."""
+        return 127.0 if self.dtype == torch.int8 else torch.finfo(self.dtype).max
 
     def empty(self, rows: int, columns: int, device: torch.device) -> "Quantized":
         """Where the result goes. Raises ValueError for columns that no whole number of blocks covers."""
@@ -45,7 +50,7 @@ class Fp8Output:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """values [T, N] fp8 times scale ([1], [T] or [T, N / 128]) is what was meant."""
+    """values [T, N] times scale ([1], [T] or [T, N / 128]) is what was meant."""
 
     values: Tensor
     scale: Tensor

@@ -1,4 +1,4 @@
-"""The fp8 ending of other kernels."""
+"""The fp8 or int8 ending of other kernels."""
 
 import triton
 import triton.language as tl
@@ -21,7 +21,7 @@ def store_quantized(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """x [ROWS, COLUMNS] fp32, zero where not `row_in` & `column_in`, to fp8. With SCALES 2 a row is whole in x."""
+    """x [ROWS, COLUMNS] fp32, zero where not `row_in` & `column_in`, is stored. With SCALES 2 a row is whole in x."""
     if SCALES == 1:
         scaled = x * (1.0 / tl.load(scale_ptr))
     elif SCALES == 2:
@@ -35,6 +35,8 @@ def store_quantized(
         at = row[:, None] * (width // 128) + first[None, :]
         tl.store(scale_ptr + at, scale, mask=row_in[:, None] & (first < width // 128)[None, :])
         scaled = tl.reshape(blocks / scale[:, :, None], [ROWS, COLUMNS])
+    if out_ptr.dtype.element_ty == tl.int8:
+        scaled = tl.floor(scaled + 0.5)
     scaled = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
     at = row.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(out_ptr + at, scaled.to(out_ptr.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])

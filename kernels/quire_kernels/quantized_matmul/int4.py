@@ -1,4 +1,4 @@
-"""From the layouts of AWQ and GPTQ checkpoints to `Int4Weight`."""
+"""From the layouts of AWQ, GPTQ and compressed-tensors checkpoints to `Int4Weight`."""
 
 import torch
 from torch import Tensor
@@ -33,8 +33,10 @@ def _weight(values: Tensor, scales: Tensor, zeros: Tensor) -> Int4Weight:
         raise ValueError(f"int4 weights in groups of {group}; the kernels have {', '.join(map(str, GROUPS))}")
     if values.shape[0] % INT4_CHUNK:
         raise ValueError(f"an int4 weight with {values.shape[0]} inputs; the kernels take multiples of {INT4_CHUNK}")
-    symmetric = bool((zeros == 8).all())
-    return Int4Weight(pack(values.T.contiguous()), scales.contiguous(), None if symmetric else zeros, group)
+    symmetric = zeros.device.type != "meta" and bool((zeros == 8).all())
+    return Int4Weight(
+        pack(values.T.contiguous()), scales.contiguous(), None if symmetric else zeros.contiguous(), group
+    )
 
 
 def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Int4Weight:
@@ -42,8 +44,10 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Int4Weight:
     return _weight(_columns(qweight, _AWQ_ORDER), scales, _columns(qzeros, _AWQ_ORDER))
 
 
-def from_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None) -> Int4Weight:
-    """qweight [K / 8, N], qzeros [K / group, N / 8] int32 (one less than the zero), scales [K / group, N].
+def from_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, zero_offset: int = 1
+) -> Int4Weight:
+    """qweight [K / 8, N], qzeros [K / group, N / 8] int32 (the zero less `zero_offset`), scales [K / group, N].
 
     Raises ValueError for weights in activation order (`desc_act`), whose groups are scattered.
     """
@@ -51,4 +55,30 @@ def from_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | N
     group = values.shape[0] // scales.shape[0]
     if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(values.shape[0], device=g_idx.device) // group):
         raise ValueError("a GPTQ weight in activation order (desc_act); requantize it with desc_act=false")
-    return _weight(values, scales, _columns(qzeros) + 1)
+    return _weight(values, scales, _columns(qzeros) + zero_offset)
+
+
+def from_compressed(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Int4Weight:
+    """compressed-tensors' pack-quantized: packed [N, K / 8], zeros [N / 8, K / group] int32, scales [N, K / group]."""
+    values = _columns(packed)  # [N, K]
+    if zeros is None:
+        wide = torch.full(scales.shape, 8, dtype=torch.uint8, device=scales.device)
+    else:
+        wide = _columns(zeros.T).T
+    return _weight(values.T, scales.T, wide.T)
+
+
+def concatenate(weights: list[Int4Weight]) -> Int4Weight:
+    """One weight with the outputs of all."""
+    if len(weights) == 1:
+        return weights[0]
+    zeros = None
+    if any(weight.zeros is not None for weight in weights):
+        eight = [torch.full(w.scales.shape, 8, dtype=torch.uint8, device=w.scales.device) for w in weights]
+        zeros = torch.cat([e if w.zeros is None else w.zeros for w, e in zip(weights, eight, strict=True)], 1)
+    return Int4Weight(
+        torch.cat([weight.packed for weight in weights], 1),
+        torch.cat([weight.scales for weight in weights], 1),
+        zeros,
+        weights[0].group,
+    )

@@ -1,0 +1,243 @@
+"""A step without numbers: what a model allocates, found by building and running it on the meta device.
+
+Every layer does what it always does; only the kernels are replaced by ones that allocate their results, and what the
+device's own backend would allocate beside them.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from quire_kernels.activation import Activation
+from quire_kernels.backends import AttentionBatch, Matmul, QuantizedMatmul
+from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
+from quire_kernels.moe import Experts, Routing
+from quire_kernels.norm import Norm
+from quire_kernels.paged_attention import AttentionOptions
+from quire_kernels.quantize import Quantized, QuantizedOutput
+from quire_kernels.quantized_matmul import Int4Weight
+from quire_kernels.sampling import Rows
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quire_engine.execution.group import ParallelGroup
+from quire_engine.layers.linear import Builder
+from quire_engine.models.decoder import Decoder, empty_caches
+from quire_engine.models.spec import DecoderSpec
+from quire_engine.quantization.config import Quantization
+from quire_engine.weights.random import RandomWeights
+
+META = torch.device("meta")
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Counts the bytes that live tensors of the meta device would take, now and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+class DryGroup(ParallelGroup):
+    """One rank's place, without the others."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather_columns(self, x: Tensor) -> Tensor | None:
+        return x.new_empty((x.shape[0], x.shape[1] * self.size)) if self.rank == 0 else None
+
+    def share_drawn(self, tokens: Tensor) -> None:
+        pass
+
+    def send(self, x: Tensor) -> None:
+        pass
+
+    def receive(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        return torch.empty((rows, columns), dtype=self._dtype, device=device)
+
+
+class DryBackend:
+    """Results without values. `cpu`: as the CPU's backends hold weights and intermediate results, else the GPU's."""
+
+    name = "dry"
+
+    def __init__(self, cpu: bool, fp8: torch.dtype | None) -> None:
+        self._cpu = cpu
+        self.fp8 = fp8
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        options: AttentionOptions,
+    ) -> Tensor:
+        return q.new_empty(q.shape)
+
+    def rope_cache_write(
+        self,
+        qkv: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        num_heads: int,
+        rope: Rope | None,
+        norm: HeadNorm | None,
+        scales: CacheScales | None,
+    ) -> None:
+        pass
+
+    def add_norm(
+        self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm, output: QuantizedOutput | None = None
+    ) -> Tensor | Quantized:
+        return self._result(residual, residual.shape[1], output)
+
+    def activate(
+        self, x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None
+    ) -> Tensor | Quantized:
+        return self._result(x, x.shape[1] // 2 if gated else x.shape[1], output)
+
+    @staticmethod
+    def _result(x: Tensor, columns: int, output: QuantizedOutput | None) -> Tensor | Quantized:
+        if output is None:
+            return x.new_empty((x.shape[0], columns))
+        return output.empty(x.shape[0], columns, x.device)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Matmul:
+        held = torch.empty_like(weight) if self._cpu and weight.dtype == torch.float32 else weight
+
+        def matmul(x: Tensor) -> Tensor:
+            return x.new_empty((x.shape[0], held.shape[0]))
+
+        return matmul
+
+    def scaled_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantizedMatmul:
+        as_stored = not self._cpu or weight.dtype == torch.int8
+        held = (weight, scale) if as_stored else (torch.empty_like(weight, dtype=dtype), bias)
+
+        def matmul(x: Quantized) -> Tensor:
+            return torch.empty((x.values.shape[0], held[0].shape[0]), dtype=dtype, device=META)
+
+        return matmul
+
+    def int4_linear(self, weight: Int4Weight, bias: Tensor | None) -> Matmul:
+        chunks, outputs, _ = weight.packed.shape
+        if self._cpu:
+            return self.linear(torch.empty((outputs, chunks * 64), dtype=weight.scales.dtype, device=META), bias)
+
+        def matmul(x: Tensor, held: Int4Weight = weight) -> Tensor:
+            return x.new_empty((x.shape[0], held.scales.shape[1]))
+
+        return matmul
+
+    def experts(self, x: Tensor, router_logits: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        pairs = x.shape[0] * routing.top_k
+        inner = x.new_empty((pairs, experts.gate_up.shape[1]))
+        activated = self.activate(inner, experts.activation, True, experts.inputs)
+        each = x.new_empty((pairs, x.shape[1]))
+        del inner, activated
+        return each.new_empty(x.shape)
+
+    def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
+        scratch = [torch.empty_like(logits) for _ in range(2 if self._cpu else 1)]
+        return torch.empty(scratch[0].shape[0], dtype=torch.int32, device=META)
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated:
+    """What a dry run found."""
+
+    parameters: int  # numbers in the weights
+    weights: int  # bytes
+    steps: list[int]  # bytes that each step takes beside them, at most
+
+
+def allocated(
+    spec: DecoderSpec,
+    quantization: Quantization,
+    group: DryGroup,
+    *,
+    cpu: bool,
+    fp8: torch.dtype | None,
+    dtype: torch.dtype,
+    max_model_len: int,
+    steps: Sequence[tuple[int, int]],
+    quantized_cache: bool = False,
+) -> Allocated:
+    """What one rank of a model takes; a step is a number of tokens and one of rows that draw."""
+    with AllocatedBytes() as counter, torch.inference_mode():
+        source = RandomWeights(dtype, META)
+        build = Builder(source, group, DryBackend(cpu, fp8), quantization)
+        model = Decoder(build, spec, max_model_len, quantized_cache=quantized_cache)
+        weights = counter.now
+        peaks = []
+        for tokens, draws in steps:
+            counter.most = counter.now
+            _step(model, spec, group, tokens, draws, build.ops.draw)
+            peaks.append(counter.most - weights)
+    return Allocated(source.num_parameters, weights, peaks)
+
+
+def _step(
+    model: Decoder,
+    spec: DecoderSpec,
+    group: ParallelGroup,
+    tokens: int,
+    draws: int,
+    draw: Callable[[Tensor, Rows, bool], Tensor],
+) -> None:
+    def ints(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=META)
+
+    batch = AttentionBatch(
+        positions=ints(tokens),
+        slots=ints(2 * tokens),
+        block_tables=torch.empty((draws, 1), dtype=torch.int32, device=META),
+        query_starts=ints(draws + 1),
+        longest_query=tokens,
+        context_lens=ints(draws),
+    )
+    hidden = model(ints(tokens), batch, empty_caches(spec, group, 0, 1, torch.float32, META))
+    if hidden is None:
+        return
+    logits = model.logits(hidden.index_select(0, ints(draws)))
+    if logits is not None:
+        rows = Rows(
+            temperature=ints(draws),
+            top_k=ints(draws),
+            top_p=ints(draws),
+            min_p=ints(draws),
+            seeds=ints(draws),
+            positions=ints(draws),
+        )
+        draw(logits, rows, True)

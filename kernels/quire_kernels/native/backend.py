@@ -1,0 +1,137 @@
+"""The C kernels: fp32 on a CPU."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from quire_kernels.activation import Activation
+from quire_kernels.backends import AttentionBatch
+from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
+from quire_kernels.native import build
+from quire_kernels.norm import Norm
+from quire_kernels.paged_attention import AttentionOptions
+from quire_kernels.quantize import Quantized, QuantizedOutput
+from quire_kernels.torch_backend import TorchBackend
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+class NativeBackend(TorchBackend):
+    """What C does not have (products of matrices, experts, sampling, quantized results) is torch's.
+
+    Raises build.NativeBuildError where the kernels cannot be built.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        library = build.load()
+        self._attention = library.paged_attention
+        self._cache_write = library.rope_cache_write
+        self._norm = library.add_rms_norm
+        self._silu_mul = library.silu_mul
+        for function in (self._attention, self._cache_write, self._norm, self._silu_mul):
+            function.restype = None
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        options: AttentionOptions,
+    ) -> Tensor:
+        kv_heads, block_size, head_dim = key_cache.shape[1:]
+        group = q.shape[1] // kv_heads
+        assert q.stride(1) == head_dim, "heads of a token are consecutive"
+        assert options == AttentionOptions(window=options.window), "kernels.c knows windows alone"
+        assert head_dim <= 256, "kernels.c: MAX_DIM"
+        assert group <= 16, "kernels.c: MAX_GROUP"
+        assert block_size <= 64, "kernels.c: MAX_BLOCK"
+        out = torch.empty(q.shape)
+        self._attention(
+            _pointer(q),
+            ctypes.c_int64(q.stride(0)),
+            _pointer(out),
+            ctypes.c_int64(out.stride(0)),
+            _pointer(key_cache),
+            _pointer(value_cache),
+            _pointer(batch.block_tables),
+            ctypes.c_int64(batch.block_tables.stride(0)),
+            _pointer(batch.positions),
+            _pointer(batch.tiles),
+            ctypes.c_int64(batch.tiles.shape[0]),
+            kv_heads,
+            group,
+            head_dim,
+            block_size,
+            options.window,
+            ctypes.c_float(scale),
+        )
+        return out
+
+    def rope_cache_write(
+        self,
+        qkv: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        num_heads: int,
+        rope: Rope | None,
+        norm: HeadNorm | None,
+        scales: CacheScales | None,
+    ) -> None:
+        kv_heads, block_size, head_dim = key_cache.shape[1:]
+        assert scales is None, "kernels.c stores fp32"
+        assert rope is not None, "kernels.c rotates"
+        assert not rope.interleaved and rope.axes is None, "kernels.c rotates by halves"
+        assert norm is None or not norm.unit_offset, "kernels.c multiplies by the weight itself"
+        self._cache_write(
+            _pointer(qkv),
+            ctypes.c_int64(qkv.stride(0)),
+            _pointer(key_cache),
+            _pointer(value_cache),
+            _pointer(batch.positions),
+            _pointer(batch.slots),
+            _pointer(rope.cos_sin),
+            _pointer(None if norm is None else norm.q_weight),
+            _pointer(None if norm is None else norm.k_weight),
+            ctypes.c_float(0.0 if norm is None else norm.eps),
+            ctypes.c_int64(qkv.shape[0]),
+            num_heads,
+            kv_heads,
+            head_dim,
+            block_size,
+            rope.cos_sin.shape[-1],
+        )
+
+    def add_norm(
+        self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm, output: QuantizedOutput | None = None
+    ) -> Tensor | Quantized:
+        if output is not None:
+            return super().add_norm(residual, delta, weight, norm, output)
+        assert norm == Norm(norm.eps), "kernels.c has RMSNorm alone"
+        out = torch.empty_like(residual)
+        self._norm(
+            _pointer(residual),
+            _pointer(delta),
+            _pointer(weight),
+            _pointer(out),
+            ctypes.c_float(norm.eps),
+            ctypes.c_int64(residual.shape[0]),
+            ctypes.c_int64(residual.shape[1]),
+        )
+        return out
+
+    def activate(
+        self, x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None
+    ) -> Tensor | Quantized:
+        if kind is not Activation.SILU or not gated or output is not None:
+            return super().activate(x, kind, gated, output)
+        out = torch.empty(x.shape[0], x.shape[1] // 2)
+        self._silu_mul(_pointer(x), _pointer(out), ctypes.c_int64(x.shape[0]), ctypes.c_int64(out.shape[1]))
+        return out
