@@ -16,7 +16,7 @@ from quire_engine.weights.resolve import find_model
 from transformers import AutoModelForCausalLM
 
 Make = Callable[[str], Path]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 LENGTHS = (1, 5, 16, 33, 70)
 NEW_TOKENS = 32
 
@@ -97,7 +97,7 @@ def test_greedy_tokens(checkpoint: Make, family: str) -> None:
     assert run(engine, batch, 200) == expected
     assert engine.scheduler.stats.prefix_hits == 32 + 64, "the second run finds the first one's blocks"
     assert run(engine_for(folder, max_num_batched_tokens=7), batch) == expected
-    page = 2 * 3 * 2 * 16 * (32 if family in ("mistral", "qwen3") else 16) * 4
+    page = 2 * 3 * 2 * 16 * (32 if family in ("mistral", "qwen3", "qwen3_moe") else 16) * 4
     tight = engine_for(folder, kv_cache_memory_bytes=9 * page, max_model_len=128)
     assert tight.scheduler.limits.num_pages == 9
     assert run(tight, batch) == expected

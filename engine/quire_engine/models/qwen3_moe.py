@@ -12,7 +12,7 @@ def spec(config: dict[str, Any]) -> DecoderSpec:
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     layers = range(need(config, "num_hidden_layers"))
     experts = ExpertsSpec(
-        num_experts=need(config, "num_experts"),
+        num_experts=config.get("num_experts") or need(config, "num_local_experts"),
         top_k=need(config, "num_experts_per_tok"),
         intermediate_size=need(config, "moe_intermediate_size"),
         renormalize=bool(config.get("norm_topk_prob", False)),

@@ -72,7 +72,7 @@ def _left(stored: dict[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _fp8(stored: dict[str, Any]) -> Quantization:
-    """Hugging Face's: per tensor, or in blocks as DeepSeek-V3's, whose scales are named weight_scale_inv."""
+    """Hugging Face's: per tensor, or in blocks as DeepSeek-V3's."""
     left = _left(stored, "modules_to_not_convert")
     static = stored.get("activation_scheme", "dynamic") == "static"
     blocks = stored.get("weight_block_size")
@@ -80,7 +80,7 @@ def _fp8(stored: dict[str, Any]) -> Quantization:
         return Quantization("fp8", Scaled(torch.float8_e4m3fn, static_inputs=static), left)
     if list(blocks) != [BLOCK_COLUMNS, BLOCK_COLUMNS]:
         raise _refuse("weight_block_size", blocks, f"[{BLOCK_COLUMNS}, {BLOCK_COLUMNS}]")
-    return Quantization("fp8 in blocks", Scaled(torch.float8_e4m3fn, blocks=True, scale_name="weight_scale_inv"), left)
+    return Quantization("fp8 in blocks", Scaled(torch.float8_e4m3fn, blocks=True), left)
 
 
 def _compressed_tensors(stored: dict[str, Any]) -> Quantization:
@@ -98,9 +98,7 @@ def _compressed_tensors(stored: dict[str, Any]) -> Quantization:
             raise _refuse("actorder", weights["actorder"], "none")
         if strategy != "group":
             raise _refuse("weights.strategy", strategy, "group")
-        return Quantization(
-            "int4", Int4("packed", _group_size(weights), bool(weights.get("symmetric", True))), left
-        )
+        return Quantization("int4", Int4("packed", _group_size(weights), bool(weights.get("symmetric", True))), left)
     if bits != 8 or kind not in ("float", "int") or inputs is None or inputs.get("num_bits") != 8:
         raise _refuse("weights", f"{bits} bits ({kind}), inputs {inputs}", "8-bit weights and inputs, or 4-bit weights")
     static = not inputs.get("dynamic")

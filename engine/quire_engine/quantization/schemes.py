@@ -20,6 +20,8 @@ from quire_engine.errors import ModelError
 from quire_engine.weights.tensors import Weights
 
 WHOLE = slice(None)
+_WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")  # both names multiply
+_INPUT_SCALES = ("input_scale", "activation_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,6 @@ class Scaled:
     online: bool = False  # the checkpoint holds plain weights; they are quantized per output as they are read
     blocks: bool = False
     static_inputs: bool = False
-    scale_name: str = "weight_scale"
 
     def linear(
         self,
@@ -151,13 +152,13 @@ class Scaled:
         scale = self._scale(weights, part, inputs, columns)
         if values.dtype != kind:
             values, scale = _e4m3fnuz(values), scale * 2
-        given = weights.take_all(f"{name}.input_scale").reshape(1) if self.static_inputs else None
+        given = weights.take_all(_first_of(weights, name, _INPUT_SCALES)).reshape(1) if self.static_inputs else None
         if given is not None and kind == torch.float8_e4m3fnuz:
             given = given * 2
         return Stored(values, scale, given)
 
     def _scale(self, weights: Weights, part: Part, inputs: int, columns: slice) -> Tensor:
-        name = f"{part.name}.{self.scale_name}"
+        name = _first_of(weights, part.name, _WEIGHT_SCALES)
         rows = range(part.outputs)[part.rows]
         if not self.blocks:
             scale = weights.take_all(name).flatten()
@@ -237,6 +238,10 @@ class Int4:
         if f"{name}.g_idx" in weights:
             order = weights.take(f"{name}.g_idx", (inputs,), k, dtype=torch.int32) - taken.start // group
         return from_gptq(words("qweight", (inputs // 8, outputs), k8, n), zeros, scales, order, self.zero_offset)
+
+
+def _first_of(weights: Weights, module: str, names: tuple[str, ...]) -> str:
+    return next((f"{module}.{name}" for name in names if f"{module}.{name}" in weights), f"{module}.{names[0]}")
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -85,7 +85,7 @@ class SafetensorsCheckpoint:
         shape = tuple(view.get_shape())
 
         def rows(part: slice) -> Tensor:
-            return view[part] if shape else torch.as_tensor(view[:])
+            return view[part] if shape else handle.get_tensor(name)
 
         return LazyTensor(name, shape, rows)
 
@@ -108,7 +108,7 @@ class Weights(Protocol):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The part of a tensor whose whole shape must be `shape`, on the rank's device: in the rank's dtype, or in
-        `dtype`, which the checkpoint must hold it in already."""
+        `dtype`; integers and 8-bit numbers must be stored as such."""
 
     def take_all(self, name: str) -> Tensor:
         """A small tensor of any shape, whole: fp32 on the rank's device, integers as they are."""
@@ -148,7 +148,7 @@ class TensorReader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The part of a tensor whose whole shape must be `shape`, on the rank's device: in the rank's dtype, or in
-        `dtype`, which the checkpoint must hold it in already."""
+        `dtype`; integers and 8-bit numbers must be stored as such."""
         lazy = self._checkpoint.tensor(name)
         if lazy.shape != shape:
             raise ModelError(
@@ -159,7 +159,8 @@ class TensorReader:
         self.progress()
         # A copy, always: a view would keep the whole file mapped, and its pages in memory beside the weights.
         part = lazy.read(rows, columns)
-        if dtype is not None and part.dtype != dtype:
+        exact = dtype is not None and (dtype.itemsize == 1 or not dtype.is_floating_point)
+        if exact and part.dtype != dtype:
             raise ModelError(f"tensor {name} is in {part.dtype}, where {dtype} belongs")
         return part.to(self.device, dtype or self.dtype, copy=True, memory_format=torch.contiguous_format)
 

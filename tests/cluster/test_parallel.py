@@ -1,7 +1,8 @@
-"""Two ranks over gloo and the step channel equal transformers."""
+"""Several ranks over gloo and the step channel equal transformers."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -17,7 +18,7 @@ PROMPTS = [[7, 8, 9], list(range(20, 60)), [5] * 17, [11], [12, 13], [14], list(
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    running = start_private_cluster(num_workers=2)
+    running = start_private_cluster(num_workers=4)
     yield
     running.stop()
     assert not ray.is_initialized()
@@ -32,18 +33,37 @@ def truth(folder: Path, prompt: list[int]) -> tuple[list[int], list[float]]:
     return tokens.tolist(), scores.gather(1, tokens[:, None])[:, 0].tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_two_ranks(checkpoint: Make, family: str) -> None:
+RANKS: dict[str, dict[str, Any]] = {
+    "2": {"tensor_parallel_size": 2},
+    "4, each key-value head on two": {"tensor_parallel_size": 4},
+    "2, whole experts": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "2 stages": {"pipeline_parallel_size": 2},
+    "2 stages of 2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks"),
+    [
+        *[(family, "2") for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")],
+        ("llama", "4, each key-value head on two"),
+        ("qwen3_moe", "2, whole experts"),
+        ("qwen2", "2 stages"),
+        ("qwen3_moe", "2 stages of 2"),
+    ],
+)
+def test_ranks(checkpoint: Make, family: str, ranks: str) -> None:
     """In chunks, from the prefix cache, and with too few pages for all: tokens equal, log-probabilities within 1e-4."""
     folder = checkpoint(family)
     params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0)
-    page = 3 * 2 * 16 * (32 if family in ("mistral", "qwen3") else 16) * 4  # of one rank
+    heads, layers = (2 if "stages" in ranks and ranks == "2 stages" else 1), (2 if "stages" in ranks else 3)
+    page = layers * 2 * heads * 16 * (32 if family in ("mistral", "qwen3", "qwen3_moe") else 16) * 4  # of one rank
     with LLM(
         str(folder),
-        tensor_parallel_size=2,
         max_num_batched_tokens=24,
         kv_cache_memory_bytes=9 * page,
         max_model_len=128,
+        **RANKS[ranks],
     ) as llm:
         for prompts in (PROMPTS, PROMPTS[-1:], PROMPTS[-1:]):
             outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -60,6 +80,8 @@ def test_two_ranks(checkpoint: Make, family: str) -> None:
 def test_what_cannot_be_split_is_refused_with_what_can(checkpoint: Make) -> None:
     with pytest.raises(ModelError, match=r"tensor_parallel_size can be 1, 2, 4$"):
         LLM(str(checkpoint("llama")), tensor_parallel_size=3)
+    with pytest.raises(ModelError, match="3 layers cannot be split over 4 stages"):
+        LLM(str(checkpoint("llama")), pipeline_parallel_size=4)
 
 
 def test_vocabularies_need_not_divide(tmp_path: Path) -> None:
