@@ -194,7 +194,7 @@ def plan_memory(
             f"one request of {max_model_len} tokens takes {one_request * page / GIB:.2f} GiB of cache and "
             f"{num_pages * page / GIB:.2f} GiB are to be had; "
             + (f"set --max-model-len {fits} or less, or " if fits else "")
-            + "raise --kv-cache-memory-bytes within what the machine has"
+            + ("raise --kv-cache-memory-bytes" if wanted < left else "use more ranks (-tp), or --kv-cache-dtype fp8")
         )
     return MemoryPlan(
         weight_bytes=weights,

@@ -75,7 +75,7 @@ def test_plan(checkpoint: Make) -> None:
     plan = quire("plan", folder, "--max-model-len", "256")
     assert plan.returncode == 0, plan.stderr
     assert "256 tokens" in plan.stdout
-    tight = quire("plan", folder, "--memory-bytes", "1000")
+    tight = quire("plan", folder, "--memory-gib", "0.000001")
     assert tight.returncode == 1
     assert "the weights take" in tight.stderr
 

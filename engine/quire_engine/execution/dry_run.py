@@ -5,6 +5,7 @@ device's own backend would allocate beside them.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.linear import Builder
-from quire_engine.models.decoder import Decoder, empty_caches
+from quire_engine.models.decoder import Decoder, Layer, empty_caches, layers_of
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.quantization.config import Quantization
 from quire_engine.weights.random import RandomWeights
@@ -127,10 +128,13 @@ class DryBackend:
     ) -> Tensor | Quantized:
         return self._result(x, x.shape[1] // 2 if gated else x.shape[1], output)
 
-    @staticmethod
-    def _result(x: Tensor, columns: int, output: QuantizedOutput | None) -> Tensor | Quantized:
+    def _result(self, x: Tensor, columns: int, output: QuantizedOutput | None) -> Tensor | Quantized:
+        plain = x.new_empty((x.shape[0], columns))
         if output is None:
-            return x.new_empty((x.shape[0], columns))
+            return plain
+        if self._cpu:  # torch quantizes in several operators
+            self._scratch((x.shape[0], columns), 2)
+        del plain
         return output.empty(x.shape[0], columns, x.device)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Matmul:
@@ -142,10 +146,14 @@ class DryBackend:
         return matmul
 
     def scaled_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantizedMatmul:
-        as_stored = not self._cpu or weight.dtype == torch.int8
+        integers = weight.dtype == torch.int8
+        as_stored = not self._cpu or integers
         held = (weight, scale) if as_stored else (torch.empty_like(weight, dtype=dtype), bias)
 
         def matmul(x: Quantized) -> Tensor:
+            if self._cpu:  # int8's sums, or the inputs that fp8 stands for
+                rows, inputs = x.values.shape
+                self._scratch((rows, held[0].shape[0]) if integers else (rows, inputs), 1)
             return torch.empty((x.values.shape[0], held[0].shape[0]), dtype=dtype, device=META)
 
         return matmul
@@ -159,6 +167,11 @@ class DryBackend:
             return x.new_empty((x.shape[0], held.scales.shape[1]))
 
         return matmul
+
+    @staticmethod
+    def _scratch(shape: tuple[int, ...], count: int) -> None:
+        """fp32 tensors that are gone before the result is returned."""
+        del [torch.empty(shape, dtype=torch.float32, device=META) for _ in range(count)][:]
 
     def experts(self, x: Tensor, router_logits: Tensor, routing: Routing, experts: Experts) -> Tensor:
         pairs = x.shape[0] * routing.top_k
@@ -198,14 +211,47 @@ def allocated(
     with AllocatedBytes() as counter, torch.inference_mode():
         source = RandomWeights(dtype, META)
         build = Builder(source, group, DryBackend(cpu, fp8), quantization)
-        model = Decoder(build, spec, max_model_len, quantized_cache=quantized_cache)
-        weights = counter.now
+        model, repeated = _one_of_each(build, spec, max_model_len, quantized_cache, counter)
+        weights = counter.now + repeated.bytes
+        source.num_parameters += repeated.parameters
+        built = counter.now
         peaks = []
         for tokens, draws in steps:
             counter.most = counter.now
             _step(model, spec, group, tokens, draws, build.ops.draw)
-            peaks.append(counter.most - weights)
+            peaks.append(counter.most - built)
     return Allocated(source.num_parameters, weights, peaks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    """Of the layers that were not built, since they are like others."""
+
+    bytes: int
+    parameters: int
+
+
+def _one_of_each(
+    build: Builder, spec: DecoderSpec, max_model_len: int, quantized_cache: bool, counter: AllocatedBytes
+) -> tuple[Decoder, _Repeated]:
+    """The stage with one layer of each kind, and what the others add."""
+    source = build.weights
+    assert isinstance(source, RandomWeights)
+    kinds = Counter(spec.kind_of(layer) for layer in layers_of(spec, build.group))
+    first_of = {spec.kind_of(layer): layer for layer in reversed(layers_of(spec, build.group))}
+    size = parameters = 0
+    for kind, count in kinds.items():
+        bytes_before, parameters_before = counter.now, source.num_parameters
+        layer = Layer(build, spec, first_of[kind], quantized_cache)
+        size += (count - 1) * (counter.now - bytes_before)
+        parameters += (count - 1) * (source.num_parameters - parameters_before)
+        source.num_parameters = parameters_before
+        del layer
+    chosen = sorted(first_of.values())
+    return (
+        Decoder(build, spec, max_model_len, quantized_cache=quantized_cache, layers=chosen),
+        _Repeated(size, parameters),
+    )
 
 
 def _step(
@@ -227,7 +273,7 @@ def _step(
         longest_query=tokens,
         context_lens=ints(draws),
     )
-    hidden = model(ints(tokens), batch, empty_caches(spec, group, 0, 1, torch.float32, META))
+    hidden = model(ints(tokens), batch, empty_caches(spec, group, 0, 1, torch.float32, META)[: model.num_layers])
     if hidden is None:
         return
     logits = model.logits(hidden.index_select(0, ints(draws)))

@@ -3,7 +3,7 @@
 Shapes: T tokens of the step, H query heads and K key-value heads of this rank, D head dim, S rows that draw a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Layer:
         self._attention = Attention(build, spec, layer, quantized_cache)
         self._mlp_norm = build.weights.take(f"{at}.post_attention_layernorm.weight", (spec.hidden_size,))
         self._mlp: Callable[[Any], Tensor]
-        if spec.experts is not None and layer not in spec.experts.dense_layers:
+        if spec.experts is not None and spec.kind_of(layer) == "experts":
             self._mlp = mixture = MixtureOfExperts(build, spec.experts, f"{at}.{spec.experts.at}", spec.hidden_size)
             self._mlp_input: QuantizedOutput | None = mixture.input
         else:
@@ -126,7 +126,16 @@ class Layer:
 class Decoder:
     """Token ids to logits, or this rank's stage of it. Building it reads the weights, each straight into its slice."""
 
-    def __init__(self, build: Builder, spec: DecoderSpec, max_model_len: int, *, quantized_cache: bool = False) -> None:
+    def __init__(
+        self,
+        build: Builder,
+        spec: DecoderSpec,
+        max_model_len: int,
+        *,
+        quantized_cache: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """`layers`: those to build (default: all of the rank's stage)."""
         group, weights = build.group, build.weights
         spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         self.spec = spec
@@ -137,10 +146,9 @@ class Decoder:
         if group.first or (group.last and tied):
             embedding = Embedding(build, "model.embed_tokens", spec.vocab_size, spec.hidden_size)
         self._embedding = embedding if group.first else None
-        layers = layers_of(spec, group)
-        self._layers = []
-        for layer in layers:
-            self._layers.append(Layer(build, spec, layer, quantized_cache))
+        layers = layers_of(spec, group) if layers is None else layers
+        self.num_layers = len(layers)
+        self._layers = [Layer(build, spec, layer, quantized_cache) for layer in layers]
         self._head: OutputHead | None = None
         if group.last:
             self._norm = weights.take("model.norm.weight", (spec.hidden_size,))

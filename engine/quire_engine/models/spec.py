@@ -49,6 +49,10 @@ class DecoderSpec:
         """How many tokens a token of this layer sees, itself included; 0: all."""
         return self.windows[layer] if self.windows else 0
 
+    def kind_of(self, layer: int) -> str:
+        """Layers of one kind hold weights of the same shapes."""
+        return "experts" if self.experts is not None and layer not in self.experts.dense_layers else "dense"
+
     def check_parallel(self, size: int, stages: int = 1, *, experts_apart: bool = False) -> None:
         """Raises ModelError unless every sliced dimension is a multiple of the number of ranks. Key-value heads may
         also be fewer: then several ranks hold the same one."""

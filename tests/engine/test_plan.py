@@ -1,0 +1,164 @@
+"""What is planned from the config alone is what a run allocates."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_checkpoint
+from quire_engine.config import EngineConfig
+from quire_engine.engine import Engine
+from quire_engine.errors import InvalidParameter, OutOfMemory
+from quire_engine.execution.dry_run import DryGroup, allocated
+from quire_engine.execution.runner import ModelRunner
+from quire_engine.models.families import spec_of
+from quire_engine.plan import MemoryPlan, Target, gpu_target, plan_memory
+from quire_engine.quantization.config import quantization_of
+from quire_engine.request import Request
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.weights.resolve import find_model
+from torch.profiler import ProfilerActivity, profile
+
+ROWS = 32
+
+
+def plan_of(config: EngineConfig, target: Target, free: int) -> MemoryPlan:
+    facts = find_model(config).config
+    dtype = torch.float32 if target.kind == "cpu" else torch.bfloat16
+    return plan_memory(config, spec_of(facts), quantization_of(facts, config.quantization), target, dtype, free)
+
+
+def allocations(profiled: profile) -> tuple[int, int]:
+    """Bytes that torch's allocator gave and did not get back, and the most of them at any time."""
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return now, most
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {"quantization": "int8"}),
+        ("qwen3", {"quantization": "fp8"}),
+        ("qwen3", {"kv_cache_dtype": "fp8"}),
+        ("qwen3_moe", {"quantization": "fp8"}),
+    ],
+)
+def test_within_three_percent(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    """Weights, cache, and what a full step takes (every row draws, the budget is used up)."""
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 4000, "moe_intermediate_size": 128}
+    folder = make_checkpoint(tmp_path, family, **(sizes if family == "qwen3_moe" else dict(list(sizes.items())[:3])))
+    config = EngineConfig(
+        model=str(folder),
+        device="cpu",
+        kv_cache_memory_bytes=16 << 20,
+        max_num_seqs=ROWS,
+        max_num_batched_tokens=4 * ROWS,
+        **options,
+    )
+    plan = plan_of(config, Target("cpu", "cpu"), 8 << 30)
+    gc.collect()  # what an earlier test leaves would be counted as freed
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as loading:
+        runner = ModelRunner(config, find_model(config))
+    cache = sum(keys.nbytes + values.nbytes for keys, values in runner._caches)
+    weights = allocations(loading)[0] - cache
+    engine = Engine(runner)
+    params = EngineSampling(temperature=1.0, top_p=0.9, max_tokens=2)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepping:
+        for number in range(ROWS):
+            engine.add(Request(number, [number, 7, 8, 9], 4, params))
+        while engine.has_work:
+            engine.step()
+    step = allocations(stepping)[1]
+    assert weights == pytest.approx(plan.weight_bytes, rel=0.03)
+    assert cache == pytest.approx(plan.cache_bytes, rel=0.03)
+    if not options and family != "qwen3_moe":  # what torch's own operators take between is known less well
+        assert step == pytest.approx(plan.activation_bytes, rel=0.03)
+    assert weights + cache + step == pytest.approx(
+        plan.weight_bytes + plan.cache_bytes + plan.activation_bytes, rel=0.03
+    )
+
+
+PUBLISHED = {  # config.json of published models, and the size of their safetensors files in bytes
+    "Llama-3.1-8B": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+        },
+        16_060_522_496,
+    ),
+    "Qwen3-30B-A3B": (
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        61_064_245_248,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_published_models(tmp_path: Path, name: str) -> None:
+    facts, size = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    target, memory = gpu_target("h200")
+    config = EngineConfig(model=str(tmp_path), max_model_len=8192, device="cpu")
+    plan = plan_of(config, target, memory)
+    assert plan.weight_bytes == pytest.approx(size, rel=0.001)
+    assert plan.weight_bytes + plan.cache_bytes + plan.activation_bytes <= memory
+    halves = EngineConfig(model=str(tmp_path), max_model_len=8192, device="cpu", tensor_parallel_size=2)
+    assert plan_of(halves, target, memory).weight_bytes == pytest.approx(size / 2, rel=0.02)
+    fp8 = EngineConfig(model=str(tmp_path), max_model_len=8192, device="cpu", quantization="fp8")
+    assert plan_of(fp8, target, memory).weight_bytes < 0.6 * size
+
+
+def test_a_plan_of_stages_covers_the_model(tmp_path: Path) -> None:
+    facts, size = PUBLISHED["Llama-3.1-8B"]
+    parts = [
+        allocated(
+            spec_of(facts),
+            quantization_of({}, None),
+            DryGroup(stage=stage, stages=3, dtype=torch.bfloat16),
+            cpu=False,
+            fp8=None,
+            dtype=torch.bfloat16,
+            max_model_len=128,
+            steps=[(16, 4)],
+        ).weights
+        for stage in range(3)
+    ]
+    assert sum(parts) == pytest.approx(size, rel=0.001)
+    assert max(parts) < 0.45 * sum(parts)
+
+
+def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Llama-3.1-8B"][0]))
+    target, memory = gpu_target("L4")
+    with pytest.raises(OutOfMemory, match=r"--max-model-len \d+"):
+        plan_of(EngineConfig(model=str(tmp_path), device="cpu"), target, memory)
+    with pytest.raises(OutOfMemory, match="use more ranks"):
+        plan_of(EngineConfig(model=str(tmp_path), device="cpu"), target, 8 << 30)
+    with pytest.raises(InvalidParameter, match="H100, H200"):
+        gpu_target("GTX 970")
