@@ -19,7 +19,9 @@ from typing import Any
 
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
-_HEADER = 64
+_HEADER = 4096
+_PROGRESS = 64  # where the ranks' counts of signs of life begin
+MAX_RANKS = (_HEADER - _PROGRESS) // 8
 _PLAN, _RESULT = 0, 1  # words of the header: how many messages were sent; "closed" follows at 8
 _SLOTS = 4
 _CAPACITY = 64 << 20  # of a slot, its length in the first 8 bytes; memory is used only as far as messages reach
@@ -57,6 +59,7 @@ class StepChannel:
         self._sequence = (ctypes.c_uint32 * 2).from_buffer(self._map, 0)
         self._closed = ctypes.c_uint32.from_buffer(self._map, 8)
         self._addresses = [ctypes.addressof(self._sequence), ctypes.addressof(self._sequence) + 4]
+        self._progress = (ctypes.c_uint64 * MAX_RANKS).from_buffer(self._map, _PROGRESS)
         self._seen = [0, 0]
 
     @staticmethod
@@ -91,6 +94,14 @@ class StepChannel:
     def receive_result(self, alive: Callable[[], bool] = lambda: True) -> Any:
         """The next result. Raises ChannelClosed, also within 50 ms of `alive` turning false."""
         return self._receive(_RESULT, alive)
+
+    def mark(self, rank: int) -> None:
+        """A sign of life of a worker."""
+        self._progress[rank] += 1
+
+    def progress(self, ranks: int) -> list[int]:
+        """Each rank's signs of life so far."""
+        return self._progress[:ranks]
 
     def close(self) -> None:
         """Tells the other side; the memory goes when both have forgotten it."""

@@ -63,7 +63,8 @@ class Worker:
         """A step whose result is not ready goes to a thread that waits for it: the next one is launched meanwhile."""
         channel = StepChannel.open(channel_path)
         alive = parent_lives(replica)
-        execute = self._runner.execute
+        execute, rank = self._runner.execute, self._rank
+        self._runner.on_progress(lambda: channel.mark(rank))
         with ThreadPoolExecutor(1, thread_name_prefix="results") as results:
             sending: Future[None] | None = None
             try:

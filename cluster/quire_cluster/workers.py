@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire_cluster.channel import ChannelClosed, StepChannel
 from quire_cluster.local_ray import start_private_cluster
+from quire_cluster.policies.lease import StepLease
 from quire_cluster.worker import Worker
 
 
@@ -48,6 +50,7 @@ class Workers:
         self._cause: BaseException | None = None
         self._on_death = on_death
         self._closing = False
+        self._lease = StepLease()
         gpus = 1 if placement is not None and "GPU" in placement.bundle_specs[0] else 0
         self._actors: list[Any] = []
         for rank in range(size):
@@ -98,11 +101,24 @@ class Workers:
 
     def collect(self) -> StepResult:
         """The oldest result that is due. Raises EngineFailure within 0.1 s of a worker's death."""
+        self._lease.begin(time.monotonic())
         try:
-            result: StepResult = self._channel.receive_result(lambda: not self._dead.is_set())
+            result: StepResult = self._channel.receive_result(self._alive)
+            self._lease.end()
         except ChannelClosed as error:
             raise self.failure or EngineFailure("the step channel was closed") from error
         return result
+
+    def _alive(self) -> bool:
+        """Asked while a result is due."""
+        if self._dead.is_set():
+            return False
+        behind = self._lease.check(time.monotonic(), self._channel.progress(len(self._actors)))
+        if behind is not None:
+            raise EngineFailure(
+                f"the workers made no progress for {self._lease.seconds:.0f} s; rank {behind} is furthest behind"
+            )
+        return True
 
     def close(self) -> None:
         """Stops the workers and waits until they are gone."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from quire_cluster.channel import ChannelClosed, StepChannel
 from quire_cluster.convert import logprobs_from_proto, logprobs_to_proto, request_from_proto, sampling_to_proto
+from quire_cluster.policies.lease import LEAST, StepLease
 from quire_cluster.policies.routing import ReplicaLoad, choose_replica
 from quire_engine.execution.plan import TokenLogprobs
 from quire_engine.sampling.params import EngineSampling
@@ -107,3 +108,34 @@ def test_routing() -> None:
     assert choose_replica({"a": others, "b": ReplicaLoad(own=3)}, 0) == "b"
     stale = ReplicaLoad(own=5, reported=1, own_at_report=1)  # what was sent since its report counts
     assert stale.requests == 5
+
+
+def test_a_lease_runs_out_when_nothing_moves() -> None:
+    lease = StepLease()
+    lease.begin(0.0)
+    assert lease.check(0.0, [0, 0]) is None
+    assert lease.check(50.0, [0, 0]) is None, "the first step may compile and page in"
+    assert lease.check(55.0, [1, 1]) is None
+    lease.end()
+    lease.begin(100.0)
+    for at in range(20):
+        assert lease.check(100.0 + at * 0.1, [2 + at, 2 + at]) is None
+    lease.end()
+    assert lease.seconds == LEAST < 5
+    lease.begin(1000.0)  # idle in between
+    assert lease.check(1000.1, [22, 22]) is None
+    assert lease.check(1000.2, [23, 22]) is None
+    assert lease.check(1004.1, [23, 22]) is None
+    assert lease.check(1004.3, [23, 22]) == 1
+
+
+def test_slow_layers_have_a_longer_lease() -> None:
+    lease = StepLease()
+    lease.begin(0.0)
+    lease.end()
+    lease.begin(0.0)
+    for layer in range(60):
+        assert lease.check(layer * 1.5, [layer]) is None
+    assert 29 < lease.seconds < 30
+    assert lease.check(59 * 1.5 + 29.0, [59]) is None
+    assert lease.check(59 * 1.5 + 31.0, [59]) == 0

@@ -114,6 +114,18 @@ def test_a_killed_process_costs_no_token(two_replicas: RunningServer, kind: str)
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_a_worker_that_hangs_is_found_and_costs_no_token(two_replicas: RunningServer) -> None:
+    """Stopped, not killed: nobody tells, and its lease runs out."""
+    server = two_replicas
+    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    undisturbed = asyncio.run(run_streams(server))
+    victim = processes(server, "Worker")[0]
+    assert asyncio.run(run_streams(server, lambda: os.kill(victim, signal.SIGSTOP))) == undisturbed
+    assert "made no progress for 4 s; rank 0 is furthest behind" in server.log
+    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    assert victim not in processes(server, "Worker"), "the stopped process was replaced"
+
+
 def test_both_replicas_die_and_the_streams_wait_for_the_rebuild(two_replicas: RunningServer) -> None:
     server = two_replicas
     wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)

@@ -107,6 +107,7 @@ class ModelRunner:
         self._last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device=self.device)
         self._submitted: deque[PendingStep] = deque()
         self._prompt_logprobs: dict[int, NewRow] = {}
+        self._mark: Callable[[], None] = lambda: None
         self._graphs: StepGraphs | None = None
         if self.device.type != "cpu" and not config.enforce_eager and group.stages == 1:
             self.capture_graphs(graph_recorder(self.device))
@@ -133,9 +134,14 @@ class ModelRunner:
         """The result of the oldest step that was submitted."""
         return self._submitted.popleft().result()
 
+    def on_progress(self, mark: Callable[[], None]) -> None:
+        """`mark` is called whenever a step has come further: at its beginning and after each layer."""
+        self._mark = self._model.progress = mark
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep | None:
         """Launches the plan's step without waiting for it; one rank draws, the others return None."""
+        self._mark()
         for new in plan.new_rows:
             self._take_row(new, plan)
         self._batcher.set_pages(plan)

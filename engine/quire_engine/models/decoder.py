@@ -146,6 +146,7 @@ class Decoder:
         if group.first or (group.last and tied):
             embedding = Embedding(build, "model.embed_tokens", spec.vocab_size, spec.hidden_size)
         self._embedding = embedding if group.first else None
+        self.progress: Callable[[], None] = lambda: None  # called after each layer
         layers = layers_of(spec, group) if layers is None else layers
         self.num_layers = len(layers)
         self._layers = [Layer(build, spec, layer, quantized_cache) for layer in layers]
@@ -184,6 +185,7 @@ class Decoder:
         delta: Tensor | None = None
         for layer, cache in zip(self._layers, caches, strict=True):
             delta = layer(residual, delta, batch, cache, self._rope)
+            self.progress()
         if self._head is None:
             self.group.send(residual if delta is None else residual.add_(delta))
             return None
