@@ -54,6 +54,7 @@ class Worker:
             device,
             dtype=resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), device),
             experts_apart=config.enable_expert_parallel,
+            deterministic=config.deterministic,
         )
         self._runner = ModelRunner(config, files, group, threads=threads, progress_bar=tqdm_ray.tqdm)
         limits: SchedulerLimits = self._runner.limits

@@ -69,6 +69,9 @@ class EngineConfig:
     scheduling_policy: str = option(
         "fcfs", "fcfs: by arrival; priority: by priority, then arrival", choices=("fcfs", "priority")
     )
+    deterministic: bool = option(
+        False, "the same bits for a request whatever runs beside it, however it is cut up, found cached or resumed"
+    )
     enforce_eager: bool = option(False, "launch a GPU's kernels one by one instead of capturing steps as graphs")
     async_scheduling: bool = option(True, "plan a step while the one before it runs; tokens stay on the device between")
     cpu_threads: int | None = option(None, "threads per CPU worker (default: cores / workers on this machine)")

@@ -22,12 +22,33 @@ from quire_kernels.quantized_matmul.reference import dequantize, dequantize_int4
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.host import draw
 
+_TILE = 8  # rows of a deterministic product
+
+
+def in_tiles(matmul: Matmul) -> Matmul:
+    """The same product eight rows at a time, the last ones padded: a row's bits depend on nothing but the row.
+
+    A library may add up in another order for another number of rows; for one number it has one order for every row.
+    """
+
+    def tiled(x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if missing := -rows % _TILE:
+            x = F.pad(x, (0, 0, 0, missing))
+        parts = [matmul(tile) for tile in x.contiguous().split(_TILE)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
+
+    return tiled
+
 
 class TorchBackend:
-    """The references."""
+    """The references. `deterministic`: products are batch-invariant; the references of attention are not."""
 
     name = "torch"
     fp8: torch.dtype | None = torch.float8_e4m3fn
+
+    def __init__(self, *, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
 
     def paged_attention(
         self,
@@ -92,8 +113,14 @@ class TorchBackend:
             def packed_matmul(x: Tensor) -> Tensor:
                 return apply(x, packed, bias, "none", [], "")
 
-            return packed_matmul
-        return lambda x: F.linear(x, weight, bias)
+            return in_tiles(packed_matmul) if self._deterministic else packed_matmul
+        return self._product(weight, bias)
+
+    def _product(self, weight: Tensor, bias: Tensor | None = None) -> Matmul:
+        def matmul(x: Tensor) -> Tensor:
+            return F.linear(x, weight, bias)
+
+        return in_tiles(matmul) if self._deterministic else matmul
 
     def scaled_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantizedMatmul:
         """int8 by oneDNN's integer product. A CPU has none for fp8: the weight is kept as what its values mean."""
@@ -127,13 +154,12 @@ class TorchBackend:
             out.index_add_(0, token, result.float() * weights[token, choice, None])
         return out.to(x.dtype)
 
-    @staticmethod
-    def _expert_product(x: Tensor, w: Tensor, scale: Tensor | None, expert: int, experts: Experts) -> Tensor:
+    def _expert_product(self, x: Tensor, w: Tensor, scale: Tensor | None, expert: int, experts: Experts) -> Tensor:
         if scale is None or experts.inputs is None:
-            return F.linear(x, w[expert])
+            return self._product(w[expert])(x)
         narrow = activation_reference.activate(x, Activation.IDENTITY, False, experts.inputs)
         assert isinstance(narrow, Quantized)
-        return F.linear(dequantize_rows(narrow), dequantize(w[expert], scale[expert])).to(x.dtype)
+        return self._product(dequantize(w[expert], scale[expert]))(dequantize_rows(narrow)).to(x.dtype)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         return draw(logits, rows)

@@ -10,6 +10,7 @@ from quire_kernels.backends import AttentionBatch, Matmul, QuantizedMatmul
 from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
 from quire_kernels.cache_write.triton import rope_cache_write
 from quire_kernels.hardware import hardware
+from quire_kernels.matmul.triton import matmul
 from quire_kernels.moe import Experts, Routing
 from quire_kernels.moe.triton import align, combine, grouped_matmul, route, rows_per_tile
 from quire_kernels.norm import Norm
@@ -22,13 +23,17 @@ from quire_kernels.quantized_matmul.triton import int4_matmul, scaled_matmul
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.triton import draw, prepare
 
+INVARIANT_TILE = 64  # rows of an expert's tile, whatever the batch
+
 
 class TritonBackend:
     """On a CPU only under TRITON_INTERPRET=1, which is for tests."""
 
     name = "triton"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, deterministic: bool = False) -> None:
+        """`deterministic`: a token's bits do not depend on what else is in the batch, nor on how it came there."""
+        self._deterministic = deterministic
         self.fp8 = hardware(device).fp8  # refuses what the kernels do not run on
 
     def paged_attention(
@@ -50,6 +55,7 @@ class TritonBackend:
             batch.longest_query,
             scale,
             options,
+            invariant=self._deterministic,
         )
 
     def rope_cache_write(
@@ -76,7 +82,9 @@ class TritonBackend:
         return activate(x, kind, gated, output)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Matmul:
-        """cuBLAS (hipBLASLt)."""
+        """cuBLAS (hipBLASLt), or the batch-invariant kernel."""
+        if self._deterministic:
+            return lambda x: matmul(x, weight, bias)
         return lambda x: F.linear(x, weight, bias)
 
     def scaled_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantizedMatmul:
@@ -92,7 +100,8 @@ class TritonBackend:
         if experts.partial:
             local = chosen - experts.first
             chosen = torch.where((local >= 0) & (local < held), local, held)
-        alignment = align(chosen, held, rows_per_tile(chosen.numel(), held))
+        tile = INVARIANT_TILE if self._deterministic else rows_per_tile(chosen.numel(), held)
+        alignment = align(chosen, held, tile)
         values, scale = self._narrow(x, Activation.IDENTITY, False, experts)
         inner = grouped_matmul(values, experts.gate_up, alignment, routing.top_k, x.dtype, scale, experts.gate_up_scale)
         values, scale = self._narrow(inner, experts.activation, True, experts)

@@ -14,16 +14,20 @@ from quire_engine.errors import InvalidParameter
 log = logging.getLogger(__name__)
 
 
-def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtype, quantized: bool) -> Backend:
     """The kernels of `--attention-backend`, once. Says so where it falls back to something slower."""
     wanted = config.attention_backend
+    if config.deterministic:
+        _check_deterministic(config, device, dtype, quantized)
     native_fits = device.type == "cpu" and dtype == torch.float32 and config.kv_cache_dtype == "auto"
     if wanted == "auto":
         wanted = "triton" if device.type == "cuda" else "native" if native_fits else "torch"
         if wanted == "native":
             try:
-                return NativeBackend()
+                return NativeBackend(deterministic=config.deterministic)
             except NativeBuildError as error:
+                if config.deterministic:
+                    raise
                 log.warning("the C kernels cannot be built, attention will be slower: %s", error)
                 return TorchBackend()
         if wanted == "torch":
@@ -39,9 +43,25 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
                 f"{config.kv_cache_dtype} on {device.type}",
                 "attention_backend",
             )
-        return NativeBackend()
+        return NativeBackend(deterministic=config.deterministic)
     if wanted == "triton":
         from quire_kernels.triton_backend import TritonBackend
 
-        return TritonBackend(device)
+        return TritonBackend(device, deterministic=config.deterministic)
     return TorchBackend()
+
+
+def _check_deterministic(config: EngineConfig, device: torch.device, dtype: torch.dtype, quantized: bool) -> None:
+    """Raises InvalidParameter where bits would depend on the batch."""
+    if device.type == "cpu" and config.attention_backend != "triton":
+        plain = dtype == torch.float32 and config.kv_cache_dtype == "auto" and config.attention_backend != "torch"
+        if not plain:
+            raise InvalidParameter(
+                "deterministic on a CPU takes --dtype float32, the cache's own dtype and the native kernels",
+                "deterministic",
+            )
+    elif quantized:
+        raise InvalidParameter(
+            "deterministic on a GPU takes unquantized weights: the tiles of quantized products depend on the batch",
+            "deterministic",
+        )

@@ -24,16 +24,19 @@ class ParallelGroup:
         stage: int = 0,
         stages: int = 1,
         experts_apart: bool = False,
+        deterministic: bool = False,
         tensor_group: dist.ProcessGroup | None = None,
         world: dist.ProcessGroup | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`experts_apart`: each rank holds whole experts. `dtype`: of the activations that stages hand on."""
+        """`experts_apart`: each rank holds whole experts. `deterministic`: sums are taken in the order of the ranks.
+        `dtype`: of the activations that stages hand on."""
         self.rank = rank
         self.size = size
         self.stage = stage
         self.stages = stages
         self.experts_apart = experts_apart and size > 1
+        self._deterministic = deterministic
         self._tensor_group = tensor_group
         self._world = world
         self._dtype = dtype
@@ -49,6 +52,7 @@ class ParallelGroup:
         *,
         dtype: torch.dtype,
         experts_apart: bool = False,
+        deterministic: bool = False,
     ) -> "ParallelGroup":
         """Meets the other ranks at rank 0's store (see `host_store`): NCCL on GPUs, gloo on CPUs."""
         everyone = size * stages
@@ -67,6 +71,7 @@ class ParallelGroup:
             stage=stage,
             stages=stages,
             experts_apart=experts_apart,
+            deterministic=deterministic,
             tensor_group=groups[stage] if size > 1 else None,
             world=dist.group.WORLD,
             dtype=dtype,
@@ -98,8 +103,14 @@ class ParallelGroup:
         return self.size * self.stages
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks of the stage, in place."""
-        if self.size > 1:
+        """The sum over the ranks of the stage, in place. A library adds in an order that depends on the size."""
+        if self.size > 1 and self._deterministic:
+            parts = [torch.empty_like(x) for _ in range(self.size)]
+            dist.all_gather(parts, x.contiguous(), group=self._tensor_group)
+            x.copy_(parts[0])
+            for part in parts[1:]:
+                x += part
+        elif self.size > 1:
             dist.all_reduce(x, group=self._tensor_group)
         return x
 

@@ -79,7 +79,7 @@ class ModelRunner:
             usable_bytes(config, self.device),
             stage=group.stage,
         )
-        backend = choose_backend(config, self.device, dtype)
+        backend = choose_backend(config, self.device, dtype, quantized=quantization.name != "none")
         started = time.monotonic()
         quantized_cache = config.kv_cache_dtype == "fp8"
         with _opened(config, files, dtype, self.device, progress_bar if group.draws else None) as weights:

@@ -27,7 +27,8 @@ class NativeBackend(TorchBackend):
 
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, *, deterministic: bool = False) -> None:
+        super().__init__(deterministic=deterministic)
         library = build.load()
         self._attention = library.paged_attention
         self._cache_write = library.rope_cache_write

@@ -403,10 +403,12 @@ def paged_attention(
     scale: float,
     options: AttentionOptions = PLAIN,
     lse: Tensor | None = None,
+    invariant: bool = False,
 ) -> Tensor:
     """See the package's contract; `query_starts` [R + 1] and `context_lens` [R] are int32 on the device.
 
-    `longest_query` may be more than any request has. `lse` [T, H] fp32 is filled where given.
+    `longest_query` may be more than any request has. `lse` [T, H] fp32 is filled where given. `invariant`: one launch
+    and one order of keys for all, so that a token's bits do not depend on its neighbours or on the chunk it came in.
     """
     chip = hardware(q.device)
     kv_heads, block_size, head_dim = key_cache.shape[1:]
@@ -452,7 +454,7 @@ def paged_attention(
             D_PADDED=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_SIZE=block_size,
             TILE_TOKENS=tiles.rows // group,
-            NARROW_TOKENS=narrow_tokens,
+            NARROW_TOKENS=0 if invariant else narrow_tokens,
             NARROW=is_narrow,
             SEGMENTS=grid[2],
             M=tiles.rows,
@@ -461,7 +463,9 @@ def paged_attention(
             num_stages=tiles.stages,
         )
 
-    if segments == 1:
+    if invariant:
+        alone = False
+    elif segments == 1:
         launch(narrow, (requests, kv_heads, 1), out, lse, True)
     else:
         shape = (segments, requests * narrow_tokens, heads)
