@@ -30,9 +30,11 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_structure.py
 
-# Needs a GPU with torch and triton; nothing is installed, so the paths say where the kernels and their tolerances are.
+# Needs a GPU with torch, triton and transformers; nothing is installed, so the paths say where everything is. Kernels
+# first, then the engine; each takes its own arguments and writes JSON to $OUT.
 gpu-check:
 	@PYTHONPATH=kernels:tests/kernels:$$PYTHONPATH $(PYTHON) benchmarks/kernels/gpu_check.py $(ARGS)
+	@PYTHONPATH=engine:kernels:$$PYTHONPATH $(PYTHON) benchmarks/engine/engine_check.py $(ENGINE_ARGS)
 
 kernel-table: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernels/compile_ahead.py --table

@@ -69,8 +69,8 @@ class ModelRunner:
         group = self._group
         self.spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), self.device)
-        quantization = quantization_of(files.config, config.quantization)
-        memory = plan_memory(
+        quantization = self.quantization = quantization_of(files.config, config.quantization)
+        memory = self.memory = plan_memory(
             config,
             self.spec,
             quantization,
