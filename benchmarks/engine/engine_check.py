@@ -175,62 +175,6 @@ def step_floor(
     return max((read + cache) / rates.bytes, 2 * requests * worked / rate)
 
 
-def measure(device: str) -> "Rates":
-    """About a second."""
-    size = (1 << 30) if device == "cuda" else (1 << 26)
-    source = torch.empty(size, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    found = Rates(2 * size / _seconds(lambda: target.copy_(source), device), {})
-    n = 8192 if device == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    found.operations["bfloat16"] = 2 * n**3 / _seconds(lambda: a @ a.T, device)
-    if device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-        narrow, one = a.to(torch.float8_e4m3fn), torch.ones((), device=device)
-        found.operations["fp8"] = (
-            2
-            * n**3
-            / _seconds(
-                lambda: torch._scaled_mm(narrow, narrow.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16),
-                device,
-            )
-        )
-    return found
-
-
-def _seconds(work: Any, device: str) -> float:
-    spent = []
-    for _ in range(12):
-        _wait(device)
-        begun = time.perf_counter()
-        work()
-        _wait(device)
-        spent.append(time.perf_counter() - begun)
-    return statistics.median(spent[2:])
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def step_floor(
-    spec: DecoderSpec, weights: int, requests: int, context: int, cache_itemsize: int, rates: Rates, fp8: bool
-) -> float:
-    """Seconds that a decoding step cannot do without."""
-    read = weights - spec.vocab_size * spec.hidden_size * 2 * (not spec.tie_embeddings)  # of the embedding: rows
-    active = 1.0
-    if spec.experts is not None:  # experts that at least one token chooses, if it chooses by chance
-        experts = spec.experts
-        active = 1 - (1 - experts.top_k / experts.num_experts) ** requests
-        layers = spec.num_layers - len(experts.dense_layers)
-        whole = layers * experts.num_experts * 3 * spec.hidden_size * experts.intermediate_size * (1 if fp8 else 2)
-        read -= int(whole * (1 - active))
-    cache = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * cache_itemsize * context * requests
-    operations = 2 * requests * (read / active if spec.experts is None else read) / (1 if fp8 else 2)
-    rate = rates.operations["fp8" if fp8 else "bfloat16"]
-    return max((read + cache) / rates.bytes, operations / rate)
-
-
 def measure(
     shape: str, device: str, fp8: bool, concurrency: list[int], rates: Rates, small: bool
 ) -> list[dict[str, Any]]:
