@@ -390,3 +390,16 @@ def test_what_is_not_served_is_named(change: dict[str, Any], message: str) -> No
 def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
     with pytest.raises(InvalidParameter, match="already"):
         quantization_of({"quantization_config": FORMATS["awq"][0]}, "fp8")
+
+
+@pytest.mark.parametrize("kind", ["compressed fp8 per channel", "fp8 in blocks", "compressed int8", "compressed int4"])
+def test_formats_through_triton(source: Path, tmp_path: Path, kind: str) -> None:
+    """The same logits as by torch's operators, with an fp8 cache besides."""
+    quantized_checkpoint(source, tmp_path / "quantized", kind)
+    ours, theirs = (
+        logits_of(runner_for(tmp_path / "quantized", attention_backend=backend, kv_cache_dtype="fp8"), PROMPT[:6])
+        for backend in ("triton", "torch")
+    )
+    plain = logits_of(runner_for(source), PROMPT[:6])
+    cost = (theirs - plain).abs().mean()
+    assert (ours - theirs).abs().mean() < 0.15 * cost
