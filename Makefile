@@ -38,6 +38,7 @@ gpu-check:
 
 kernel-table: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernels/compile_ahead.py --table
+	$(BIN)/python benchmarks/engine/kernel_count.py --write
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(ROOMS)

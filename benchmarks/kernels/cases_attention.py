@@ -37,6 +37,7 @@ def _attention(
     contexts: list[int],
     block: int,
     fp8_cache: bool = False,
+    invariant: bool = False,
     options: Options = lambda *_: PLAIN,
 ) -> Callable[[torch.device, torch.dtype], Built]:
     def build(device: torch.device, fp8: torch.dtype) -> Built:
@@ -59,10 +60,12 @@ def _attention(
         if device.type == "cuda" and chosen == PLAIN and len(set(zip(queries, contexts, strict=True))) == 1:
             peers = _peers(q, keys, values, tables, len(contexts), queries[0], contexts[0], scale)
         return Built(
-            run=lambda: paged_attention(q, keys, values, tables, *on_device, max(queries), scale, chosen),
-            expected=lambda: reference.attention_with_lse(
-                q.float(), keys, values, tables, starts, contexts, scale, chosen
-            )[0],
+            run=lambda: paged_attention(
+                q, keys, values, tables, *on_device, max(queries), scale, chosen, invariant=invariant
+            ),
+            expected=lambda: reference.attention_with_lse(q.float(), keys, values, tables, *on_device, scale, chosen)[
+                0
+            ],
             bytes=2 * sum(seen) * heads.kv * heads.dim * keys.element_size() + 2 * size(q),
             operations=4 * pairs * heads.query * heads.dim,
             peers=peers,
@@ -144,9 +147,7 @@ def _latent(heads: int, queries: list[int], contexts: list[int]) -> Callable[[to
         pairs = sum(n * (c - (n - 1) / 2) for n, c in zip(queries, contexts, strict=True))
         return Built(
             run=lambda: latent_attention(q, cache, tables, *on_device, max(queries), 576**-0.5, 512),
-            expected=lambda: mla_reference.latent_attention(q.float(), cache, tables, starts, contexts, 576**-0.5, 512)[
-                0
-            ],
+            expected=lambda: mla_reference.latent_attention(q.float(), cache, tables, *on_device, 576**-0.5, 512)[0],
             bytes=sum(contexts) * 576 * 2 + size(q) * (1 + 512 / 576),
             operations=2 * pairs * heads * (576 + 512),
         )
@@ -255,6 +256,7 @@ CASES = [
         build=_decode(LLAMA_8B, 64, 4096, fp8_cache=True),
         needs_fp8=True,
     ),
+    Case(name="decode Llama-3-8B 64 x 4k, batch-invariant", build=_decode(LLAMA_8B, 64, 4096, invariant=True)),
     Case(name="decode Llama-3-8B 1 x 32k", build=_decode(LLAMA_8B, 1, 32768), streams=True),
     Case(name="decode Llama-3-70B/8 64 x 4k", build=_decode(LLAMA_70B_TP8, 64, 4096), streams=True),
     Case(name="decode Qwen3-30B-A3B 64 x 4k", build=_decode(QWEN3_30B, 64, 4096), streams=True),

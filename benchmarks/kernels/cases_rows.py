@@ -56,9 +56,11 @@ def _norm_heads(device: torch.device, fp8: torch.dtype) -> Built:
     return Built(run=run, expected=lambda: norm_reference.normalize(x, weight, None, Norm(1e-6)), bytes=2 * size(x))
 
 
-def _activation(tokens: int, width: int, kind: Activation, gated: bool, scales: Scales | None = None) -> Build:
+def _activation(
+    tokens: int, width: int, kind: Activation, gated: bool, scales: Scales | None = None, integers: bool = False
+) -> Build:
     def build(device: torch.device, fp8: torch.dtype) -> Built:
-        output = _output(scales, device, fp8)
+        output = _output(scales, device, torch.int8 if integers else fp8)
         x = normal(device, tokens, width * (2 if gated else 1))
         peers: dict[str, Callable[[], Any]] = {}
         if output is None and kind is Activation.SILU:
@@ -194,6 +196,10 @@ CASES = [
         build=_activation(8192, 14336, Activation.SILU, True, Scales.TOKEN),
         needs_fp8=True,
         streams=True,
+    ),
+    Case(
+        name="silu mul, int8 per token 8k x 14336",
+        build=_activation(8192, 14336, Activation.SILU, True, Scales.TOKEN, integers=True),
     ),
     Case(
         name="silu mul, fp8 blocks 8k x 2048",

@@ -33,6 +33,16 @@ class _Timespec(ctypes.Structure):
     _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
 
 
+def encoded(message: Any) -> bytes:
+    """A plan or a result as bytes."""
+    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decoded(data: bytes | memoryview) -> Any:
+    """The reverse, for bytes that a worker or replica of this engine has made."""
+    return pickle.loads(data)
+
+
 def _size() -> int:
     return _HEADER + 2 * _SLOTS * _CAPACITY
 
@@ -110,7 +120,7 @@ class StepChannel:
             self._wake(word)
 
     def _send(self, word: int, message: Any) -> None:
-        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        data = encoded(message)
         if len(data) > _CAPACITY - 8:
             raise ValueError(f"a step message of {len(data)} bytes exceeds the channel's {_CAPACITY - 8}")
         number = self._sequence[word]
@@ -135,7 +145,7 @@ class StepChannel:
         self._seen[word] = (seen + 1) & 0xFFFFFFFF
         start = _slot(word, seen)
         length = int.from_bytes(self._map[start : start + 8], "little")
-        return pickle.loads(memoryview(self._map)[start + 8 : start + 8 + length])
+        return decoded(memoryview(self._map)[start + 8 : start + 8 + length])
 
     def _sleep(self, word: int, value: int) -> None:
         """Until the word differs from `value`, 50 ms at most (futex(2))."""

@@ -145,10 +145,11 @@ class Controller:
             await asyncio.sleep(_BACKOFF[min(slot.failures - 1, len(_BACKOFF) - 1)])
 
     async def _start(self, index: int, slot: _Slot) -> None:
-        size = self._config.num_workers
-        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if self._gpu else {})
+        ranks, stages = self._config.tensor_parallel_size, self._config.pipeline_parallel_size
+        bundle = {"CPU": float(ranks)} | ({"GPU": float(ranks)} if self._gpu else {})
+        # A stage is one bundle and so on one host; stages come together where there is room.
         slot.placement = placement_group(
-            [bundle] * size, strategy="STRICT_PACK", name=f"{self._name}-{uuid.uuid4().hex[:12]}"
+            [bundle] * stages, strategy="PACK", name=f"{self._name}-{uuid.uuid4().hex[:12]}"
         )
         slot.epoch += 1
         strategy = PlacementGroupSchedulingStrategy(slot.placement, placement_group_bundle_index=0)

@@ -7,6 +7,7 @@ from typing import Any
 from quire_engine.config import EngineConfig, SchedulerLimits
 
 from quire_cluster.channel import ChannelClosed, StepChannel, parent_lives
+from quire_cluster.relay import RelayingChannel, RemoteChannel
 
 
 class Worker:
@@ -20,6 +21,8 @@ class Worker:
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._store: Any = None
         self._runner: Any = None
+        self._group: Any = None
+        self._remote: list[int] = []
 
     def host_store(self, size: int) -> int:
         """Opens the rendezvous of the group and returns its port."""
@@ -28,15 +31,24 @@ class Worker:
         self._store = ParallelGroup.host_store(size)
         return int(self._store.port)
 
-    def load(self, config: EngineConfig, threads: int, store_port: int) -> SchedulerLimits:
-        """Joins the group and loads this rank's slice."""
-        return self._compute.submit(self._load, config, threads, store_port).result()
+    def host(self) -> tuple[str, str]:
+        """The node that this worker is on, and its address."""
+        import ray
 
-    def run(self, channel_path: str, replica: int) -> None:
-        """The step loop. Returns when the channel closes or the replica is gone; raises what a step raises."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+    def load(self, config: EngineConfig, threads: int, store: str, remote: list[int]) -> SchedulerLimits:
+        """Joins the group at `store` (address:port) and loads this rank's slice. `remote`: ranks on other hosts."""
+        return self._compute.submit(self._load, config, threads, store, remote).result()
+
+    def run(self, channel_path: str | None, replica: int) -> None:
+        """The step loop. Returns when the channel closes or the replica is gone; raises what a step raises.
+
+        Without a channel's path the worker is on another host than the replica, and rank 0 relays.
+        """
         self._compute.submit(self._run, channel_path, replica).result()
 
-    def _load(self, config: EngineConfig, threads: int, store_port: int) -> SchedulerLimits:
+    def _load(self, config: EngineConfig, threads: int, store: str, remote: list[int]) -> SchedulerLimits:
         from quire_engine.execution.group import ParallelGroup
         from quire_engine.execution.runner import ModelRunner
         from quire_engine.plan import resolve_device, resolve_dtype
@@ -49,20 +61,31 @@ class Worker:
             self._rank,
             config.tensor_parallel_size,
             config.pipeline_parallel_size,
-            "127.0.0.1",
-            store_port,
+            store.rpartition(":")[0],
+            int(store.rpartition(":")[2]),
             device,
             dtype=resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), device),
             experts_apart=config.enable_expert_parallel,
             deterministic=config.deterministic,
+            across_hosts=bool(remote),
         )
+        self._group, self._remote = group, remote
         self._runner = ModelRunner(config, files, group, threads=threads, progress_bar=tqdm_ray.tqdm)
         limits: SchedulerLimits = self._runner.limits
         return limits
 
-    def _run(self, channel_path: str, replica: int) -> None:
+    def _channel(self, path: str | None) -> StepChannel | RemoteChannel | RelayingChannel:
+        if path is None:
+            return RemoteChannel(self._group.control)
+        channel = StepChannel.open(path)
+        if self._rank or not self._remote:
+            return channel
+        drawing = self._group.drawing_rank
+        return RelayingChannel(channel, self._group.control, self._remote, drawing if drawing in self._remote else None)
+
+    def _run(self, channel_path: str | None, replica: int) -> None:
         """A step whose result is not ready goes to a thread that waits for it: the next one is launched meanwhile."""
-        channel = StepChannel.open(channel_path)
+        channel = self._channel(channel_path)
         alive = parent_lives(replica)
         execute, rank = self._runner.execute, self._rank
         self._runner.on_progress(lambda: channel.mark(rank))
@@ -82,7 +105,7 @@ class Worker:
                     sending.result()  # raises what it failed with
 
 
-def _send(channel: StepChannel, step: Any) -> None:
+def _send(channel: StepChannel | RemoteChannel | RelayingChannel, step: Any) -> None:
     try:
         channel.send_result(step.result())
     except BaseException:

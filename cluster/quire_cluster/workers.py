@@ -45,7 +45,7 @@ class Workers:
         placement: PlacementGroup | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        size = config.num_workers
+        size, ranks = config.num_workers, config.tensor_parallel_size
         self._dead = threading.Event()
         self._cause: BaseException | None = None
         self._on_death = on_death
@@ -55,7 +55,7 @@ class Workers:
         self._actors: list[Any] = []
         for rank in range(size):
             strategy = (
-                PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
+                PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank // ranks)
                 if placement
                 else "DEFAULT"
             )
@@ -67,15 +67,20 @@ class Workers:
             )
         self._channel = StepChannel.create()
         try:
+            hosts = [actor.host.remote().future().result() for actor in self._actors]
+            here = ray.get_runtime_context().get_node_id()
+            self._remote = [rank for rank, (node, _) in enumerate(hosts) if node != here]
             port = self._actors[0].host_store.remote(size).future().result() if size > 1 else 0
-            loading = [actor.load.remote(config, threads, port) for actor in self._actors]
+            address = hosts[0][1] if self._remote else "127.0.0.1"
+            loading = [actor.load.remote(config, threads, f"{address}:{port}", self._remote) for actor in self._actors]
             loaded = [reference.future().result() for reference in loading]
         except Exception as error:
             self._kill()
             raise root_cause(error) from error
         self.limits: SchedulerLimits = loaded[0]
-        for actor in self._actors:
-            loop = actor.run.remote(self._channel.path, os.getpid())
+        for rank, actor in enumerate(self._actors):
+            path = None if rank in self._remote else self._channel.path
+            loop = actor.run.remote(path, os.getpid())
             loop.future().add_done_callback(self._ended)
 
     def _ended(self, future: Any) -> None:
@@ -113,10 +118,13 @@ class Workers:
         """Asked while a result is due."""
         if self._dead.is_set():
             return False
-        behind = self._lease.check(time.monotonic(), self._channel.progress(len(self._actors)))
+        progress = self._channel.progress(len(self._actors))
+        behind = self._lease.check(time.monotonic(), progress)
         if behind is not None:
+            elsewhere = f" (ranks {self._remote} are on other hosts)" if self._remote else ""
             raise EngineFailure(
-                f"the workers made no progress for {self._lease.seconds:.0f} s; rank {behind} is furthest behind"
+                f"the workers made no progress for {self._lease.seconds:.0f} s; rank {behind} is furthest "
+                f"behind{elsewhere}"
             )
         return True
 

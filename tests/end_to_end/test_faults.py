@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -57,8 +59,9 @@ async def run_streams(server: RunningServer, disturb: Callable[[], None] | None 
         return await asyncio.gather(*streams)
 
 
-def processes(server: RunningServer, kind: str) -> list[int]:
-    """Ids of the server's actors of a class, by their titles."""
+def processes(server: RunningServer | int, kind: str) -> list[int]:
+    """Ids of the actors of a class below a server or a process, by their titles."""
+    root = server if isinstance(server, int) else server.process.pid
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -66,7 +69,7 @@ def processes(server: RunningServer, kind: str) -> list[int]:
                 title = (folder / "cmdline").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if title.startswith(f"ray::{kind}") and server.process.pid in ancestors(int(folder.name)):
+            if title.startswith(f"ray::{kind}") and root in ancestors(int(folder.name)):
                 found.append(int(folder.name))
     return sorted(found)
 
@@ -177,41 +180,64 @@ def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:
     assert set(Path("/dev/shm").iterdir()) <= segments
 
 
-def test_a_running_cluster_is_joined_and_left_as_it_was(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+@contextmanager
+def ray_cluster(*cpus: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A cluster of one node for each number of CPUs, all on this machine: its address and the nodes' processes."""
     ray = str(Path(sys.executable).with_name("ray"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    start = f"{ray} start --head --block --port {address.split(':')[1]} --num-cpus 2 --include-dashboard false"
-    start += " --object-store-memory 80000000 --node-ip-address 127.0.0.1"
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    common = "--block --object-store-memory 80000000 --node-ip-address 127.0.0.1"
+    nodes: list[subprocess.Popen[bytes]] = []
+
+    def start(arguments: str) -> None:
+        command = [ray, "start", *f"{common} {arguments}".split()]
+        nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+    def num_nodes() -> int:
+        command = [ray, "status", "--address", address]
+        answer = subprocess.run(command, env=environment, capture_output=True, check=False, text=True).stdout
+        return len(re.findall(r"^ 1 node_", answer, re.MULTILINE))
+
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # pytest's own path is too long for a socket
-        head = subprocess.Popen(
-            [*start.split(), "--temp-dir", folder],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
         try:
-            wait_until(
-                lambda: (
-                    subprocess.run(
-                        [ray, "status", "--address", address],
-                        env=environment,
-                        capture_output=True,
-                        check=False,
-                    ).returncode
-                    == 0
-                )
-            )
-            for _ in range(2):  # what the first one left behind would be in the second one's way
-                server = RunningServer(str(checkpoint("llama")), "-dp", "2", "--ray-address", address)
-                answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "w5", "max_tokens": 3})
-                assert answer.status_code == 200
-                assert server.stop() == 0, server.log
-                assert head.poll() is None
-            nobody = RunningServer(str(checkpoint("llama")), "--ray-address", "127.0.0.1:1", wait=False)
-            assert nobody.wait(90) == 1
-            assert "no Ray cluster answers" in nobody.log
+            port = address.rpartition(":")[2]
+            start(f"--head --port {port} --num-cpus {cpus[0]} --include-dashboard false --temp-dir {folder}")
+            wait_until(lambda: num_nodes() == 1)
+            for count in cpus[1:]:
+                start(f"--address {address} --num-cpus {count}")
+            wait_until(lambda: num_nodes() == len(cpus))
+            yield address, nodes
         finally:
-            head.terminate()
-            head.wait(30)
+            for node in reversed(nodes):
+                node.terminate()
+            for node in nodes:
+                node.wait(30)
+
+
+def test_a_running_cluster_is_joined_and_left_as_it_was(checkpoint: Callable[[str], Path]) -> None:
+    with ray_cluster(2) as (address, (head,)):
+        for _ in range(2):  # what the first one left behind would be in the second one's way
+            server = RunningServer(str(checkpoint("llama")), "-dp", "2", "--ray-address", address)
+            answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "w5", "max_tokens": 3})
+            assert answer.status_code == 200
+            assert server.stop() == 0, server.log
+            assert head.poll() is None
+        nobody = RunningServer(str(checkpoint("llama")), "--ray-address", "127.0.0.1:1", wait=False)
+        assert nobody.wait(90) == 1
+        assert "no Ray cluster answers" in nobody.log
+
+
+def test_stages_on_two_hosts(checkpoint: Callable[[str], Path], two_replicas: RunningServer) -> None:
+    """Nodes of one CPU each: neither holds both stages. Same tokens; a killed worker of either stage costs none."""
+    alone = asyncio.run(run_streams(two_replicas))
+    with ray_cluster(1, 1) as (address, nodes):
+        server = RunningServer(str(checkpoint("qwen3")), "-pp", "2", "--ray-address", address)
+        try:
+            assert asyncio.run(run_streams(server)) == alone
+            for node in nodes:
+                wait_until(lambda: all(len(processes(node.pid, "Worker")) == 1 for node in nodes))
+                [victim] = processes(node.pid, "Worker")
+                assert asyncio.run(run_streams(server, partial(os.kill, victim, signal.SIGKILL))) == alone
+        finally:
+            assert server.stop() == 0, server.log

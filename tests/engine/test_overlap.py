@@ -24,10 +24,8 @@ def runner_for(folder: Path, **options: Any) -> ModelRunner:
     config = EngineConfig(
         model=str(folder),
         device="cpu",
-        max_num_seqs=6,
         max_model_len=128,
-        max_num_batched_tokens=40,
-        **({"kv_cache_memory_bytes": 9 * PAGE} | options),
+        **({"max_num_seqs": 6, "max_num_batched_tokens": 40, "kv_cache_memory_bytes": 9 * PAGE} | options),
     )
     return ModelRunner(config, find_model(config))
 
@@ -168,3 +166,37 @@ def test_tokens_stay_on_the_device(checkpoint: Make) -> None:
         engine.step()
     assert seen == [False] + [True] * 7
     torch.testing.assert_close(runner._last_tokens[-1], torch.tensor(0, dtype=torch.int32))
+
+
+def test_replayed_through_triton(checkpoint: Make) -> None:
+    """Padding through the GPU's kernels: requests without tokens, tokens without a slot."""
+
+    def tokens(runner: ModelRunner) -> list[list[int]]:
+        engine = Engine(runner)
+        generator = np.random.default_rng(3)
+        requests = []
+        for number, length in enumerate((5, 11, 20)):
+            prompt = generator.integers(4, 300, length).tolist()
+            params = EngineSampling(temperature=0.7 * (number == 1), seed=number, top_p=0.9, max_tokens=5)
+            requests.append(Request(number, prompt, length, params))
+            engine.add(requests[-1])
+            engine.step()
+        while engine.has_work:
+            engine.step()
+        return [request.tokens[request.num_prompt :] for request in requests]
+
+    folder, sizes = (
+        checkpoint("mistral"),
+        {"max_num_seqs": 3, "max_num_batched_tokens": 24, "kv_cache_memory_bytes": 1 << 20},
+    )
+    runner = runner_for(folder, attention_backend="triton", **sizes)
+    for keys, values in runner._caches:
+        keys.zero_()
+        values.zero_()
+    runner.capture_graphs(replaying)
+    assert runner._graphs is not None
+    used: list[int] = []
+    fitting = runner._graphs._fitting
+    runner._graphs._fitting = lambda shape: used.append(shape.longest_query) or fitting(shape)
+    assert tokens(runner) == tokens(runner_for(folder, **sizes))
+    assert {1} < set(used), "decoding and mixed steps"

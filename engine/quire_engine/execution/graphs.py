@@ -32,7 +32,10 @@ def decode_ladder(most: int) -> list[int]:
 
 
 def mixed_ladder(most_tokens: int, most_requests: int) -> list[Shape]:
-    """Shapes of small steps with prompts in them. One request more than can come holds the padding."""
+    """Shapes of small steps with prompts in them. One request more than can come holds the padding.
+
+    `most_tokens`: no more than a request may have, for the padding may be all.
+    """
     requests = min(_MIXED_REQUESTS, most_requests)
     return [Shape(tokens, requests + 1, requests, tokens) for tokens in MIXED_TOKENS if tokens <= most_tokens]
 

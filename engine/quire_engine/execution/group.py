@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+_FOREVER = timedelta(days=365)  # idle engines wait for plans
+
 
 class ParallelGroup:
     """Where one rank stands among `size` tensor-parallel ranks of `stages` stages. Alone, every operation is free."""
@@ -27,6 +29,7 @@ class ParallelGroup:
         deterministic: bool = False,
         tensor_group: dist.ProcessGroup | None = None,
         world: dist.ProcessGroup | None = None,
+        control: dist.ProcessGroup | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """`experts_apart`: each rank holds whole experts. `deterministic`: sums are taken in the order of the ranks.
@@ -39,6 +42,7 @@ class ParallelGroup:
         self._deterministic = deterministic
         self._tensor_group = tensor_group
         self._world = world
+        self._control = control
         self._dtype = dtype
 
     @staticmethod
@@ -53,8 +57,10 @@ class ParallelGroup:
         dtype: torch.dtype,
         experts_apart: bool = False,
         deterministic: bool = False,
+        across_hosts: bool = False,
     ) -> "ParallelGroup":
-        """Meets the other ranks at rank 0's store (see `host_store`): NCCL on GPUs, gloo on CPUs."""
+        """Meets the other ranks at rank 0's store (see `host_store`): NCCL on GPUs, gloo on CPUs. With `across_hosts`
+        there is a group for messages between hosts besides (`control`)."""
         everyone = size * stages
         if everyone == 1:
             return ParallelGroup()
@@ -74,6 +80,7 @@ class ParallelGroup:
             deterministic=deterministic,
             tensor_group=groups[stage] if size > 1 else None,
             world=dist.group.WORLD,
+            control=dist.new_group(backend="gloo", timeout=_FOREVER) if across_hosts else None,
             dtype=dtype,
         )
 
@@ -96,6 +103,17 @@ class ParallelGroup:
     def draws(self) -> bool:
         """Whether this rank samples and reports: rank 0 of the last stage."""
         return self.last and self.rank == 0
+
+    @property
+    def drawing_rank(self) -> int:
+        """That rank's number among all."""
+        return (self.stages - 1) * self.size
+
+    @property
+    def control(self) -> dist.ProcessGroup:
+        """Carries messages between hosts."""
+        assert self._control is not None, "the ranks share a host"
+        return self._control
 
     @property
     def everyone(self) -> int:
@@ -125,7 +143,7 @@ class ParallelGroup:
     def share_drawn(self, tokens: Tensor) -> None:
         """What the rank that draws has drawn, into everyone's `tokens`."""
         if self.everyone > 1:
-            dist.broadcast(tokens, group_src=(self.stages - 1) * self.size, group=self._world)
+            dist.broadcast(tokens, group_src=self.drawing_rank, group=self._world)
 
     def send(self, x: Tensor) -> None:
         """To the same rank of the next stage."""

@@ -199,8 +199,11 @@ class ModelRunner:
 
         self._graphs = StepGraphs(self._batcher, forward, record, self.device, limits.max_model_len)
         shapes = [Shape(size, size, size, 1) for size in decode_ladder(limits.max_num_seqs)]
-        shapes += mixed_ladder(limits.max_num_batched_tokens, limits.max_num_seqs)
+        most = min(limits.max_num_batched_tokens, limits.max_model_len)  # padding is a request like others
+        shapes += mixed_ladder(most, limits.max_num_seqs)
         self._graphs.capture(shapes)
+        full = Shape(most, 1, 1, most)  # compiles what only large steps use
+        forward(self._batcher.assemble(self._batcher.upload(self._batcher.arrays(StepPlan.empty(), full)), full, most))
         log.info("%d step shapes captured in %.1f s", len(shapes), time.monotonic() - started)
 
     def _take_row(self, new: NewRow, plan: StepPlan) -> None:

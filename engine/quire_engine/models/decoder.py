@@ -4,6 +4,7 @@ Shapes: T tokens of the step, H query heads and K key-value heads of this rank, 
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from quire_engine.layers.rotary import cos_sin_table
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.quantization.schemes import Part
 
+_LOADERS = 8  # layers that are read at once
 KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, [pages, K, block size, D] each
 
 
@@ -149,7 +151,15 @@ class Decoder:
         self.progress: Callable[[], None] = lambda: None  # called after each layer
         layers = layers_of(spec, group) if layers is None else layers
         self.num_layers = len(layers)
-        self._layers = [Layer(build, spec, layer, quantized_cache) for layer in layers]
+
+        def layer(number: int) -> Layer:
+            return Layer(build, spec, number, quantized_cache)
+
+        if weights.device.type == "cuda":  # copies overlap
+            with ThreadPoolExecutor(_LOADERS) as loaders:
+                self._layers = list(loaders.map(layer, layers))
+        else:  # OpenMP has a pool of threads for each thread that calls it; loading must not make another
+            self._layers = [layer(number) for number in layers]
         self._head: OutputHead | None = None
         if group.last:
             self._norm = weights.take("model.norm.weight", (spec.hidden_size,))
