@@ -80,8 +80,16 @@ class Backend(Protocol):
     ) -> None: ...
 
     def add_norm(
-        self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm, output: QuantizedOutput | None = None
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        output: QuantizedOutput | None = None,
     ) -> Tensor | Quantized: ...
+
+    def norm_heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> None: ...
 
     def activate(
         self, x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None

@@ -94,9 +94,18 @@ class TorchBackend:
         )
 
     def add_norm(
-        self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm, output: QuantizedOutput | None = None
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        output: QuantizedOutput | None = None,
     ) -> Tensor | Quantized:
-        return norm_reference.add_norm(residual, delta, weight, None, norm, output)
+        return norm_reference.add_norm(residual, delta, weight, bias, norm, output)
+
+    def norm_heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> None:
+        norm_reference.norm_heads(x, weight, bias, norm)
 
     def activate(
         self, x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None

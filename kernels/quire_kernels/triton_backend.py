@@ -14,7 +14,7 @@ from quire_kernels.matmul.triton import matmul
 from quire_kernels.moe import Experts, Routing
 from quire_kernels.moe.triton import align, combine, grouped_matmul, route, rows_per_tile
 from quire_kernels.norm import Norm
-from quire_kernels.norm.triton import add_norm
+from quire_kernels.norm.triton import add_norm, norm_heads
 from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.paged_attention.triton import paged_attention
 from quire_kernels.quantize import Quantized, QuantizedOutput
@@ -72,9 +72,18 @@ class TritonBackend:
         rope_cache_write(qkv, key_cache, value_cache, batch.positions, batch.slots, num_heads, rope, norm, scales)
 
     def add_norm(
-        self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm, output: QuantizedOutput | None = None
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        output: QuantizedOutput | None = None,
     ) -> Tensor | Quantized:
-        return add_norm(residual, delta, weight, None, norm, output)
+        return add_norm(residual, delta, weight, bias, norm, output)
+
+    def norm_heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> None:
+        norm_heads(x, weight, bias, norm)
 
     def activate(
         self, x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None

@@ -41,9 +41,9 @@ def both(
     assert (got[~unwritten] != 7.0).any(1).all()
 
 
-def head_norm(dim: int, unit_offset: bool, dtype: torch.dtype) -> HeadNorm:
+def head_norm(dim: int, unit_offset: bool, dtype: torch.dtype, after_rope: bool = False) -> HeadNorm:
     weights = {name: torch.randn(dim).to(dtype) for name in ("q_weight", "k_weight")}
-    return HeadNorm(**weights, eps=1e-6, unit_offset=unit_offset)
+    return HeadNorm(**weights, eps=1e-6, unit_offset=unit_offset, after_rope=after_rope)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,10 +60,11 @@ def test_many_tokens_and_no_rotation() -> None:
 
 @pytest.mark.parametrize("unit_offset", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_head_norms(interleaved: bool, unit_offset: bool) -> None:
+@pytest.mark.parametrize("after_rope", [False, True])
+def test_head_norms(after_rope: bool, interleaved: bool, unit_offset: bool) -> None:
     rope = Rope(cos_sin=torch.randn(100, 2, 24), interleaved=interleaved)
     for dtype in (torch.float32, torch.bfloat16):
-        both(63, 64, rope, head_norm(64, unit_offset, dtype), dtype)
+        both(63, 64, rope, head_norm(64, unit_offset, dtype, after_rope), dtype)
 
 
 @pytest.mark.parametrize("cache_dtype", FP8)

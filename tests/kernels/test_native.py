@@ -34,15 +34,34 @@ def test_paged_attention(heads: int, kv_heads: int, dim: int, block_size: int, w
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("rotary", [64, 32])
+@pytest.mark.parametrize(("group", "dim"), [(2, 64), (20, 32)])
+@pytest.mark.parametrize("kind", ["soft_cap", "sinks", "alibi"])
+def test_what_families_add(group: int, dim: int, kind: str) -> None:
+    heads = 2 * group
+    options = {
+        "soft_cap": AttentionOptions(soft_cap=5.0, window=7),
+        "sinks": AttentionOptions(sinks=torch.randn(heads) * 3),
+        "alibi": AttentionOptions(alibi_slopes=torch.rand(heads)),
+    }[kind]
+    batch = make_batch([1, 9, 20], [33, 9, 47], 16, 12)
+    keys, values = torch.randn(2, 12, 2, 16, dim)
+    q = torch.randn(30, heads, dim) * 3
+    got, expected = (b.paged_attention(q, keys, values, batch, 0.3, options) for b in (NativeBackend(), TorchBackend()))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["none", "before", "after"])
+@pytest.mark.parametrize(("rotary", "interleaved"), [(64, False), (32, False), (32, True), (0, False)])
 @pytest.mark.parametrize("tokens", [1, 63])
-def test_rope_cache_write(tokens: int, rotary: int, qk_norm: bool) -> None:
+def test_rope_cache_write(tokens: int, rotary: int, interleaved: bool, norm: str) -> None:
     heads, kv_heads, dim, size = 6, 2, 64, 16
     batch = make_batch([tokens], [tokens + 5], size, 8)
     batch.slots[::3] = -1
     cos_sin = torch.randn(100, 2, rotary // 2)
-    norm = HeadNorm(q_weight=torch.randn(dim), k_weight=torch.randn(dim), eps=1e-6) if qk_norm else None
+    rope = Rope(cos_sin=cos_sin, interleaved=interleaved) if rotary else None
+    weights = {name: torch.randn(dim) for name in ("q_weight", "k_weight")}
+    after = norm == "after"
+    head_norm = None if norm == "none" else HeadNorm(**weights, eps=1e-6, unit_offset=after, after_rope=after)
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
     results = []
     for backend in (NativeBackend(), TorchBackend()):
@@ -51,20 +70,21 @@ def test_rope_cache_write(tokens: int, rotary: int, qk_norm: bool) -> None:
             torch.full((8, kv_heads, size, dim), 7.0),
             torch.full((8, kv_heads, size, dim), 7.0),
         )
-        backend.rope_cache_write(mine, keys, values, batch, heads, Rope(cos_sin=cos_sin), norm, None)
+        backend.rope_cache_write(mine, keys, values, batch, heads, rope, head_norm, None)
         results.append((mine[:, : heads * dim], keys, values))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 63), (63, 1000), (1000, 64)])
-def test_norm_and_activation(tokens: int, width: int) -> None:
+@pytest.mark.parametrize("norm", [Norm(1e-5), Norm(1e-5, unit_offset=True), Norm(1e-5, "layer")])
+def test_norm_and_activation(tokens: int, width: int, norm: Norm) -> None:
     native, torch_backend = NativeBackend(), TorchBackend()
     residual, delta, weight = torch.randn(tokens, width), torch.randn(tokens, width), torch.randn(width)
     for added in (delta, None):
         mine, theirs = residual.clone(), residual.clone()
-        got = native.add_norm(mine, added, weight, Norm(1e-5))
-        expected = torch_backend.add_norm(theirs, added, weight, Norm(1e-5))
+        got = native.add_norm(mine, added, weight, None, norm)
+        expected = torch_backend.add_norm(theirs, added, weight, None, norm)
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
     gates = torch.randn(tokens, 2 * width) * 30

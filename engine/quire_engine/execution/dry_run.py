@@ -119,9 +119,18 @@ class DryBackend:
         pass
 
     def add_norm(
-        self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm, output: QuantizedOutput | None = None
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        output: QuantizedOutput | None = None,
     ) -> Tensor | Quantized:
         return self._result(residual, residual.shape[1], output)
+
+    def norm_heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> None:
+        pass
 
     def activate(
         self, x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None

@@ -15,6 +15,7 @@ class Activation(IntEnum):
     GELU = 2  # x * Phi(x), by the error function
     GELU_TANH = 3  # its approximation with tanh
     RELU_SQUARED = 4  # max(x, 0)^2 (So et al. 2021)
+    RELU = 6  # max(x, 0)
     SWIGLU_CLAMPED = 5  # gpt-oss, gated alone: gate <= 7, |up| <= 7; gate * sigmoid(1.702 gate) * (up + 1)
 
 

@@ -16,6 +16,7 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.GELU: F.gelu,
     Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
     Activation.RELU_SQUARED: lambda x: F.relu(x).square(),
+    Activation.RELU: F.relu,
 }
 
 

@@ -22,12 +22,13 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadNorm:
-    """RMSNorm of every query and key head before it turns (Qwen3, Gemma 3)."""
+    """RMSNorm of every query and key head, before it turns (Qwen3, Gemma 3) or after (Hunyuan)."""
 
     q_weight: Tensor  # [D]
     k_weight: Tensor  # [D]
     eps: float
     unit_offset: bool = False  # the factor is 1 + weight
+    after_rope: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,11 +52,14 @@ def rope_cache_write(
     heads = qkv.view(qkv.shape[0], num_heads + 2 * kv_heads, head_dim)
     q, k, v = heads.split((num_heads, kv_heads, kv_heads), 1)
     wide_q, wide_k = q.float(), k.float()
+    turned_first = norm is not None and norm.after_rope
+    if rope is not None and turned_first:
+        wide_q, wide_k = rotate(wide_q, positions, rope), rotate(wide_k, positions, rope)
     if norm is not None:
         kind = Norm(norm.eps, unit_offset=norm.unit_offset)
         wide_q = normalize(wide_q, norm.q_weight, None, kind)
         wide_k = normalize(wide_k, norm.k_weight, None, kind)
-    if rope is not None:
+    if rope is not None and not turned_first:
         wide_q, wide_k = rotate(wide_q, positions, rope), rotate(wide_k, positions, rope)
     q.copy_(wide_q)
     store(wide_k, key_cache, slots, None if scales is None else scales.key)

@@ -37,6 +37,17 @@ def _store(x, cache_ptr, scale_ptr, head, head_in, dims, slot, KV_HEADS: tl.cons
 
 
 @triton.jit
+def _head_weight(q_weight_ptr, k_weight_ptr, dims, dims_in, is_q, UNIT_OFFSET: tl.constexpr):
+    """The norm's factors [heads, dims], fp32."""
+    q_weight = tl.load(q_weight_ptr + dims, mask=dims_in, other=0.0).to(tl.float32)
+    k_weight = tl.load(k_weight_ptr + dims, mask=dims_in, other=0.0).to(tl.float32)
+    weight = tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
+    if UNIT_OFFSET:
+        weight += 1.0
+    return weight
+
+
+@triton.jit
 def _rope_cache_write(
     qkv_ptr,
     key_ptr,
@@ -60,6 +71,7 @@ def _rope_cache_write(
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
+    AFTER_ROPE: tl.constexpr,
     LIMIT: tl.constexpr,
     TILE_HEADS: tl.constexpr,
 ):
@@ -74,14 +86,9 @@ def _rope_cache_write(
     raw = tl.load(base + dims[None, :], mask=inside, other=0.0).to(tl.float32)
     x = raw
     shrink = tl.full([TILE_HEADS], 1.0, tl.float32)
-    if q_weight_ptr is not None:
+    if q_weight_ptr is not None and not AFTER_ROPE:
         shrink = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
-        q_weight = tl.load(q_weight_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
-        k_weight = tl.load(k_weight_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
-        weight = tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
-        if UNIT_OFFSET:
-            weight += 1.0
-        x = x * shrink[:, None] * weight
+        x *= shrink[:, None] * _head_weight(q_weight_ptr, k_weight_ptr, dims, dims < D, is_q, UNIT_OFFSET)
     if HALF > 0:
         if INTERLEAVED:
             frequency = tl.arange(0, D_PADDED // 2)
@@ -100,15 +107,15 @@ def _rope_cache_write(
                 HALF,
             )  # fmt: skip
             other = tl.load(base + partner[None, :], mask=turned_head & turning[None, :], other=0.0).to(tl.float32)
-            if q_weight_ptr is not None:
-                q_weight = tl.load(q_weight_ptr + partner, mask=turning, other=0.0).to(tl.float32)
-                k_weight = tl.load(k_weight_ptr + partner, mask=turning, other=0.0).to(tl.float32)
-                weight = tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
-                if UNIT_OFFSET:
-                    weight += 1.0
-                other = other * shrink[:, None] * weight
+            if q_weight_ptr is not None and not AFTER_ROPE:
+                other *= shrink[:, None] * _head_weight(
+                    q_weight_ptr, k_weight_ptr, partner, turning, is_q, UNIT_OFFSET
+                )
             x = x * cosine[None, :] + other * tl.where(first, -sine, sine)[None, :]
             tl.debug_barrier()  # partners are read before they are overwritten
+    if q_weight_ptr is not None and AFTER_ROPE:
+        shrink = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
+        x *= shrink[:, None] * _head_weight(q_weight_ptr, k_weight_ptr, dims, dims < D, is_q, UNIT_OFFSET)
     tl.store(base + dims[None, :], x.to(qkv_ptr.dtype.element_ty), mask=inside & is_q[:, None])
     slot = tl.load(slots_ptr + token)
     if slot >= 0:
@@ -160,6 +167,7 @@ def rope_cache_write(
         HALF=0 if rope is None else rope.cos_sin.shape[-1],
         INTERLEAVED=rope is not None and rope.interleaved,
         UNIT_OFFSET=norm is not None and norm.unit_offset,
+        AFTER_ROPE=norm is not None and norm.after_rope,
         LIMIT=0.0 if scales is None else torch.finfo(key_cache.dtype).max,
         TILE_HEADS=tile,
         num_warps=2 if chip.amd else 4,

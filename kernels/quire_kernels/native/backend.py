@@ -49,9 +49,8 @@ class NativeBackend(TorchBackend):
         kv_heads, block_size, head_dim = key_cache.shape[1:]
         group = q.shape[1] // kv_heads
         assert q.stride(1) == head_dim, "heads of a token are consecutive"
-        assert options == AttentionOptions(window=options.window), "kernels.c knows windows alone"
+        assert options.spans is None and options.key_scale is None, "kernels.c has neither spans nor scales"
         assert head_dim <= 256, "kernels.c: MAX_DIM"
-        assert group <= 16, "kernels.c: MAX_GROUP"
         assert block_size <= 64, "kernels.c: MAX_BLOCK"
         out = torch.empty(q.shape)
         self._attention(
@@ -72,6 +71,9 @@ class NativeBackend(TorchBackend):
             block_size,
             options.window,
             ctypes.c_float(scale),
+            ctypes.c_float(options.soft_cap),
+            _pointer(options.sinks),
+            _pointer(options.alibi_slopes),
         )
         return out
 
@@ -88,9 +90,7 @@ class NativeBackend(TorchBackend):
     ) -> None:
         kv_heads, block_size, head_dim = key_cache.shape[1:]
         assert scales is None, "kernels.c stores fp32"
-        assert rope is not None, "kernels.c rotates"
-        assert not rope.interleaved and rope.axes is None, "kernels.c rotates by halves"
-        assert norm is None or not norm.unit_offset, "kernels.c multiplies by the weight itself"
+        assert rope is None or rope.axes is None, "kernels.c has one position per token"
         self._cache_write(
             _pointer(qkv),
             ctypes.c_int64(qkv.stride(0)),
@@ -98,33 +98,44 @@ class NativeBackend(TorchBackend):
             _pointer(value_cache),
             _pointer(batch.positions),
             _pointer(batch.slots),
-            _pointer(rope.cos_sin),
+            _pointer(None if rope is None else rope.cos_sin),
             _pointer(None if norm is None else norm.q_weight),
             _pointer(None if norm is None else norm.k_weight),
             ctypes.c_float(0.0 if norm is None else norm.eps),
+            ctypes.c_float(norm is not None and norm.unit_offset),
+            norm is not None and norm.after_rope,
             ctypes.c_int64(qkv.shape[0]),
             num_heads,
             kv_heads,
             head_dim,
             block_size,
-            rope.cos_sin.shape[-1],
+            0 if rope is None else rope.cos_sin.shape[-1],
+            rope is not None and rope.interleaved,
         )
 
     def add_norm(
-        self, residual: Tensor, delta: Tensor | None, weight: Tensor, norm: Norm, output: QuantizedOutput | None = None
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        output: QuantizedOutput | None = None,
     ) -> Tensor | Quantized:
-        if output is not None:
-            return super().add_norm(residual, delta, weight, norm, output)
-        assert norm == Norm(norm.eps), "kernels.c has RMSNorm alone"
-        out = torch.empty_like(residual)
+        if output is not None or norm.kind != "rms" or bias is not None or weight is None:
+            return super().add_norm(residual, delta, weight, bias, norm, output)
+        out = torch.empty(residual.shape)
         self._norm(
             _pointer(residual),
             _pointer(delta),
             _pointer(weight),
             _pointer(out),
             ctypes.c_float(norm.eps),
+            ctypes.c_float(norm.unit_offset),
             ctypes.c_int64(residual.shape[0]),
             ctypes.c_int64(residual.shape[1]),
+            ctypes.c_int64(residual.stride(0)),
+            ctypes.c_int64(0 if delta is None else delta.stride(0)),
         )
         return out
 

@@ -112,7 +112,7 @@ static inline __attribute__((always_inline)) void add_values(
 static inline __attribute__((always_inline)) void attend_tile(
     const float *q, int64_t q_stride, float *out, int64_t out_stride, const float *keys, const float *values,
     const int32_t *block_table, int64_t page_stride, int first_position, int tile, int window, float scale,
-    const int G, const int D, const int B) {
+    float cap, const float *sinks, const float *slopes, const int G, const int D, const int B) {
     float acc[MAX_TILE * MAX_GROUP][MAX_DIM] __attribute__((aligned(64)));
     float top[MAX_TILE * MAX_GROUP], sum[MAX_TILE * MAX_GROUP];
     float weights[MAX_BLOCK] __attribute__((aligned(64)));
@@ -143,6 +143,10 @@ static inline __attribute__((always_inline)) void attend_tile(
             for (int g = 0; g < G; g++) {
                 const int i = t * G + g;
                 score_page(q + t * q_stride + g * D, k, weights, scale, D, B);
+                if (cap > 0.0f)
+                    for (int j = 0; j < B; j++) weights[j] = cap * tanhf(weights[j] / cap);
+                if (slopes)
+                    for (int j = 0; j < B; j++) weights[j] -= slopes[g] * (float)(position - block * B - j);
                 float best = top[i];
                 if (start > 0 || stop < B)
                     for (int j = 0; j < B; j++) weights[j] = j < start || j >= stop ? -INFINITY : weights[j];
@@ -159,31 +163,42 @@ static inline __attribute__((always_inline)) void attend_tile(
     }
     for (int t = 0; t < tile; t++)
         for (int g = 0; g < G; g++) {
-            const float inverse = 1.0f / sum[t * G + g];
+            float inverse = 1.0f / sum[t * G + g];
+            if (sinks) { /* a logit that takes part and carries no value */
+                const float best = sinks[g] > top[t * G + g] ? sinks[g] : top[t * G + g];
+                const float shrink = exp_neg(top[t * G + g] - best);
+                inverse = shrink / (sum[t * G + g] * shrink + exp_neg(sinks[g] - best));
+            }
             for (int d = 0; d < D; d++) out[t * out_stride + g * D + d] = acc[t * G + g][d] * inverse;
         }
 }
 
 #define SPECIALIZED(G_, D_, B_)                                                                                     \
     if (G == G_ && D == D_ && B == B_) {                                                                            \
-        attend_tile(qt, q_stride, ot, out_stride, k, v, table, page_stride, first, tile, window, scale, G_, D_, B_); \
+        attend_tile(qt, q_stride, ot, out_stride, k, v, table, page_stride, first, tile, window, scale, cap, s, a,  \
+                    G_, D_, B_);                                                                                    \
         continue;                                                                                                   \
     }
 
-/* out[T, H, D] = softmax(scale * q k^T) v over each request's pages, causal, optionally in a sliding window.
+/* out[T, H, D] = softmax(scale * q k^T) v over each request's pages, causal, optionally in a sliding window, with scores
+ * soft-capped (cap > 0), with ALiBi's slopes [H] and with sinks [H]. Groups of over MAX_GROUP heads are taken in parts.
  * tiles[n, 3]: request, first query token in the flat batch, tokens (1..8). positions[T]: of every flat token. */
 void paged_attention(const float *q, int64_t q_stride, float *out, int64_t out_stride, const float *key_cache,
                      const float *value_cache, const int32_t *block_tables, int64_t table_stride,
                      const int32_t *positions, const int32_t *tiles, int64_t n_tiles, int K, int G, int D, int B,
-                     int window, float scale) {
+                     int window, float scale, float cap, const float *sinks, const float *slopes) {
     const int64_t page_stride = (int64_t)K * B * D;
+    const int whole = G, parts = (whole + MAX_GROUP - 1) / MAX_GROUP;
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t item = 0; item < n_tiles * K; item++) {
-        const int32_t *t = tiles + (item / K) * 3;
-        const int head = (int)(item % K);
+    for (int64_t item = 0; item < n_tiles * K * parts; item++) {
+        const int32_t *t = tiles + (item / parts / K) * 3;
+        const int head = (int)(item / parts % K), begin = (int)(item % parts) * MAX_GROUP;
+        const int G = whole - begin < MAX_GROUP ? whole - begin : MAX_GROUP;
         const int tile = t[2], first = positions[t[1]];
-        const float *qt = q + t[1] * q_stride + (int64_t)head * G * D;
-        float *ot = out + t[1] * out_stride + (int64_t)head * G * D;
+        const int64_t query = (int64_t)head * whole + begin;
+        const float *qt = q + t[1] * q_stride + query * D;
+        const float *s = sinks ? sinks + query : 0, *a = slopes ? slopes + query : 0;
+        float *ot = out + t[1] * out_stride + query * D;
         const float *k = key_cache + (int64_t)head * B * D, *v = value_cache + (int64_t)head * B * D;
         const int32_t *table = block_tables + t[0] * table_stride;
         SPECIALIZED(1, 64, 16)
@@ -196,15 +211,24 @@ void paged_attention(const float *q, int64_t q_stride, float *out, int64_t out_s
         SPECIALIZED(2, 128, 16)
         SPECIALIZED(4, 128, 16)
         SPECIALIZED(8, 128, 16)
-        attend_tile(qt, q_stride, ot, out_stride, k, v, table, page_stride, first, tile, window, scale, G, D, B);
+        attend_tile(qt, q_stride, ot, out_stride, k, v, table, page_stride, first, tile, window, scale, cap, s, a, G, D,
+                    B);
     }
 }
 
-static inline void normalize_head(float *x, const float *weight, float eps, int D) {
+static inline void normalize_head(float *x, const float *weight, float eps, float offset, int D) {
     float squares = 0.0f;
     for (int d = 0; d < D; d++) squares += x[d] * x[d];
     const float r = 1.0f / sqrtf(squares / D + eps);
-    for (int d = 0; d < D; d++) x[d] = x[d] * r * weight[d];
+    for (int d = 0; d < D; d++) x[d] = x[d] * r * (offset + weight[d]);
+}
+
+static inline void rotate_pairs(float *x, const float *cosine, const float *sine, int half) {
+    for (int d = 0; d < half; d++) {
+        const float a = x[2 * d], b = x[2 * d + 1];
+        x[2 * d] = a * cosine[d] - b * sine[d];
+        x[2 * d + 1] = b * cosine[d] + a * sine[d];
+    }
 }
 
 static inline void rotate_half(float *x, const float *cosine, const float *sine, int half) {
@@ -215,19 +239,24 @@ static inline void rotate_half(float *x, const float *cosine, const float *sine,
     }
 }
 
-/* qkv[T, (H + 2K) * D]: optional RMSNorm per head, rotary embedding of q and k (in place), k and v to their slots.
- * cos_sin[position, 2, half]; slots[T]: page * B + offset, or -1 for a token whose k and v are already there. */
+/* qkv[T, (H + 2K) * D]: optional RMSNorm per head (before the rotary embedding or after it; the factor is offset +
+ * weight), rotary embedding of q and k (in place; none where half is 0), k and v to their slots. cos_sin[position, 2, half]; slots[T]: page * B + offset, or -1 for a token whose k and v are already there. */
 void rope_cache_write(float *qkv, int64_t stride, float *key_cache, float *value_cache, const int32_t *positions,
                       const int64_t *slots, const float *cos_sin, const float *q_weight, const float *k_weight,
-                      float eps, int64_t T, int H, int K, int D, int B, int half) {
+                      float eps, float offset, int norm_last, int64_t T, int H, int K, int D, int B, int half,
+                      int interleaved) {
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < T; t++) {
         float *row = qkv + t * stride;
-        const float *cosine = cos_sin + (int64_t)positions[t] * 2 * half, *sine = cosine + half;
+        const float *cosine = half ? cos_sin + (int64_t)positions[t] * 2 * half : 0, *sine = cosine + half;
         for (int h = 0; h < H + K; h++) {
             float *x = row + h * D;
-            if (q_weight) normalize_head(x, h < H ? q_weight : k_weight, eps, D);
-            rotate_half(x, cosine, sine, half);
+            if (q_weight && !norm_last) normalize_head(x, h < H ? q_weight : k_weight, eps, offset, D);
+            if (interleaved)
+                rotate_pairs(x, cosine, sine, half);
+            else
+                rotate_half(x, cosine, sine, half);
+            if (q_weight && norm_last) normalize_head(x, h < H ? q_weight : k_weight, eps, offset, D);
         }
         if (slots[t] < 0) continue;
         const int64_t page = slots[t] / B, offset = slots[t] % B;
@@ -239,15 +268,16 @@ void rope_cache_write(float *qkv, int64_t stride, float *key_cache, float *value
     }
 }
 
-/* residual[T, N] += delta[T, N] (delta may be NULL); out = RMSNorm(residual) * weight. */
-void add_rms_norm(float *residual, const float *delta, const float *weight, float *out, float eps, int64_t T,
-                  int64_t N) {
+/* residual[T, N] += delta[T, N] (delta may be NULL); out = RMSNorm(residual) * (offset + weight). Rows may be strided,
+ * those of out are not. */
+void add_rms_norm(float *residual, const float *delta, const float *weight, float *out, float eps, float offset,
+                  int64_t T, int64_t N, int64_t stride, int64_t delta_stride) {
 #pragma omp parallel for schedule(static) if (T > 1)
     for (int64_t t = 0; t < T; t++) {
-        float *x = residual + t * N, *y = out + t * N;
+        float *x = residual + t * stride, *y = out + t * N;
         float squares = 0.0f;
         if (delta) {
-            const float *dx = delta + t * N;
+            const float *dx = delta + t * delta_stride;
             for (int64_t i = 0; i < N; i++) {
                 x[i] += dx[i];
                 squares += x[i] * x[i];
@@ -256,7 +286,7 @@ void add_rms_norm(float *residual, const float *delta, const float *weight, floa
             for (int64_t i = 0; i < N; i++) squares += x[i] * x[i];
         }
         const float r = 1.0f / sqrtf(squares / (float)N + eps);
-        for (int64_t i = 0; i < N; i++) y[i] = x[i] * r * weight[i];
+        for (int64_t i = 0; i < N; i++) y[i] = x[i] * r * (offset + weight[i]);
     }
 }
 
