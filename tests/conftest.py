@@ -13,60 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, TINY
 
 torch.set_num_threads(2)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-VOCAB = 300
-_TINY = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.25,
-}
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
-    "mistral": ("MistralConfig", {"sliding_window": 24, "head_dim": 32}),
-    "qwen2": (
-        "Qwen2Config",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 24,
-            "max_window_layers": 1,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen3": ("Qwen3Config", {"head_dim": 32}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {
-            "head_dim": 32,
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 32,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [1],
-        },
-    ),
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
-}
-
 
 def make_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
     """A tiny random fp32 checkpoint from the family's own config class, with a word-level tokenizer."""
@@ -74,9 +25,9 @@ def make_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    kind, facts = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, kind)(**(_TINY | facts | changes))
+    known = FAMILIES[family]
+    config = getattr(transformers, known.config)(**(TINY | known.facts | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():  # what starts at 0 or 1 must matter too
         if name.endswith("bias") or "norm" in name:

@@ -14,7 +14,8 @@ from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.execution.dry_run import DryGroup, allocated
 from quire_engine.execution.graphs import MIXED_TOKENS
-from quire_engine.models.decoder import kv_heads_of, layers_of
+from quire_engine.layers.attention import kv_heads_of
+from quire_engine.models.decoder import layers_of
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.quantization.config import Quantization
 

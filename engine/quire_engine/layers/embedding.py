@@ -6,6 +6,7 @@ from torch import Tensor
 
 from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.linear import Builder, shard
+from quire_engine.weights.tensors import Weights
 
 
 def _padded(vocab_size: int, group: ParallelGroup) -> int:
@@ -22,6 +23,11 @@ class Embedding:
         table = build.weights.take(f"{name}.weight", (vocab_size, hidden), rows)
         missing = self._part.stop - self._part.start - table.shape[0]
         self.table = F.pad(table, (0, 0, 0, missing)) if missing else table
+        self._vocab_size, self._rows, self._missing = vocab_size, rows, missing
+
+    def rows_of(self, name: str, weights: Weights) -> Tensor:
+        """This rank's part of a vector as long as the vocabulary."""
+        return F.pad(weights.take(name, (self._vocab_size,), self._rows), (0, self._missing))
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         if self._group.size == 1:
@@ -35,10 +41,10 @@ class Embedding:
 class OutputHead:
     """[S, hidden] → fp32 logits [S, vocabulary] on rank 0, None elsewhere. May share the embedding's table."""
 
-    def __init__(self, build: Builder, table: Tensor, vocab_size: int) -> None:
+    def __init__(self, build: Builder, table: Tensor, bias: Tensor | None, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._group = build.group
-        self._matmul = build.ops.linear(table, None)
+        self._matmul = build.ops.linear(table, bias)
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         logits = self._group.gather_columns(self._matmul(hidden))

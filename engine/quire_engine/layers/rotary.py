@@ -1,6 +1,8 @@
 """Rotary position embedding (Su et al. 2021): the table of cosines and sines for every position."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,41 +10,87 @@ from torch import Tensor
 
 from quire_engine.errors import ModelError
 
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+_OTHER_NAMES = {"su": "longrope"}
 
 
-def cos_sin_table(
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """How positions turn the first `dim` dimensions of a head."""
+
+    theta: float
+    dim: int
+    interleaved: bool = False  # pairs are neighbours (GPT-J), not one half's with the other's (GPT-NeoX)
+    max_position: int = 0  # of the model
+    scaling: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def kind(self) -> str:
+        """The scaling's."""
+        name = self.scaling.get("rope_type", self.scaling.get("type", "default"))
+        return _OTHER_NAMES.get(name, name)
+
+
+def rotary_of(
+    config: Mapping[str, Any],
+    head_dim: int,
     *,
-    theta: float,
-    rotary_dim: int,
-    scaling: dict[str, Any] | None,
-    max_position: int,
-    model_max_position: int,
-) -> Tensor:
-    """[max_position, 2, rotary_dim / 2] in fp32. Raises ModelError for a scaling that is not known.
+    layer_type: str = "full_attention",
+    interleaved: bool = False,
+    fraction: float | None = None,
+    dim: int | None = None,
+    theta: float = 10000.0,
+) -> Rotary:
+    """From `rope_parameters` (of the layer type, where they are apart), or the older `rope_theta` and `rope_scaling`.
 
-    Scalings: linear (positions divided), llama3 (Llama 3.1's report), yarn (Peng et al. 2023).
+    `fraction` of a head that turns, `dim`, `theta`: where the config says nothing. Raises ModelError for an unknown
+    rope type.
     """
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
-    frequencies = 1.0 / (theta**exponents)
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = given.get(layer_type, given)
+    part = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or fraction or 1.0
+    rotary = Rotary(
+        theta=float(given.get("rope_theta") or config.get("rope_theta") or theta),
+        dim=dim or int(head_dim * part),
+        interleaved=interleaved,
+        max_position=config.get("max_position_embeddings") or 0,
+        scaling=given,
+    )
+    if rotary.kind not in KINDS:
+        raise ModelError(f"rope_scaling has rope_type {rotary.kind!r}; known are {', '.join(KINDS)}")
+    if rotary.kind == "longrope" and not given.get("original_max_position_embeddings"):
+        original = config.get("original_max_position_embeddings")
+        if original is None:
+            raise ModelError("config.json lacks original_max_position_embeddings, which longrope needs")
+        return Rotary(**(vars(rotary) | {"scaling": {**given, "original_max_position_embeddings": original}}))
+    return rotary
+
+
+def cos_sin_table(rotary: Rotary, max_position: int) -> Tensor:
+    """[max_position, 2, dim / 2] in fp32, for a context of `max_position` tokens.
+
+    Scalings: linear (positions divided), llama3 (Llama 3.1's report), yarn (Peng et al. 2023), longrope (Ding et al.
+    2024; the factors for long contexts where the context exceeds the original one).
+    """
+    exponents = torch.arange(0, rotary.dim, 2, dtype=torch.int64).float() / rotary.dim
+    frequencies = 1.0 / (rotary.theta**exponents)
     magnitude = 1.0
-    scaling = scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "linear":
-        frequencies = frequencies / scaling["factor"]
-    elif kind == "llama3":
-        frequencies = _llama3(frequencies, scaling, model_max_position)
-    elif kind == "yarn":
-        frequencies, magnitude = _yarn(frequencies, scaling, theta, rotary_dim, model_max_position)
-    elif kind != "default":
-        raise ModelError(f"rope_scaling has rope_type {kind!r}; known are {', '.join(KINDS)}")
+    if rotary.kind == "linear":
+        frequencies = frequencies / rotary.scaling["factor"]
+    elif rotary.kind == "llama3":
+        frequencies = _llama3(frequencies, rotary)
+    elif rotary.kind == "yarn":
+        frequencies, magnitude = _yarn(frequencies, rotary)
+    elif rotary.kind == "longrope":
+        frequencies, magnitude = _longrope(frequencies, rotary, max_position)
     angles = torch.arange(max_position, dtype=torch.float32)[:, None] * frequencies
     return torch.stack((angles.cos() * magnitude, angles.sin() * magnitude), 1)
 
 
-def _llama3(frequencies: Tensor, scaling: dict[str, Any], model_max_position: int) -> Tensor:
+def _llama3(frequencies: Tensor, rotary: Rotary) -> Tensor:
+    scaling = rotary.scaling
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original = scaling.get("original_max_position_embeddings", model_max_position)
+    original = scaling.get("original_max_position_embeddings", rotary.max_position)
     wavelengths = 2 * math.pi / frequencies
     smooth = (original / wavelengths - low) / (high - low)
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
@@ -51,22 +99,22 @@ def _llama3(frequencies: Tensor, scaling: dict[str, Any], model_max_position: in
     return torch.where(middle, between, scaled)
 
 
-def _yarn(
-    frequencies: Tensor, scaling: dict[str, Any], theta: float, dim: int, model_max_position: int
-) -> tuple[Tensor, float]:
+def mscale(scale: float, m: float = 1.0) -> float:
+    """YaRN's correction of the softmax's temperature."""
+    return 0.1 * m * math.log(scale) + 1.0 if scale > 1 else 1.0
+
+
+def _yarn(frequencies: Tensor, rotary: Rotary) -> tuple[Tensor, float]:
+    scaling, dim = rotary.scaling, rotary.dim
     factor = scaling["factor"]
-    original = scaling.get("original_max_position_embeddings") or model_max_position
-
-    def mscale(scale: float, m: float = 1.0) -> float:
-        return 0.1 * m * math.log(scale) + 1.0 if scale > 1 else 1.0
-
+    original = scaling.get("original_max_position_embeddings") or rotary.max_position
     magnitude = scaling.get("attention_factor")
     if magnitude is None:
         m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
         magnitude = mscale(factor, m) / mscale(factor, m_all) if m and m_all else mscale(factor)
 
     def dimension(rotations: float) -> float:
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rotary.theta))
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
@@ -76,3 +124,14 @@ def _yarn(
         high += 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return frequencies / factor * ramp + frequencies * (1 - ramp), float(magnitude)
+
+
+def _longrope(frequencies: Tensor, rotary: Rotary, max_position: int) -> tuple[Tensor, float]:
+    scaling = rotary.scaling
+    original = scaling["original_max_position_embeddings"]
+    factors = scaling["long_factor" if max_position > original else "short_factor"]
+    magnitude = scaling.get("attention_factor")
+    if magnitude is None:
+        factor = scaling.get("factor") or rotary.max_position / original
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return frequencies / torch.tensor(factors, dtype=torch.float32), float(magnitude)

@@ -1,23 +1,97 @@
 """The families that are served, by the `architectures` entry of their config."""
 
 from collections.abc import Callable
-from typing import Any
 
 from quire_engine.errors import ModelError
-from quire_engine.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
-from quire_engine.models.spec import DecoderSpec
+from quire_engine.models import (
+    arcee,
+    bloom,
+    cohere,
+    dots1,
+    ernie,
+    exaone4,
+    falcon,
+    gemma,
+    glm,
+    gpt2,
+    gpt_neox,
+    gptj,
+    granite,
+    helium,
+    hunyuan,
+    llama,
+    minimax_m2,
+    mistral,
+    mixtral,
+    mpt,
+    nemotron,
+    olmo,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
+from quire_engine.models.spec import Config, DecoderSpec
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], DecoderSpec]] = {
+FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
+    "ArceeForCausalLM": arcee.spec,
+    "BloomForCausalLM": bloom.spec,
+    "CohereForCausalLM": cohere.cohere,
+    "Cohere2ForCausalLM": cohere.cohere2,
+    "CwmForCausalLM": mistral.spec,
+    "Dots1ForCausalLM": dots1.spec,
+    "Ernie4_5ForCausalLM": ernie.ernie,
+    "Ernie4_5_MoeForCausalLM": ernie.ernie_moe,
+    "Exaone4ForCausalLM": exaone4.spec,
+    "FalconForCausalLM": falcon.spec,
+    "GPT2LMHeadModel": gpt2.gpt2,
+    "GPTBigCodeForCausalLM": gpt2.gpt_bigcode,
+    "GPTNeoXForCausalLM": gpt_neox.spec,
+    "GemmaForCausalLM": gemma.gemma,
+    "Gemma2ForCausalLM": gemma.gemma2,
+    "Gemma3ForCausalLM": gemma.gemma3,
+    "GlmForCausalLM": glm.glm,
+    "Glm4ForCausalLM": glm.glm4,
+    "Glm4MoeForCausalLM": glm.glm4_moe,
+    "GraniteForCausalLM": granite.granite,
+    "GraniteMoeForCausalLM": granite.granite_moe,
+    "GraniteMoeSharedForCausalLM": granite.granite_moe,
+    "GPTJForCausalLM": gptj.spec,
+    "HeliumForCausalLM": helium.spec,
+    "HunYuanDenseV1ForCausalLM": hunyuan.spec,
     "LlamaForCausalLM": llama.spec,
+    "MiniMaxM2ForCausalLM": minimax_m2.spec,
+    "MinistralForCausalLM": mistral.spec,
     "MistralForCausalLM": mistral.spec,
     "MixtralForCausalLM": mixtral.spec,
+    "MptForCausalLM": mpt.spec,
+    "NemotronForCausalLM": nemotron.spec,
+    "OPTForCausalLM": opt.spec,
+    "OlmoForCausalLM": olmo.olmo,
+    "Olmo2ForCausalLM": olmo.olmo2,
+    "Olmo3ForCausalLM": olmo.olmo3,
+    "OlmoeForCausalLM": olmo.olmoe,
+    "PhiForCausalLM": phi.spec,
+    "Phi3ForCausalLM": phi3.spec,
     "Qwen2ForCausalLM": qwen2.spec,
+    "Qwen2MoeForCausalLM": qwen2_moe.spec,
     "Qwen3ForCausalLM": qwen3.spec,
     "Qwen3MoeForCausalLM": qwen3_moe.spec,
+    "SeedOssForCausalLM": seed_oss.spec,
+    "SmolLM3ForCausalLM": smollm3.spec,
+    "StableLmForCausalLM": stablelm.spec,
+    "Starcoder2ForCausalLM": starcoder2.spec,
 }
 
 
-def spec_of(config: dict[str, Any]) -> DecoderSpec:
+def spec_of(config: Config) -> DecoderSpec:
     """Raises ModelError for a family that is not served, naming those that are."""
     architectures = config.get("architectures") or []
     for name in architectures:

@@ -1,11 +1,9 @@
 """Llama 1 to 3.x, and what shares its shape (SmolLM2, TinyLlama, Yi)."""
 
-from typing import Any
-
-from quire_engine.models.spec import DecoderSpec, base_spec
+from quire_engine.models.spec import Config, DecoderSpec, base_spec
 
 
-def spec(config: dict[str, Any]) -> DecoderSpec:
+def spec(config: Config) -> DecoderSpec:
     """attention_bias covers q, k, v and o alike."""
     bias = bool(config.get("attention_bias", False))
     return base_spec(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))

@@ -1,11 +1,8 @@
-"""Mistral: Llama's shape; v0.1 attends in a sliding window."""
+"""Mistral: Llama's shape; v0.1 attends in a sliding window. Ministral: in some layers."""
 
-from typing import Any
-
-from quire_engine.models.spec import DecoderSpec, base_spec
+from quire_engine.models.spec import Config, DecoderSpec, base_spec, layer_windows
 
 
-def spec(config: dict[str, Any]) -> DecoderSpec:
+def spec(config: Config) -> DecoderSpec:
     """One window for all layers; null means none."""
-    window = config.get("sliding_window") or 0
-    return base_spec(config, windows=(window,) * config["num_hidden_layers"] if window else ())
+    return base_spec(config, windows=layer_windows(config, config["num_hidden_layers"], "sliding_attention"))

@@ -1,19 +1,20 @@
 """Mixtral: Mistral's attention, and experts under names of their own."""
 
 import dataclasses
-from typing import Any
 
 from quire_engine.models import mistral
-from quire_engine.models.spec import DecoderSpec, ExpertsSpec, need
+from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, need
 
 
-def spec(config: dict[str, Any]) -> DecoderSpec:
+def spec(config: Config) -> DecoderSpec:
     """w1 is the gate, w3 goes up, w2 down."""
     experts = ExpertsSpec(
         num_experts=need(config, "num_local_experts"),
         top_k=need(config, "num_experts_per_tok"),
         intermediate_size=need(config, "intermediate_size"),
         at="block_sparse_moe",
-        names=("w1", "w3", "w2"),
+        gate="w1",
+        up="w3",
+        down="w2",
     )
     return dataclasses.replace(mistral.spec(config), experts=experts)

@@ -1,21 +1,17 @@
 """Qwen2 and 2.5: bias on q, k and v; optionally a window on the upper layers."""
 
-from typing import Any
-
-from quire_engine.models.spec import DecoderSpec, base_spec
+from quire_engine.models.spec import Config, DecoderSpec, base_spec, layer_windows
 
 
-def layer_windows(config: dict[str, Any]) -> tuple[int, ...]:
+def upper_windows(config: Config) -> tuple[int, ...]:
     """`use_sliding_window` puts the window on layers from `max_window_layers` on."""
     if not config.get("use_sliding_window") or not config.get("sliding_window"):
         return ()
     first, layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
-    ]
-    return tuple(config["sliding_window"] if kind == "sliding_attention" else 0 for kind in kinds)
+    kinds = config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
+    return layer_windows({**config, "layer_types": kinds}, layers)
 
 
-def spec(config: dict[str, Any]) -> DecoderSpec:
+def spec(config: Config) -> DecoderSpec:
     """No bias on o."""
-    return base_spec(config, qkv_bias=True, windows=layer_windows(config))
+    return base_spec(config, qkv_bias=True, windows=upper_windows(config))

@@ -1,21 +1,24 @@
 """Qwen3 with experts: Qwen3-30B-A3B, Qwen3-235B-A22B."""
 
 import dataclasses
-from typing import Any
 
 from quire_engine.models import qwen3
-from quire_engine.models.spec import DecoderSpec, ExpertsSpec, need
+from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, need
 
 
-def spec(config: dict[str, Any]) -> DecoderSpec:
+def dense_layers(config: Config) -> frozenset[int]:
     """Every `decoder_sparse_step`th layer has experts, but for those in `mlp_only_layers`."""
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    layers = range(need(config, "num_hidden_layers"))
+    return frozenset(i for i in range(need(config, "num_hidden_layers")) if i in dense or (i + 1) % step)
+
+
+def spec(config: Config) -> DecoderSpec:
+    """`norm_topk_prob` is off where the config leaves it out."""
     experts = ExpertsSpec(
-        num_experts=config.get("num_experts") or need(config, "num_local_experts"),
+        num_experts=need(config, "num_experts", "num_local_experts"),
         top_k=need(config, "num_experts_per_tok"),
         intermediate_size=need(config, "moe_intermediate_size"),
         renormalize=bool(config.get("norm_topk_prob", False)),
-        dense_layers=frozenset(i for i in layers if i in dense or (i + 1) % step),
+        dense_layers=dense_layers(config),
     )
     return dataclasses.replace(qwen3.spec(config), experts=experts)

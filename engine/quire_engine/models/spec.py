@@ -1,9 +1,52 @@
 """What the decoder needs to know of a family: facts only."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quire_kernels.activation import Activation
+from quire_kernels.norm import Norm
+
 from quire_engine.errors import ModelError
+from quire_engine.layers.rotary import Rotary, rotary_of
+
+ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+    "relu2": Activation.RELU_SQUARED,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """How a checkpoint calls its tensors. "" where the family has none; those of a layer follow `layers`.N."""
+
+    embedding: str = "model.embed_tokens"
+    positions: str = ""  # learned position embeddings
+    embedding_norm: str = ""
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    q: str = "q_proj"  # the same for q, k and v where one tensor holds all three (`DecoderSpec.qkv`)
+    k: str = "k_proj"
+    v: str = "v_proj"
+    output: str = "o_proj"
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+    mlp: str = "mlp"
+    gate: str = "gate_proj"  # the same as `up` where one tensor holds both, the gate first
+    up: str = "up_proj"
+    down: str = "down_proj"
+    attention_norm: str = "input_layernorm"
+    after_attention: str = ""  # a norm of the attention's result
+    mlp_norm: str = "post_attention_layernorm"
+    after_mlp: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,15 +59,38 @@ class ExpertsSpec:
     score: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = True  # the chosen experts' weights add up to 1
     scale: float = 1.0
+    groups: int = 1  # experts are in groups, of which the best `top_groups` take part
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "top2"
+    shared_size: int = 0  # an expert that every token goes through, of that inner size
     dense_layers: frozenset[int] = frozenset()  # layers without experts
-    at: str = "mlp"  # names in the checkpoint: the block, its router, and an expert's gate, up and down projections
+    at: str = "mlp"  # names in the checkpoint: the block, and in it the router, the experts and their projections
     router: str = "gate"
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    router_bias: bool = False
+    correction_bias: str = ""  # added to the scores for the choice alone
+    experts: str = "experts"
+    gate: str = "gate_proj"  # of one expert; or, where one tensor holds all experts, `stacked`: [E, 2I, H]
+    up: str = "up_proj"
+    down: str = "down_proj"
+    stacked: bool = False
+    shared: str = "shared_experts"
+    shared_gate: str = ""  # a sigmoid of this projection weighs the shared expert
+    shared_beside: bool = False  # the shared expert's weights lie beside the block, not in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKNorm:
+    """A norm of queries and keys before their rotary embedding (or after it)."""
+
+    norm: Norm
+    over: Literal["head", "each_head", "width"] = "head"  # each_head: with weights of its own; width: of all heads
+    after_rope: bool = False
+    lists: bool = False  # each_head's weights are tensors of their own
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """A pre-norm decoder with grouped-query attention and gated feed-forward layers or experts."""
+    """A decoder with grouped-query attention and feed-forward layers or experts."""
 
     vocab_size: int
     hidden_size: int
@@ -33,21 +99,53 @@ class DecoderSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
     max_position: int
     tie_embeddings: bool
+    names: Names = field(default_factory=Names)
+    norm: Norm = field(default_factory=lambda: Norm(1e-6))
+    norm_bias: bool = False
+    norm_weight: bool = True
+    parallel: bool = False  # attention and feed-forward read the same residual; with no `mlp_norm` the same norm
+    rope: Rotary | None = None
+    local_rope: Rotary | None = None  # of layers with a window, where theirs is another
+    without_rope: frozenset[int] = frozenset()  # layers that do not rotate
+    windows: tuple[int, ...] = ()  # per layer, 0: all that precedes; empty: 0 everywhere
+    qkv: Literal["apart", "stacked", "grouped"] = "apart"  # grouped: one key-value head after another, queries first
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm on each query and key head before the rotary embedding
-    experts: "ExpertsSpec | None" = None
-    windows: tuple[int, ...] = ()  # per layer, 0: all that precedes; empty: 0 everywhere
+    head_bias: bool = False
+    transposed: bool = False  # weights are stored [inputs, outputs]
+    clip_qkv: float | None = None
+    qk_norm: QKNorm | None = None
+    attention_scale: float | None = None  # default: head_dim ** -0.5
+    soft_cap: float = 0.0
+    sinks: bool = False
+    alibi: float = 0.0  # the factor of ALiBi's slopes; 0: none
+    activation: Activation = Activation.SILU
+    position_offset: int = 0  # of learned positions
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what layers add
+    logits_scale: float = 1.0
+    logits_soft_cap: float = 0.0
+    experts: ExpertsSpec | None = None
+    extra_layers: int = 0  # that the checkpoint has besides, to predict further tokens; they are not served
+    ignored: tuple[str, ...] = ()  # ends of tensor names that a checkpoint may hold and nothing needs
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layers have a gate."""
+        return bool(self.names.gate)
 
     def window(self, layer: int) -> int:
         """How many tokens a token of this layer sees, itself included; 0: all."""
         return self.windows[layer] if self.windows else 0
+
+    def rope_of(self, layer: int) -> Rotary | None:
+        """How a layer rotates."""
+        if layer in self.without_rope:
+            return None
+        return self.local_rope if self.local_rope is not None and self.window(layer) else self.rope
 
     def kind_of(self, layer: int) -> str:
         """Layers of one kind hold weights of the same shapes."""
@@ -73,6 +171,8 @@ class DecoderSpec:
                 sliced["num_experts"] = self.experts.num_experts
             else:
                 sliced["moe_intermediate_size"] = self.experts.intermediate_size
+            if self.experts.shared_size:
+                sliced["shared_expert_intermediate_size"] = self.experts.shared_size
         for name, count in sliced.items():
             if count % size:
                 return f"{name} is {count} and cannot be split"
@@ -81,32 +181,63 @@ class DecoderSpec:
         return None
 
 
-def need(config: dict[str, Any], key: str) -> Any:
-    """A field of the config. Raises ModelError, naming it, where it is missing."""
-    if config.get(key) is None:
-        raise ModelError(f"config.json lacks {key}")
-    return config[key]
+Config = Mapping[str, Any]
 
 
-def base_spec(config: dict[str, Any], **facts: Any) -> DecoderSpec:
+def joined(*parts: str) -> str:
+    """A tensor's name from its parts, of which some families lack one."""
+    return ".".join(part for part in parts if part)
+
+
+def need(config: Config, *keys: str) -> Any:
+    """The first of these fields that the config has. Raises ModelError, naming them, where there is none."""
+    for key in keys:
+        if config.get(key) is not None:
+            return config[key]
+    raise ModelError(f"config.json lacks {' or '.join(keys)}")
+
+
+def activation_of(config: Config, default: str = "silu") -> Activation:
+    """Raises ModelError for an activation that no kernel has."""
+    for key in ("hidden_activation", "hidden_act", "activation_function", "activation"):
+        if (name := config.get(key)) is not None:
+            if name not in ACTIVATIONS:
+                raise ModelError(f"{key} is {name!r}; served are {', '.join(ACTIVATIONS)}")
+            return ACTIVATIONS[name]
+    return ACTIVATIONS[default]
+
+
+def layer_windows(config: Config, layers: int, default: str = "full_attention") -> tuple[int, ...]:
+    """From `layer_types`, or one window for all layers (`default` "sliding_attention"). Raises ModelError for layers
+    that are neither."""
+    window = config.get("sliding_window") or 0
+    kinds = config.get("layer_types") or [default] * layers
+    if strange := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ModelError(
+            f"layer_types has {', '.join(sorted(strange))}; served are full_attention and sliding_attention"
+        )
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def base_spec(config: Config, **facts: Any) -> DecoderSpec:
     """What nearly every family's config says the same way; `facts` adds or overrides."""
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ModelError(f"hidden_act is {activation!r}; served is silu")
     heads, hidden = need(config, "num_attention_heads"), need(config, "hidden_size")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    head_dim = facts.get("head_dim") or config.get("head_dim") or hidden // heads
     values: dict[str, Any] = {
         "vocab_size": need(config, "vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": need(config, "intermediate_size"),
+        "intermediate_size": facts.get("intermediate_size") or need(config, "intermediate_size"),
         "num_layers": need(config, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or hidden // heads,
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        "rope_scaling": rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None,
+        "head_dim": head_dim,
+        "norm": Norm(config.get("rms_norm_eps", 1e-6)),
         "max_position": need(config, "max_position_embeddings"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
+    if "rope" not in facts:
+        values["rope"] = rotary_of(config, head_dim)
+    if "activation" not in facts:
+        values["activation"] = activation_of(config)
     return DecoderSpec(**(values | facts))

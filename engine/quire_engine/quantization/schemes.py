@@ -31,6 +31,7 @@ class Part:
     name: str
     outputs: int
     rows: slice
+    transposed: bool = False  # stored [inputs, outputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Plain:
         return Linear(ops.linear(_joined(stored), bias))
 
     def read(self, weights: Weights, part: Part, inputs: int, columns: slice, ops: Backend) -> Stored:
-        return Stored(weights.take(f"{part.name}.weight", (part.outputs, inputs), part.rows, columns))
+        return Stored(_weight(weights, part, inputs, columns))
 
     def expert_inputs(self, stored: Sequence[Stored], ops: Backend) -> QuantizedOutput | None:
         return None
@@ -144,9 +145,7 @@ class Scaled:
         kind = self._device_kind(ops)
         name, shape = part.name, (part.outputs, inputs)
         if self.online:
-            made = quantize(
-                weights.take(f"{name}.weight", shape, part.rows, columns), QuantizedOutput(Scales.TOKEN, kind)
-            )
+            made = quantize(_weight(weights, part, inputs, columns), QuantizedOutput(Scales.TOKEN, kind))
             return Stored(made.values, made.scale)
         values = weights.take(f"{name}.weight", shape, part.rows, columns, dtype=self.kind)
         scale = self._scale(weights, part, inputs, columns)
@@ -238,6 +237,13 @@ class Int4:
         if f"{name}.g_idx" in weights:
             order = weights.take(f"{name}.g_idx", (inputs,), k, dtype=torch.int32) - taken.start // group
         return from_gptq(words("qweight", (inputs // 8, outputs), k8, n), zeros, scales, order, self.zero_offset)
+
+
+def _weight(weights: Weights, part: Part, inputs: int, columns: slice) -> Tensor:
+    name = f"{part.name}.weight"
+    if part.transposed:
+        return weights.take(name, (inputs, part.outputs), columns, part.rows).t().contiguous()
+    return weights.take(name, (part.outputs, inputs), part.rows, columns)
 
 
 def _first_of(weights: Weights, module: str, names: tuple[str, ...]) -> str:

@@ -1,0 +1,24 @@
+"""Norms of a layer's input or result."""
+
+from quire_kernels.quantize import Quantized, QuantizedOutput
+from torch import Tensor
+
+from quire_engine.layers.linear import Builder
+from quire_engine.models.spec import DecoderSpec
+
+
+class Normalization:
+    """norm(residual + delta); the residual [T, hidden] grows by delta in place."""
+
+    def __init__(self, build: Builder, name: str, spec: DecoderSpec) -> None:
+        take, shape = build.weights.take, (spec.hidden_size,)
+        self._ops = build.ops
+        self._kind = spec.norm
+        self._weight = take(f"{name}.weight", shape) if spec.norm_weight else None
+        self._bias = take(f"{name}.bias", shape) if spec.norm_bias else None
+
+    def __call__(
+        self, residual: Tensor, delta: Tensor | None = None, output: QuantizedOutput | None = None
+    ) -> Tensor | Quantized:
+        """With `output` the result is quantized so."""
+        return self._ops.add_norm(residual, delta, self._weight, self._bias, self._kind, output)

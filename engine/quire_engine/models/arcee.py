@@ -1,0 +1,11 @@
+"""Arcee (AFM): Llama's attention, squared ReLU without a gate."""
+
+import dataclasses
+
+from quire_engine.models import llama
+from quire_engine.models.spec import Config, DecoderSpec, Names, activation_of
+
+
+def spec(config: Config) -> DecoderSpec:
+    """YaRN in the published models."""
+    return dataclasses.replace(llama.spec(config), names=Names(gate=""), activation=activation_of(config, "relu2"))

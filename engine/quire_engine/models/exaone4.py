@@ -1,0 +1,23 @@
+"""EXAONE 4: norms after attention and feed-forward; in models with windows only the layers that have one rotate."""
+
+from quire_kernels.norm import Norm
+
+from quire_engine.models.spec import Config, DecoderSpec, Names, QKNorm, base_spec, layer_windows
+
+
+def spec(config: Config) -> DecoderSpec:
+    """`sliding_window` is null in the small model: all layers are full, and all rotate."""
+    layers = config["num_hidden_layers"]
+    windows = layer_windows(config, layers) if config.get("sliding_window") else ()
+    return base_spec(
+        config,
+        names=Names(
+            attention_norm="",
+            after_attention="post_attention_layernorm",
+            mlp_norm="",
+            after_mlp="post_feedforward_layernorm",
+        ),
+        qk_norm=QKNorm(norm=Norm(config.get("rms_norm_eps", 1e-5))),
+        windows=windows,
+        without_rope=frozenset(i for i, window in enumerate(windows) if not window),
+    )

@@ -1,0 +1,38 @@
+"""Granite 3: Llama's shape with multipliers; experts in tensors that hold all of them, and one that all tokens share."""
+
+import dataclasses
+
+from quire_engine.models import llama
+from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, need
+
+
+def granite(config: Config) -> DecoderSpec:
+    """Logits are divided by `logits_scaling`."""
+    return dataclasses.replace(
+        llama.spec(config),
+        embedding_scale=config.get("embedding_multiplier", 1.0),
+        residual_scale=config.get("residual_multiplier", 1.0),
+        attention_scale=config.get("attention_multiplier", 1.0),
+        logits_scale=1.0 / config.get("logits_scaling", 1.0),
+    )
+
+
+def granite_moe(config: Config) -> DecoderSpec:
+    """`shared_intermediate_size` is of the shared expert (GraniteMoeShared)."""
+    base = granite(config)
+    experts = ExpertsSpec(
+        num_experts=need(config, "num_local_experts"),
+        top_k=need(config, "num_experts_per_tok"),
+        intermediate_size=base.intermediate_size,
+        at="block_sparse_moe",
+        router="router.layer",
+        experts="",
+        up="input_linear.weight",
+        down="output_linear.weight",
+        stacked=True,
+        shared_size=config.get("shared_intermediate_size") or 0,
+        shared="shared_mlp",
+        shared_beside=True,
+    )
+    names = dataclasses.replace(base.names, gate="input_linear", up="input_linear", down="output_linear")
+    return dataclasses.replace(base, names=names, experts=experts)

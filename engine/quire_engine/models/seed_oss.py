@@ -1,0 +1,13 @@
+"""Seed-OSS: Llama's shape, with a bias on o apart from that on q, k and v."""
+
+from quire_engine.models.spec import Config, DecoderSpec, base_spec
+
+
+def spec(config: Config) -> DecoderSpec:
+    """head_dim is explicit."""
+    return base_spec(
+        config,
+        qkv_bias=bool(config.get("attention_bias", True)),
+        output_bias=bool(config.get("attention_out_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+    )

@@ -1,0 +1,173 @@
+"""Tiny models of every family, each with a random checkpoint from its own config class in transformers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LAYERS = 3
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.25,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Its config class, and what the tiny model's config says beyond TINY."""
+
+    config: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    head_dim: int = 16
+    kv_heads: int = 2
+
+    def page_bytes(self, block_size: int = 16) -> int:
+        """Of fp32 keys and values, all layers."""
+        return 2 * LAYERS * self.kv_heads * block_size * self.head_dim * 4
+
+
+def _family(config: str, *, head_dim: int = 16, kv_heads: int = 2, **facts: Any) -> Family:
+    if head_dim != 16:
+        facts["head_dim"] = head_dim
+    return Family(config, facts, head_dim, kv_heads)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": _family("LlamaConfig", rope_parameters=_LLAMA3_ROPE, attention_bias=True, mlp_bias=True),
+    "mistral": _family("MistralConfig", sliding_window=24, head_dim=32),
+    "ministral": _family("MinistralConfig", sliding_window=24, head_dim=32, layer_types=_SLIDING),
+    "mixtral": _family("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=24),
+    "qwen2": _family(
+        "Qwen2Config", use_sliding_window=True, sliding_window=24, max_window_layers=1, tie_word_embeddings=True
+    ),
+    "qwen2_moe": _family("Qwen2MoeConfig", **_EXPERTS, shared_expert_intermediate_size=48, decoder_sparse_step=2),
+    "qwen3": _family("Qwen3Config", head_dim=32),
+    "qwen3_moe": _family("Qwen3MoeConfig", **_EXPERTS, head_dim=32, norm_topk_prob=True, mlp_only_layers=[1]),
+    "gemma": _family("GemmaConfig", head_dim=32, initializer_range=0.15),
+    "gemma2": _family(
+        "Gemma2Config",
+        head_dim=32,
+        sliding_window=24,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": _family(
+        "Gemma3TextConfig",
+        head_dim=32,
+        sliding_window=24,
+        query_pre_attn_scalar=8,
+        layer_types=_SLIDING,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
+    "phi": _family("PhiConfig"),
+    "phi3": _family("Phi3Config", sliding_window=24, rope_parameters=_YARN | {"rope_type": "default"}),
+    "granite": _family(
+        "GraniteConfig",
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.3,
+        logits_scaling=2.0,
+    ),
+    "granite_moe": _family(
+        "GraniteMoeConfig", num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.4, logits_scaling=2.0,
+        initializer_range=0.15,
+    ),
+    "granite_moe_shared": _family(
+        "GraniteMoeSharedConfig", num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=48
+    ),
+    "glm": _family("GlmConfig", head_dim=32, attention_bias=True),
+    "glm4": _family("Glm4Config", head_dim=32),
+    "glm4_moe": _family(
+        "Glm4MoeConfig",
+        head_dim=32,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+        use_qk_norm=True,
+        attention_bias=True,
+        first_k_dense_replace=1,
+    ),
+    "cohere": _family("CohereConfig", use_qk_norm=True, logit_scale=0.5),
+    "cohere2": _family("Cohere2Config", sliding_window=24, layer_types=_SLIDING, logit_scale=0.5),
+    "olmo": _family("OlmoConfig", clip_qkv=1.0),
+    "olmo2": _family("Olmo2Config"),
+    "olmo3": _family("Olmo3Config", sliding_window=24, layer_types=_SLIDING, rope_parameters=_YARN),
+    "olmoe": _family("OlmoeConfig", num_experts=8, num_experts_per_tok=3, clip_qkv=1.0),
+    "minimax_m2": _family(
+        "MiniMaxM2Config", head_dim=32, num_local_experts=8, num_experts_per_tok=3, rotary_dim=16
+    ),
+    "starcoder2": _family("Starcoder2Config", sliding_window=24),
+    "stablelm": _family("StableLmConfig", use_qkv_bias=True),
+    "stablelm_parallel": _family("StableLmConfig", use_parallel_residual=True, qk_layernorm=True),
+    "falcon_7b": _family("FalconConfig", kv_heads=1),
+    "falcon_40b": _family("FalconConfig", new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_rw": _family(
+        "FalconConfig", kv_heads=4, alibi=True, multi_query=False, parallel_attn=False, bias=True
+    ),
+    "gpt_neox": _family("GPTNeoXConfig", kv_heads=4, rotary_pct=0.5),
+    "gpt2": _family("GPT2Config", kv_heads=4, n_embd=64, n_head=4, n_layer=LAYERS, n_positions=512),
+    "gpt_bigcode": _family("GPTBigCodeConfig", kv_heads=1, n_embd=64, n_head=4, n_layer=LAYERS, n_positions=512),
+    "opt": _family("OPTConfig", kv_heads=4, ffn_dim=96, word_embed_proj_dim=64),
+    "bloom": _family("BloomConfig", kv_heads=4, n_head=4, n_layer=LAYERS, seq_length=512),
+    "mpt": _family("MptConfig", kv_heads=4, d_model=64, n_heads=4, n_layers=LAYERS, max_seq_len=512),
+    "gptj": _family(
+        "GPTJConfig", kv_heads=4, n_embd=64, n_head=4, n_layer=LAYERS, n_positions=512, rotary_dim=8,
+        tie_word_embeddings=False,
+    ),
+    "cwm": _family("CwmConfig", head_dim=32, sliding_window=24, layer_types=_SLIDING, rope_parameters=_LLAMA3_ROPE),
+    "exaone4": _family("Exaone4Config", head_dim=32, sliding_window=24, layer_types=_SLIDING),
+    "smollm3": _family("SmolLM3Config", no_rope_layers=[1, 0, 1]),
+    "ernie": _family("Ernie4_5Config", use_bias=True),
+    "ernie_moe": _family(
+        "Ernie4_5_MoeConfig",
+        moe_num_experts=8,
+        moe_k=3,
+        moe_intermediate_size=32,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+        moe_layer_interval=1,
+    ),
+    "hunyuan": _family("HunYuanDenseV1Config", head_dim=32),
+    "seed_oss": _family("SeedOssConfig", head_dim=32, attention_bias=True, attention_out_bias=True),
+    "nemotron": _family("NemotronConfig"),
+    "arcee": _family("ArceeConfig"),
+    "helium": Family("HeliumConfig", {"head_dim": 16}),
+    "dots1": _family(
+        "Dots1Config",
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.0,
+        head_dim=32,
+    ),
+}
