@@ -27,6 +27,20 @@ _LLAMA3_ROPE = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_DEEPSEEK = {
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "num_key_value_heads": 4,
+}
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -157,7 +171,26 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": _family("SeedOssConfig", head_dim=32, attention_bias=True, attention_out_bias=True),
     "nemotron": _family("NemotronConfig"),
     "arcee": _family("ArceeConfig"),
+    "gpt_oss": _family(
+        "GptOssConfig",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=24,
+        layer_types=_SLIDING,
+        rope_parameters=_YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        head_dim=32,
+    ),
     "helium": Family("HeliumConfig", {"head_dim": 16}),
+    "deepseek_v2": _family(
+        "DeepseekV2Config", **_DEEPSEEK, q_lora_rank=None, topk_method="group_limited_greedy", first_k_dense_replace=1
+    ),
+    "deepseek_v3": _family(
+        "DeepseekV3Config",
+        **_DEEPSEEK,
+        q_lora_rank=24,
+        first_k_dense_replace=1,
+        rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
     "dots1": _family(
         "Dots1Config",
         n_routed_experts=8,

@@ -3,6 +3,7 @@
 Weights and activations are those of a dry run (execution/dry_run.py); the rest of the memory becomes pages.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.execution.dry_run import DryGroup, allocated
 from quire_engine.execution.graphs import MIXED_TOKENS
-from quire_engine.layers.attention import kv_heads_of
+from quire_engine.layers.attention import page_shapes
 from quire_engine.models.decoder import layers_of
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.quantization.config import Quantization
@@ -175,9 +176,8 @@ def plan_memory(
     activations = sum(found.steps)  # a graph's memory is its own
     reserved = 0 if cpu else _GPU_RESERVE
     cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
-    heads = kv_heads_of(spec, group)
-    page = 2 * len(layers_of(spec, group)) * (heads.stop - heads.start) * config.block_size * spec.head_dim
-    page *= cache_dtype.itemsize
+    of_layer = sum(math.prod(shape) for shape in page_shapes(spec, group, config.block_size))
+    page = len(layers_of(spec, group)) * of_layer * cache_dtype.itemsize
     one_request = -(-max_model_len // config.block_size)
     left = free_bytes - weights - activations - reserved
     if left <= 0:

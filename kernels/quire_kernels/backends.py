@@ -107,6 +107,14 @@ class Backend(Protocol):
     def experts(self, x: Tensor, router_logits: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """A mixture-of-experts layer: x [T, H], router_logits [T, E] → [T, H], the sum over the experts held here."""
 
+    def latent_attention(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, latent: int) -> Tensor:
+        """See `mla`."""
+
+    def latent_cache_write(
+        self, latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, rope: Rope, weight: Tensor, eps: float
+    ) -> None:
+        """See `mla`."""
+
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor: ...
 
 

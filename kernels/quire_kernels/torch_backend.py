@@ -9,6 +9,7 @@ from quire_kernels.activation import reference as activation_reference
 from quire_kernels.backends import AttentionBatch, Matmul, QuantizedMatmul, unquantized
 from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
 from quire_kernels.cache_write import reference as cache_write_reference
+from quire_kernels.mla import reference as mla_reference
 from quire_kernels.moe import Experts, Routing
 from quire_kernels.moe import reference as moe_reference
 from quire_kernels.norm import Norm
@@ -158,8 +159,12 @@ class TorchBackend:
                 continue
             token, choice = (chosen == expert).nonzero(as_tuple=True)
             inner = self._expert_product(x[token], experts.gate_up, experts.gate_up_scale, local, experts)
+            if experts.gate_up_bias is not None:
+                inner = inner + experts.gate_up_bias[local]
             activated = unquantized(activation_reference.activate(inner, experts.activation, gated=True))
             result = self._expert_product(activated, experts.down, experts.down_scale, local, experts)
+            if experts.down_bias is not None:
+                result = result + experts.down_bias[local]
             out.index_add_(0, token, result.float() * weights[token, choice, None])
         return out.to(x.dtype)
 
@@ -169,6 +174,18 @@ class TorchBackend:
         narrow = activation_reference.activate(x, Activation.IDENTITY, False, experts.inputs)
         assert isinstance(narrow, Quantized)
         return self._product(dequantize(w[expert], scale[expert]))(dequantize_rows(narrow)).to(x.dtype)
+
+    def latent_attention(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, latent: int) -> Tensor:
+        return mla_reference.latent_attention(
+            q, cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, latent
+        )[0]
+
+    def latent_cache_write(
+        self, latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, rope: Rope, weight: Tensor, eps: float
+    ) -> None:
+        mla_reference.latent_cache_write(
+            latent, q_rope, cache, batch.positions, batch.slots, rope.cos_sin, weight, eps
+        )
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         return draw(logits, rows)

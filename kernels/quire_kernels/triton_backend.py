@@ -11,6 +11,7 @@ from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
 from quire_kernels.cache_write.triton import rope_cache_write
 from quire_kernels.hardware import hardware
 from quire_kernels.matmul.triton import matmul
+from quire_kernels.mla.triton import latent_attention, latent_cache_write
 from quire_kernels.moe import Experts, Routing
 from quire_kernels.moe.triton import align, combine, grouped_matmul, route, rows_per_tile
 from quire_kernels.norm import Norm
@@ -112,9 +113,20 @@ class TritonBackend:
         tile = INVARIANT_TILE if self._deterministic else rows_per_tile(chosen.numel(), held)
         alignment = align(chosen, held, tile)
         values, scale = self._narrow(x, Activation.IDENTITY, False, experts)
-        inner = grouped_matmul(values, experts.gate_up, alignment, routing.top_k, x.dtype, scale, experts.gate_up_scale)
+        inner = grouped_matmul(
+            values,
+            experts.gate_up,
+            alignment,
+            routing.top_k,
+            x.dtype,
+            scale,
+            experts.gate_up_scale,
+            experts.gate_up_bias,
+        )
         values, scale = self._narrow(inner, experts.activation, True, experts)
-        out = grouped_matmul(values, experts.down, alignment, 1, x.dtype, scale, experts.down_scale)
+        out = grouped_matmul(
+            values, experts.down, alignment, 1, x.dtype, scale, experts.down_scale, experts.down_bias
+        )
         if experts.partial:  # rows of no expert were not written
             out.masked_fill_((chosen == held).view(-1, 1), 0.0)
         return combine(out, weights)
@@ -125,6 +137,23 @@ class TritonBackend:
             return x, None
         result = activate(x, kind, gated, experts.inputs)
         return (result, None) if isinstance(result, Tensor) else (result.values, result.scale)
+
+    def latent_attention(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, latent: int) -> Tensor:
+        return latent_attention(
+            q,
+            cache,
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            batch.longest_query,
+            scale,
+            latent,
+        )
+
+    def latent_cache_write(
+        self, latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, rope: Rope, weight: Tensor, eps: float
+    ) -> None:
+        latent_cache_write(latent, q_rope, cache, batch.positions, batch.slots, rope.cos_sin, weight, eps)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         return draw(logits, rows, prepare(logits, rows, filtered))

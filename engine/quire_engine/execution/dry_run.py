@@ -190,6 +190,14 @@ class DryBackend:
         del inner, activated
         return each.new_empty(x.shape)
 
+    def latent_attention(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, latent: int) -> Tensor:
+        return q.new_empty((*q.shape[:2], latent))
+
+    def latent_cache_write(
+        self, latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, rope: Rope, weight: Tensor, eps: float
+    ) -> None:
+        pass
+
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         scratch = [torch.empty_like(logits) for _ in range(2 if self._cpu else 1)]
         return torch.empty(scratch[0].shape[0], dtype=torch.int32, device=META)

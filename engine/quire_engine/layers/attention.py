@@ -18,7 +18,7 @@ from quire_engine.layers.linear import Builder, shard
 from quire_engine.models.spec import DecoderSpec, QKNorm
 from quire_engine.quantization.schemes import Part
 
-KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, [pages, K, block size, D] each
+KVCache = tuple[Tensor, ...]  # of one layer; see page_shapes
 
 
 class Attention:
@@ -78,8 +78,9 @@ class Attention:
             at += norm.heads
         if self._clip is not None:
             qkv.clamp_(-self._clip, self._clip)
-        ops.rope_cache_write(qkv, *cache, batch, self._num_heads, rope, self._head_norm, self._cache_scales)
-        attended = ops.paged_attention(heads[:, : self._num_heads], *cache, batch, self._scale, self._options)
+        keys, values = cache
+        ops.rope_cache_write(qkv, keys, values, batch, self._num_heads, rope, self._head_norm, self._cache_scales)
+        attended = ops.paged_attention(heads[:, : self._num_heads], keys, values, batch, self._scale, self._options)
         flat = attended.reshape(qkv.shape[0], -1)
         wanted = self._output.input
         return self._output(flat if wanted is None else ops.activate(flat, Activation.IDENTITY, False, wanted))
@@ -156,6 +157,15 @@ def kv_heads_of(spec: DecoderSpec, group: ParallelGroup) -> slice:
         return shard(spec.num_kv_heads, group)
     head = group.rank * spec.num_kv_heads // group.size
     return slice(head, head + 1)
+
+
+def page_shapes(spec: DecoderSpec, group: ParallelGroup, block_size: int) -> list[tuple[int, ...]]:
+    """One page of a layer's cache on a rank: keys and values [K, block size, D] or, with latent attention, the latents
+    [block size, rank + rotated], which every rank holds."""
+    if spec.latent is not None:
+        return [(block_size, spec.latent.rank + spec.latent.rotated)]
+    heads = kv_heads_of(spec, group)
+    return [(heads.stop - heads.start, block_size, spec.head_dim)] * 2
 
 
 def cache_scales(build: Builder, at: str, heads: int) -> CacheScales:

@@ -9,7 +9,7 @@ from quire_engine.errors import ModelError
 from quire_engine.layers.feed_forward import FeedForward
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.models.spec import DecoderSpec, ExpertsSpec, joined
-from quire_engine.quantization.schemes import WHOLE, Part, Plain, Stored
+from quire_engine.quantization.schemes import MXFP4, WHOLE, Part, Plain, Stored
 
 
 class MixtureOfExperts:
@@ -72,25 +72,7 @@ def _experts(build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str) -
         part = shard(inner, group)
     partial = len(held) < spec.num_experts
     if spec.stacked:
-        if not isinstance(build.quantization.scheme_of(f"{at}.{spec.up}"), Plain):
-            raise ModelError(
-                f"{at}.{spec.up} holds all experts in one tensor, which is served unquantized alone: leave --quantization "
-                "out, or take the unquantized checkpoint"
-            )
-        rows = slice(held.start, held.stop)
-        taken = range(inner)[part]
-        halves = [
-            weights.take(f"{at}.{spec.up}", (spec.num_experts, 2 * inner, hidden), rows, slice(*cut))
-            for cut in ((taken.start, taken.stop), (inner + taken.start, inner + taken.stop))
-        ]
-        down = weights.take(f"{at}.{spec.down}", (spec.num_experts, hidden, inner), rows)
-        return Experts(
-            gate_up=torch.cat(halves, 1),
-            down=down[:, :, part].contiguous(),
-            activation=decoder.activation,
-            first=held.start,
-            partial=partial,
-        )
+        return _stacked_experts(build, decoder, spec, at, held, part)
     scheme = build.quantization.scheme_of(f"{at}.0.{spec.gate}")
     gate_up: list[Stored] = []
     downs: list[Stored] = []
@@ -111,6 +93,48 @@ def _experts(build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str) -
         inputs=scheme.expert_inputs([*gate_up, *downs], ops),
         first=held.start,
         partial=partial,
+    )
+
+
+def _stacked_experts(
+    build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str, held: range, part: slice
+) -> Experts:
+    weights, hidden, inner, count = build.weights, decoder.hidden_size, spec.intermediate_size, spec.num_experts
+    rows = slice(held.start, held.stop)
+    scheme = build.quantization.scheme_of(f"{at}.{spec.up}")
+
+    def matrices(name: str, outputs: int, inputs: int) -> Tensor:
+        """[E, outputs, inputs]"""
+        shape = (count, outputs, inputs)
+        if isinstance(scheme, MXFP4):
+            return scheme.read_stacked(weights, f"{at}.{name}", shape, rows)
+        if not isinstance(scheme, Plain):
+            raise ModelError(
+                f"{at}.{name} holds all experts in one tensor, which is served unquantized or in mxfp4: leave "
+                "--quantization out, or take the unquantized checkpoint"
+            )
+        if spec.transposed:
+            return weights.take(f"{at}.{name}", (count, inputs, outputs), rows).transpose(1, 2)
+        return weights.take(f"{at}.{name}", shape, rows)
+
+    def halves(both: Tensor) -> Tensor:
+        """This rank's part [E, 2I, ...], the gates first."""
+        two = both.unflatten(1, (inner, 2)).transpose(1, 2) if spec.interleaved else both.unflatten(1, (2, inner))
+        return two[:, :, part].flatten(1, 2).contiguous()
+
+    gate_up_bias = down_bias = None
+    if spec.bias:
+        gate_up_bias = halves(weights.take(f"{at}.{spec.up}_bias", (count, 2 * inner), rows))
+        down_bias = weights.take(f"{at}.{spec.down}_bias", (count, hidden), rows)
+    sliced = part != WHOLE
+    return Experts(
+        gate_up=halves(matrices(spec.up, 2 * inner, hidden)),
+        down=matrices(spec.down, hidden, inner)[:, :, part].contiguous(),
+        activation=decoder.activation,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias if not sliced or build.group.rank == 0 else None,  # once in the sum over the ranks
+        first=held.start,
+        partial=len(held) < count,
     )
 
 

@@ -16,10 +16,11 @@ from quire_kernels.quantize import Quantized, QuantizedOutput
 from torch import Tensor
 
 from quire_engine.execution.group import ParallelGroup
-from quire_engine.layers.attention import Attention, KVCache, kv_heads_of
+from quire_engine.layers.attention import Attention, KVCache, page_shapes
 from quire_engine.layers.embedding import Embedding, OutputHead
 from quire_engine.layers.experts import MixtureOfExperts
 from quire_engine.layers.feed_forward import FeedForward
+from quire_engine.layers.latent_attention import LatentAttention
 from quire_engine.layers.linear import Builder
 from quire_engine.layers.norm import Normalization
 from quire_engine.layers.rotary import Rotary, cos_sin_table
@@ -42,7 +43,11 @@ class Layer:
             return Normalization(build, f"{at}.{name}", spec) if name else None
 
         self._attention_norm, self._after_attention = norm(names.attention_norm), norm(names.after_attention)
-        self._attention = Attention(build, spec, layer, quantized_cache)
+        self._attention: Attention | LatentAttention
+        if spec.latent is not None:
+            self._attention = LatentAttention(build, spec, spec.latent, f"{at}.{names.attention}")
+        else:
+            self._attention = Attention(build, spec, layer, quantized_cache)
         self._mlp_norm, self._after_mlp = norm(names.mlp_norm), norm(names.after_mlp)
         self._mlp: Callable[[Any], Tensor]
         self._mlp_input: QuantizedOutput | None
@@ -211,10 +216,8 @@ def empty_caches(
     A CPU's is not cleared, so that memory is taken only as pages are used: no kernel reads a slot before it is written.
     A GPU's is, for the padding of captured steps reads page 0 and must find numbers there.
     """
-    heads = kv_heads_of(spec, group)
-    shape = (num_pages, heads.stop - heads.start, block_size, spec.head_dim)
     make = torch.empty if device.type != "cuda" else torch.zeros
+    shapes = page_shapes(spec, group, block_size)
     return [
-        (make(shape, dtype=dtype, device=device), make(shape, dtype=dtype, device=device))
-        for _ in layers_of(spec, group)
+        tuple(make((num_pages, *shape), dtype=dtype, device=device) for shape in shapes) for _ in layers_of(spec, group)
     ]

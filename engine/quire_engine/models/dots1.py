@@ -1,22 +1,19 @@
 """dots.llm1: Qwen3's attention, DeepSeek-V3's experts."""
 
-import dataclasses
-
 from quire_kernels.norm import Norm
 
-from quire_engine.models.glm import glm4_moe
+from quire_engine.models.deepseek import experts_of
 from quire_engine.models.spec import Config, DecoderSpec, QKNorm, base_spec, layer_windows
 
 
 def spec(config: Config) -> DecoderSpec:
     """A window from `max_window_layers` on, where the config has one."""
     bias = bool(config.get("attention_bias", False))
-    base = base_spec(
+    return base_spec(
         config,
         qk_norm=QKNorm(norm=Norm(config.get("rms_norm_eps", 1e-6))),
         qkv_bias=bias,
         output_bias=bias,
         windows=layer_windows(config, config["num_hidden_layers"]),
+        experts=experts_of(config),
     )
-    experts = glm4_moe({"first_k_dense_replace": 0, **config}).experts
-    return dataclasses.replace(base, experts=experts)

@@ -73,9 +73,23 @@ class ExpertsSpec:
     up: str = "up_proj"
     down: str = "down_proj"
     stacked: bool = False
+    transposed: bool = False  # stacked ones are [E, H, 2I] and [E, I, H]
+    interleaved: bool = False  # in stacked ones a gate's output and an up's take turns
+    bias: bool = False  # of stacked ones
     shared: str = "shared_experts"
     shared_gate: str = ""  # a sigmoid of this projection weighs the shared expert
     shared_beside: bool = False  # the shared expert's weights lie beside the block, not in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-V2): the cache holds a latent and one rotated key that all heads share."""
+
+    rank: int  # of keys and values
+    query_rank: int  # 0: queries are projected at once
+    plain: int  # dimensions of a head that do not rotate
+    rotated: int
+    value: int  # dimensions of a head's value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +142,7 @@ class DecoderSpec:
     residual_scale: float = 1.0  # of what layers add
     logits_scale: float = 1.0
     logits_soft_cap: float = 0.0
+    latent: LatentSpec | None = None
     experts: ExpertsSpec | None = None
     extra_layers: int = 0  # that the checkpoint has besides, to predict further tokens; they are not served
     ignored: tuple[str, ...] = ()  # ends of tensor names that a checkpoint may hold and nothing needs
@@ -176,7 +191,7 @@ class DecoderSpec:
         for name, count in sliced.items():
             if count % size:
                 return f"{name} is {count} and cannot be split"
-        if self.num_kv_heads % size and size % self.num_kv_heads:
+        if self.latent is None and self.num_kv_heads % size and size % self.num_kv_heads:
             return f"num_key_value_heads is {self.num_kv_heads} and can neither be split nor repeated"
         return None
 

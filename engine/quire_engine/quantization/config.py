@@ -9,10 +9,10 @@ from quire_kernels.quantize import BLOCK_COLUMNS
 from quire_kernels.quantized_matmul import GROUPS
 
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.quantization.schemes import Int4, Plain, Scaled, Scheme
+from quire_engine.quantization.schemes import MXFP4, Int4, Plain, Scaled, Scheme
 
 _PLAIN = Plain()
-SERVED = "fp8, compressed-tensors (fp8, int8 and packed int4), awq and gptq in 4 bits"
+SERVED = "fp8, compressed-tensors (fp8, int8 and packed int4), awq and gptq in 4 bits, mxfp4 experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def quantization_of(config: dict[str, Any], wanted: str | None) -> Quantization:
         kind = torch.int8 if wanted == "int8" else torch.float8_e4m3fn
         return Quantization(f"{wanted}, quantized at load", Scaled(kind, online=True))
     method = str(stored.get("quant_method", "compressed-tensors" if "config_groups" in stored else "an unnamed scheme"))
-    readers = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq}
+    readers = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq, "mxfp4": _mxfp4}
     if method not in readers:
         raise ModelError(f"quantization_config asks for {method!r}; served are {SERVED}")
     found = readers[method](stored)
@@ -112,6 +112,10 @@ def _compressed_tensors(stored: dict[str, Any]) -> Quantization:
         raise _refuse("int8 inputs", "static or asymmetric", "dynamic, symmetric, per token")
     dtype = torch.float8_e4m3fn if kind == "float" else torch.int8
     return Quantization("fp8" if kind == "float" else "int8", Scaled(dtype, static_inputs=static), left)
+
+
+def _mxfp4(stored: dict[str, Any]) -> Quantization:
+    return Quantization("mxfp4, dequantized at load", MXFP4(), _left(stored, "modules_to_not_convert"))
 
 
 def _awq(stored: dict[str, Any]) -> Quantization:

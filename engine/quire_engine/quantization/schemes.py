@@ -21,6 +21,7 @@ from quire_engine.weights.tensors import Weights
 
 WHOLE = slice(None)
 _WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")  # both names multiply
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _INPUT_SCALES = ("input_scale", "activation_scale")
 
 
@@ -237,6 +238,42 @@ class Int4:
         if f"{name}.g_idx" in weights:
             order = weights.take(f"{name}.g_idx", (inputs,), k, dtype=torch.int32) - taken.start // group
         return from_gptq(words("qweight", (inputs // 8, outputs), k8, n), zeros, scales, order, self.zero_offset)
+
+
+@dataclass(frozen=True, slots=True)
+class MXFP4:
+    """4-bit floats (e2m1) in blocks of 32 inputs with a power of two each (OCP MX 1.0), of experts that one tensor
+    holds. There is no kernel for them: they are kept as what they mean, in the engine's dtype."""
+
+    def read_stacked(self, weights: Weights, name: str, shape: tuple[int, int, int], rows: slice) -> Tensor:
+        """Some experts' matrices, of `shape` [E, N, K] in all."""
+        experts, outputs, inputs = shape
+        blocks = inputs // 32
+        packed = weights.take(f"{name}_blocks", (experts, outputs, blocks, 16), rows, dtype=torch.uint8)
+        scales = weights.take(f"{name}_scales", (experts, outputs, blocks), rows, dtype=torch.uint8)
+        values = torch.tensor(_E2M1, dtype=weights.dtype, device=packed.device)
+        out = torch.empty((packed.shape[0], outputs, inputs), dtype=weights.dtype, device=packed.device)
+        for expert in range(packed.shape[0]):  # one at a time: the codes take eight bytes each
+            codes = torch.stack((packed[expert] & 15, packed[expert] >> 4), -1).flatten(-2)  # the low half comes first
+            out[expert] = torch.ldexp(values[codes.int()], scales[expert].int()[..., None] - 127).flatten(1)
+        return out
+
+    def linear(
+        self,
+        weights: Weights,
+        parts: Sequence[Part],
+        inputs: int,
+        columns: slice,
+        bias: Tensor | None,
+        ops: Backend,
+    ) -> Linear:
+        raise ModelError(f"{parts[0].name} is in mxfp4, which is served for experts that one tensor holds")
+
+    def read(self, weights: Weights, part: Part, inputs: int, columns: slice, ops: Backend) -> Stored:
+        raise ModelError(f"{part.name} is in mxfp4, which is served for experts that one tensor holds")
+
+    def expert_inputs(self, stored: Sequence[Stored], ops: Backend) -> QuantizedOutput | None:
+        return None
 
 
 def _weight(weights: Weights, part: Part, inputs: int, columns: slice) -> Tensor:

@@ -32,14 +32,14 @@ class RandomWeights:
         part = tuple(len(range(size)[cuts[i]]) if i < 2 else size for i, size in enumerate(shape))
         kind = dtype or self.dtype
         if not name.endswith(("scale", "scale_inv", "scales", "zeros")):
-            self.num_parameters += torch.Size(part).numel() * (8 if kind == torch.int32 else 1)
+            self.num_parameters += torch.Size(part).numel() * {torch.int32: 8, torch.uint8: 2}.get(kind, 1)
         if self.device.type == "meta":
             return torch.empty(part, dtype=kind, device=self.device)
         if "norm" in name:
             return torch.ones(part, dtype=kind, device=self.device)
         if "scale" in name:
             return torch.full(part, 2e-3, dtype=kind, device=self.device)
-        if kind in (torch.int32, torch.int8):
+        if kind in (torch.int32, torch.int8, torch.uint8):
             limits = torch.iinfo(kind)
             wide = torch.empty(part, dtype=kind, device=self.device)
             return wide.random_(limits.min, limits.max, generator=self._generator)

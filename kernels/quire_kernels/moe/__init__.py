@@ -43,6 +43,8 @@ class Experts:
     gate_up: Tensor  # [E, 2I, H], the gates' outputs first
     down: Tensor  # [E, H, I]
     activation: Activation = Activation.SILU
+    gate_up_bias: Tensor | None = None  # [E, 2I]
+    down_bias: Tensor | None = None  # [E, H]
     gate_up_scale: Tensor | None = None  # [E, 2I] or [E, 2I / 128, H / 128]
     down_scale: Tensor | None = None  # [E, H] or [E, H / 128, I / 128]
     inputs: QuantizedOutput | None = None  # how what is multiplied with them is quantized
