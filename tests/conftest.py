@@ -1,5 +1,6 @@
 """Checkpoints that tests make for themselves, and servers started as a user starts them."""
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ torch.set_num_threads(2)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
 def make_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
     """A tiny random fp32 checkpoint from the family's own config class, with a word-level tokenizer."""
     import transformers
@@ -30,8 +32,12 @@ def make_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
     config = getattr(transformers, known.config)(**(TINY | known.facts | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():  # what starts at 0 or 1 must matter too
-        if name.endswith("bias") or "norm" in name:
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+        is_norm = re.search(r"norm|\.ln_", name) is not None
+        if name.endswith(("bias", "sinks")) or is_norm:
+            torch.nn.init.normal_(parameter, 1.0 if is_norm and name.endswith("weight") else 0.0, 0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            torch.nn.init.normal_(buffer, 0.0, 0.2)
     model.save_pretrained(folder)
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -56,6 +62,40 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[family]
 
     return make
+
+
+class Table:
+    """What the tests have seen of each family: the rows of docs/families.md."""
+
+    COLUMNS = ("verified", "TP 2", "quantization", "fp8 cache")
+
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[str, str]] = {}
+        self._architectures: dict[str, str] = {}
+
+    def row(self, family: str, folder: Path) -> dict[str, str]:
+        """The row of a family, to be filled."""
+        [self._architectures[family]] = json.loads((folder / "config.json").read_text())["architectures"]
+        return self._rows.setdefault(family, {})
+
+    def lines(self) -> dict[str, str]:
+        """Of the families of which every test has run, in Markdown."""
+        return {
+            family: f"| `{self._architectures[family]}` | {family} | "
+            + " | ".join(row[column] for column in self.COLUMNS)
+            + " | – |"
+            for family, row in sorted(self._rows.items())
+            if set(row) == set(self.COLUMNS)
+        }
+
+
+@pytest.fixture(scope="session")
+def table() -> Table:
+    return Table()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-tables", action="store_true", help="write docs/families.md anew")
 
 
 class RunningServer:

@@ -1,6 +1,6 @@
 """Tiny models of every family, each with a random checkpoint from its own config class in transformers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 LAYERS = 3
@@ -26,6 +26,10 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_OLMO3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": _YARN,
+}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 _DEEPSEEK = {
     "kv_lora_rank": 32,
@@ -49,19 +53,11 @@ class Family:
     """Its config class, and what the tiny model's config says beyond TINY."""
 
     config: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    head_dim: int = 16
-    kv_heads: int = 2
-
-    def page_bytes(self, block_size: int = 16) -> int:
-        """Of fp32 keys and values, all layers."""
-        return 2 * LAYERS * self.kv_heads * block_size * self.head_dim * 4
+    facts: dict[str, Any]
 
 
-def _family(config: str, *, head_dim: int = 16, kv_heads: int = 2, **facts: Any) -> Family:
-    if head_dim != 16:
-        facts["head_dim"] = head_dim
-    return Family(config, facts, head_dim, kv_heads)
+def _family(config: str, **facts: Any) -> Family:
+    return Family(config, facts)
 
 
 FAMILIES: dict[str, Family] = {
@@ -105,7 +101,11 @@ FAMILIES: dict[str, Family] = {
         logits_scaling=2.0,
     ),
     "granite_moe": _family(
-        "GraniteMoeConfig", num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.4, logits_scaling=2.0,
+        "GraniteMoeConfig",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        residual_multiplier=0.4,
+        logits_scaling=2.0,
         initializer_range=0.15,
     ),
     "granite_moe_shared": _family(
@@ -131,27 +131,28 @@ FAMILIES: dict[str, Family] = {
     "cohere2": _family("Cohere2Config", sliding_window=24, layer_types=_SLIDING, logit_scale=0.5),
     "olmo": _family("OlmoConfig", clip_qkv=1.0),
     "olmo2": _family("Olmo2Config"),
-    "olmo3": _family("Olmo3Config", sliding_window=24, layer_types=_SLIDING, rope_parameters=_YARN),
+    "olmo3": _family("Olmo3Config", sliding_window=24, layer_types=_SLIDING, rope_parameters=_OLMO3_ROPE),
     "olmoe": _family("OlmoeConfig", num_experts=8, num_experts_per_tok=3, clip_qkv=1.0),
-    "minimax_m2": _family(
-        "MiniMaxM2Config", head_dim=32, num_local_experts=8, num_experts_per_tok=3, rotary_dim=16
-    ),
+    "minimax_m2": _family("MiniMaxM2Config", head_dim=32, num_local_experts=8, num_experts_per_tok=3, rotary_dim=16),
     "starcoder2": _family("Starcoder2Config", sliding_window=24),
     "stablelm": _family("StableLmConfig", use_qkv_bias=True),
     "stablelm_parallel": _family("StableLmConfig", use_parallel_residual=True, qk_layernorm=True),
-    "falcon_7b": _family("FalconConfig", kv_heads=1),
+    "falcon_7b": _family("FalconConfig"),
     "falcon_40b": _family("FalconConfig", new_decoder_architecture=True, num_kv_heads=2),
-    "falcon_rw": _family(
-        "FalconConfig", kv_heads=4, alibi=True, multi_query=False, parallel_attn=False, bias=True
-    ),
-    "gpt_neox": _family("GPTNeoXConfig", kv_heads=4, rotary_pct=0.5),
-    "gpt2": _family("GPT2Config", kv_heads=4, n_embd=64, n_head=4, n_layer=LAYERS, n_positions=512),
-    "gpt_bigcode": _family("GPTBigCodeConfig", kv_heads=1, n_embd=64, n_head=4, n_layer=LAYERS, n_positions=512),
-    "opt": _family("OPTConfig", kv_heads=4, ffn_dim=96, word_embed_proj_dim=64),
-    "bloom": _family("BloomConfig", kv_heads=4, n_head=4, n_layer=LAYERS, seq_length=512),
-    "mpt": _family("MptConfig", kv_heads=4, d_model=64, n_heads=4, n_layers=LAYERS, max_seq_len=512),
+    "falcon_rw": _family("FalconConfig", alibi=True, multi_query=False, parallel_attn=False, bias=True),
+    "gpt_neox": _family("GPTNeoXConfig", rotary_pct=0.5),
+    "gpt2": _family("GPT2Config", n_embd=64, n_head=4, n_layer=LAYERS, n_positions=512),
+    "gpt_bigcode": _family("GPTBigCodeConfig", n_embd=64, n_head=4, n_layer=LAYERS, n_positions=512),
+    "opt": _family("OPTConfig", ffn_dim=96, word_embed_proj_dim=64),
+    "bloom": _family("BloomConfig", n_head=4, n_layer=LAYERS, seq_length=512),
+    "mpt": _family("MptConfig", d_model=64, n_heads=4, n_layers=LAYERS, max_seq_len=512),
     "gptj": _family(
-        "GPTJConfig", kv_heads=4, n_embd=64, n_head=4, n_layer=LAYERS, n_positions=512, rotary_dim=8,
+        "GPTJConfig",
+        n_embd=64,
+        n_head=4,
+        n_layer=LAYERS,
+        n_positions=512,
+        rotary_dim=8,
         tie_word_embeddings=False,
     ),
     "cwm": _family("CwmConfig", head_dim=32, sliding_window=24, layer_types=_SLIDING, rope_parameters=_LLAMA3_ROPE),
@@ -180,7 +181,7 @@ FAMILIES: dict[str, Family] = {
         rope_parameters=_YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
         head_dim=32,
     ),
-    "helium": Family("HeliumConfig", {"head_dim": 16}),
+    "helium": _family("HeliumConfig", head_dim=16),
     "deepseek_v2": _family(
         "DeepseekV2Config", **_DEEPSEEK, q_lora_rank=None, topk_method="group_limited_greedy", first_k_dense_replace=1
     ),

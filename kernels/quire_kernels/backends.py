@@ -111,7 +111,14 @@ class Backend(Protocol):
         """See `mla`."""
 
     def latent_cache_write(
-        self, latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, rope: Rope, weight: Tensor, eps: float
+        self,
+        latent: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        batch: AttentionBatch,
+        rope: Rope,
+        weight: Tensor,
+        eps: float,
     ) -> None:
         """See `mla`."""
 

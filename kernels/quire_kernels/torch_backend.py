@@ -181,11 +181,16 @@ class TorchBackend:
         )[0]
 
     def latent_cache_write(
-        self, latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, rope: Rope, weight: Tensor, eps: float
+        self,
+        latent: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        batch: AttentionBatch,
+        rope: Rope,
+        weight: Tensor,
+        eps: float,
     ) -> None:
-        mla_reference.latent_cache_write(
-            latent, q_rope, cache, batch.positions, batch.slots, rope.cos_sin, weight, eps
-        )
+        mla_reference.latent_cache_write(latent, q_rope, cache, batch.positions, batch.slots, rope.cos_sin, weight, eps)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         return draw(logits, rows)

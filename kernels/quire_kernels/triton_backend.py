@@ -124,9 +124,7 @@ class TritonBackend:
             experts.gate_up_bias,
         )
         values, scale = self._narrow(inner, experts.activation, True, experts)
-        out = grouped_matmul(
-            values, experts.down, alignment, 1, x.dtype, scale, experts.down_scale, experts.down_bias
-        )
+        out = grouped_matmul(values, experts.down, alignment, 1, x.dtype, scale, experts.down_scale, experts.down_bias)
         if experts.partial:  # rows of no expert were not written
             out.masked_fill_((chosen == held).view(-1, 1), 0.0)
         return combine(out, weights)
@@ -151,7 +149,14 @@ class TritonBackend:
         )
 
     def latent_cache_write(
-        self, latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, rope: Rope, weight: Tensor, eps: float
+        self,
+        latent: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        batch: AttentionBatch,
+        rope: Rope,
+        weight: Tensor,
+        eps: float,
     ) -> None:
         latent_cache_write(latent, q_rope, cache, batch.positions, batch.slots, rope.cos_sin, weight, eps)
 

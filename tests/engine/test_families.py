@@ -2,106 +2,89 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from quire_engine.config import EngineConfig
+from conftest import Table
+from families import FAMILIES
+from greedy import NEW_TOKENS, engine_for, prompts, run, truth
 from quire_engine.engine import Engine
-from quire_engine.execution.runner import ModelRunner
+from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
-from quire_engine.weights.resolve import find_model
 from transformers import AutoModelForCausalLM
 
 Make = Callable[[str], Path]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
-LENGTHS = (1, 5, 16, 33, 70)
-NEW_TOKENS = 32
 
 
-def prompts(seed: int = 0) -> list[list[int]]:
-    generator = np.random.default_rng(seed)
-    return [generator.integers(4, 300, length).tolist() for length in LENGTHS]
-
-
-def truth(folder: Path, prompt: list[int]) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    out = model.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        use_cache=True,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
-def run(engine: Engine, batch: list[list[int]], first_id: int = 1, **params: Any) -> list[list[int]]:
-    sampling = EngineSampling(**({"temperature": 0.0, "max_tokens": NEW_TOKENS} | params))
-    requests = [Request(first_id + i, list(prompt), len(prompt), sampling) for i, prompt in enumerate(batch)]
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        engine.step()
-    engine.scheduler.check_integrity()
-    return [request.tokens[request.num_prompt :] for request in requests]
-
-
-def engine_for(folder: Path, **options: Any) -> Engine:
-    config = EngineConfig(model=str(folder), **({"kv_cache_memory_bytes": 8 << 20, "device": "cpu"} | options))
-    return Engine(ModelRunner(config, find_model(config)))
-
-
-@pytest.mark.parametrize("backend", ["native", "torch"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits(checkpoint: Make, family: str, backend: str) -> None:
-    """Of every position of a prompt, through the prompt's log-probabilities over the whole vocabulary."""
-    folder = checkpoint(family)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    runner = engine_for(folder, attention_backend=backend)._executor
+def prompt_logits(engine: Engine, batch: list[list[int]]) -> list[torch.Tensor]:
+    """Of every position of each prompt [length, vocabulary]."""
+    model = engine._executor._model  # type: ignore[attr-defined]
     seen: list[torch.Tensor] = []
-    logits_of = runner._model.logits
-    runner._model.logits = lambda hidden: seen.append(logits_of(hidden)) or seen[-1]
-    for number, prompt in enumerate(prompts()):
+    logits_of = model.logits
+    model.logits = lambda hidden: seen.append(logits_of(hidden)) or seen[-1]
+    found = []
+    for number, prompt in enumerate(batch):
         seen.clear()
-        engine = Engine(runner)
-        engine.add(
-            Request(
-                number,
-                list(prompt),
-                len(prompt),
-                EngineSampling(temperature=0.0, max_tokens=1, prompt_logprobs=1),
-            )
-        )
+        sampling = EngineSampling(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+        engine.add(Request(number, list(prompt), len(prompt), sampling))
         while engine.has_work:
             engine.step()
-        ours = torch.cat(seen)
-        with torch.no_grad():
-            theirs = model(torch.tensor([prompt])).logits[0]
-        assert ours.shape == theirs.shape
-        assert (ours - theirs).abs().max() < 1e-4
+        found.append(torch.cat(seen))
+    model.logits = logits_of
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens(checkpoint: Make, family: str) -> None:
+def test_logits(checkpoint: Make, table: Table, family: str) -> None:
+    """Of every position of a prompt, on the CPU's kernels and on torch's operators; then with an fp8 cache, and with
+    weights quantized to fp8, where each family has them."""
+    folder = checkpoint(family)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = [model(torch.tensor([prompt])).logits[0] for prompt in prompts()]
+    for backend in ("native", "torch"):
+        ours = prompt_logits(engine_for(folder, attention_backend=backend), prompts())
+        for got, expected in zip(ours, theirs, strict=True):
+            assert got.shape == expected.shape
+            assert (got - expected).abs().max() < 1e-4
+    row = table.row(family, folder)
+    row["fp8 cache"] = _close(folder, theirs, kv_cache_dtype="fp8")
+    row["quantization"] = _close(folder, theirs, quantization="fp8")
+    if row["quantization"] == "–" and family == "gpt_oss":
+        row["quantization"] = "mxfp4"  # tests/engine/test_quantization.py
+
+
+def _close(folder: Path, theirs: list[torch.Tensor], **options: str) -> str:
+    """Whether the family takes these options: then its logits must be near the exact ones."""
+    try:
+        engine = engine_for(folder, **options)
+    except (InvalidParameter, ModelError) as error:
+        assert "leave" in str(error), "a refusal names the mend"
+        return "–"
+    ours, exact = torch.cat(prompt_logits(engine, prompts())), torch.cat(theirs)
+    likeness = torch.corrcoef(torch.stack((ours.flatten(), exact.flatten())))[0, 1]
+    assert 0.8 < likeness < 0.99999999, f"{options}: {likeness}"
+    return "yes"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens(checkpoint: Make, table: Table, family: str) -> None:
     """Alone, batched, in chunks of 7, from the prefix cache, and with pages for only two of them at a time."""
     folder = checkpoint(family)
     batch = prompts()
-    expected = [truth(folder, prompt) for prompt in batch]
+    expected = truth(folder, batch)
     engine = engine_for(folder)
     assert [run(engine, [prompt], 100 + i)[0] for i, prompt in enumerate(batch)] == expected
     assert engine.scheduler.stats.prefix_hits == 0
     assert run(engine, batch, 200) == expected
     assert engine.scheduler.stats.prefix_hits == 32 + 64, "the second run finds the first one's blocks"
     assert run(engine_for(folder, max_num_batched_tokens=7), batch) == expected
-    page = 2 * 3 * 2 * 16 * (32 if family in ("mistral", "qwen3", "qwen3_moe") else 16) * 4
-    tight = engine_for(folder, kv_cache_memory_bytes=9 * page, max_model_len=128)
+    tight = engine_for(folder, kv_cache_memory_bytes=9 * engine._executor.memory.page_bytes, max_model_len=128)
     assert tight.scheduler.limits.num_pages == 9
     assert run(tight, batch) == expected
     assert tight.scheduler.stats.preemptions > 0, "nine pages were not tight enough"
+    table.row(family, folder)["verified"] = "yes"
 
 
 def test_triton_attention_under_the_interpreter(checkpoint: Make) -> None:
@@ -109,7 +92,7 @@ def test_triton_attention_under_the_interpreter(checkpoint: Make) -> None:
     folder = checkpoint("mistral")
     batch = prompts()[1:4]
     engine = engine_for(folder, attention_backend="triton", max_num_batched_tokens=24)
-    assert run(engine, batch, max_tokens=6) == [truth(folder, prompt)[:6] for prompt in batch]
+    assert run(engine, batch, max_tokens=6) == [tokens[:6] for tokens in truth(folder, batch)]
 
 
 def test_prompt_logprobs_are_reported_once(checkpoint: Make) -> None:

@@ -194,7 +194,14 @@ class DryBackend:
         return q.new_empty((*q.shape[:2], latent))
 
     def latent_cache_write(
-        self, latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, rope: Rope, weight: Tensor, eps: float
+        self,
+        latent: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        batch: AttentionBatch,
+        rope: Rope,
+        weight: Tensor,
+        eps: float,
     ) -> None:
         pass
 

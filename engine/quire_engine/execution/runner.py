@@ -79,6 +79,8 @@ class ModelRunner:
             usable_bytes(config, self.device),
             stage=group.stage,
         )
+        if self.spec.latent is not None:
+            _check_latent(config, self.device)
         backend = choose_backend(config, self.device, dtype, quantized=quantization.name != "none")
         started = time.monotonic()
         quantized_cache = config.kv_cache_dtype == "fp8"
@@ -259,6 +261,22 @@ def _opened(
     weights.progress = lambda: shown.update(1)
     yield weights
     shown.close()
+
+
+def _check_latent(config: EngineConfig, device: torch.device) -> None:
+    """Raises InvalidParameter for what latent attention does not have; says where it is slow."""
+    if config.kv_cache_dtype == "fp8":
+        raise InvalidParameter(
+            "kv_cache_dtype is fp8; the latents of this family are kept in the model's dtype: leave it out",
+            "kv_cache_dtype",
+        )
+    if config.deterministic:
+        raise InvalidParameter(
+            "deterministic is not to be had with latent attention, whose kernels depend on the batch: leave it out",
+            "deterministic",
+        )
+    if device.type == "cpu":
+        log.warning("latent attention runs on torch's own operators on a CPU: slow for long contexts")
 
 
 def cache_dtype_of(backend: Backend) -> torch.dtype:

@@ -50,9 +50,9 @@ def deepseek_v3(config: Config) -> DecoderSpec:
 def _spec(config: Config, experts: ExpertsSpec) -> DecoderSpec:
     plain, rotated = need(config, "qk_nope_head_dim"), need(config, "qk_rope_head_dim")
     rope = rotary_of(config, rotated, interleaved=True)
-    scale = (plain + rotated) ** -0.5
+    scale = None
     if rope.kind != "default" and rope.scaling.get("mscale_all_dim"):
-        scale *= mscale(rope.scaling["factor"], rope.scaling["mscale_all_dim"]) ** 2
+        scale = (plain + rotated) ** -0.5 * mscale(rope.scaling["factor"], rope.scaling["mscale_all_dim"]) ** 2
     bias = bool(config.get("attention_bias", False))
     return base_spec(
         config,

@@ -30,9 +30,8 @@ def granite_moe(config: Config) -> DecoderSpec:
         up="input_linear.weight",
         down="output_linear.weight",
         stacked=True,
-        shared_size=config.get("shared_intermediate_size") or 0,
-        shared="shared_mlp",
-        shared_beside=True,
     )
+    if shared := config.get("shared_intermediate_size"):
+        experts = dataclasses.replace(experts, shared_size=shared, shared="shared_mlp", shared_beside=True)
     names = dataclasses.replace(base.names, gate="input_linear", up="input_linear", down="output_linear")
     return dataclasses.replace(base, names=names, experts=experts)

@@ -34,7 +34,9 @@ def olmo2(config: Config) -> DecoderSpec:
 def olmo3(config: Config) -> DecoderSpec:
     """Three layers of four have a window; the RoPE scaling is for the others."""
     layers = need(config, "num_hidden_layers")
-    kinds = config.get("layer_types") or ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)]
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)
+    ]
     base = olmo2(config)
     if "sliding_attention" in (config.get("rope_parameters") or {}):
         local = rotary_of(config, base.head_dim, layer_type="sliding_attention")

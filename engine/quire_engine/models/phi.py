@@ -15,9 +15,7 @@ def spec(config: Config) -> DecoderSpec:
     head_dim = need(config, "hidden_size") // need(config, "num_attention_heads")
     return base_spec(
         config,
-        names=Names(
-            norm="model.final_layernorm", output="dense", mlp_norm="", gate="", up="fc1", down="fc2"
-        ),
+        names=Names(norm="model.final_layernorm", output="dense", mlp_norm="", gate="", up="fc1", down="fc2"),
         norm=norm,
         norm_bias=True,
         parallel=True,

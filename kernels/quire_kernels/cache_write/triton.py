@@ -108,9 +108,7 @@ def _rope_cache_write(
             )  # fmt: skip
             other = tl.load(base + partner[None, :], mask=turned_head & turning[None, :], other=0.0).to(tl.float32)
             if q_weight_ptr is not None and not AFTER_ROPE:
-                other *= shrink[:, None] * _head_weight(
-                    q_weight_ptr, k_weight_ptr, partner, turning, is_q, UNIT_OFFSET
-                )
+                other *= shrink[:, None] * _head_weight(q_weight_ptr, k_weight_ptr, partner, turning, is_q, UNIT_OFFSET)
             x = x * cosine[None, :] + other * tl.where(first, -sine, sine)[None, :]
             tl.debug_barrier()  # partners are read before they are overwritten
     if q_weight_ptr is not None and AFTER_ROPE:

@@ -1,0 +1,54 @@
+"""Prompts, transformers' greedy tokens for them, and the engine's."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from quire_engine.config import EngineConfig
+from quire_engine.engine import Engine
+from quire_engine.execution.runner import ModelRunner
+from quire_engine.request import Request
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.weights.resolve import find_model
+from transformers import AutoModelForCausalLM
+
+LENGTHS = (1, 5, 16, 33, 70)
+NEW_TOKENS = 32
+
+
+def prompts(seed: int = 0) -> list[list[int]]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(4, 300, length).tolist() for length in LENGTHS]
+
+
+def truth(folder: Path, batch: list[list[int]]) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for prompt in batch:
+        out = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            use_cache=True,
+            pad_token_id=0,
+        )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def run(engine: Engine, batch: list[list[int]], first_id: int = 1, **params: Any) -> list[list[int]]:
+    sampling = EngineSampling(**({"temperature": 0.0, "max_tokens": NEW_TOKENS} | params))
+    requests = [Request(first_id + i, list(prompt), len(prompt), sampling) for i, prompt in enumerate(batch)]
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        engine.step()
+    engine.scheduler.check_integrity()
+    return [request.tokens[request.num_prompt :] for request in requests]
+
+
+def engine_for(folder: Path, **options: Any) -> Engine:
+    config = EngineConfig(model=str(folder), **({"kv_cache_memory_bytes": 8 << 20, "device": "cpu"} | options))
+    return Engine(ModelRunner(config, find_model(config)))
