@@ -205,3 +205,45 @@ FAMILIES: dict[str, Family] = {
         head_dim=32,
     ),
 }
+
+FALLBACK: dict[str, Family] = {  # that the decoder does not know
+    "afmoe": _family(
+        "AfmoeConfig",
+        head_dim=32,
+        sliding_window=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        layer_types=_SLIDING,
+    ),
+    "apertus": _family("ApertusConfig"),
+    "bitnet": _family("BitNetConfig"),
+    "codegen": _family("CodeGenConfig", n_embd=64, n_head=4, n_layer=LAYERS, n_positions=512, rotary_dim=8),
+    "exaone_moe": _family("ExaoneMoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "flex_olmo": _family("FlexOlmoConfig", num_experts=4, num_experts_per_tok=2),
+    "granite_swa": _family("GraniteSWAConfig", initializer_range=0.15, sliding_window=24),
+    "hunyuan_moe": _family("HunYuanMoEV1Config", num_experts=4, moe_topk=2, head_dim=16),
+    "hyperclovax": _family("HyperCLOVAXConfig"),
+    "jais2": _family("Jais2Config"),
+    "mellum": _family("MellumConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "ministral3": _family("Ministral3Config"),
+    "modernbert_decoder": _family("ModernBertDecoderConfig"),
+    "nanochat": _family("NanoChatConfig"),
+    "persimmon": _family("PersimmonConfig"),
+    "phimoe": _family("PhimoeConfig", num_local_experts=4),
+    "solar_open": _family(
+        "SolarOpenConfig", n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, head_dim=16
+    ),
+    "vaultgemma": _family("VaultGemmaConfig", head_dim=16, sliding_window=24),
+}
+REFUSED: dict[str, tuple[Family, str]] = {  # and what the refusal names
+    "chunked": (_family("Llama4TextConfig"), "layer_types has chunked_attention"),
+    "convolutions": (_family("Lfm2Config", layer_types=["conv", "full_attention", "conv"]), "layer_types has conv"),
+    "states": (_family("Qwen3NextConfig"), "keep a state"),
+    "twice": (_family("DiffLlamaConfig"), "attends more than once"),
+    "values": (_family("JetMoeConfig"), "looks at values"),
+    "dynamic": (
+        _family("ApertusConfig", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        "rope_type 'dynamic'",
+    ),
+}

@@ -1,5 +1,6 @@
 """Prompts, transformers' greedy tokens for them, and the engine's."""
 
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,26 @@ def prompts(seed: int = 0) -> list[list[int]]:
 
 
 def truth(folder: Path, batch: list[list[int]]) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = []
-    for prompt in batch:
-        out = model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            use_cache=True,
-            pad_token_id=0,
-        )
-        found.append(out[0, len(prompt) :].tolist())
-    return found
+    """transformers' greedy tokens for each prompt."""
+    return [list(_generated(folder, tuple(prompt))) for prompt in batch]
+
+
+@lru_cache(maxsize=1)
+def _reference(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@cache
+def _generated(folder: Path, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    out = _reference(folder).generate(
+        torch.tensor([prompt]),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    return tuple(out[0, len(prompt) :].tolist())
 
 
 def run(engine: Engine, batch: list[list[int]], first_id: int = 1, **params: Any) -> list[list[int]]:

@@ -60,5 +60,4 @@ def serve(rank: int, port: int, orders: Connection) -> None:
                 orders.send(None)
         except Exception:
             orders.send(traceback.format_exc())
-            raise
     group.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Table
-from families import FAMILIES
+from families import FALLBACK, FAMILIES, REFUSED
 from greedy import NEW_TOKENS, engine_for, prompts, run, truth
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter, ModelError
@@ -35,7 +35,7 @@ def prompt_logits(engine: Engine, batch: list[list[int]]) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | FALLBACK)
 def test_logits(checkpoint: Make, table: Table, family: str) -> None:
     """Of every position of a prompt, on the CPU's kernels and on torch's operators; then with an fp8 cache, and with
     weights quantized to fp8, where each family has them."""
@@ -68,7 +68,7 @@ def _close(folder: Path, theirs: list[torch.Tensor], **options: str) -> str:
     return "yes"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | FALLBACK)
 def test_greedy_tokens(checkpoint: Make, table: Table, family: str) -> None:
     """Alone, batched, in chunks of 7, from the prefix cache, and with pages for only two of them at a time."""
     folder = checkpoint(family)
@@ -85,6 +85,12 @@ def test_greedy_tokens(checkpoint: Make, table: Table, family: str) -> None:
     assert run(tight, batch) == expected
     assert tight.scheduler.stats.preemptions > 0, "nine pages were not tight enough"
     table.row(family, folder)["verified"] = "yes"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_paged_cache_cannot_hold_is_refused(checkpoint: Make, name: str) -> None:
+    with pytest.raises(ModelError, match=REFUSED[name][1]):
+        engine_for(checkpoint(name))
 
 
 def test_triton_attention_under_the_interpreter(checkpoint: Make) -> None:

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.linear import Builder
-from quire_engine.models.decoder import Decoder, Layer, empty_caches, layers_of
+from quire_engine.models.decoder import Decoder, Layer, Model, empty_caches, layers_of
+from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.quantization.config import Quantization
 from quire_engine.weights.random import RandomWeights
@@ -257,8 +258,11 @@ class _Repeated:
 
 def _one_of_each(
     build: Builder, spec: DecoderSpec, max_model_len: int, quantized_cache: bool, counter: AllocatedBytes
-) -> tuple[Decoder, _Repeated]:
+) -> tuple[Model, _Repeated]:
     """The stage with one layer of each kind, and what the others add."""
+    if spec.fallback is not None:
+        whole = TransformersDecoder(spec, build.group, build.ops, build.weights.dtype, META, None)
+        return whole, _Repeated(0, whole.num_parameters)
     source = build.weights
     assert isinstance(source, RandomWeights)
     kinds = Counter(spec.kind_of(layer) for layer in layers_of(spec, build.group))
@@ -279,7 +283,7 @@ def _one_of_each(
 
 
 def _step(
-    model: Decoder,
+    model: Model,
     spec: DecoderSpec,
     group: ParallelGroup,
     tokens: int,

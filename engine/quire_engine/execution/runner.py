@@ -24,7 +24,8 @@ from quire_engine.execution.group import ParallelGroup
 from quire_engine.execution.pending import PendingStep
 from quire_engine.execution.plan import NewRow, StepPlan, StepResult
 from quire_engine.layers.linear import Builder
-from quire_engine.models.decoder import Decoder, empty_caches
+from quire_engine.models.decoder import Decoder, Model, empty_caches
+from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.models.families import spec_of
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.plan import (
@@ -84,9 +85,13 @@ class ModelRunner:
         backend = choose_backend(config, self.device, dtype, quantized=quantization.name != "none")
         started = time.monotonic()
         quantized_cache = config.kv_cache_dtype == "fp8"
-        with _opened(config, files, dtype, self.device, progress_bar if group.draws else None) as weights:
-            build = Builder(weights, group, backend, quantization)
-            self._model = Decoder(build, self.spec, memory.max_model_len, quantized_cache=quantized_cache)
+        self._model: Model
+        if self.spec.fallback is not None:
+            self._model = _fallback(config, self.spec, group, backend, dtype, self.device, files)
+        else:
+            with _opened(config, files, dtype, self.device, progress_bar if group.draws else None) as weights:
+                build = Builder(weights, group, backend, quantization)
+                self._model = Decoder(build, self.spec, memory.max_model_len, quantized_cache=quantized_cache)
         num_pages = group.minimum(memory.num_pages)
         cache_dtype = cache_dtype_of(backend) if quantized_cache else dtype
         self._caches = empty_caches(self.spec, group, num_pages, config.block_size, cache_dtype, self.device)
@@ -111,7 +116,7 @@ class ModelRunner:
         self._prompt_logprobs: dict[int, NewRow] = {}
         self._mark: Callable[[], None] = lambda: None
         self._graphs: StepGraphs | None = None
-        if self.device.type != "cpu" and not config.enforce_eager and group.stages == 1:
+        if self.device.type != "cpu" and not config.enforce_eager and group.stages == 1 and self.spec.fallback is None:
             self.capture_graphs(graph_recorder(self.device))
         log.info(
             "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s, loaded in %.1f s",
@@ -242,6 +247,37 @@ class ModelRunner:
     def close(self) -> None:
         """Leaves the group; the memory goes with the object."""
         self._group.close()
+
+
+def _fallback(
+    config: EngineConfig,
+    spec: DecoderSpec,
+    group: ParallelGroup,
+    backend: Backend,
+    dtype: torch.dtype,
+    device: torch.device,
+    files: ModelFiles,
+) -> TransformersDecoder:
+    """Raises InvalidParameter for what transformers' code is not served with."""
+    if config.quantization is not None:
+        raise InvalidParameter(
+            f"quantization is {config.quantization}, and transformers' code computes this family: leave it out",
+            "quantization",
+        )
+    if config.deterministic:
+        raise InvalidParameter(
+            "deterministic is not to be had where transformers' code computes the family: leave it out", "deterministic"
+        )
+    if group.draws:
+        log.warning(
+            "%s is no family that Quire's decoder knows: transformers' code computes it, with Quire's attention over "
+            "the paged cache; without fused kernels, graphs and quantization it is slower",
+            spec.fallback and spec.fallback["architectures"][0],
+        )
+    folder = None if config.load_format == "dummy" else str(files.folder)
+    return TransformersDecoder(
+        spec, group, backend, dtype, device, folder, quantized_cache=config.kv_cache_dtype == "fp8"
+    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Shapes: T tokens of the step, S rows that draw a token.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from quire_kernels.activation import Activation
@@ -27,6 +27,18 @@ from quire_engine.layers.rotary import Rotary, cos_sin_table
 from quire_engine.models.spec import DecoderSpec, joined
 
 _LOADERS = 8  # layers that are read at once
+
+
+class Model(Protocol):
+    """What a step runs."""
+
+    spec: DecoderSpec
+    num_layers: int
+    progress: Callable[[], None]  # called after each layer
+
+    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[KVCache]) -> Tensor | None: ...
+
+    def logits(self, hidden: Tensor) -> Tensor | None: ...
 
 
 class Layer:

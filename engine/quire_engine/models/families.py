@@ -41,6 +41,7 @@ from quire_engine.models import (
     stablelm,
     starcoder2,
 )
+from quire_engine.models.fallback import fallback_spec
 from quire_engine.models.spec import Config, DecoderSpec
 
 FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
@@ -99,9 +100,15 @@ FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
 
 
 def spec_of(config: Config) -> DecoderSpec:
-    """Raises ModelError for a family that is not served, naming those that are."""
+    """Of a family of the decoder's or, where it knows none, of transformers' own code. Raises ModelError for what
+    neither serves."""
     architectures = config.get("architectures") or []
     for name in architectures:
         if name in FAMILIES:
             return FAMILIES[name](config)
-    raise ModelError(f"architectures is {architectures or 'missing'}; served are {', '.join(FAMILIES)}")
+    if (spec := fallback_spec(config)) is not None:
+        return spec
+    raise ModelError(
+        f"architectures is {architectures or 'missing'}; served are {', '.join(FAMILIES)}, and what else transformers "
+        "has for causal language models"
+    )

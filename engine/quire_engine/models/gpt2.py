@@ -1,5 +1,7 @@
 """GPT-2 and StarCoder 1: learned positions, LayerNorm, queries, keys and values in one tensor."""
 
+from typing import Literal
+
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
@@ -34,7 +36,9 @@ def gpt_bigcode(config: Config) -> DecoderSpec:
     return _spec(config, 1 if single else need(config, "n_head"), "stacked" if single else "grouped")
 
 
-def _spec(config: Config, kv_heads: int, qkv: str, **facts: bool) -> DecoderSpec:
+def _spec(
+    config: Config, kv_heads: int, qkv: Literal["stacked", "grouped"], *, transposed: bool = False
+) -> DecoderSpec:
     heads, hidden = need(config, "n_head"), need(config, "n_embd")
     return DecoderSpec(
         vocab_size=need(config, "vocab_size"),
@@ -49,12 +53,12 @@ def _spec(config: Config, kv_heads: int, qkv: str, **facts: bool) -> DecoderSpec
         names=_NAMES,
         norm=Norm(config.get("layer_norm_epsilon", 1e-5), "layer"),
         norm_bias=True,
-        qkv="grouped" if qkv == "grouped" else "stacked",
+        qkv=qkv,
+        transposed=transposed,
         attention_scale=None if config.get("scale_attn_weights", True) else 1.0,
         activation=activation_of(config, "gelu_new"),
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
         ignored=(".attn.bias", ".attn.masked_bias"),
-        **facts,
     )

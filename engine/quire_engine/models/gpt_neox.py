@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: each head's query, key and value follow one another in one tensor; a quarter of a head rotates."""
+"""GPT-NeoX and Pythia: each head's query, key and value follow one another in one tensor; part of a head rotates."""
 
 from quire_kernels.norm import Norm
 

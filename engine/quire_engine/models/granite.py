@@ -1,4 +1,4 @@
-"""Granite 3: Llama's shape with multipliers; experts in tensors that hold all of them, and one that all tokens share."""
+"""Granite 3: Llama's shape with multipliers; experts in tensors that hold all of them, and one for all tokens."""
 
 import dataclasses
 

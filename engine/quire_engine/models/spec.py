@@ -10,6 +10,7 @@ from quire_kernels.norm import Norm
 from quire_engine.errors import ModelError
 from quire_engine.layers.rotary import Rotary, rotary_of
 
+Config = Mapping[str, Any]
 ACTIVATIONS = {
     "silu": Activation.SILU,
     "swish": Activation.SILU,
@@ -145,6 +146,7 @@ class DecoderSpec:
     latent: LatentSpec | None = None
     experts: ExpertsSpec | None = None
     extra_layers: int = 0  # that the checkpoint has besides, to predict further tokens; they are not served
+    fallback: Config | None = None  # the whole config, where transformers' own code computes the model
     ignored: tuple[str, ...] = ()  # ends of tensor names that a checkpoint may hold and nothing needs
 
     @property
@@ -191,12 +193,11 @@ class DecoderSpec:
         for name, count in sliced.items():
             if count % size:
                 return f"{name} is {count} and cannot be split"
+        if self.fallback is not None and self.num_kv_heads % size:
+            return f"num_key_value_heads is {self.num_kv_heads} and cannot be split"
         if self.latent is None and self.num_kv_heads % size and size % self.num_kv_heads:
             return f"num_key_value_heads is {self.num_kv_heads} and can neither be split nor repeated"
         return None
-
-
-Config = Mapping[str, Any]
 
 
 def joined(*parts: str) -> str:

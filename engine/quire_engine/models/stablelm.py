@@ -1,4 +1,4 @@
-"""StableLM 2 and Zephyr: LayerNorm, a quarter of a head rotates; the 12B reads attention and feed-forward in parallel."""
+"""StableLM 2 and Zephyr: LayerNorm, a quarter of a head rotates; the 12B computes both parts side by side."""
 
 from quire_kernels.norm import Norm
 
