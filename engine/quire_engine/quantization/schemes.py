@@ -240,10 +240,10 @@ class Int4:
         return from_gptq(words("qweight", (inputs // 8, outputs), k8, n), zeros, scales, order, self.zero_offset)
 
 
-@dataclass(frozen=True, slots=True)
-class MXFP4:
+class MXFP4(Plain):
     """4-bit floats (e2m1) in blocks of 32 inputs with a power of two each (OCP MX 1.0), of experts that one tensor
-    holds. There is no kernel for them: they are kept as what they mean, in the engine's dtype."""
+    holds; everything else is plain. There is no kernel for them: they are kept as what they mean.
+    """
 
     def read_stacked(self, weights: Weights, name: str, shape: tuple[int, int, int], rows: slice) -> Tensor:
         """Some experts' matrices, of `shape` [E, N, K] in all."""
@@ -257,23 +257,6 @@ class MXFP4:
             codes = torch.stack((packed[expert] & 15, packed[expert] >> 4), -1).flatten(-2)  # the low half comes first
             out[expert] = torch.ldexp(values[codes.int()], scales[expert].int()[..., None] - 127).flatten(1)
         return out
-
-    def linear(
-        self,
-        weights: Weights,
-        parts: Sequence[Part],
-        inputs: int,
-        columns: slice,
-        bias: Tensor | None,
-        ops: Backend,
-    ) -> Linear:
-        raise ModelError(f"{parts[0].name} is in mxfp4, which is served for experts that one tensor holds")
-
-    def read(self, weights: Weights, part: Part, inputs: int, columns: slice, ops: Backend) -> Stored:
-        raise ModelError(f"{part.name} is in mxfp4, which is served for experts that one tensor holds")
-
-    def expert_inputs(self, stored: Sequence[Stored], ops: Backend) -> QuantizedOutput | None:
-        return None
 
 
 def _weight(weights: Weights, part: Part, inputs: int, columns: slice) -> Tensor:

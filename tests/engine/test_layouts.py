@@ -1,0 +1,185 @@
+"""How checkpoints lay out their weights, where transformers has no class that writes them so; and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from greedy import engine_for, prompts, run, truth
+from quire_engine.errors import ModelError
+from quire_engine.models.families import FAMILIES, spec_of
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+Make = Callable[[str], Path]
+
+
+def rewritten(
+    folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], **facts: Any
+) -> Path:
+    """A copy of a checkpoint with other tensors and other facts in its config."""
+    shutil.copytree(folder, target)
+    save_file(change(load_file(folder / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | facts))
+    return target
+
+
+def test_internlm2(checkpoint: Make, tmp_path: Path) -> None:
+    """Llama's weights under InternLM2's names, queries, keys and values of each group one after another."""
+    heads, kv_heads, dim = 4, 2, 16
+    names = {
+        "model.embed_tokens": "model.tok_embeddings",
+        "lm_head": "output",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out = {}
+        for name, tensor in tensors.items():
+            if "q_proj" in name:
+                k, v = (tensors[name.replace("q_proj", other)] for other in ("k_proj", "v_proj"))
+                groups = tensor.unflatten(0, (kv_heads, heads // kv_heads, dim))
+                parts = [groups, k.unflatten(0, (kv_heads, 1, dim)), v.unflatten(0, (kv_heads, 1, dim))]
+                out[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat(parts, 1).flatten(0, 2)
+            elif "k_proj" not in name and "v_proj" not in name:
+                for old, new in names.items():
+                    name = name.replace(old, new)
+                out[name] = tensor.contiguous()
+        return out
+
+    plain = rewritten(
+        checkpoint("llama"),
+        tmp_path / "plain",
+        lambda tensors: {name: t for name, t in tensors.items() if ".mlp." not in name or not name.endswith("bias")},
+        mlp_bias=False,
+    )
+    folder = rewritten(plain, tmp_path / "internlm2", change, architectures=["InternLM2ForCausalLM"], bias=True)
+    assert run(engine_for(folder), prompts()) == truth(plain, prompts())
+
+
+def test_mxfp4(checkpoint: Make, tmp_path: Path) -> None:
+    """gpt-oss' experts in 4-bit floats give what their values mean, by transformers' own decoding."""
+    generator = torch.Generator().manual_seed(0)
+    packed: dict[str, torch.Tensor] = {}
+
+    def quantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out = {}
+        for name, tensor in tensors.items():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                experts, inputs, outputs = tensor.shape
+                shape = (experts, outputs, inputs // 32)
+                out[f"{name}_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+                out[f"{name}_scales"] = torch.randint(121, 126, shape, dtype=torch.uint8, generator=generator)
+            else:
+                out[name] = tensor
+        packed.update(out)
+        return out
+
+    def decoded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: convert_moe_packed_tensors(packed[f"{name}_blocks"], packed[f"{name}_scales"], dtype=torch.float32)
+            if f"{name}_blocks" in packed
+            else tensor
+            for name, tensor in tensors.items()
+        }
+
+    settings = {
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    }
+    original = checkpoint("gpt_oss")
+    folder = rewritten(original, tmp_path / "mxfp4", quantized, **settings)
+    plain = rewritten(original, tmp_path / "plain", decoded)
+    assert run(engine_for(folder), prompts()) == truth(plain, prompts())
+
+
+def test_longrope_beyond_the_original_context(checkpoint: Make, tmp_path: Path) -> None:
+    """Served with a longer context than the original one, the factors for long contexts hold from the first token on,
+    as in transformers for a prompt of such a length."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+        "original_max_position_embeddings": 64,
+    }
+    same = dict.copy
+    folder = rewritten(
+        checkpoint("phi3"), tmp_path / "phi3", same, rope_parameters=rope, original_max_position_embeddings=64
+    )
+    long = [prompt for prompt in prompts() if len(prompt) > 64]
+    assert run(engine_for(folder), long) == truth(folder, long)
+    short = [prompt for prompt in prompts() if len(prompt) < 30]
+    assert run(engine_for(folder, max_model_len=64), short) == truth(folder, short)
+    assert run(engine_for(folder), short) != truth(folder, short)
+
+
+@pytest.mark.parametrize(
+    ("family", "facts", "named"),
+    [
+        ("llama", {"hidden_act": "mish"}, "hidden_act is 'mish'; served are silu"),
+        ("llama", {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type 'ntk'; known are default"),
+        ("llama", {"quantization_config": {"quant_method": "bitnet"}}, "asks for 'bitnet'; served are fp8"),
+        ("llama", {"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM.*served are Arcee"),
+        ("gemma3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types has linear_attention"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0; served is 7.0"),
+        ("deepseek_v2", {"topk_method": "noaux"}, "topk_method is 'noaux'; served are greedy"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is false"),
+        ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm is true"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("mpt", {"attn_config": {"alibi": False}}, "attn_config lacks alibi"),
+        ("llama", {"num_hidden_layers": None}, "config.json lacks num_hidden_layers"),
+        ("hunyuan", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic and has no alpha"),
+    ],
+)
+def test_what_a_family_is_not_served_with_is_named(
+    checkpoint: Make, tmp_path: Path, family: str, facts: dict[str, Any], named: str
+) -> None:
+    folder = rewritten(checkpoint(family), tmp_path / family, dict.copy, **facts)
+    with pytest.raises(ModelError, match=named):
+        engine_for(folder)
+
+
+def test_hunyuan_raises_the_base(checkpoint: Make, tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "alpha": 1000.0, "rope_theta": 10000.0, "factor": 1.0}
+    folder = rewritten(checkpoint("hunyuan"), tmp_path / "hunyuan", dict.copy, rope_parameters=rope)
+    assert run(engine_for(folder), prompts()) == truth(folder, prompts())
+
+
+def test_layers_that_predict_further_tokens_are_left_out(checkpoint: Make, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return tensors | {"model.layers.3.eh_proj.weight": torch.zeros(64, 128)}
+
+    folder = rewritten(checkpoint("deepseek_v3"), tmp_path / "mtp", change, num_nextn_predict_layers=1)
+    assert run(engine_for(folder), prompts()[:1]) == truth(checkpoint("deepseek_v3"), prompts()[:1])
+    with pytest.raises(ModelError, match="does not use"):
+        engine_for(rewritten(checkpoint("deepseek_v3"), tmp_path / "no-mtp", change, num_nextn_predict_layers=0))
+
+
+def test_a_median_family_is_a_page() -> None:
+    """Of the files with families' facts; and nothing outside them asks which family it is."""
+    root = Path(spec_of.__code__.co_filename).parents[1]
+    files = sorted({Path(spec.__code__.co_filename) for spec in FAMILIES.values()})
+    lengths = sorted(len(file.read_text().splitlines()) for file in files)
+    assert lengths[len(lengths) // 2] < 60
+    for file in root.rglob("*.py"):
+        if file.parent.name != "models" and file.name != "gguf.py":  # which translates llama.cpp's names
+            text = file.read_text()
+            assert not [name for name in FAMILIES if name in text], file
+
+
+def test_transformers_loads_what_these_tests_write(checkpoint: Make, tmp_path: Path) -> None:
+    """The copies are whole checkpoints."""
+    folder = rewritten(checkpoint("llama"), tmp_path / "copy", dict.copy)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 3
