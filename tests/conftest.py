@@ -96,6 +96,12 @@ def table() -> Table:
     return Table()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    from interpreter_shim import install  # which imports Triton, and that looks at the environment
+
+    install()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-tables", action="store_true", help="write docs/families.md anew")
 

@@ -2,11 +2,8 @@
 
 from collections.abc import Iterator
 
-import interpreter_shim
 import pytest
 import torch
-
-interpreter_shim.install()
 
 
 @pytest.fixture(autouse=True)
