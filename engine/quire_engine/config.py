@@ -27,6 +27,11 @@ class EngineConfig:
 
     model: str
     tokenizer: str | None = option(None, "a tokenizer other than the model's: a folder or a hub id")
+    task: str = option(
+        "auto",
+        "what the model is for; auto: embed or score where its checkpoint says so, else generate",
+        choices=("auto", "generate", "embed", "score"),
+    )
     revision: str | None = option(None, "branch, tag or commit of a model from the hub")
     download_dir: str | None = option(None, "where models from the hub are kept (default: the hub's own cache)")
     load_format: str = option(
@@ -117,4 +122,5 @@ class SchedulerLimits:
     max_num_queued_reqs: int
     enable_prefix_caching: bool = True
     by_priority: bool = False
+    whole_prompts: bool = False  # a prompt is computed in one step
     steps_in_flight: int = 1  # 2: a step is planned while the one before it runs

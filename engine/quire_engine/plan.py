@@ -125,11 +125,17 @@ def resolve_max_model_len(config: EngineConfig, spec: DecoderSpec) -> int:
     return config.max_model_len
 
 
-def tokens_per_step(config: EngineConfig, cpu: bool) -> int:
-    """The scheduler's budget."""
-    if config.max_num_batched_tokens is not None:
-        return config.max_num_batched_tokens
-    return _CPU_TOKENS_PER_STEP if cpu else _GPU_TOKENS_PER_STEP
+def tokens_per_step(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> int:
+    """The scheduler's budget. Raises InvalidParameter where a text must be computed at once and can exceed it."""
+    wanted = config.max_num_batched_tokens
+    least = resolve_max_model_len(config, spec) if spec.bidirectional else 1
+    if wanted is not None and wanted < least:
+        raise InvalidParameter(
+            f"max_num_batched_tokens is {wanted}; this model computes a text of up to {least} tokens at once: raise "
+            "it, or lower max_model_len",
+            "max_num_batched_tokens",
+        )
+    return max(least, wanted or (_CPU_TOKENS_PER_STEP if cpu else _GPU_TOKENS_PER_STEP))
 
 
 def plan_memory(
@@ -155,7 +161,7 @@ def plan_memory(
         experts_apart=config.enable_expert_parallel,
         dtype=dtype,
     )
-    tokens = tokens_per_step(config, cpu)
+    tokens = tokens_per_step(config, spec, cpu)
     draws = min(config.max_num_seqs, tokens)
     steps = [(tokens, draws)]
     captures = not cpu and not config.enforce_eager

@@ -22,7 +22,7 @@ import numpy as np
 from quire_engine.cache.pages import PagePool, block_hash
 from quire_engine.config import SchedulerLimits
 from quire_engine.errors import DeadlineExceeded, EngineFailure, QueueFull
-from quire_engine.execution.plan import NewRow, StepPlan, StepResult, TokenLogprobs
+from quire_engine.execution.plan import Floats, NewRow, StepPlan, StepResult, TokenLogprobs
 from quire_engine.request import Request, State, check_length
 
 
@@ -36,6 +36,7 @@ class StepOutcome:
     started: list[Request] = field(default_factory=list)  # admitted for the first time
     logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)
     prompt_logprobs: list[tuple[Request, int, TokenLogprobs]] = field(default_factory=list)  # with the first's place
+    vectors: list[tuple[Request, Floats]] = field(default_factory=list)  # of models that pool
     num_tokens: int = 0  # computed
 
 
@@ -215,6 +216,8 @@ class Scheduler:
         while budget and self._rows and (waiting := self._next_waiting()) is not None:
             if waiting.pending:  # preempted while its next token is in flight
                 break
+            if limits.whole_prompts and len(waiting.tokens) > budget:
+                break
             hits = self._cached_prefix(waiting)
             if not self._room_for(waiting, hits):
                 break
@@ -253,6 +256,11 @@ class Scheduler:
             else:
                 drawing = [request for request, draws in zip(requests, plan.draws.tolist(), strict=True) if draws]
             self._append(drawing, result, plan, outcome)
+            if result.vectors is not None:
+                told = {id(request) for request in outcome.requests}
+                for request, vector in zip(drawing, result.vectors, strict=True):
+                    if id(request) in told:
+                        outcome.vectors.append((request, vector))
             if result.logprobs or result.prompt_logprobs:
                 self._collect_logprobs(requests, plan, result, outcome)
         if self._ended:

@@ -35,6 +35,7 @@ class AttentionBatch:
     query_starts: Tensor  # [R + 1] int32
     longest_query: int  # new tokens of the request that has most
     context_lens: Tensor  # [R] int32, the new tokens included
+    spans: Tensor | None = None  # [T, 2] int32: see AttentionOptions
 
     @cached_property
     def tiles(self) -> Tensor:

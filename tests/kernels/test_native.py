@@ -4,6 +4,7 @@ import pytest
 import torch
 from paging import make_batch, poisoned
 from quire_kernels.activation import Activation
+from quire_kernels.backends import AttentionBatch
 from quire_kernels.cache_write import HeadNorm, Rope
 from quire_kernels.native.backend import NativeBackend
 from quire_kernels.norm import Norm
@@ -34,16 +35,24 @@ def test_paged_attention(heads: int, kv_heads: int, dim: int, block_size: int, w
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
+def spans_around(batch: AttentionBatch) -> torch.Tensor:
+    """About each token, within its request's context."""
+    counts = batch.query_starts.diff()
+    ends = torch.repeat_interleave(batch.context_lens, counts)
+    return torch.stack(((batch.positions - 9).clamp(min=0), torch.minimum(batch.positions + 20, ends)), 1)
+
+
 @pytest.mark.parametrize(("group", "dim"), [(2, 64), (20, 32)])
-@pytest.mark.parametrize("kind", ["soft_cap", "sinks", "alibi"])
+@pytest.mark.parametrize("kind", ["soft_cap", "sinks", "alibi", "spans"])
 def test_what_families_add(group: int, dim: int, kind: str) -> None:
     heads = 2 * group
+    batch = make_batch([1, 9, 20], [33, 9, 47], 16, 12)
     options = {
         "soft_cap": AttentionOptions(soft_cap=5.0, window=7),
         "sinks": AttentionOptions(sinks=torch.randn(heads) * 3),
         "alibi": AttentionOptions(alibi_slopes=torch.rand(heads)),
+        "spans": AttentionOptions(spans=spans_around(batch), window=5),
     }[kind]
-    batch = make_batch([1, 9, 20], [33, 9, 47], 16, 12)
     keys, values = torch.randn(2, 12, 2, 16, dim)
     q = torch.randn(30, heads, dim) * 3
     got, expected = (b.paged_attention(q, keys, values, batch, 0.3, options) for b in (NativeBackend(), TorchBackend()))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from quire_engine.execution.plan import StepPlan, StepResult, TokenLogprobs
 from quire_engine.sampling.sampler import Drawn, TokenScores
@@ -18,6 +19,7 @@ class PendingStep:
         drawn: Drawn | None,
         prompt_scores: dict[int, tuple[list[TokenScores], int]],
         device: torch.device,
+        vectors: Tensor | None = None,
     ) -> None:
         """`prompt_scores`: row → its parts, and how many likeliest tokens were asked for."""
         self._rows = plan.rows[plan.draws]
@@ -25,6 +27,7 @@ class PendingStep:
         self._scores = drawn.scores.to_host() if drawn is not None and drawn.scores is not None else None
         self._scored_rows = drawn.scored_rows if drawn is not None else []
         self._prompt = {row: ([part.to_host() for part in parts], n) for row, (parts, n) in prompt_scores.items()}
+        self._vectors = vectors.to("cpu", non_blocking=True) if vectors is not None else None
         self._copied: torch.Event | None = None
         if device.type != "cpu":
             self._copied = torch.Event(device)
@@ -39,6 +42,8 @@ class PendingStep:
         """Waits for the device."""
         if self._copied is not None:
             self._copied.synchronize()
+        if self._vectors is not None:
+            return StepResult(np.zeros(len(self._rows), np.int32), vectors=self._vectors.numpy())
         tokens = np.zeros(0, np.int32) if self._tokens is None else self._tokens.numpy()
         failed = {int(self._rows[place]): _NO_LOGIT for place in np.flatnonzero(tokens < 0)}
         logprobs = {}

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from quire_engine.sampling.params import EngineSampling
 
 Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -64,3 +65,4 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of the drawn token
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of this step's prompt tokens
     failed: dict[int, str] = field(default_factory=dict)  # row → why no token could be drawn
+    vectors: Floats | None = None  # [S, width] in place of tokens (which are 0), of models that pool

@@ -24,6 +24,7 @@ from quire_engine.execution.group import ParallelGroup
 from quire_engine.execution.pending import PendingStep
 from quire_engine.execution.plan import NewRow, StepPlan, StepResult
 from quire_engine.layers.linear import Builder
+from quire_engine.layers.pooler import PooledStates
 from quire_engine.models.decoder import Decoder, Model, empty_caches
 from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.models.families import spec_of
@@ -36,6 +37,7 @@ from quire_engine.plan import (
     tokens_per_step,
     usable_bytes,
 )
+from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
 from quire_engine.weights.random import RandomWeights
@@ -66,7 +68,8 @@ class ModelRunner:
         self.device = resolve_device(config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads or threads or _cores())
-        self.spec: DecoderSpec = spec_of(files.config)
+        pooling = pooling_of(files, config.task)
+        self.spec: DecoderSpec = spec_of(files.config, pooling)
         group = self._group
         self.spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), self.device)
@@ -101,11 +104,12 @@ class ModelRunner:
         self.limits = SchedulerLimits(
             num_pages=num_pages,
             block_size=config.block_size,
-            max_model_len=memory.max_model_len,
+            max_model_len=memory.max_model_len + (pooling is not None),  # which generates nothing
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=tokens_per_step(config, self.device.type == "cpu"),
+            max_num_batched_tokens=tokens_per_step(config, self.spec, self.device.type == "cpu"),
             max_num_queued_reqs=config.max_num_queued_reqs,
-            enable_prefix_caching=config.enable_prefix_caching,
+            enable_prefix_caching=config.enable_prefix_caching and (pooling is None or pooling.kind == "last"),
+            whole_prompts=self.spec.bidirectional,
             by_priority=config.scheduling_policy == "priority",
             steps_in_flight=2 if config.async_scheduling else 1,
         )
@@ -113,10 +117,14 @@ class ModelRunner:
         self._batcher = Batcher(self.limits, self.device, self._sampler)
         self._last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device=self.device)
         self._submitted: deque[PendingStep] = deque()
+        self._states: PooledStates | None = None
+        if pooling is not None:
+            self._states = PooledStates(pooling, config.max_num_seqs + 1, self.spec.hidden_size, self.device)
         self._prompt_logprobs: dict[int, NewRow] = {}
         self._mark: Callable[[], None] = lambda: None
         self._graphs: StepGraphs | None = None
-        if self.device.type != "cpu" and not config.enforce_eager and group.stages == 1 and self.spec.fallback is None:
+        plain = self.spec.fallback is None and pooling is None
+        if self.device.type != "cpu" and not config.enforce_eager and group.stages == 1 and plain:
             self.capture_graphs(graph_recorder(self.device))
         log.info(
             "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s, loaded in %.1f s",
@@ -152,6 +160,8 @@ class ModelRunner:
         for new in plan.new_rows:
             self._take_row(new, plan)
         self._batcher.set_pages(plan)
+        if self._states is not None:
+            return self._pool(plan, self._states)
         replayed = self._graphs.replay(plan) if self._graphs is not None and not self._prompt_logprobs else None
         prompt_scores: dict[int, tuple[list[TokenScores], int]] = {}
         if replayed is not None:
@@ -164,6 +174,19 @@ class ModelRunner:
             logits = self._logits(hidden, batch) if hidden is not None and plan.draws.any() else None
         drawn = self._draw(plan, batch, logits) if plan.draws.any() else None
         return PendingStep(plan, drawn, prompt_scores, self.device) if self._group.draws else None
+
+    def _pool(self, plan: StepPlan, states: PooledStates) -> PendingStep | None:
+        """A step of a model that gives vectors or scores."""
+        hidden = self._hidden(self._eager_batch(plan))
+        if hidden is None:
+            return None
+        rows, starts, counts, draws = (
+            torch.from_numpy(column).to(self.device) for column in (plan.rows, plan.starts, plan.counts, plan.draws)
+        )
+        pooled = states.take(hidden, rows.long(), starts, counts, draws)
+        assert isinstance(self._model, Decoder)
+        vectors = self._model.pooled(pooled)
+        return PendingStep(plan, None, {}, self.device, vectors) if self._group.draws else None
 
     def _eager_batch(self, plan: StepPlan) -> StepBatch:
         shape = self._batcher.shape(plan)

@@ -4,6 +4,7 @@ T tokens of the step, H query heads and K key-value heads of this rank, D head d
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from quire_kernels.activation import Activation
@@ -80,7 +81,8 @@ class Attention:
             qkv.clamp_(-self._clip, self._clip)
         keys, values = cache
         ops.rope_cache_write(qkv, keys, values, batch, self._num_heads, rope, self._head_norm, self._cache_scales)
-        attended = ops.paged_attention(heads[:, : self._num_heads], keys, values, batch, self._scale, self._options)
+        options = self._options if batch.spans is None else replace(self._options, spans=batch.spans)
+        attended = ops.paged_attention(heads[:, : self._num_heads], keys, values, batch, self._scale, options)
         flat = attended.reshape(qkv.shape[0], -1)
         wanted = self._output.input
         return self._output(flat if wanted is None else ops.activate(flat, Activation.IDENTITY, False, wanted))

@@ -23,8 +23,10 @@ from quire_engine.layers.feed_forward import FeedForward
 from quire_engine.layers.latent_attention import LatentAttention
 from quire_engine.layers.linear import Builder
 from quire_engine.layers.norm import Normalization
+from quire_engine.layers.pooler import Pooler
 from quire_engine.layers.rotary import Rotary, cos_sin_table
 from quire_engine.models.spec import DecoderSpec, joined
+from quire_engine.weights.tensors import Weights
 
 _LOADERS = 8  # layers that are read at once
 
@@ -50,6 +52,7 @@ class Layer:
         self._ops = build.ops
         self._scale = spec.residual_scale
         self._parallel = spec.parallel
+        self._norm_last = spec.norm_last
 
         def norm(name: str) -> Normalization | None:
             return Normalization(build, f"{at}.{name}", spec) if name else None
@@ -73,16 +76,26 @@ class Layer:
 
     def __call__(
         self, residual: Tensor, delta: Tensor | None, batch: AttentionBatch, cache: KVCache, rope: Rope | None
-    ) -> Tensor:
-        """Adds `delta` [T, hidden] to `residual` in place, and the attention to both; returns what is to be added."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Adds `delta` [T, hidden] to `residual` in place, and the attention to both. → the residual, and what is to be
+        added to it."""
+        if self._norm_last:
+            return self._with_norms_last(residual, batch, cache, rope), None
         x = _normed(self._ops, self._attention_norm, residual, delta, self._attention.input)
         attended = self._finished(self._attention(x, batch, cache, rope), self._after_attention)
         if self._parallel:
             if self._mlp_norm is not None or self._mlp_input != self._attention.input:
                 x = _normed(self._ops, self._mlp_norm or self._attention_norm, residual, None, self._mlp_input)
-            return attended.add_(self._finished(self._mlp(x), self._after_mlp))
+            return residual, attended.add_(self._finished(self._mlp(x), self._after_mlp))
         x = _normed(self._ops, self._mlp_norm, residual, attended, self._mlp_input)
-        return self._finished(self._mlp(x), self._after_mlp)
+        return residual, self._finished(self._mlp(x), self._after_mlp)
+
+    def _with_norms_last(self, x: Tensor, batch: AttentionBatch, cache: KVCache, rope: Rope | None) -> Tensor:
+        assert self._attention_norm is not None
+        assert self._mlp_norm is not None
+        attended = self._attention(_normed(self._ops, None, x, None, self._attention.input), batch, cache, rope)
+        x = unquantized(self._attention_norm(x, attended))
+        return unquantized(self._mlp_norm(x, self._mlp(_normed(self._ops, None, x, None, self._mlp_input))))
 
     def _finished(self, x: Tensor, norm: Normalization | None) -> Tensor:
         if norm is not None:
@@ -114,6 +127,7 @@ class Decoder:
     ) -> None:
         """`layers`: those to build (default: all of the rank's stage)."""
         build = replace(build, transposed=spec.transposed)
+        spec = _without_prefix(spec, build.weights)
         group, weights, names = build.group, build.weights, spec.names
         spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         self.spec = spec
@@ -121,7 +135,7 @@ class Decoder:
         self._ops = build.ops
         tied = spec.tie_embeddings
         embedding = None
-        if group.first or (group.last and tied):
+        if group.first or (group.last and tied and spec.pooling is None):
             embedding = Embedding(build, names.embedding, spec.vocab_size, spec.hidden_size)
         self._embedding = embedding if group.first else None
         self._positions: Tensor | None = None
@@ -129,6 +143,7 @@ class Decoder:
         if group.first and names.positions:
             shape = (spec.max_position + spec.position_offset, spec.hidden_size)
             self._positions = weights.take(f"{names.positions}.weight", shape)[spec.position_offset :]
+        self._segments = weights.take_all(f"{names.segments}.weight") if group.first and names.segments else None
         if group.first and names.embedding_norm:
             self._embedding_norm = Normalization(build, names.embedding_norm, spec)
         self.progress: Callable[[], None] = lambda: None  # called after each layer
@@ -144,14 +159,18 @@ class Decoder:
         else:  # OpenMP has a pool of threads for each thread that calls it; loading must not make another
             self._layers = [layer(number) for number in layers]
         self._head: OutputHead | None = None
+        self._pooler: Pooler | None = None
         self._norm: Normalization | None = None
         if group.last:
             if names.norm:
                 self._norm = Normalization(build, names.norm, spec)
-            head = embedding if tied else Embedding(build, names.head, spec.vocab_size, spec.hidden_size)
-            assert head is not None
-            bias = head.rows_of(f"{names.head}.bias", weights) if spec.head_bias else None
-            self._head = OutputHead(build, head.table, bias, spec.vocab_size)
+            if spec.pooling is not None:
+                self._pooler = Pooler(build, spec, spec.pooling)
+            else:
+                head = embedding if tied else Embedding(build, names.head, spec.vocab_size, spec.hidden_size)
+                assert head is not None
+                bias = head.rows_of(f"{names.head}.bias", weights) if spec.head_bias else None
+                self._head = OutputHead(build, head.table, bias, spec.vocab_size)
         tables: dict[Rotary, Rope] = {}
         self._ropes: list[Rope | None] = []
         for number in layers:
@@ -169,7 +188,7 @@ class Decoder:
                 return True
             if name.startswith(extra):
                 return True
-            if tied and name.startswith(f"{names.head}."):
+            if names.head and (tied or spec.pooling is not None) and name.startswith(f"{names.head}."):
                 return True
             if group.experts_apart and ".experts." in name:
                 return True
@@ -184,11 +203,13 @@ class Decoder:
             if self._embedding is not None
             else self.group.receive(token_ids.shape[0], self.spec.hidden_size, self._device)
         )
+        if self.spec.bidirectional:
+            batch = replace(batch, spans=_whole_texts(batch))
         delta: Tensor | None = None
         for layer, cache, rope in zip(self._layers, caches, self._ropes, strict=True):
-            delta = layer(residual, delta, batch, cache, rope)
+            residual, delta = layer(residual, delta, batch, cache, rope)
             self.progress()
-        if self._head is None:
+        if not self.group.last:
             self.group.send(residual if delta is None else residual.add_(delta))
             return None
         return unquantized(_normed(self._ops, self._norm, residual, delta, None))
@@ -200,7 +221,14 @@ class Decoder:
             x *= self.spec.embedding_scale
         if self._positions is not None:
             x += self._positions.index_select(0, positions)
+        if self._segments is not None:
+            x += self._segments[0]
         return x if self._embedding_norm is None else unquantized(self._embedding_norm(x))
+
+    def pooled(self, states: Tensor) -> Tensor:
+        """Pooled states [S, hidden] → vectors or scores, fp32."""
+        assert self._pooler is not None, "the model generates"
+        return self._pooler(states)
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """[S, hidden] → fp32 [S, vocabulary] on the last stage's rank 0."""
@@ -211,6 +239,22 @@ class Decoder:
             logits *= self.spec.logits_scale
         cap = self.spec.logits_soft_cap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+
+def _without_prefix(spec: DecoderSpec, weights: Weights) -> DecoderSpec:
+    """A checkpoint of a model without a head leaves out the name of the model within it."""
+    names = spec.names
+    if f"{names.embedding}.weight" in weights or f"{names.embedding.partition('.')[2]}.weight" not in weights:
+        return spec
+    inside = ("embedding", "positions", "segments", "embedding_norm", "layers", "norm")
+    return replace(spec, names=replace(names, **{name: getattr(names, name).partition(".")[2] for name in inside}))
+
+
+def _whole_texts(batch: AttentionBatch) -> Tensor:
+    """[T, 2]: the first and the last position of each token's text."""
+    tokens = batch.positions.shape[-1]
+    ends = torch.repeat_interleave(batch.context_lens, batch.query_starts.diff(), output_size=tokens)
+    return torch.stack((torch.zeros_like(ends), ends), 1)
 
 
 def layers_of(spec: DecoderSpec, group: ParallelGroup) -> range:

@@ -1,10 +1,12 @@
 """The families that are served, by the `architectures` entry of their config."""
 
+import dataclasses
 from collections.abc import Callable
 
 from quire_engine.errors import ModelError
 from quire_engine.models import (
     arcee,
+    bert,
     bloom,
     cohere,
     deepseek,
@@ -43,6 +45,7 @@ from quire_engine.models import (
 )
 from quire_engine.models.fallback import fallback_spec
 from quire_engine.models.spec import Config, DecoderSpec
+from quire_engine.pooling import Pooling
 
 FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
     "ArceeForCausalLM": arcee.spec,
@@ -97,15 +100,37 @@ FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
     "StableLmForCausalLM": stablelm.spec,
     "Starcoder2ForCausalLM": starcoder2.spec,
 }
+ENCODERS: dict[str, Callable[[Config], DecoderSpec]] = {
+    "Bert": bert.bert,
+    "Roberta": bert.roberta,
+    "XLMRoberta": bert.roberta,
+}
+_HEADLESS = ("Model", "ForSequenceClassification")
 
 
-def spec_of(config: Config) -> DecoderSpec:
+def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
+    """`_family_spec`, of a model that pools where `pooling` says so."""
+    spec = _family_spec(config)
+    if pooling is None:
+        return spec
+    if spec.fallback is not None:
+        raise ModelError("transformers' code computes this family, which is served for generation alone")
+    return dataclasses.replace(spec, pooling=pooling)
+
+
+def _family_spec(config: Config) -> DecoderSpec:
     """Of a family of the decoder's or, where it knows none, of transformers' own code. Raises ModelError for what
     neither serves."""
     architectures = config.get("architectures") or []
     for name in architectures:
         if name in FAMILIES:
             return FAMILIES[name](config)
+        for ending in _HEADLESS:  # the same family without a head for tokens
+            base = name.removesuffix(ending)
+            if base != name and base in ENCODERS:
+                return ENCODERS[base](config)
+            if base != name and f"{base}ForCausalLM" in FAMILIES:
+                return FAMILIES[f"{base}ForCausalLM"](config)
     if (spec := fallback_spec(config)) is not None:
         return spec
     raise ModelError(

@@ -9,6 +9,7 @@ from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
 from quire_engine.layers.rotary import Rotary, rotary_of
+from quire_engine.pooling import Pooling
 
 Config = Mapping[str, Any]
 ACTIVATIONS = {
@@ -29,6 +30,7 @@ class Names:
 
     embedding: str = "model.embed_tokens"
     positions: str = ""  # learned position embeddings
+    segments: str = ""  # embeddings of which text of a pair a token is in
     embedding_norm: str = ""
     layers: str = "model.layers"
     norm: str = "model.norm"
@@ -48,6 +50,7 @@ class Names:
     after_attention: str = ""  # a norm of the attention's result
     mlp_norm: str = "post_attention_layernorm"
     after_mlp: str = ""
+    classifier: tuple[str, ...] = ("score",)  # layers of a classifier, a tanh between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,7 @@ class DecoderSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
+    classifier_bias: bool = False
     transposed: bool = False  # weights are stored [inputs, outputs]
     clip_qkv: float | None = None
     qk_norm: QKNorm | None = None
@@ -146,6 +150,9 @@ class DecoderSpec:
     latent: LatentSpec | None = None
     experts: ExpertsSpec | None = None
     extra_layers: int = 0  # that the checkpoint has besides, to predict further tokens; they are not served
+    bidirectional: bool = False  # a token sees all of its text
+    norm_last: bool = False  # norms are of the sums of residual and result (the original Transformer)
+    pooling: Pooling | None = None  # gives vectors or scores, not tokens
     fallback: Config | None = None  # the whole config, where transformers' own code computes the model
     ignored: tuple[str, ...] = ()  # ends of tensor names that a checkpoint may hold and nothing needs
 

@@ -49,7 +49,7 @@ class NativeBackend(TorchBackend):
         kv_heads, block_size, head_dim = key_cache.shape[1:]
         group = q.shape[1] // kv_heads
         assert q.stride(1) == head_dim, "heads of a token are consecutive"
-        assert options.spans is None and options.key_scale is None, "kernels.c has neither spans nor scales"
+        assert options.key_scale is None, "kernels.c has no scales"
         assert head_dim <= 256, "kernels.c: MAX_DIM"
         assert block_size <= 64, "kernels.c: MAX_BLOCK"
         out = torch.empty(q.shape)
@@ -74,6 +74,7 @@ class NativeBackend(TorchBackend):
             ctypes.c_float(options.soft_cap),
             _pointer(options.sinks),
             _pointer(options.alibi_slopes),
+            _pointer(options.spans),
         )
         return out
 

@@ -112,7 +112,7 @@ static inline __attribute__((always_inline)) void add_values(
 static inline __attribute__((always_inline)) void attend_tile(
     const float *q, int64_t q_stride, float *out, int64_t out_stride, const float *keys, const float *values,
     const int32_t *block_table, int64_t page_stride, int first_position, int tile, int window, float scale,
-    float cap, const float *sinks, const float *slopes, const int G, const int D, const int B) {
+    float cap, const float *sinks, const float *slopes, const int32_t *spans, const int G, const int D, const int B) {
     float acc[MAX_TILE * MAX_GROUP][MAX_DIM] __attribute__((aligned(64)));
     float top[MAX_TILE * MAX_GROUP], sum[MAX_TILE * MAX_GROUP];
     float weights[MAX_BLOCK] __attribute__((aligned(64)));
@@ -121,8 +121,12 @@ static inline __attribute__((always_inline)) void attend_tile(
         sum[i] = 0.0f;
         memset(acc[i], 0, sizeof(float) * D);
     }
-    const int last_position = first_position + tile - 1;
-    const int oldest = window > 0 && first_position - window + 1 > 0 ? first_position - window + 1 : 0;
+    int last_position = first_position + tile - 1;
+    int oldest = window > 0 && first_position - window + 1 > 0 ? first_position - window + 1 : 0;
+    for (int t = 0; spans && t < tile; t++) {
+        if (spans[2 * t] < oldest) oldest = spans[2 * t];
+        if (spans[2 * t + 1] - 1 > last_position) last_position = spans[2 * t + 1] - 1;
+    }
     for (int block = oldest / B; block <= last_position / B; block++) {
         const float *k = keys + (int64_t)block_table[block] * page_stride;
         const float *v = values + (int64_t)block_table[block] * page_stride;
@@ -135,9 +139,14 @@ static inline __attribute__((always_inline)) void attend_tile(
         }
         for (int t = 0; t < tile; t++) {
             const int position = first_position + t;
-            int stop = position + 1 - block * B;
+            int stop = position + 1, start = window > 0 ? position - window + 1 : 0;
+            if (spans) { /* it holds the token itself: what it sees is in one piece */
+                if (spans[2 * t] < start) start = spans[2 * t];
+                if (spans[2 * t + 1] > stop) stop = spans[2 * t + 1];
+            }
+            stop -= block * B;
             stop = stop > B ? B : stop;
-            int start = window > 0 ? position - window + 1 - block * B : 0;
+            start -= block * B;
             start = start < 0 ? 0 : start;
             if (start >= stop) continue;
             for (int g = 0; g < G; g++) {
@@ -176,17 +185,18 @@ static inline __attribute__((always_inline)) void attend_tile(
 #define SPECIALIZED(G_, D_, B_)                                                                                     \
     if (G == G_ && D == D_ && B == B_) {                                                                            \
         attend_tile(qt, q_stride, ot, out_stride, k, v, table, page_stride, first, tile, window, scale, cap, s, a,  \
-                    G_, D_, B_);                                                                                    \
+                    e, G_, D_, B_);                                                                                    \
         continue;                                                                                                   \
     }
 
 /* out[T, H, D] = softmax(scale * q k^T) v over each request's pages, causal, optionally in a sliding window, with scores
- * soft-capped (cap > 0), with ALiBi's slopes [H] and with sinks [H]. Groups of over MAX_GROUP heads are taken in parts.
+ * soft-capped (cap > 0), with ALiBi's slopes [H], with sinks [H], and with spans [T, 2] that a token sees besides. Groups of over MAX_GROUP heads are taken in parts.
  * tiles[n, 3]: request, first query token in the flat batch, tokens (1..8). positions[T]: of every flat token. */
 void paged_attention(const float *q, int64_t q_stride, float *out, int64_t out_stride, const float *key_cache,
                      const float *value_cache, const int32_t *block_tables, int64_t table_stride,
                      const int32_t *positions, const int32_t *tiles, int64_t n_tiles, int K, int G, int D, int B,
-                     int window, float scale, float cap, const float *sinks, const float *slopes) {
+                     int window, float scale, float cap, const float *sinks, const float *slopes,
+                     const int32_t *spans) {
     const int64_t page_stride = (int64_t)K * B * D;
     const int whole = G, parts = (whole + MAX_GROUP - 1) / MAX_GROUP;
 #pragma omp parallel for schedule(dynamic, 1)
@@ -198,6 +208,7 @@ void paged_attention(const float *q, int64_t q_stride, float *out, int64_t out_s
         const int64_t query = (int64_t)head * whole + begin;
         const float *qt = q + t[1] * q_stride + query * D;
         const float *s = sinks ? sinks + query : 0, *a = slopes ? slopes + query : 0;
+        const int32_t *e = spans ? spans + 2 * t[1] : 0;
         float *ot = out + t[1] * out_stride + query * D;
         const float *k = key_cache + (int64_t)head * B * D, *v = value_cache + (int64_t)head * B * D;
         const int32_t *table = block_tables + t[0] * table_stride;
@@ -211,7 +222,7 @@ void paged_attention(const float *q, int64_t q_stride, float *out, int64_t out_s
         SPECIALIZED(2, 128, 16)
         SPECIALIZED(4, 128, 16)
         SPECIALIZED(8, 128, 16)
-        attend_tile(qt, q_stride, ot, out_stride, k, v, table, page_stride, first, tile, window, scale, cap, s, a, G, D,
+        attend_tile(qt, q_stride, ot, out_stride, k, v, table, page_stride, first, tile, window, scale, cap, s, a, e, G, D,
                     B);
     }
 }

@@ -23,7 +23,7 @@ class AttentionOptions:
     soft_cap: float = 0.0  # scores become cap * tanh(score / cap) (Gemma 2); 0: none
     sinks: Tensor | None = None  # [H] fp32 logits that take part in the softmax and carry no value (gpt-oss)
     alibi_slopes: Tensor | None = None  # [H] fp32: score -= slope * distance (Press et al. 2022)
-    spans: Tensor | None = None  # [T, 2] int32 (begin, end): positions that a token sees besides, as inside an image
+    spans: Tensor | None = None  # [T, 2] int32 (begin, end): positions, its own among them, that a token sees besides
     key_scale: Tensor | None = None  # [K] fp32: what a stored key is multiplied by; equal ones are a scale per tensor
     value_scale: Tensor | None = None  # [K] fp32
 

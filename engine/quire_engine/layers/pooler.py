@@ -1,0 +1,52 @@
+"""From hidden states to what clients get of a model that does not generate."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire_engine.layers.linear import Builder
+from quire_engine.models.spec import DecoderSpec
+from quire_engine.pooling import Pooling
+
+
+class Pooler:
+    """Pooled states [S, hidden] → fp32 [S, hidden] vectors, or [S, 1] scores."""
+
+    def __init__(self, build: Builder, spec: DecoderSpec, pooling: Pooling) -> None:
+        self._pooling = pooling
+        self._layers: list[tuple[Tensor, Tensor | None]] = []
+        if pooling.scores:
+            *inner, last = spec.names.classifier
+            for name, outputs in (*((name, spec.hidden_size) for name in inner), (last, 1)):
+                weight = build.weights.take(f"{name}.weight", (outputs, spec.hidden_size), dtype=torch.float32)
+                bias = None
+                if spec.classifier_bias:
+                    bias = build.weights.take(f"{name}.bias", (outputs,), dtype=torch.float32)
+                self._layers.append((weight, bias))
+
+    def __call__(self, states: Tensor) -> Tensor:
+        x = states.float()
+        for number, (weight, bias) in enumerate(self._layers):
+            x = F.linear(x if number == 0 else torch.tanh(x), weight, bias)
+        if self._pooling.scores:
+            return torch.sigmoid(x)
+        return F.normalize(x, dim=-1) if self._pooling.normalize else x
+
+
+class PooledStates:
+    """The states that stand for a text, gathered while its prompt is computed in parts. R rows of the engine."""
+
+    def __init__(self, pooling: Pooling, rows: int, hidden: int, device: torch.device) -> None:
+        self._kind = pooling.kind
+        self._sums = torch.zeros((rows if self._kind == "mean" else 0, hidden), device=device)
+
+    def take(self, hidden: Tensor, rows: Tensor, starts: Tensor, counts: Tensor, draws: Tensor) -> Tensor:
+        """A step's states [T, hidden] of requests whose part begins at `starts` → the pooled ones of `draws` [S]."""
+        ends = counts.cumsum(0)
+        if self._kind == "last":
+            return hidden[ends[draws] - 1]
+        if self._kind == "cls":  # such models compute a text at once
+            return hidden[(ends - counts)[draws]]
+        self._sums[rows[starts == 0]] = 0.0
+        self._sums.index_add_(0, torch.repeat_interleave(rows, counts, output_size=hidden.shape[0]), hidden.float())
+        return self._sums[rows[draws]] / (starts + counts)[draws, None]

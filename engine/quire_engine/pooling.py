@@ -1,0 +1,81 @@
+"""Models that give vectors or scores instead of tokens: what becomes of a text's hidden states. No torch here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.weights.resolve import ModelFiles
+
+_CLASSIFIER = "ForSequenceClassification"
+Kind = Literal["last", "mean", "cls"]
+_MODES: dict[str, Kind] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pooling:
+    """Which tokens' states stand for a text, and what is done with them."""
+
+    kind: Kind
+    normalize: bool = True  # to length 1
+    scores: bool = False  # a classifier of one label, then a sigmoid: a text's (or a pair's) relevance
+
+
+def pooling_of(files: ModelFiles, task: str) -> Pooling | None:
+    """From the checkpoint's own description; None for a model that generates.
+
+    `task` auto: embed where the checkpoint is a sentence-transformers model or has no head, score where it has a
+    classifier. Raises InvalidParameter for a task that the checkpoint cannot do, ModelError for an unknown pooling.
+    """
+    config = files.config
+    name = (config.get("architectures") or [""])[0]
+    encoder = name.startswith(("Bert", "Roberta", "XLMRoberta"))
+    default: Kind = "cls" if encoder else "last"
+    if name.endswith(_CLASSIFIER):
+        if task not in ("auto", "score"):
+            raise InvalidParameter(f"task is {task}; {name} has a classifier and gives scores: leave it out", "task")
+        labels = config.get("num_labels") or len(config.get("id2label") or {0: "", 1: ""})
+        if labels != 1:
+            raise ModelError(
+                f"id2label has {labels} labels; served are classifiers with one, whose score is a relevance"
+            )
+        return Pooling(kind=default, normalize=False, scores=True)
+    if task == "score":
+        raise InvalidParameter(f"task is score, and {name} has no classifier; leave it out", "task")
+    described = _described(files.folder) if files.gguf_path is None else None
+    headless = name.endswith("Model") and not name.endswith("LMHeadModel")
+    if task == "generate":
+        if headless:
+            raise InvalidParameter(f"task is generate, and {name} has no head for tokens; leave it out", "task")
+        return None
+    if described is not None:
+        return described
+    return Pooling(kind=default) if task == "embed" or headless else None
+
+
+def _described(folder: Path) -> Pooling | None:
+    """As sentence-transformers writes it: modules.json, and a folder for each module."""
+    path = folder / "modules.json"
+    if not path.exists():
+        return None
+    try:
+        modules = [
+            (str(module["type"]).rpartition(".")[2], str(module["path"])) for module in json.loads(path.read_text())
+        ]
+        kinds = [kind for kind, _ in modules]
+        if strange := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+            raise ModelError(
+                f"modules.json has {', '.join(sorted(strange))}; served are Transformer, Pooling, Normalize"
+            )
+        pooling: dict[str, Any] = json.loads((folder / dict(modules)["Pooling"] / "config.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"modules.json is not what sentence-transformers writes ({error})") from error
+    chosen = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
+    if len(chosen) != 1 or chosen[0] not in _MODES:
+        raise ModelError(f"the pooling is {', '.join(chosen) or 'missing'}; served is one of {', '.join(_MODES)}")
+    return Pooling(kind=_MODES[chosen[0]], normalize="Normalize" in kinds)
