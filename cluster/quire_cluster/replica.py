@@ -201,6 +201,9 @@ class EngineThread:
         for request, first, scores in outcome.prompt_logprobs:
             session, wire_id = owners[request.id]
             update_for(session).logprobs.append(logprobs_to_proto(wire_id, scores, prompt=True, first=first))
+        for request, vector in outcome.vectors:
+            session, wire_id = owners[request.id]
+            update_for(session).vectors.add(id=wire_id, values=vector.astype("<f4").tobytes())
         for request in outcome.finished:
             session, wire_id = owners.pop(request.id)
             del session.by_wire_id[wire_id]

@@ -186,7 +186,8 @@ class Server:
                 return
             service.dispatcher.update_table(table)
             if service.dispatcher.max_model_len:
-                service.max_model_len = service.dispatcher.max_model_len
+                # An engine that pools has one place more, for the token that it does not generate.
+                service.max_model_len = service.dispatcher.max_model_len - (service.pooling is not None)
             await grpc_server.set_serving(service.ready)
 
     # ---- end ------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI wants it."""
         writer = asyncio.ensure_future(self._write(send))
-        watcher = asyncio.ensure_future(_disconnected(receive))
+        watcher = asyncio.ensure_future(disconnected(receive))
         try:
             await asyncio.wait((writer, watcher), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -57,7 +57,8 @@ class EventStream(Response):
             await self._events.aclose()
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -133,7 +134,7 @@ class _Endpoint(ABC):
 
     async def _whole(self) -> Response:
         collected = asyncio.ensure_future(self._collect())
-        watcher = asyncio.ensure_future(_disconnected(self._request.receive))
+        watcher = asyncio.ensure_future(disconnected(self._request.receive))
         try:
             await asyncio.wait((collected, watcher), return_when=asyncio.FIRST_COMPLETED)
             if not collected.done():

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+import numpy as np
 from quire_engine.errors import DeadlineExceeded, Unavailable
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
@@ -187,6 +188,9 @@ class Dispatcher:
                     choice.accept_prompt_logprobs(scores.first, values)
                 else:
                     choice.accept_logprobs(values)
+        for vector in update.vectors:
+            if (choice := live.get(vector.id)) is not None:
+                choice.vector = np.frombuffer(vector.values, "<f4")
         for wire_id, index, token in zip(update.ids, update.indexes, update.tokens, strict=True):
             choice = live.get(wire_id)
             if choice is not None and choice.accept(index, token, now) and choice.ended:

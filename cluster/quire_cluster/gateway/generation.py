@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from quire_engine.errors import QuireError
-from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.execution.plan import Floats, TokenLogprobs
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.text.output import OutputText
 from quire_protos.v1 import engine_pb2 as pb
@@ -75,6 +75,7 @@ class Choice:
         self.stop_reason: str | int | None = None
         self.error: QuireError | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.vector: Floats | None = None  # of a model that pools
         self.token_intervals: list[float] = []  # seconds, for the metrics; taken at the end
         self._text = text
         self._arrived = arrived
@@ -187,6 +188,16 @@ class Generation:
             self._arrived.clear()
             await self._arrived.wait()
 
+    async def vector(self) -> Floats:
+        """Of a model that pools. Raises what it ended with."""
+        while await self.deltas():
+            pass
+        [choice] = self.choices
+        if choice.error is not None:
+            raise choice.error
+        assert choice.vector is not None, "it ended without a vector"
+        return choice.vector
+
     async def refusal(self, patience: float) -> QuireError | None:
         """Why an engine refused it, if one does before the first token and within `patience` seconds."""
         with contextlib.suppress(TimeoutError):
@@ -195,8 +206,8 @@ class Generation:
 
     @property
     def num_output_tokens(self) -> int:
-        """Of all choices."""
-        return sum(len(choice.output) for choice in self.choices)
+        """Of all choices; a vector is none."""
+        return sum(len(choice.output) for choice in self.choices if choice.vector is None)
 
     @property
     def cached_tokens(self) -> int:

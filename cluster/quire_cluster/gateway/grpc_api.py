@@ -26,6 +26,7 @@ from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
 from quire_cluster.gateway.generation import Delta, Generation
+from quire_cluster.gateway.pooling import pooled, shortened, tokens_of
 from quire_cluster.gateway.service import Service
 
 log = logging.getLogger(__name__)
@@ -204,6 +205,22 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             chosen=entry(int(scores.chosen[at]), float(scores.logprobs[at]), int(scores.ranks[at])),
             top=[entry(token, value, rank + 1) for rank, (token, value) in enumerate(pairs)],
         )
+
+    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        """A vector per input."""
+        inputs = [one.text if one.WhichOneof("input") == "text" else list(one.token_ids.ids) for one in request.inputs]
+        left = context.time_remaining()
+        deadline = time.time() + left if left is not None and left < 1e8 else 0.0
+        try:
+            self._service.check_model(request.model)
+            dimensions = request.dimensions if request.HasField("dimensions") else None
+            tokens = await tokens_of(self._service, inputs)
+            vectors = await pooled(self._service, tokens, "Embed", scores=False, deadline=deadline)
+            embeddings = [pb.Embedding(values=shortened(vector, dimensions)) for vector in vectors]
+        except QuireError as error:
+            self._service.refused(error, route="Embed")
+            await _fail(context, error)
+        return pb.EmbedResponse(embeddings=embeddings, usage=pb.Usage(prompt_tokens=sum(map(len, tokens))))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids of a text."""

@@ -22,11 +22,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quire_cluster.gateway import pooling
 from quire_cluster.gateway.completions import ChatCompletions, Completions
 from quire_cluster.gateway.schema import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
     TokenizeRequest,
 )
 from quire_cluster.gateway.service import Service
@@ -150,6 +154,9 @@ class Api:
             Route("/v1/models", self._guarded(self.models), methods=["GET"]),
             Route("/v1/completions", self._guarded(self.completions), methods=["POST"]),
             Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
+            Route("/v1/embeddings", self._guarded(self.embeddings), methods=["POST"]),
+            Route("/v1/score", self._guarded(self.score), methods=["POST"]),
+            Route("/v1/rerank", self._guarded(self.rerank), methods=["POST"]),
             Route("/tokenize", self._guarded(self.tokenize), methods=["POST"]),
             Route("/detokenize", self._guarded(self.detokenize), methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
@@ -206,6 +213,21 @@ class Api:
         """POST /v1/chat/completions"""
         body = parse(ChatCompletionRequest, await read_body(request))
         return await ChatCompletions(self._service, body, request).respond()
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        body = parse(EmbeddingRequest, await read_body(request))
+        return json_response(await pooling.while_connected(request, pooling.embeddings(self._service, body)))
+
+    async def score(self, request: Request) -> Response:
+        """POST /v1/score"""
+        body = parse(ScoreRequest, await read_body(request))
+        return json_response(await pooling.while_connected(request, pooling.score(self._service, body)))
+
+    async def rerank(self, request: Request) -> Response:
+        """POST /v1/rerank"""
+        body = parse(RerankRequest, await read_body(request))
+        return json_response(await pooling.while_connected(request, pooling.rerank(self._service, body)))
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""

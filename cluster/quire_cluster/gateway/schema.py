@@ -180,6 +180,41 @@ class ChatCompletionRequest(_Sampling):
         return self._params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings"""
+
+    model: str | None = None
+    input: Text | list[Text] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
+
+    def inputs(self) -> list[str | list[int]]:
+        """One or several."""
+        given = self.input
+        single = isinstance(given, str) or bool(given and isinstance(given[0], int))
+        found: list[Any] = [given] if single else list(given)
+        return found
+
+
+class ScoreRequest(Strict):
+    """POST /v1/score"""
+
+    model: str | None = None
+    text_1: Text | list[Text]
+    text_2: Text | list[Text]
+
+
+class RerankRequest(Strict):
+    """POST /v1/rerank"""
+
+    model: str | None = None
+    query: Text
+    documents: list[Text]
+    top_n: int | None = None
+    return_documents: bool = True
+
+
 class TokenizeRequest(Strict):
     """POST /tokenize"""
 

@@ -20,6 +20,7 @@ from quire_engine.errors import (
     Unavailable,
     UnknownModel,
 )
+from quire_engine.pooling import Pooling, pooling_of
 from quire_engine.request import check_length
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
@@ -42,8 +43,18 @@ _REJECTIONS = {QueueFull: "queue_full", ContextTooLong: "context_too_long", Unav
 class Service:
     """One model, as clients see it."""
 
-    def __init__(self, files: ModelFiles, tokenizer: Tokenizer, *, names: list[str], max_model_len: int) -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        tokenizer: Tokenizer,
+        *,
+        names: list[str],
+        max_model_len: int,
+        pooling: Pooling | None = None,
+    ) -> None:
+        """`pooling`: of a model that gives vectors or scores instead of tokens."""
         self.tokenizer = tokenizer
+        self.pooling = pooling
         self.names = names
         self.max_model_len = max_model_len
         self.vocab_size: int = files.config["vocab_size"]
@@ -59,7 +70,8 @@ class Service:
         """Raises ModelError for a tokenizer that cannot be loaded."""
         tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
         longest = config.max_model_len or files.config.get("max_position_embeddings") or 0
-        return Service(files, tokenizer, names=names, max_model_len=longest)
+        pooling = pooling_of(files, config.task)
+        return Service(files, tokenizer, names=names, max_model_len=longest, pooling=pooling)
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -141,16 +153,49 @@ class Service:
         request_id: str | None = None,
     ) -> Generation:
         """Checks what is left to check and sends it off. Raises RequestError or Unavailable."""
+        if self.pooling is not None:
+            raise InvalidParameter(
+                f"this model gives {'scores' if self.pooling.scores else 'embeddings'}, not text; call "
+                f"{'/v1/rerank or /v1/score' if self.pooling.scores else '/v1/embeddings or Embed'}",
+                "model",
+            )
+        check_length(len(prompt), params.max_tokens, self.max_model_len)
+        return self._start(prompt, params, priority, deadline, cache_salt, request_id)
+
+    def pool(self, prompt: list[int], *, scores: bool, deadline: float = 0.0) -> Generation:
+        """Sends a text off whose vector (or score) is wanted. Raises RequestError or Unavailable."""
+        if self.pooling is None or self.pooling.scores != scores:
+            kind = "text" if self.pooling is None else "scores" if self.pooling.scores else "embeddings"
+            raise InvalidParameter(
+                f"this model gives {kind}, not {'scores' if scores else 'embeddings'}"
+                + ("; start the server with --task embed to have it give those" if kind == "text" else ""),
+                "model",
+            )
+        if len(prompt) > self.max_model_len:
+            raise ContextTooLong(
+                f"an input has {len(prompt)} tokens; the context is {self.max_model_len}; shorten it", "input"
+            )
+        return self._start(prompt, SamplingParams(max_tokens=1, temperature=0.0), 0, deadline, None, None)
+
+    def _start(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        priority: int,
+        deadline: float,
+        cache_salt: str | None,
+        request_id: str | None,
+    ) -> Generation:
         if self.draining:
             raise Unavailable("this server is shutting down; try another one")
-        self._check_prompt(prompt, params)
+        self._check_prompt(prompt)
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         samplings = [
             params.for_engine(
                 self.tokenizer,
                 vocab_size=self.vocab_size,
                 end_tokens=self._end_tokens,
-                room=self.max_model_len - len(prompt),
+                room=max(1, self.max_model_len - len(prompt)),
                 seed=seed,
                 choice=index,
             )
@@ -169,12 +214,11 @@ class Service:
         self.dispatcher.submit(generation)
         return generation
 
-    def _check_prompt(self, prompt: list[int], params: SamplingParams) -> None:
+    def _check_prompt(self, prompt: list[int]) -> None:
         if not prompt:
             raise InvalidParameter("the prompt has no tokens", "prompt")
         if max(prompt) >= self.vocab_size or min(prompt) < 0:
             raise InvalidParameter(f"the prompt holds a token id outside 0 to {self.vocab_size - 1}", "prompt")
-        check_length(len(prompt), params.max_tokens, self.max_model_len)
 
     # ---- endings --------------------------------------------------------------------------------------------------
 
@@ -196,7 +240,7 @@ class Service:
             if choice.error is not None and isinstance(choice.error, (QueueFull, DeadlineExceeded, ContextTooLong)):
                 metrics.rejection(_REJECTIONS.get(type(choice.error), "deadline"))
             metrics.success(reason)
-            metrics.output_size.observe(len(choice.output))
+            metrics.output_size.observe(len(choice.output) if choice.vector is None else 0)
             metrics.end_to_end.observe((times.finished or now) - times.submitted)
             if times.started is not None:
                 metrics.queued.observe(times.started - times.submitted)

@@ -29,6 +29,8 @@ class Tokenizer:
                 f"{type(backend).__name__} has no fast tokenizer; give one with --tokenizer (a folder that has "
                 "tokenizer.json)"
             )
+        fast.no_truncation()  # a text is refused or computed whole
+        fast.no_padding()
         self._backend = backend
         self._fast = fast
         if chat_template is not None:
@@ -78,6 +80,10 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Token ids of two texts with whatever the model wants between them."""
+        return list(self._fast.encode(first, second).ids)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids. Raises InvalidParameter for ids that are not in the vocabulary."""

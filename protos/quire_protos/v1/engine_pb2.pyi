@@ -155,8 +155,16 @@ class Load(_message.Message):
     block_size: int
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., slots_allocated: _Optional[int] = ..., slots_unused: _Optional[int] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., block_size: _Optional[int] = ...) -> None: ...
 
+class Vector(_message.Message):
+    __slots__ = ("id", "values")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    values: bytes
+    def __init__(self, id: _Optional[int] = ..., values: _Optional[bytes] = ...) -> None: ...
+
 class SessionUpdate(_message.Message):
-    __slots__ = ("ids", "indexes", "tokens", "started", "logprobs", "endings", "load", "step_tokens")
+    __slots__ = ("ids", "indexes", "tokens", "started", "logprobs", "endings", "load", "vectors", "step_tokens")
     IDS_FIELD_NUMBER: _ClassVar[int]
     INDEXES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +172,7 @@ class SessionUpdate(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ENDINGS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
     STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[int]
     indexes: _containers.RepeatedScalarFieldContainer[int]
@@ -172,5 +181,6 @@ class SessionUpdate(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
     endings: _containers.RepeatedCompositeFieldContainer[Ending]
     load: Load
+    vectors: _containers.RepeatedCompositeFieldContainer[Vector]
     step_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ids: _Optional[_Iterable[int]] = ..., indexes: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., endings: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., step_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., indexes: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., endings: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., vectors: _Optional[_Iterable[_Union[Vector, _Mapping]]] = ..., step_tokens: _Optional[_Iterable[int]] = ...) -> None: ...

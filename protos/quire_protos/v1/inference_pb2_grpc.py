@@ -44,6 +44,11 @@ class InferenceStub:
                 request_serializer=quire__protos_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=quire__protos_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/quire.v1.Inference/Embed',
+                request_serializer=quire__protos_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=quire__protos_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/quire.v1.Inference/Tokenize',
                 request_serializer=quire__protos_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -79,6 +84,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """A vector for each input, from a model that gives embeddings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -109,6 +121,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=quire__protos_dot_v1_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=quire__protos_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=quire__protos_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=quire__protos_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -180,6 +197,33 @@ class Inference:
             '/quire.v1.Inference/Chat',
             quire__protos_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
             quire__protos_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.Inference/Embed',
+            quire__protos_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            quire__protos_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,
