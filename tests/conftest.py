@@ -14,25 +14,26 @@ from typing import Any
 
 import pytest
 import torch
-from families import FALLBACK, FAMILIES, REFUSED, TINY
+from families import ENCODERS, FALLBACK, FAMILIES, REFUSED, TINY
 
 torch.set_num_threads(2)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def make_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
-    """A tiny random fp32 checkpoint from the family's own config class, with a word-level tokenizer."""
+def make_checkpoint(folder: Path, family: str, kind: str = "AutoModelForCausalLM", **changes: Any) -> Path:
+    """A tiny random fp32 checkpoint from the family's own config class, with a word-level tokenizer. `kind`: the class
+    in transformers that makes the model."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    known = (FAMILIES | FALLBACK | {name: refused for name, (refused, _) in REFUSED.items()})[family]
+    known = (FAMILIES | FALLBACK | ENCODERS | {name: refused for name, (refused, _) in REFUSED.items()})[family]
     config = getattr(transformers, known.config)(**(TINY | known.facts | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = getattr(transformers, kind).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():  # what starts at 0 or 1 must matter too
-        is_norm = re.search(r"norm|\.ln_", name) is not None
+        is_norm = re.search(r"norm|\.ln_", name, re.IGNORECASE) is not None
         if name.endswith(("bias", "sinks")) or is_norm:
             torch.nn.init.normal_(parameter, 1.0 if is_norm and name.endswith("weight") else 0.0, 0.2)
     for name, buffer in model.named_buffers():

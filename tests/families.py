@@ -247,3 +247,9 @@ REFUSED: dict[str, tuple[Family, str]] = {  # and what the refusal names
         "rope_type 'dynamic'",
     ),
 }
+
+ENCODERS: dict[str, Family] = {
+    "bert": _family("BertConfig", max_position_embeddings=128),
+    "roberta": _family("RobertaConfig", max_position_embeddings=130, pad_token_id=1, type_vocab_size=1),
+    "xlm_roberta": _family("XLMRobertaConfig", max_position_embeddings=130, pad_token_id=1, type_vocab_size=1),
+}

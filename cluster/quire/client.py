@@ -1,6 +1,6 @@
 """A gRPC client, sync and async. `Client("host:50051").chat([...])`; the `stream` methods give deltas as they come."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,16 @@ def _chat_request(messages: list[dict[str, str]], model: str, options: dict[str,
     for message in messages:
         request.messages.add(**message)
     request.sampling.CopyFrom(_sampling(options))
+    return request
+
+
+def _embed_request(inputs: Sequence[str | list[int]], dimensions: int | None) -> pb.EmbedRequest:
+    request = pb.EmbedRequest(dimensions=dimensions)
+    for given in inputs:
+        if isinstance(given, str):
+            request.inputs.add(text=given)
+        else:
+            request.inputs.add(token_ids=pb.TokenIds(ids=given))
     return request
 
 
@@ -166,6 +176,11 @@ class Client(_Base):
         """The same, piece by piece."""
         return self._follow(self._chat(messages, model, timeout, options))
 
+    def embed(self, inputs: Sequence[str | list[int]], *, dimensions: int | None = None) -> list[list[float]]:
+        """A vector for each text (or token ids)."""
+        request = _embed_request(inputs, dimensions)
+        return [list(one.values) for one in self._stub.Embed(request, metadata=self._metadata).embeddings]
+
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         request = pb.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
@@ -237,6 +252,11 @@ class AsyncClient(_Base):
     ) -> AsyncIterator[Output]:
         """The same, piece by piece."""
         return self._follow(self._chat(messages, model, timeout, options))
+
+    async def embed(self, inputs: Sequence[str | list[int]], *, dimensions: int | None = None) -> list[list[float]]:
+        """A vector for each text (or token ids)."""
+        response = await self._stub.Embed(_embed_request(inputs, dimensions), metadata=self._metadata)
+        return [list(one.values) for one in response.embeddings]
 
     @staticmethod
     async def _gather(call: Any) -> Response:

@@ -10,9 +10,11 @@ from typing import Any
 
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine, Executor
-from quire_engine.errors import InvalidParameter
-from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.errors import ContextTooLong, InvalidParameter
+from quire_engine.execution.plan import Floats, TokenLogprobs
+from quire_engine.pooling import pooling_of
 from quire_engine.request import Request, check_length
+from quire_engine.sampling.params import EngineSampling
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
@@ -62,6 +64,7 @@ class LLM:
         files = find_model(config)
         self.tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
         self._end_tokens = end_tokens(files, self.tokenizer)
+        self._pooling = pooling_of(files, config.task)
         self._vocab_size: int = files.config["vocab_size"]
         self._executor = self._start(config, files)
         self.engine = Engine(self._executor)
@@ -99,6 +102,8 @@ class LLM:
 
         Raises InvalidParameter or ContextTooLong before anything runs if any of them cannot be served.
         """
+        if self._pooling is not None:
+            raise InvalidParameter("this model gives no text; call embed", "prompts")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[arg-type, list-item]
         params = sampling_params or SamplingParams()
@@ -127,6 +132,28 @@ class LLM:
             while self.engine.has_work:
                 self.engine.step()
         return outputs
+
+    def embed(self, texts: str | Sequence[Prompt]) -> list[Floats]:
+        """A vector for each text (or token ids), in their order; of a classifier, its score.
+
+        Raises InvalidParameter for a model that generates, ContextTooLong for a text that does not fit.
+        """
+        if self._pooling is None:
+            raise InvalidParameter("this model generates; open it with task='embed'", "task")
+        context = self._executor.limits.max_model_len - 1
+        requests: list[Request] = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            tokens = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+            if not 1 <= len(tokens) <= context:
+                raise ContextTooLong(f"a text has {len(tokens)} tokens; from 1 to {context} fit", "texts")
+            sampling = EngineSampling(temperature=0.0, max_tokens=1)
+            requests.append(Request(next(self._ids), tokens, len(tokens), sampling, arrival=time.time()))
+        for request in requests:
+            self.engine.add(request)
+        found: dict[int, Floats] = {}
+        while self.engine.has_work:
+            found |= {request.id: vector for request, vector in self.engine.step().vectors}
+        return [found[request.id] for request in requests]
 
     def chat(
         self,

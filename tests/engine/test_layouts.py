@@ -131,6 +131,7 @@ def test_longrope_beyond_the_original_context(checkpoint: Make, tmp_path: Path) 
         ("llama", {"quantization_config": {"quant_method": "bitnet"}}, "asks for 'bitnet'; served are fp8"),
         ("llama", {"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM.*served are Arcee"),
         ("gemma3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types has linear_attention"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0; served is 7.0"),
         ("deepseek_v2", {"topk_method": "noaux"}, "topk_method is 'noaux'; served are greedy"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is false"),

@@ -142,6 +142,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         generation: Generation | None = None
         try:
             service.check_model(request.model)
+            service.check_generates()
             params = sampling_from_proto(request.sampling, max_tokens=max_tokens)
             left = context.time_remaining()
             generation = service.start(

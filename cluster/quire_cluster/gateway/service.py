@@ -105,6 +105,15 @@ class Service:
                 f"the model {name[:100]!r} is not served here; served is {', '.join(self.names)}", "model"
             )
 
+    def check_generates(self) -> None:
+        """Raises InvalidParameter for a model that gives vectors or scores."""
+        if self.pooling is not None:
+            raise InvalidParameter(
+                f"this model gives {'scores' if self.pooling.scores else 'embeddings'}, not text; call "
+                f"{'/v1/rerank or /v1/score' if self.pooling.scores else '/v1/embeddings or Embed'}",
+                "model",
+            )
+
     async def tokenize(self, text: str, *, add_special_tokens: bool, parameter: str = "prompt") -> list[int]:
         """A prompt's token ids. One far beyond the context is refused (ContextTooLong) for its beginning alone."""
         beginning = self.max_model_len * _CHARACTERS_PER_TOKEN
@@ -153,12 +162,6 @@ class Service:
         request_id: str | None = None,
     ) -> Generation:
         """Checks what is left to check and sends it off. Raises RequestError or Unavailable."""
-        if self.pooling is not None:
-            raise InvalidParameter(
-                f"this model gives {'scores' if self.pooling.scores else 'embeddings'}, not text; call "
-                f"{'/v1/rerank or /v1/score' if self.pooling.scores else '/v1/embeddings or Embed'}",
-                "model",
-            )
         check_length(len(prompt), params.max_tokens, self.max_model_len)
         return self._start(prompt, params, priority, deadline, cache_salt, request_id)
 

@@ -108,7 +108,7 @@ class ModelRunner:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=tokens_per_step(config, self.spec, self.device.type == "cpu"),
             max_num_queued_reqs=config.max_num_queued_reqs,
-            enable_prefix_caching=config.enable_prefix_caching and (pooling is None or pooling.kind == "last"),
+            enable_prefix_caching=config.enable_prefix_caching and _shares_prefixes(self.spec),
             whole_prompts=self.spec.bidirectional,
             by_priority=config.scheduling_policy == "priority",
             steps_in_flight=2 if config.async_scheduling else 1,
@@ -336,6 +336,11 @@ def _check_latent(config: EngineConfig, device: torch.device) -> None:
         )
     if device.type == "cpu":
         log.warning("latent attention runs on torch's own operators on a CPU: slow for long contexts")
+
+
+def _shares_prefixes(spec: DecoderSpec) -> bool:
+    """Whether what is found in the cache need not be computed: not where later tokens matter, nor all of them."""
+    return not spec.bidirectional and (spec.pooling is None or spec.pooling.kind == "last")
 
 
 def cache_dtype_of(backend: Backend) -> torch.dtype:

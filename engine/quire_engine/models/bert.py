@@ -68,6 +68,7 @@ def _spec(config: Config, names: Names, context: int, offset: int) -> DecoderSpe
         norm=Norm(config.get("layer_norm_eps", 1e-12), "layer"),
         norm_bias=True,
         norm_last=True,
+        num_kv_heads=need(config, "num_attention_heads"),
         rope=None,
         bidirectional=True,
         max_position=context,

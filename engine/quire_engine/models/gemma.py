@@ -8,6 +8,7 @@ import dataclasses
 
 from quire_kernels.norm import Norm
 
+from quire_engine.errors import ModelError
 from quire_engine.layers.rotary import Rotary, rotary_of
 from quire_engine.models.spec import Config, DecoderSpec, Names, QKNorm, activation_of, base_spec, layer_windows, need
 
@@ -45,6 +46,8 @@ def gemma2(config: Config) -> DecoderSpec:
 
 def gemma3(config: Config) -> DecoderSpec:
     """`sliding_window_pattern` in old configs: every so many layers is a full one."""
+    if config.get("use_bidirectional_attention"):
+        raise ModelError("use_bidirectional_attention is true; Gemma 3 is served with causal attention")
     layers, every = need(config, "num_hidden_layers"), config.get("sliding_window_pattern", 6)
     kinds = config.get("layer_types") or [
         "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
