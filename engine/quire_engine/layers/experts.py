@@ -1,5 +1,7 @@
 """Mixture of experts over the ranks: each holds a slice of every expert or, with expert parallelism, whole experts."""
 
+from collections.abc import Sequence
+
 import torch
 from quire_kernels.activation import Activation
 from quire_kernels.moe import Experts, Routing
@@ -9,7 +11,7 @@ from quire_engine.errors import ModelError
 from quire_engine.layers.feed_forward import FeedForward
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.models.spec import DecoderSpec, ExpertsSpec, joined
-from quire_engine.quantization.schemes import MXFP4, WHOLE, Part, Plain, Stored
+from quire_engine.quantization.schemes import MXFP4, WHOLE, Part, Plain
 
 
 class MixtureOfExperts:
@@ -74,26 +76,53 @@ def _experts(build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str) -
     if spec.stacked:
         return _stacked_experts(build, decoder, spec, at, held, part)
     scheme = build.quantization.scheme_of(f"{at}.0.{spec.gate}")
-    gate_up: list[Stored] = []
-    downs: list[Stored] = []
-    for expert in held:
+    piles = {name: _Pile(len(held)) for name in ("gate_up", "down", "gate_up_scale", "down_scale")}
+    input_scales: list[Tensor | None] = []
+    for place, expert in enumerate(held):
         name = f"{at}.{expert}"
-        gate, up = (
+        halves = [
             scheme.read(weights, Part(f"{name}.{half}", inner, part), hidden, WHOLE, ops)
             for half in (spec.gate, spec.up)
-        )
-        gate_up.append(_merged([gate, up]))
-        downs.append(scheme.read(weights, Part(f"{name}.{spec.down}", hidden, WHOLE), inner, part, ops))
+        ]
+        down = scheme.read(weights, Part(f"{name}.{spec.down}", hidden, WHOLE), inner, part, ops)
+        piles["gate_up"].put(place, [half.values for half in halves])
+        piles["gate_up_scale"].put(place, [half.scale for half in halves])
+        piles["down"].put(place, [down.values])
+        piles["down_scale"].put(place, [down.scale])
+        input_scales += [stored.input_scale for stored in (*halves, down)]
+    gate_up, downs = piles["gate_up"].all, piles["down"].all
+    assert gate_up is not None
+    assert downs is not None
     return Experts(
-        gate_up=_stacked([stored.values for stored in gate_up]),
-        down=_stacked([stored.values for stored in downs]),
+        gate_up=gate_up,
+        down=downs,
         activation=decoder.activation,
-        gate_up_scale=_stacked_scales(gate_up),
-        down_scale=_stacked_scales(downs),
-        inputs=scheme.expert_inputs([*gate_up, *downs], ops),
+        gate_up_scale=piles["gate_up_scale"].all,
+        down_scale=piles["down_scale"].all,
+        inputs=scheme.expert_inputs(input_scales, ops),
         first=held.start,
         partial=partial,
     )
+
+
+class _Pile:
+    """Tensors of one shape, one upon the other, each copied to its place as it is read: they are never held twice."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.all: Tensor | None = None
+
+    def put(self, place: int, parts: Sequence[Tensor | None]) -> None:
+        """The parts (or nothing) end to end."""
+        found = [part for part in parts if part is not None]
+        if not found:
+            return
+        rows = [part.shape[0] for part in found]
+        if self.all is None:
+            shape = (self._count, sum(rows), *found[0].shape[1:])
+            self.all = torch.empty(shape, dtype=found[0].dtype, device=found[0].device)
+        for target, part in zip(self.all[place].split(rows), found, strict=True):
+            target.copy_(part)
 
 
 def _stacked_experts(
@@ -136,26 +165,3 @@ def _stacked_experts(
         first=held.start,
         partial=len(held) < count,
     )
-
-
-def _merged(halves: list[Stored]) -> Stored:
-    scales = [half.scale for half in halves if half.scale is not None]
-    given = [half.input_scale for half in halves if half.input_scale is not None]
-    return Stored(
-        torch.cat([half.values.view(torch.uint8) for half in halves]).view(halves[0].values.dtype)
-        if halves[0].values.dtype.itemsize == 1
-        else torch.cat([half.values for half in halves]),
-        torch.cat(scales) if scales else None,
-        torch.stack(given).amax(0) if given else None,
-    )
-
-
-def _stacked(parts: list[Tensor]) -> Tensor:
-    if parts[0].dtype.itemsize == 1:
-        return torch.stack([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
-    return torch.stack(parts)
-
-
-def _stacked_scales(stored: list[Stored]) -> Tensor | None:
-    scales = [one.scale for one in stored if one.scale is not None]
-    return torch.stack(scales) if scales else None

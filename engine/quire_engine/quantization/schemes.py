@@ -71,8 +71,8 @@ class Scheme(Protocol):
     def read(self, weights: Weights, part: Part, inputs: int, columns: slice, ops: Backend) -> Stored:
         """For experts, which are stacked. Raises ModelError where the scheme has no kernel for that."""
 
-    def expert_inputs(self, stored: Sequence[Stored], ops: Backend) -> QuantizedOutput | None:
-        """The form in which experts want their input."""
+    def expert_inputs(self, input_scales: Sequence[Tensor | None], ops: Backend) -> QuantizedOutput | None:
+        """The form in which experts want their input, whose scales are those of their weights' checkpoints, if any."""
 
 
 class Plain:
@@ -87,13 +87,19 @@ class Plain:
         bias: Tensor | None,
         ops: Backend,
     ) -> Linear:
-        stored = [self.read(weights, part, inputs, columns, ops).values for part in parts]
-        return Linear(ops.linear(_joined(stored), bias))
+        rows = [len(range(part.outputs)[part.rows]) for part in parts]
+        read = (self.read(weights, part, inputs, columns, ops).values for part in parts)
+        if len(parts) == 1:
+            return Linear(ops.linear(next(read), bias))
+        whole = torch.empty((sum(rows), len(range(inputs)[columns])), dtype=weights.dtype, device=weights.device)
+        for target in whole.split(rows):  # each part as it is read: they are never held twice
+            target.copy_(next(read))
+        return Linear(ops.linear(whole, bias))
 
     def read(self, weights: Weights, part: Part, inputs: int, columns: slice, ops: Backend) -> Stored:
         return Stored(_weight(weights, part, inputs, columns))
 
-    def expert_inputs(self, stored: Sequence[Stored], ops: Backend) -> QuantizedOutput | None:
+    def expert_inputs(self, input_scales: Sequence[Tensor | None], ops: Backend) -> QuantizedOutput | None:
         return None
 
 
@@ -124,14 +130,14 @@ class Scaled:
         values = _joined([part.values for part in stored])
         scale = _joined([part.scale for part in stored if part.scale is not None])
         matmul = ops.scaled_linear(values, scale, bias, weights.dtype)
-        return Linear(matmul, self.expert_inputs(stored, ops))
+        return Linear(matmul, self.expert_inputs([part.input_scale for part in stored], ops))
 
-    def expert_inputs(self, stored: Sequence[Stored], ops: Backend) -> QuantizedOutput:
+    def expert_inputs(self, input_scales: Sequence[Tensor | None], ops: Backend) -> QuantizedOutput:
         kind = self._device_kind(ops)
         if self.blocks:
             return QuantizedOutput(Scales.BLOCK, kind)
         if self.static_inputs:
-            scales = [part.input_scale for part in stored if part.input_scale is not None]
+            scales = [scale for scale in input_scales if scale is not None]
             return QuantizedOutput(Scales.TENSOR, kind, torch.stack(scales).amax(0))
         return QuantizedOutput(Scales.TOKEN, kind)
 
@@ -207,7 +213,7 @@ class Int4:
     def read(self, weights: Weights, part: Part, inputs: int, columns: slice, ops: Backend) -> Stored:
         raise ModelError(f"{part.name} is an expert in 4 bits, for which there is no kernel; use its fp8 checkpoint")
 
-    def expert_inputs(self, stored: Sequence[Stored], ops: Backend) -> QuantizedOutput | None:
+    def expert_inputs(self, input_scales: Sequence[Tensor | None], ops: Backend) -> QuantizedOutput | None:
         return None
 
     def _read(self, weights: Weights, part: Part, inputs: int, columns: slice) -> Int4Weight:

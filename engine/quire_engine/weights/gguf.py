@@ -265,11 +265,15 @@ class GGUFCheckpoint:
         if info is None:
             raise ModelError(f"the GGUF file has no tensor for {name}; is it whole?")
         heads = self._heads.get(name.split(".")[-2]) if self._interleaved else None
-        if heads is None:
-            return LazyTensor(name, info.shape, lambda rows: self._file.read(info, rows))
-        return LazyTensor(
-            name, info.shape, lambda rows: self._file.read(info, slice(None))[self._order(info, heads)][rows]
-        )
+
+        def part(rows: slice, columns: slice) -> Tensor:
+            if heads is None:
+                whole = self._file.read(info, rows)
+            else:
+                whole = self._file.read(info, slice(None))[self._order(info, heads)][rows]
+            return whole[:, columns] if whole.dim() > 1 else whole
+
+        return LazyTensor(name, info.shape, part)
 
     @staticmethod
     def _order(info: GGUFTensorInfo, heads: int) -> Tensor:

@@ -11,21 +11,20 @@ from torch import Tensor
 
 from quire_engine.errors import ModelError
 
-ReadRows = Callable[[slice], Tensor]
+ReadPart = Callable[[slice, slice], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is not read yet. `rows(slice)` reads a part along the first dimension."""
+    """A tensor that is not read yet. `part(rows, columns)` reads a part of it (columns of matrices only)."""
 
     name: str
     shape: tuple[int, ...]
-    rows: ReadRows
+    part: ReadPart
 
     def read(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """The part [rows, columns] (columns of matrices only)."""
-        part = self.rows(rows)
-        return part[:, columns] if part.dim() > 1 else part
+        """The part, or all of it."""
+        return self.part(rows, columns)
 
 
 class Checkpoint(Protocol):
@@ -84,10 +83,12 @@ class SafetensorsCheckpoint:
         view = handle.get_slice(name)
         shape = tuple(view.get_shape())
 
-        def rows(part: slice) -> Tensor:
-            return view[part] if shape else handle.get_tensor(name)
+        def part(rows: slice, columns: slice) -> Tensor:
+            if not shape:
+                return handle.get_tensor(name)
+            return view[rows] if len(shape) == 1 or columns == slice(None) else view[rows, columns]
 
-        return LazyTensor(name, shape, rows)
+        return LazyTensor(name, shape, part)
 
 
 class Weights(Protocol):
