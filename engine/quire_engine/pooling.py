@@ -24,6 +24,7 @@ class Pooling:
     kind: Kind
     normalize: bool = True  # to length 1
     scores: bool = False  # a classifier of one label, then a sigmoid: a text's (or a pair's) relevance
+    separator: int | None = None  # the token after which a pair's second text begins, where models tell them apart
 
 
 def pooling_of(files: ModelFiles, task: str) -> Pooling | None:
@@ -44,7 +45,9 @@ def pooling_of(files: ModelFiles, task: str) -> Pooling | None:
             raise ModelError(
                 f"id2label has {labels} labels; served are classifiers with one, whose score is a relevance"
             )
-        return Pooling(kind=default, normalize=False, scores=True)
+        pairs = encoder and config.get("type_vocab_size", 2) > 1
+        separator = _separator(files) if pairs else None
+        return Pooling(kind=default, normalize=False, scores=True, separator=separator)
     if task == "score":
         raise InvalidParameter(f"task is score, and {name} has no classifier; leave it out", "task")
     described = _described(files.folder) if files.gguf_path is None else None
@@ -56,6 +59,21 @@ def pooling_of(files: ModelFiles, task: str) -> Pooling | None:
     if described is not None:
         return described
     return Pooling(kind=default) if task == "embed" or headless else None
+
+
+def _separator(files: ModelFiles) -> int:
+    """The id of the tokenizer's separator. Raises ModelError where its files do not say."""
+    try:
+        named = json.loads((files.folder / "tokenizer_config.json").read_text()).get("sep_token")
+        name = named["content"] if isinstance(named, dict) else named
+        tokenizer = json.loads((files.folder / "tokenizer.json").read_text())
+        known = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        return int((known | tokenizer["model"]["vocab"])[name])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"tokenizer_config.json and tokenizer.json do not tell the separator ({error}), which a pair's second text "
+            "follows"
+        ) from error
 
 
 def _described(folder: Path) -> Pooling | None:

@@ -106,6 +106,23 @@ def test_scores(tmp_path: Path, family: str) -> None:
     check(engine_for(folder), prompts(), expected)
 
 
+def test_pairs_of_texts(tmp_path: Path) -> None:
+    """BERT tells a pair's second text by embeddings of its own."""
+    folder = make_checkpoint(tmp_path, "bert", CLASSIFIER, num_labels=1)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"sep_token": "</s>"}))
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    separator = 2
+    pairs = [([1, *first], [separator, *second, separator]) for first in prompts()[1:3] for second in prompts()[:3]]
+    expected = []
+    for first, second in pairs:
+        kinds = [0] * (len(first) + 1) + [1] * (len(second) - 1)
+        with torch.no_grad():
+            logits = model(torch.tensor([first + second]), token_type_ids=torch.tensor([kinds])).logits[0]
+        expected.append(torch.sigmoid(logits))
+    check(engine_for(folder), [first + second for first, second in pairs], expected)
+
+
 def test_a_model_that_generates_embeds_where_asked(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("qwen3")
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
@@ -140,7 +157,7 @@ def test_the_context_is_filled_to_the_last_token(tmp_path: Path) -> None:
             "scores",
         ),
         ("llama", CLASSIFIER, {}, {"num_labels": 3}, ModelError, "id2label has 3"),
-        ("bert", CLASSIFIER, {}, {"num_labels": 1}, ModelError, "type_vocab_size 2"),
+        ("bert", CLASSIFIER, {}, {"num_labels": 1}, ModelError, "do not tell the separator"),
         ("bert", "AutoModel", {"max_num_batched_tokens": 64}, {}, InvalidParameter, "up to 128 tokens at once"),
     ],
 )

@@ -26,20 +26,12 @@ _NAMES = Names(
     down="output.dense",
     attention_norm="attention.output.LayerNorm",
     mlp_norm="output.LayerNorm",
+    classifier=("bert.pooler.dense", "classifier"),
 )
 
 
 def bert(config: Config) -> DecoderSpec:
-    """Norms come after the sums; a pair's second text has embeddings of its own.
-
-    Raises ModelError for a classifier of pairs, whose second text would be taken for a part of the first.
-    """
-    name = (config.get("architectures") or [""])[0]
-    if name.endswith("Classification") and config.get("type_vocab_size", 2) > 1:
-        raise ModelError(
-            f"architectures is {name} and type_vocab_size {config.get('type_vocab_size', 2)}: of the BERT family those "
-            "rerankers are served that have one kind of token (RoBERTa, XLM-RoBERTa)"
-        )
+    """Norms come after the sums; a pair's second text has embeddings of its own."""
     return _spec(config, _NAMES, need(config, "max_position_embeddings"), 0)
 
 
@@ -73,6 +65,7 @@ def _spec(config: Config, names: Names, context: int, offset: int) -> DecoderSpe
         bidirectional=True,
         max_position=context,
         position_offset=offset,
+        num_segments=config.get("type_vocab_size", 2),
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,

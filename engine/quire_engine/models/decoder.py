@@ -143,7 +143,9 @@ class Decoder:
         if group.first and names.positions:
             shape = (spec.max_position + spec.position_offset, spec.hidden_size)
             self._positions = weights.take(f"{names.positions}.weight", shape)[spec.position_offset :]
-        self._segments = weights.take_all(f"{names.segments}.weight") if group.first and names.segments else None
+        self._segments: Tensor | None = None
+        if group.first and names.segments:
+            self._segments = weights.take(f"{names.segments}.weight", (spec.num_segments, spec.hidden_size))
         if group.first and names.embedding_norm:
             self._embedding_norm = Normalization(build, names.embedding_norm, spec)
         self.progress: Callable[[], None] = lambda: None  # called after each layer
@@ -199,7 +201,7 @@ class Decoder:
     def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[KVCache]) -> Tensor | None:
         """Token ids [T] → the last layer's normalized output [T, hidden]; None on all stages but the last."""
         residual = (
-            self._embedded(token_ids, batch.positions)
+            self._embedded(token_ids, batch)
             if self._embedding is not None
             else self.group.receive(token_ids.shape[0], self.spec.hidden_size, self._device)
         )
@@ -214,15 +216,19 @@ class Decoder:
             return None
         return unquantized(_normed(self._ops, self._norm, residual, delta, None))
 
-    def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def _embedded(self, token_ids: Tensor, batch: AttentionBatch) -> Tensor:
         assert self._embedding is not None
         x = self._embedding(token_ids)
         if self.spec.embedding_scale != 1.0:
             x *= self.spec.embedding_scale
         if self._positions is not None:
-            x += self._positions.index_select(0, positions)
+            x += self._positions.index_select(0, batch.positions)
         if self._segments is not None:
-            x += self._segments[0]
+            pooling = self.spec.pooling
+            if pooling is None or pooling.separator is None:
+                x += self._segments[0]
+            else:
+                x += self._segments.index_select(0, _second_texts(token_ids, pooling.separator, batch.query_starts))
         return x if self._embedding_norm is None else unquantized(self._embedding_norm(x))
 
     def pooled(self, states: Tensor) -> Tensor:
@@ -248,6 +254,15 @@ def _without_prefix(spec: DecoderSpec, weights: Weights) -> DecoderSpec:
         return spec
     inside = ("embedding", "positions", "segments", "embedding_norm", "layers", "norm")
     return replace(spec, names=replace(names, **{name: getattr(names, name).partition(".")[2] for name in inside}))
+
+
+def _second_texts(token_ids: Tensor, separator: int, query_starts: Tensor) -> Tensor:
+    """[T]: 1 for tokens after their text's first separator, else 0. Each text is in one step."""
+    found = (token_ids == separator).to(torch.int32)
+    before = found.cumsum(0) - found
+    begins = before.index_select(0, query_starts[:-1])
+    begins = torch.repeat_interleave(begins, query_starts.diff(), output_size=token_ids.shape[0])
+    return (before > begins).to(torch.int32)
 
 
 def _whole_texts(batch: AttentionBatch) -> Tensor:

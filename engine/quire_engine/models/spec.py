@@ -143,6 +143,7 @@ class DecoderSpec:
     alibi: float = 0.0  # the factor of ALiBi's slopes; 0: none
     activation: Activation = Activation.SILU
     position_offset: int = 0  # of learned positions
+    num_segments: int = 0  # texts of a pair that are told apart
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what layers add
     logits_scale: float = 1.0
