@@ -16,7 +16,8 @@ from quire_engine.errors import InvalidParameter, ModelError, OutOfMemory
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
-from quire_engine.weights.gguf import READABLE, GGUFCheckpoint, GGUFFile
+from quire_engine.weights.gguf import READABLE, GGUFFile
+from quire_engine.weights.gguf_families import GGUFCheckpoint
 from quire_engine.weights.resolve import resolve
 from quire_engine.weights.tensors import SafetensorsCheckpoint
 from safetensors.torch import load_file, save_file

@@ -2,7 +2,6 @@
 quantized blocks are decoded by that package. Format: ggml's docs/gguf.md, versions 2 and 3."""
 
 import mmap
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from quire_engine.errors import ModelError
-from quire_engine.weights.tensors import LazyTensor
 
 _SCALARS = {
     0: "<B",
@@ -161,122 +159,3 @@ class GGUFFile:
                 return list(struct.unpack(f"<{count}{code[1]}", data))
             return [self._value(element) for _ in range(count)]
         raise ModelError(f"{self.path.name} is corrupt: metadata of unknown type {kind}; download it again")
-
-
-# ---- to Hugging Face's names and config ----------------------------------------------------------------------------
-
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-_TENSORS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def config_of(file: GGUFFile) -> dict[str, Any]:
-    """The Hugging Face config that the metadata amounts to. Raises ModelError for an architecture not served."""
-    meta = file.metadata
-    arch = meta.get("general.architecture")
-    if arch not in _ARCHITECTURES:
-        raise ModelError(f"GGUF architecture {arch!r} is not served; served are {', '.join(sorted(_ARCHITECTURES))}")
-
-    def need(key: str) -> Any:
-        value = meta.get(f"{arch}.{key}")
-        if value is None:
-            raise ModelError(f"{file.path.name} lacks {arch}.{key} in its metadata; convert it again")
-        return value
-
-    heads = need("attention.head_count")
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise ModelError(f"{file.path.name} has no token_embd.weight; it is not a whole language model")
-    config: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[arch]],
-        "model_type": arch,
-        "hidden_size": need("embedding_length"),
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta.get(f"{arch}.attention.head_count_kv", heads),
-        "head_dim": meta.get(f"{arch}.attention.key_length", need("embedding_length") // heads),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": need("context_length"),
-        "rope_theta": meta.get(f"{arch}.rope.freq_base", 10000.0),
-        "vocab_size": embedding.shape[0],
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "torch_dtype": "float32",
-    }
-    if window := meta.get(f"{arch}.attention.sliding_window"):
-        config["sliding_window"] = window
-    scaling = meta.get(f"{arch}.rope.scaling.type", "none")
-    if scaling not in ("none", ""):
-        config["rope_scaling"] = {
-            "rope_type": scaling,
-            "factor": meta.get(f"{arch}.rope.scaling.factor", 1.0),
-        }
-    for ours, theirs in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")):
-        if (token := meta.get(f"tokenizer.ggml.{theirs}")) is not None:
-            config[ours] = token
-    return config
-
-
-def _hugging_face_name(name: str) -> str | None:
-    stem, _, kind = name.rpartition(".")
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if block and block[2] in _TENSORS:
-        return f"model.layers.{block[1]}.{_TENSORS[block[2]]}.{kind}"
-    return f"{_TENSORS[stem]}.{kind}" if stem in _TENSORS else None
-
-
-class GGUFCheckpoint:
-    """A GGUF file's tensors under their Hugging Face names."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self._file = file
-        config = config_of(file)
-        self._interleaved = file.metadata["general.architecture"] in ("llama", "mistral")
-        self._heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        self._where = {_hugging_face_name(name) or name: info for name, info in file.tensors.items()}
-
-    def names(self) -> list[str]:
-        """All tensors; one that has no Hugging Face name keeps its own."""
-        return list(self._where)
-
-    def tensor(self, name: str) -> LazyTensor:
-        """Raises ModelError for a name the file does not have."""
-        info = self._where.get(name)
-        if info is None:
-            raise ModelError(f"the GGUF file has no tensor for {name}; is it whole?")
-        heads = self._heads.get(name.split(".")[-2]) if self._interleaved else None
-
-        def part(rows: slice, columns: slice) -> Tensor:
-            if heads is None:
-                whole = self._file.read(info, rows)
-            else:
-                whole = self._file.read(info, slice(None))[self._order(info, heads)][rows]
-            return whole[:, columns] if whole.dim() > 1 else whole
-
-        return LazyTensor(name, info.shape, part)
-
-    @staticmethod
-    def _order(info: GGUFTensorInfo, heads: int) -> Tensor:
-        """llama.cpp interleaves each head's rotary pairs (0, 1), (2, 3), …; Hugging Face keeps halves."""
-        rows = torch.arange(info.shape[0])
-        return rows.view(heads, info.shape[0] // heads // 2, 2).transpose(1, 2).reshape(-1)

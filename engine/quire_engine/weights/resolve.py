@@ -10,7 +10,8 @@ from typing import Any
 
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.weights.gguf import GGUFCheckpoint, GGUFFile, config_of
+from quire_engine.weights.gguf import GGUFFile
+from quire_engine.weights.gguf_families import GGUFCheckpoint, config_of
 from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
