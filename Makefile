@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := protos/quire_protos/v1/inference.proto protos/quire_protos/v1/engine.proto
+PARALLEL := -n 2 --dist loadgroup
 ROOMS := cluster engine kernels tests benchmarks
 
 .PHONY: serve test test-all check gpu-check kernel-table families-table format protos clean
@@ -24,10 +25,12 @@ serve: $(VENV)/.installed
 	@$(BIN)/quire serve $(ARGS)
 
 test: check $(VENV)/.test-models
-	$(BIN)/pytest -q -m 'not slow'
+	$(BIN)/pytest -q -m 'not slow' $(PARALLEL) tests/engine tests/kernels
+	$(BIN)/pytest -q -m 'not slow' tests/cluster tests/end_to_end
 
 test-all: check $(VENV)/.test-models
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(PARALLEL) tests/engine tests/kernels
+	$(BIN)/pytest -q tests/cluster tests/end_to_end
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check $(ROOMS)

@@ -159,6 +159,7 @@ def _cache_write(
     heads: Heads,
     tokens: int,
     norm: bool = False,
+    norm_last: bool = False,
     interleaved: bool = False,
     fp8_cache: bool = False,
     axes: bool = False,
@@ -175,7 +176,7 @@ def _cache_write(
             positions = positions.expand(3, -1).contiguous()
         slots = torch.randperm(pages * 64, device=device)[:tokens]
         weights = {name: normal(device, heads.dim) for name in ("q_weight", "k_weight")}
-        head_norm = HeadNorm(**weights, eps=1e-6) if norm else None
+        head_norm = HeadNorm(**weights, eps=1e-6, after_rope=norm_last) if norm or norm_last else None
         scales = None
         if fp8_cache:
             scales = CacheScales(**{name: torch.ones(heads.kv, device=device) for name in ("key", "value")})
@@ -285,6 +286,11 @@ CASES = [
     Case(name="MLA decode DeepSeek-V3 8 x 4k", build=_latent(128, [1] * 8, [4096] * 8)),
     Case(name="MLA prefill DeepSeek-V3/8 2k", build=_latent(16, [2048], [2048])),
     Case(name="cache write Llama-3-8B 8k", build=_cache_write(LLAMA_8B, 8192), streams=True),
+    Case(
+        name="cache write Hunyuan 8k, head norms after the rotation",
+        build=_cache_write(LLAMA_8B, 8192, norm_last=True),
+        timed=False,
+    ),
     Case(name="cache write Qwen3 8k, head norms", build=_cache_write(QWEN3_30B, 8192, norm=True), streams=True),
     Case(
         name="cache write Llama-3-8B 8k, fp8 cache",

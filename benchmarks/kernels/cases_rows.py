@@ -215,6 +215,7 @@ CASES = [
     ),
     Case(name="gelu mul", build=_activation(64, 9216, Activation.GELU, True), timed=False),
     Case(name="gelu tanh mul", build=_activation(64, 9216, Activation.GELU_TANH, True), timed=False),
+    Case(name="relu", build=_activation(64, 9216, Activation.RELU, False), timed=False),
     Case(name="relu squared", build=_activation(64, 9216, Activation.RELU_SQUARED, False), timed=False),
     Case(name="clamped SwiGLU", build=_activation(64, 2880, Activation.SWIGLU_CLAMPED, True), timed=False),
     Case(name="sample greedy 256 x 128k", build=_sampling(0.0, 0, 1.0), streams=True),

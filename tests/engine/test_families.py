@@ -14,6 +14,8 @@ from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.xdist_group("families")  # their table is one process's
+
 Make = Callable[[str], Path]
 
 

@@ -12,6 +12,8 @@ from greedy import truth
 from quire_engine.execution.group import ParallelGroup
 from two_ranks import BATCH, serve
 
+pytestmark = pytest.mark.xdist_group("families")  # their table is one process's
+
 
 @pytest.fixture(scope="module")
 def ranks() -> Any:

@@ -7,6 +7,8 @@ from conftest import Table
 from families import FALLBACK, FAMILIES
 from quire_engine.models.families import FAMILIES as SERVED
 
+pytestmark = pytest.mark.xdist_group("families")  # their table is one process's
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 INTRODUCTION = """# Families
 
