@@ -16,7 +16,10 @@ import pytest
 import torch
 from families import ENCODERS, FALLBACK, FAMILIES, REFUSED, TINY
 
-torch.set_num_threads(2)
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one core each: threads that wait for a core wait long
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+torch.set_num_threads(len(os.sched_getaffinity(0)))
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -53,8 +53,10 @@ def test_ahead_of_time(tmp_path: Path, targets: list[str]) -> None:
 def cells(table: str, targets: list[str]) -> list[list[str]]:
     """Names of the cases and what is in the targets' columns."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    columns = [0, 1, *(rows[0].index(target) for target in targets)]
-    return [[row[column] for column in columns] for row in rows if set(row[0]) != {"-"}]
+    heading = [cell.split(" ")[0] for cell in rows[0]]
+    columns = [0, 1, *(heading.index(target) for target in targets)]
+    picked = [[row[column] for column in columns] for row in rows[2:]]
+    return [row for row in picked if set(row[2:]) != {"–"}]
 
 
 def fresh_table(lines: str, environment: dict[str, str]) -> str:
