@@ -160,7 +160,7 @@ def test_reflection_and_health(two_replicas: RunningServer) -> None:
             described.file_descriptor_response.file_descriptor_proto[0]
         )
         methods = {method.name for service in file.service for method in service.method}
-        assert methods == {"Generate", "Chat", "Tokenize", "Detokenize", "ListModels"}
+        assert methods == {"Generate", "Chat", "Tokenize", "Detokenize", "Embed", "ListModels"}
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", "quire.v1.Inference"):
             state = health.Check(health_pb2.HealthCheckRequest(service=service)).status

@@ -31,23 +31,23 @@ PROMPTS = [
     "# Introduction\n\nMachine learning",
     "A",
 ]
-NEW_TOKENS = 64
 
 
 @pytest.mark.timeout(900)  # transformers alone takes a minute or two
-def test_greedy_tokens_equal_transformers() -> None:
-    """20 prompts, 64 tokens each, alone and batched together. transformers reads and dequantizes the file by itself."""
+@pytest.mark.parametrize(("count", "length"), [(5, 32), pytest.param(20, 64, marks=pytest.mark.slow)])
+def test_greedy_tokens_equal_transformers(count: int, length: int) -> None:
+    """Alone and batched together. transformers reads and dequantizes the file by itself."""
     files = resolve(DEMO_MODEL)
     assert files.gguf_path is not None
     model = AutoModelForCausalLM.from_pretrained(files.folder, gguf_file=files.gguf_path.name, dtype=torch.float32)
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
     with LLM() as llm:
-        batched = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
-        alone = [llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS]
-        tokens = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
+        batched = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:count], params, use_tqdm=False)]
+        alone = [llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS[:count]]
+        tokens = [llm.tokenizer.encode(prompt) for prompt in PROMPTS[:count]]
     for prompt, one, many in zip(tokens, alone, batched, strict=True):
         out = model.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         expected = out[0, len(prompt) :].tolist()
         assert one == expected
