@@ -233,7 +233,7 @@ SIZES = {
 
 
 def is_quantized(name: str, settings: dict[str, Any]) -> bool:
-    if not name.endswith("_proj.weight"):
+    if not name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
         return False
     left = [*settings.get("ignore", []), *settings.get("modules_to_not_convert", [])]
     return not (len(left) > 1 and ".layers.1.mlp." in name)
@@ -307,6 +307,31 @@ def test_formats(source: Path, tmp_path: Path, kind: str) -> None:
         return
     cost = (theirs - plain).abs().mean()
     assert error.mean() < 0.15 * cost, "closer to the quantized model than that is to the plain one"
+
+
+def test_latent_attention_in_fp8_blocks(tmp_path: Path) -> None:
+    """As in DeepSeek-V3. The projection up from the latent is absorbed, so its inputs are not rounded."""
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "initializer_range": 0.1,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "first_k_dense_replace": 3,
+    }
+    source = make_checkpoint(tmp_path / "plain", "deepseek_v3", **sizes)
+    truth = quantized_checkpoint(source, tmp_path / "quantized", "fp8 in blocks")()
+    for name, module in truth.named_modules():
+        if name.endswith("kv_b_proj"):
+            module._forward_pre_hooks.clear()
+    ours = logits_of(runner_for(tmp_path / "quantized"), PROMPT)
+    with torch.no_grad():
+        theirs = truth(torch.tensor([PROMPT])).logits[0]
+        plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(torch.tensor([PROMPT])).logits[0]
+    assert (ours - theirs).abs().mean() < 0.15 * (theirs - plain).abs().mean()
 
 
 @pytest.mark.parametrize(("option", "kind"), [("fp8", "compressed fp8 per channel"), ("int8", "compressed int8")])
