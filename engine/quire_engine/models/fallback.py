@@ -216,14 +216,14 @@ def _mask(mask_function: Callable[..., Any], local_size: int | None = None, **re
 
 
 def _note(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     _refuse_unknown(module, kwargs)
     window = attention_mask.window if isinstance(attention_mask, _Mask) else 0
     told = kwargs.get("sliding_window") or 0
     if told and window and told != window:
         raise ModelError(f"{type(module).__name__} has a window of {told} and a mask with one of {window}")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)
     if layer in _probed.get():
         raise ModelError(
             f"{type(module).__name__} attends more than once per layer; the paged cache has one place for it"
@@ -241,7 +241,7 @@ def _refuse_unknown(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -254,7 +254,7 @@ def _attend(
     """query [1, H, T, D], key and value [1, K, T, D] → [1, T, H, D]."""
     step = _step.get()
     heads, head_dim = query.shape[1], query.shape[3]
-    place = step.places[int(module.layer_idx)]  # type: ignore[arg-type]
+    place = step.places[int(module.layer_idx)]
     keys, values = step.caches[place]
     qkv = torch.cat((query, key, value), 1)[0].transpose(0, 1).reshape(query.shape[2], -1)
     step.ops.rope_cache_write(qkv, keys, values, step.batch, heads, None, None, step.scales)
