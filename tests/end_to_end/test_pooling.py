@@ -119,6 +119,11 @@ def test_scores_and_ranks(server: RunningServer, truth: np.ndarray) -> None:
     assert order[0] == 1, "bread is about bread"
 
 
+def test_nothing_to_score_is_said(server: RunningServer) -> None:
+    for body in ({"text_1": [], "text_2": []}, {"text_1": "x", "text_2": []}, {"text_1": ["x", "y"], "text_2": ["z"]}):
+        assert httpx.post(f"{server.url}/v1/score", json=body).status_code == 400
+
+
 def test_grpc(server: RunningServer, truth: np.ndarray) -> None:
     with Client(server.grpc) as client:
         assert np.abs(np.array(client.embed(TEXTS)) - truth).max() < 2e-6

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ Make = Callable[[str], Path]
 
 def prompt_logits(engine: Engine, batch: list[list[int]]) -> list[torch.Tensor]:
     """Of every position of each prompt [length, vocabulary]."""
-    model = engine._executor._model  # type: ignore[attr-defined]
+    runner: Any = engine._executor
+    model = runner._model
     seen: list[torch.Tensor] = []
     logits_of = model.logits
     model.logits = lambda hidden: seen.append(logits_of(hidden)) or seen[-1]

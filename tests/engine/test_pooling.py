@@ -82,7 +82,8 @@ def test_embeddings(tmp_path: Path, family: str, mode: str) -> None:
     check(engine_for(folder, attention_backend="torch"), batch, expected)
     if not encoder:
         check(engine_for(folder, max_num_batched_tokens=7), batch, expected)
-    page = engine._executor.memory.page_bytes  # type: ignore[attr-defined]
+    runner: Any = engine._executor
+    page = runner.memory.page_bytes
     tight = engine_for(folder, kv_cache_memory_bytes=9 * page, max_model_len=128)
     assert tight.scheduler.limits.num_pages == 9
     check(tight, batch, expected)

@@ -5,6 +5,7 @@ from quire_engine.config import EngineConfig
 from quire_engine.execution.dry_run import DryGroup, allocated
 from quire_engine.models.families import spec_of
 from quire_engine.plan import GIB, Target, gpu_target, plan_memory, resolve_device, resolve_dtype, usable_bytes
+from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import find_model
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.table import Table
 def show_plan(config: EngineConfig, gpu: str | None, memory_gib: float | None) -> None:
     """Prints the plan. Raises OutOfMemory when the model does not fit, InvalidParameter for an unknown GPU."""
     files = find_model(config)
-    spec = spec_of(files.config)
+    spec = spec_of(files.config, pooling_of(files, config.task))
     spec.check_parallel(
         config.tensor_parallel_size, config.pipeline_parallel_size, experts_apart=config.enable_expert_parallel
     )

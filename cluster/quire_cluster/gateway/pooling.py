@@ -85,7 +85,7 @@ async def score(service: Service, body: ScoreRequest) -> dict[str, Any]:
     service.check_model(body.model)
     firsts = [body.text_1] if isinstance(body.text_1, str) else body.text_1
     seconds = [body.text_2] if isinstance(body.text_2, str) else body.text_2
-    if len(firsts) not in (1, len(seconds)):
+    if not firsts or len(firsts) not in (1, len(seconds)):
         raise InvalidParameter(f"text_1 has {len(firsts)} texts and text_2 {len(seconds)}", "text_1")
     pairs = list(zip(firsts * (len(seconds) // len(firsts)), seconds, strict=True))
     scores, usage = await _scores(service, pairs, "/v1/score")
@@ -112,7 +112,8 @@ async def _scores(service: Service, pairs: list[tuple[str, str]], route: str) ->
     if not 1 <= len(pairs) <= MAX_INPUTS:
         raise InvalidParameter(f"there are {len(pairs)} pairs; from 1 to {MAX_INPUTS} are scored at once", "documents")
     if service.pooling is not None and service.pooling.scores:
-        tokens = [service.tokenizer.encode_pair(*pair) for pair in pairs]
+        encode = service.tokenizer.encode_pair
+        tokens = await asyncio.to_thread(lambda: [encode(*pair) for pair in pairs])
         values = await pooled(service, tokens, route, scores=True)
         return [float(value[0]) for value in values], _usage(tokens)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))

@@ -174,6 +174,7 @@ def _probe(model: Any) -> dict[int, Seen]:
             model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         found = _probed.get()
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        # What others' code raises where it wants a number of a tensor that has a shape alone, or a mask to be a tensor.
         raise ModelError(
             f"{type(model).__name__} in transformers looks at values where shapes must do ({error}); it is not served"
         ) from error
@@ -297,6 +298,7 @@ class TransformersDecoder:
         self.spec = spec
         self.group = group
         self.num_layers = spec.num_layers
+        self._windows = [spec.window(layer) for layer in range(spec.num_layers)]
         self.progress: Callable[[], None] = lambda: None
         self._ops = ops
         kind = _class_of(spec.fallback)
@@ -322,8 +324,7 @@ class TransformersDecoder:
 
     def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[KVCache]) -> Tensor:
         """Token ids [T] → the last layer's normalized output [T, hidden]."""
-        windows = [self.spec.window(layer) for layer in range(self.num_layers)]
-        step = _Step(self._ops, batch, caches, windows, self._places, self._scales, self.progress)
+        step = _Step(self._ops, batch, caches, self._windows, self._places, self._scales, self.progress)
         token = _step.set(step)
         try:
             out = self._model.base_model(
