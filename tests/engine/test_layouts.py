@@ -1,7 +1,5 @@
 """How checkpoints lay out their weights, where transformers has no class that writes them so; and what is refused."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,96 +7,31 @@ from typing import Any
 import pytest
 import torch
 from greedy import engine_for, prompts, run, truth
+from layouts import MXFP4_CONFIG, as_internlm2, from_mxfp4, in_mxfp4, rewritten
 from quire_engine.errors import ModelError
 from quire_engine.models.families import FAMILIES, spec_of
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 Make = Callable[[str], Path]
 
 
-def rewritten(
-    folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], **facts: Any
-) -> Path:
-    """A copy of a checkpoint with other tensors and other facts in its config."""
-    shutil.copytree(folder, target)
-    save_file(change(load_file(folder / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | facts))
-    return target
-
-
 def test_internlm2(checkpoint: Make, tmp_path: Path) -> None:
     """Llama's weights under InternLM2's names, queries, keys and values of each group one after another."""
-    heads, kv_heads, dim = 4, 2, 16
-    names = {
-        "model.embed_tokens": "model.tok_embeddings",
-        "lm_head": "output",
-        "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1",
-        "mlp.up_proj": "feed_forward.w3",
-        "mlp.down_proj": "feed_forward.w2",
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-
-    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        out = {}
-        for name, tensor in tensors.items():
-            if "q_proj" in name:
-                k, v = (tensors[name.replace("q_proj", other)] for other in ("k_proj", "v_proj"))
-                groups = tensor.unflatten(0, (kv_heads, heads // kv_heads, dim))
-                parts = [groups, k.unflatten(0, (kv_heads, 1, dim)), v.unflatten(0, (kv_heads, 1, dim))]
-                out[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat(parts, 1).flatten(0, 2)
-            elif "k_proj" not in name and "v_proj" not in name:
-                for old, new in names.items():
-                    name = name.replace(old, new)
-                out[name] = tensor.contiguous()
-        return out
-
     plain = rewritten(
         checkpoint("llama"),
         tmp_path / "plain",
         lambda tensors: {name: t for name, t in tensors.items() if ".mlp." not in name or not name.endswith("bias")},
         mlp_bias=False,
     )
-    folder = rewritten(plain, tmp_path / "internlm2", change, architectures=["InternLM2ForCausalLM"], bias=True)
+    folder = rewritten(plain, tmp_path / "internlm2", as_internlm2, architectures=["InternLM2ForCausalLM"], bias=True)
     assert run(engine_for(folder), prompts()) == truth(plain, prompts())
 
 
 def test_mxfp4(checkpoint: Make, tmp_path: Path) -> None:
     """gpt-oss' experts in 4-bit floats give what their values mean, by transformers' own decoding."""
-    generator = torch.Generator().manual_seed(0)
-    packed: dict[str, torch.Tensor] = {}
-
-    def quantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        out = {}
-        for name, tensor in tensors.items():
-            if name.endswith(("gate_up_proj", "down_proj")):
-                experts, inputs, outputs = tensor.shape
-                shape = (experts, outputs, inputs // 32)
-                out[f"{name}_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
-                out[f"{name}_scales"] = torch.randint(121, 126, shape, dtype=torch.uint8, generator=generator)
-            else:
-                out[name] = tensor
-        packed.update(out)
-        return out
-
-    def decoded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {
-            name: convert_moe_packed_tensors(packed[f"{name}_blocks"], packed[f"{name}_scales"], dtype=torch.float32)
-            if f"{name}_blocks" in packed
-            else tensor
-            for name, tensor in tensors.items()
-        }
-
-    settings = {
-        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    }
     original = checkpoint("gpt_oss")
-    folder = rewritten(original, tmp_path / "mxfp4", quantized, **settings)
-    plain = rewritten(original, tmp_path / "plain", decoded)
+    folder = rewritten(original, tmp_path / "mxfp4", in_mxfp4, **MXFP4_CONFIG)
+    plain = rewritten(folder, tmp_path / "plain", from_mxfp4, quantization_config=None)
     assert run(engine_for(folder), prompts()) == truth(plain, prompts())
 
 
@@ -175,7 +108,7 @@ def test_a_median_family_is_a_page() -> None:
     lengths = sorted(len(file.read_text().splitlines()) for file in files)
     assert lengths[len(lengths) // 2] < 60
     for file in root.rglob("*.py"):
-        if file.parent.name != "models" and file.name != "gguf_families.py":  # which translates llama.cpp's names
+        if file.parent.name not in ("models", "gguf"):  # which translates llama.cpp's names
             text = file.read_text()
             assert not [name for name in FAMILIES if name in text], file
 

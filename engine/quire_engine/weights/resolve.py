@@ -10,8 +10,9 @@ from typing import Any
 
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.weights.gguf import GGUFFile
-from quire_engine.weights.gguf_families import GGUFCheckpoint, config_of
+from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
+from quire_engine.weights.gguf.families import config_of
+from quire_engine.weights.gguf.file import GGUFFile, model_name, split_names
 from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -87,13 +88,12 @@ def resolve(model: str, *, revision: str | None = None, download_dir: str | None
     """Finds a model. Raises ModelError, saying what was looked for and what would be found."""
     path = Path(model).expanduser()
     if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").exists() and len(files) == 1:
-            return ModelFiles(files[0].stem, path, files[0])
+        if not (path / "config.json").exists() and (found := _only_gguf(path)) is not None:
+            return ModelFiles(model_name(found), path, found)
         return ModelFiles(path.resolve().name, path)
     if path.is_file():
         if path.suffix == ".gguf":
-            return ModelFiles(path.stem, path.parent, path)
+            return ModelFiles(model_name(path), path.parent, path)
         if path.suffix in PICKLES:
             raise ModelError(f"{path.name} is a pickle, which can run code when it is read; convert it to safetensors")
         raise ModelError(f"{path.name} is neither a folder nor a .gguf file; give the checkpoint's folder")
@@ -116,12 +116,21 @@ def _installed_wheel(model: str) -> ModelFiles | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(next(iter(spec.submodule_search_locations)))
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) == 1:
-        return ModelFiles(files[0].stem.split(".")[0], folder, files[0])
+    if (found := _only_gguf(folder)) is not None:
+        return ModelFiles(found.stem.split(".")[0], folder, found)
     if (folder / "config.json").exists():
         return ModelFiles(model, folder)
     return None
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The one model in GGUF that a folder holds, by its first file."""
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1 and [file.name for file in files] != split_names(files[0], len(files)):
+        raise ModelError(
+            f"{folder.name} holds {len(files)} GGUF files ({files[0].name}, {files[1].name}, …); name the one to serve"
+        )
+    return files[0] if files else None
 
 
 def _from_hub(model: str, revision: str | None, download_dir: str | None) -> ModelFiles:

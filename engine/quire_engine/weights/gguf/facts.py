@@ -1,0 +1,218 @@
+"""A GGUF file's metadata as the facts of Hugging Face configs."""
+
+from typing import Any
+
+from quire_engine.errors import ModelError
+from quire_engine.weights.gguf.file import GGUFFile
+
+_MISSING = object()
+
+
+class Facts:
+    """A file's metadata, without the name of its architecture before them."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+
+    def __call__(self, key: str, default: Any = _MISSING) -> Any:
+        """Raises ModelError for what is missing and has no default."""
+        arch = self.file.metadata["general.architecture"]
+        value = self.file.metadata.get(f"{arch}.{key}", default)
+        if value is _MISSING:
+            raise ModelError(f"{self.file.path.name} lacks {arch}.{key} in its metadata; convert it again")
+        return value
+
+    def has(self, tensor: str) -> bool:
+        """Whether some layer has a tensor of this name."""
+        return any(name.endswith(f".{tensor}") for name in self.file.tensors)
+
+    @property
+    def head_dim(self) -> int:
+        """Of keys."""
+        return int(self("attention.key_length", None) or self("embedding_length") // self("attention.head_count"))
+
+    @property
+    def layer_types(self) -> dict[str, Any]:
+        """Which layers have a window, where the file says it layer by layer."""
+        pattern = self("attention.sliding_window_pattern", None)
+        if not isinstance(pattern, list):
+            return {}
+        return {"layer_types": ["sliding_attention" if local else "full_attention" for local in pattern]}
+
+
+def experts(get: Facts) -> dict[str, Any]:
+    return {
+        "num_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length", None) or get("feed_forward_length"),
+    }
+
+
+def mixture(get: Facts) -> dict[str, Any]:
+    return {"num_local_experts": get("expert_count"), "num_experts_per_tok": get("expert_used_count")}
+
+
+def deepseek_experts(get: Facts) -> dict[str, Any]:
+    return {
+        "n_routed_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "n_shared_experts": get("expert_shared_count", 0),
+        "first_k_dense_replace": get("leading_dense_block_count", 0),
+        "n_group": get("expert_group_count", 1),
+        "topk_group": get("expert_group_used_count", 1),
+        "norm_topk_prob": get("expert_weights_norm", True),
+        "routed_scaling_factor": get("expert_weights_scale", 1.0),
+    }
+
+
+def deepseek(get: Facts) -> dict[str, Any]:
+    rotated, groups = get("rope.dimension_count"), get("expert_group_count", 1)
+    facts = deepseek_experts(get) | {
+        "num_key_value_heads": get("attention.head_count"),
+        "q_lora_rank": get("attention.q_lora_rank", None),
+        "kv_lora_rank": get("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": (get("attention.key_length_mla", None) or get("attention.key_length")) - rotated,
+        "v_head_dim": get("attention.value_length_mla", None) or get("attention.value_length"),
+        "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
+    }
+    if get("rope.scaling.type", "none") == "yarn":  # the published models have both factors alike
+        m = get("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
+        facts["rope_scaling"] = rope_scaling(get) | {"mscale": m, "mscale_all_dim": m}
+    return facts
+
+
+def glm4_moe(get: Facts) -> dict[str, Any]:
+    extra = get("nextn_predict_layers", 0)
+    return (
+        deepseek_experts(get)
+        | partial_rotary(get)
+        | {"num_nextn_predict_layers": extra, "num_hidden_layers": get("block_count") - extra}
+    )
+
+
+def ernie_moe(get: Facts) -> dict[str, Any]:
+    return experts(get) | {
+        "moe_layer_start_index": get("leading_dense_block_count", 1),
+        "moe_layer_interval": get("interleave_moe_layer_step", 1),
+        "moe_num_shared_experts": get("expert_shared_count", 0),
+    }
+
+
+def qwen2_moe(get: Facts) -> dict[str, Any]:
+    return experts(get) | {
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": get("expert_shared_feed_forward_length", None) or get("feed_forward_length"),
+    }
+
+
+def gemma2(get: Facts) -> dict[str, Any]:
+    largest = get("block_count") == 46  # the 27B model alone scales by the width of the residual
+    return {
+        "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": get("final_logit_softcapping", 30.0),
+        "query_pre_attn_scalar": get("embedding_length") // get("attention.head_count") if largest else get.head_dim,
+    }
+
+
+def gemma3(get: Facts) -> dict[str, Any]:
+    largest = get("block_count") == 62
+    return {
+        "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
+        "sliding_window_pattern": get("attention.sliding_window_pattern", 6),
+        "query_pre_attn_scalar": get("embedding_length") // get("attention.head_count") if largest else get.head_dim,
+    }
+
+
+def layer_norm(get: Facts) -> dict[str, Any]:
+    eps = get("attention.layer_norm_epsilon")
+    return {"layer_norm_eps": eps, "layer_norm_epsilon": eps, "norm_epsilon": eps, "norm_eps": eps}
+
+
+def partial_rotary(get: Facts) -> dict[str, Any]:
+    return {"partial_rotary_factor": get("rope.dimension_count", get.head_dim) / get.head_dim}
+
+
+def granite(get: Facts) -> dict[str, Any]:
+    return {
+        "attention_multiplier": get("attention.scale"),
+        "embedding_multiplier": get("embedding_scale"),
+        "residual_multiplier": get("residual_scale"),
+        "logits_scaling": get("logit_scale"),
+    }
+
+
+def granite_moe(get: Facts) -> dict[str, Any]:
+    return granite(get) | mixture(get) | {"shared_intermediate_size": get("expert_shared_feed_forward_length", None)}
+
+
+def gpt2(get: Facts) -> dict[str, Any]:
+    return layer_norm(get) | {
+        "n_head": get("attention.head_count"),
+        "n_embd": get("embedding_length"),
+        "n_layer": get("block_count"),
+        "n_positions": get("context_length"),
+        "n_inner": get("feed_forward_length"),
+        "multi_query": get("attention.head_count_kv", None) == 1,
+    }
+
+
+def falcon(get: Facts) -> dict[str, Any]:
+    kv_heads = get("attention.head_count_kv", 1)
+    return layer_norm(get) | {
+        "num_kv_heads": kv_heads,
+        "new_decoder_architecture": kv_heads > 1,
+        "num_ln_in_parallel_attn": 2 if get.has("attn_norm_2.weight") else 1,
+        "ffn_hidden_size": get("feed_forward_length"),
+    }
+
+
+def mpt(get: Facts) -> dict[str, Any]:
+    return layer_norm(get) | {
+        "max_seq_len": get("context_length"),
+        "attn_config": {
+            "clip_qkv": get("attention.clamp_kqv", None),
+            "alibi": get("attention.max_alibi_bias", 0.0) > 0,
+            "alibi_bias_max": get("attention.max_alibi_bias", 0.0),
+        },
+    }
+
+
+def rope_scaling(get: Facts) -> dict[str, Any]:
+    """Empty: none."""
+    tensors = get.file.tensors
+    if "rope_freqs.weight" in tensors:  # llama3's scaling, frequency by frequency
+        factors = _numbers(get.file, "rope_freqs.weight")
+        return {
+            "rope_type": "longrope",
+            "long_factor": factors,
+            "short_factor": factors,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": get("context_length"),
+        }
+    if "rope_factors_long.weight" in tensors:
+        return {
+            "rope_type": "longrope",
+            "long_factor": _numbers(get.file, "rope_factors_long.weight"),
+            "short_factor": _numbers(get.file, "rope_factors_short.weight"),
+            "attention_factor": get("rope.scaling.attn_factor", None),
+            "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+        }
+    kind = get("rope.scaling.type", "none")
+    if kind in ("none", ""):
+        return {}
+    return {
+        "rope_type": kind,
+        "factor": get("rope.scaling.factor", 1.0),
+        "original_max_position_embeddings": get("rope.scaling.original_context_length", None),
+        "beta_fast": get("rope.scaling.yarn_beta_fast", None),
+        "beta_slow": get("rope.scaling.yarn_beta_slow", None),
+    }
+
+
+def _numbers(file: GGUFFile, name: str) -> list[float]:
+    if name not in file.tensors:
+        raise ModelError(f"{file.path.name} lacks {name}; is it whole?")
+    numbers: list[float] = file.read(file.tensors[name], slice(None)).tolist()
+    return numbers

@@ -1,0 +1,67 @@
+"""Runs llama.cpp's own converter (convert_hf_to_gguf.py), which `make test` unpacks beside the virtual environment's
+packages:
+
+python tests/llama_cpp.py FOLDER...    writes FOLDER/../FOLDER.gguf for each, unquantized, with words for tokens
+python tests/llama_cpp.py --unpack ARCHIVE    takes the converter out of llama-cpp-python's source archive
+"""
+
+import json
+import logging
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+HOME = Path(sys.prefix) / "llama.cpp"
+_NEEDED = ("conversion", "gguf-py")
+
+
+def unpack(archive: Path) -> None:
+    """What is needed of llama.cpp, into HOME."""
+    with tarfile.open(archive) as packed:
+        for member in packed:
+            _, inside, path = member.name.partition("/vendor/llama.cpp/")
+            if inside and path.split("/")[0] in _NEEDED and member.isfile():
+                member.name = path
+                packed.extract(member, HOME, filter="data")
+
+
+def convert(folders: list[Path], split: int = 0) -> None:
+    """Writes the files; `split`: the most tensors of one."""
+    sys.path[:0] = [str(HOME), str(HOME / "gguf-py")]
+    import conversion
+    import gguf
+    import torch
+    from conversion.base import ModelBase, ModelType, get_model_architecture
+
+    logging.disable(logging.WARNING)
+    load = ModelBase.load_hparams
+
+    def with_older_fields(folder: Path, is_mistral_format: bool) -> dict[str, Any]:
+        """Published configs have fields that transformers has renamed since; the converter asks for those."""
+        return {**json.loads((folder / "config.json").read_text()), **load(folder, is_mistral_format)}
+
+    def words(model: Any) -> None:
+        """In place of each family's tokenizer, which tiny models lack."""
+        model.gguf_writer.add_tokenizer_model("gpt2")
+        model.gguf_writer.add_token_list([f"w{i}" for i in range(model.hparams["vocab_size"])])
+        model.gguf_writer.add_bos_token_id(1)
+        model.gguf_writer.add_eos_token_id(2)
+
+    ModelBase.load_hparams = staticmethod(with_older_fields)
+    for folder in folders:
+        name = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
+        kind = conversion.get_model_class(name)
+        converter = type(kind.__name__, (kind,), {"set_vocab": words, "model_arch": kind.model_arch})
+        out = folder.with_suffix(".gguf")
+        with torch.inference_mode():
+            converter(folder, gguf.LlamaFileType.ALL_F32, out, split_max_tensors=split).write()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--unpack":
+        unpack(Path(sys.argv[2]))
+    elif sys.argv[1] == "--split":
+        convert([Path(sys.argv[3])], int(sys.argv[2]))
+    else:
+        convert([Path(name) for name in sys.argv[1:]])
