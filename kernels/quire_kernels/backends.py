@@ -17,6 +17,7 @@ from quire_kernels.norm import Norm
 from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantized_matmul import Int4Weight
+from quire_kernels.recurrence import Gates, StateBatch
 from quire_kernels.sampling import Rows
 
 ATTENTION_TILE = 8
@@ -36,6 +37,7 @@ class AttentionBatch:
     longest_query: int  # new tokens of the request that has most
     context_lens: Tensor  # [R] int32, the new tokens included
     spans: Tensor | None = None  # [T, 2] int32: see AttentionOptions
+    states: StateBatch | None = None  # of models with recurrent layers
 
     @cached_property
     def tiles(self) -> Tensor:
@@ -122,6 +124,22 @@ class Backend(Protocol):
         eps: float,
     ) -> None:
         """See `mla`."""
+
+    def short_convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, states: Tensor, batch: StateBatch
+    ) -> Tensor: ...
+
+    def recurrence(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor,
+        beta: Tensor | None,
+        gates: Gates,
+        states: Tensor,
+        batch: StateBatch,
+    ) -> Tensor: ...
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor: ...
 

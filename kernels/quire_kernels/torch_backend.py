@@ -20,6 +20,8 @@ from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantize.reference import dequantize as dequantize_rows
 from quire_kernels.quantized_matmul import Int4Weight
 from quire_kernels.quantized_matmul.reference import dequantize, dequantize_int4
+from quire_kernels.recurrence import Gates, StateBatch
+from quire_kernels.recurrence import reference as recurrence_reference
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.host import draw
 
@@ -191,6 +193,24 @@ class TorchBackend:
         eps: float,
     ) -> None:
         mla_reference.latent_cache_write(latent, q_rope, cache, batch.positions, batch.slots, rope.cos_sin, weight, eps)
+
+    def short_convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, states: Tensor, batch: StateBatch
+    ) -> Tensor:
+        return recurrence_reference.short_convolution(x, weight, bias, silu, states, batch)
+
+    def recurrence(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor,
+        beta: Tensor | None,
+        gates: Gates,
+        states: Tensor,
+        batch: StateBatch,
+    ) -> Tensor:
+        return recurrence_reference.recurrence(q, k, v, dt, beta, gates, states, batch)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         return draw(logits, rows)

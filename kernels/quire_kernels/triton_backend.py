@@ -21,6 +21,8 @@ from quire_kernels.paged_attention.triton import paged_attention
 from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantized_matmul import Int4Weight
 from quire_kernels.quantized_matmul.triton import int4_matmul, scaled_matmul
+from quire_kernels.recurrence import Gates, StateBatch
+from quire_kernels.recurrence.triton import recurrence, short_convolution
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.triton import draw, prepare
 
@@ -159,6 +161,24 @@ class TritonBackend:
         eps: float,
     ) -> None:
         latent_cache_write(latent, q_rope, cache, batch.positions, batch.slots, rope.cos_sin, weight, eps)
+
+    def short_convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, states: Tensor, batch: StateBatch
+    ) -> Tensor:
+        return short_convolution(x, weight, bias, silu, states, batch)
+
+    def recurrence(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor,
+        beta: Tensor | None,
+        gates: Gates,
+        states: Tensor,
+        batch: StateBatch,
+    ) -> Tensor:
+        return recurrence(q, k, v, dt, beta, gates, states, batch)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         return draw(logits, rows, prepare(logits, rows, filtered))

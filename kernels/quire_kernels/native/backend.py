@@ -12,6 +12,7 @@ from quire_kernels.native import build
 from quire_kernels.norm import Norm
 from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.quantize import Quantized, QuantizedOutput
+from quire_kernels.recurrence import NORM_EPS, Gates, StateBatch
 from quire_kernels.torch_backend import TorchBackend
 
 
@@ -34,7 +35,16 @@ class NativeBackend(TorchBackend):
         self._cache_write = library.rope_cache_write
         self._norm = library.add_rms_norm
         self._silu_mul = library.silu_mul
-        for function in (self._attention, self._cache_write, self._norm, self._silu_mul):
+        self._convolution = library.short_convolution
+        self._recurrence = library.recurrence
+        for function in (
+            self._attention,
+            self._cache_write,
+            self._norm,
+            self._silu_mul,
+            self._convolution,
+            self._recurrence,
+        ):
             function.restype = None
 
     def paged_attention(
@@ -147,4 +157,71 @@ class NativeBackend(TorchBackend):
             return super().activate(x, kind, gated, output)
         out = torch.empty(x.shape[0], x.shape[1] // 2)
         self._silu_mul(_pointer(x), _pointer(out), ctypes.c_int64(x.shape[0]), ctypes.c_int64(out.shape[1]))
+        return out
+
+    def short_convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, states: Tensor, batch: StateBatch
+    ) -> Tensor:
+        assert x.stride(1) == 1
+        assert weight.shape[0] <= 8, "kernels.c: MAX_TAPS"
+        out = torch.empty(x.shape)
+        self._convolution(
+            _pointer(x),
+            ctypes.c_int64(x.stride(0)),
+            _pointer(weight),
+            _pointer(bias),
+            _pointer(out),
+            _pointer(states),
+            _pointer(batch.reads),
+            _pointer(batch.writes),
+            _pointer(batch.query_starts),
+            ctypes.c_int64(batch.reads.shape[0]),
+            ctypes.c_int64(x.shape[1]),
+            weight.shape[0],
+            silu,
+        )
+        return out
+
+    def recurrence(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor,
+        beta: Tensor | None,
+        gates: Gates,
+        states: Tensor,
+        batch: StateBatch,
+    ) -> Tensor:
+        assert all(x.stride(1) == x.shape[2] and x.stride(2) == 1 for x in (q, k, v)), "a token's heads follow on"
+        assert max(q.shape[2], v.shape[2]) <= 256, "kernels.c: MAX_DIM"
+        out = torch.empty(v.shape)
+        self._recurrence(
+            _pointer(q),
+            ctypes.c_int64(q.stride(0)),
+            _pointer(k),
+            ctypes.c_int64(k.stride(0)),
+            _pointer(v),
+            ctypes.c_int64(v.stride(0)),
+            _pointer(dt),
+            ctypes.c_int64(dt.stride(0)),
+            _pointer(beta),
+            ctypes.c_int64(0 if beta is None else beta.stride(0)),
+            _pointer(gates.decay),
+            _pointer(gates.dt_bias),
+            _pointer(gates.skip),
+            ctypes.c_float(gates.limits[0]),
+            ctypes.c_float(gates.limits[1]),
+            _pointer(out),
+            _pointer(states),
+            _pointer(batch.reads),
+            _pointer(batch.writes),
+            _pointer(batch.query_starts),
+            ctypes.c_int64(batch.reads.shape[0]),
+            v.shape[1],
+            k.shape[1],
+            k.shape[2],
+            v.shape[2],
+            ctypes.c_float(NORM_EPS),
+        )
         return out

@@ -313,3 +313,108 @@ void silu_mul(const float *x, float *out, int64_t T, int64_t N) {
         }
     }
 }
+
+/* ---- recurrent layers: see the contract of quire_kernels.recurrence ------------------------------------------------ */
+
+#define MAX_TAPS 8
+#define CHANNELS 64
+
+/* One request's block of channels: the inputs before its first token are those of its state, kept aside, since the new
+ * state may lie where the old one did. */
+void short_convolution(const float *x, int64_t stride, const float *weight, const float *bias, float *out, float *states,
+                       const int32_t *reads, const int32_t *writes, const int32_t *starts, int64_t R, int64_t C, int K,
+                       int silu) {
+    const int64_t blocks = (C + CHANNELS - 1) / CHANNELS;
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t first = b * CHANNELS, width = C - first < CHANNELS ? C - first : CHANNELS;
+            const int count = starts[r + 1] - starts[r];
+            float old[MAX_TAPS][CHANNELS] = {{0}};
+            if (reads[r] >= 0)
+                for (int i = 0; i < K - 1; i++)
+                    memcpy(old[i], states + ((int64_t)reads[r] * (K - 1) + i) * C + first, width * sizeof(float));
+            const float *rows = x + (int64_t)starts[r] * stride + first;
+            for (int t = 0; t < count; t++) {
+                float sum[CHANNELS] = {0};
+                if (bias) memcpy(sum, bias + first, width * sizeof(float));
+                for (int i = 0; i < K; i++) { /* the input of i taps from the oldest */
+                    const int at = t - (K - 1) + i;
+                    const float *input = at >= 0 ? rows + at * stride : old[at + K - 1], *w = weight + i * C + first;
+                    for (int64_t c = 0; c < width; c++) sum[c] += w[c] * input[c];
+                }
+                float *y = out + ((int64_t)starts[r] + t) * C + first;
+                for (int64_t c = 0; c < width; c++) {
+                    const float e = exp_neg(-fabsf(sum[c]));
+                    y[c] = silu ? sum[c] * (sum[c] >= 0.0f ? 1.0f : e) / (1.0f + e) : sum[c];
+                }
+            }
+            for (int i = 0; i < K - 1; i++) {
+                const int at = count - (K - 1) + i;
+                memcpy(states + ((int64_t)writes[r] * (K - 1) + i) * C + first, at >= 0 ? rows + at * stride : old[at + K - 1],
+                       width * sizeof(float));
+            }
+        }
+}
+
+/* x / sqrt(sum of squares + eps), times scale */
+static inline void unit_length(const float *x, float *out, int D, float scale, float eps) {
+    float squares = eps;
+    for (int d = 0; d < D; d++) squares += x[d] * x[d];
+    const float r = scale / sqrtf(squares);
+    for (int d = 0; d < D; d++) out[d] = x[d] * r;
+}
+
+/* q, k: [T, G, D], v: [T, H, P], each token's heads consecutive, tokens a stride apart; states [S, H, D, P]. */
+void recurrence(const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v, int64_t v_stride,
+                const float *dt, int64_t dt_stride, const float *beta, int64_t beta_stride, const float *decay,
+                const float *dt_bias, const float *skip, float low, float high, float *out, float *states,
+                const int32_t *reads, const int32_t *writes, const int32_t *starts, int64_t R, int H, int G, int D, int P,
+                float eps) {
+    const int64_t size = (int64_t)D * P;
+#pragma omp parallel for schedule(dynamic, 1) collapse(2)
+    for (int64_t r = 0; r < R; r++)
+        for (int h = 0; h < H; h++) {
+            float *state = states + ((int64_t)writes[r] * H + h) * size;
+            if (reads[r] < 0)
+                memset(state, 0, size * sizeof(float));
+            else if (reads[r] != writes[r])
+                memcpy(state, states + ((int64_t)reads[r] * H + h) * size, size * sizeof(float));
+            const int g = h / (H / G);
+            float unit_query[MAX_DIM], unit_key[MAX_DIM], added[MAX_DIM], read[MAX_DIM];
+            for (int64_t t = starts[r]; t < starts[r + 1]; t++) {
+                const float *query = q + t * q_stride + (int64_t)g * D, *key = k + t * k_stride + (int64_t)g * D;
+                const float *value = v + t * v_stride + (int64_t)h * P;
+                const float raw = dt[t * dt_stride + h] + dt_bias[h];
+                float step = raw > 20.0f ? raw : log1pf(expf(raw));
+                step = step < low ? low : step > high ? high : step;
+                const float fade = expf(decay[h] * step);
+                if (beta) {
+                    unit_length(query, unit_query, D, 1.0f / sqrtf((float)D), eps);
+                    unit_length(key, unit_key, D, 1.0f, eps);
+                    query = unit_query, key = unit_key;
+                    memset(added, 0, P * sizeof(float));
+                    for (int d = 0; d < D; d++) {
+                        float *restrict row = state + (int64_t)d * P;
+                        for (int p = 0; p < P; p++) {
+                            row[p] *= fade;
+                            added[p] += row[p] * key[d];
+                        }
+                    }
+                    const float rate = 1.0f / (1.0f + expf(-beta[t * beta_stride + h]));
+                    for (int p = 0; p < P; p++) added[p] = (value[p] - added[p]) * rate;
+                } else
+                    for (int p = 0; p < P; p++) added[p] = value[p] * step;
+                const float left = beta ? 1.0f : fade; /* what has not faded yet */
+                for (int p = 0; p < P; p++) read[p] = skip ? skip[h] * value[p] : 0.0f;
+                for (int d = 0; d < D; d++) {
+                    float *restrict row = state + (int64_t)d * P;
+                    for (int p = 0; p < P; p++) {
+                        row[p] = row[p] * left + key[d] * added[p];
+                        read[p] += row[p] * query[d];
+                    }
+                }
+                memcpy(out + (t * H + h) * P, read, P * sizeof(float));
+            }
+        }
+}

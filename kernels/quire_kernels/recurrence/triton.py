@@ -1,0 +1,254 @@
+"""Recurrent layers in Triton. A head's state stays in registers while its tokens pass one by one: right for decoding,
+which is the reading and writing of states; a long prompt is a long chain."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire_kernels.recurrence import NORM_EPS, Gates, StateBatch
+
+_CHANNELS = 256
+_TOKENS = 16  # of one tile of the convolution
+
+
+@triton.jit
+def _convolve(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    states_ptr,
+    reads_ptr,
+    query_starts_ptr,
+    requests_ptr,
+    x_stride: tl.int64,
+    num_tokens,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SILU: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    token_in = token < num_tokens
+    channel_in = channel < C
+    inside = token_in[:, None] & channel_in[None, :]
+    request = tl.load(requests_ptr + token, mask=token_in, other=0)
+    local = token - tl.load(query_starts_ptr + request, mask=token_in, other=0)  # place within its request
+    page = tl.load(reads_ptr + request, mask=token_in, other=-1).to(tl.int64)
+    sums = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    for back in tl.static_range(K):
+        new = inside & (local >= back)[:, None]
+        at = (token - back).to(tl.int64)
+        value = tl.load(x_ptr + at[:, None] * x_stride + channel[None, :], mask=new, other=0.0).to(tl.float32)
+        if back > 0:
+            old = inside & ((local < back) & (page >= 0))[:, None]
+            place = (page * (K - 1) + K - 1 + local - back) * C
+            before = tl.load(states_ptr + place[:, None] + channel[None, :], mask=old, other=0.0)
+            value = tl.where(old, before.to(tl.float32), value)
+        weight = tl.load(weight_ptr + (K - 1 - back) * C + channel, mask=channel_in, other=0.0)
+        sums += value * weight.to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + channel, mask=channel_in, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        sums = sums / (1.0 + tl.exp(-sums))
+    at = token.to(tl.int64)[:, None] * C + channel[None, :]
+    tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _keep_inputs(
+    x_ptr,
+    states_ptr,
+    reads_ptr,
+    writes_ptr,
+    query_starts_ptr,
+    x_stride: tl.int64,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The new states, oldest input first: a thread reads what it overwrites before it does."""
+    request = tl.program_id(0)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel_in = channel < C
+    start = tl.load(query_starts_ptr + request)
+    end = tl.load(query_starts_ptr + request + 1)
+    count = end - start
+    page = tl.load(reads_ptr + request).to(tl.int64)
+    target = tl.load(writes_ptr + request).to(tl.int64)
+    for place in tl.static_range(K - 1):
+        back = K - 1 - place  # inputs from the end
+        new = channel_in & (count >= back)
+        value = tl.load(x_ptr + (end - back).to(tl.int64) * x_stride + channel, mask=new, other=0.0)
+        old = channel_in & (count < back) & (page >= 0)
+        before = tl.load(states_ptr + (page * (K - 1) + place + count) * C + channel, mask=old, other=0.0)
+        kept = tl.where(count < back, before, value.to(before.dtype))
+        tl.store(states_ptr + (target * (K - 1) + place) * C + channel, kept, mask=channel_in)
+
+
+def short_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, states: Tensor, batch: StateBatch
+) -> Tensor:
+    """See the package's contract."""
+    assert x.stride(1) == 1
+    assert states.is_contiguous()
+    tokens, channels = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = min(_CHANNELS, triton.next_power_of_2(channels))
+    tiles = triton.cdiv(channels, block)
+    convolve: Any = _convolve
+    convolve[(triton.cdiv(tokens, _TOKENS), tiles)](
+        x,
+        weight,
+        bias,
+        out,
+        states,
+        batch.reads,
+        batch.query_starts,
+        batch.requests,
+        x.stride(0),
+        tokens,
+        C=channels,
+        K=weight.shape[0],
+        SILU=silu,
+        TOKENS=_TOKENS,
+        CHANNELS=block,
+        num_warps=4,
+    )
+    keep: Any = _keep_inputs
+    keep[(batch.reads.shape[0], tiles)](
+        x,
+        states,
+        batch.reads,
+        batch.writes,
+        batch.query_starts,
+        x.stride(0),
+        C=channels,
+        K=weight.shape[0],
+        CHANNELS=block,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _softplus(x):
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@triton.jit
+def _recur(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dt_ptr,
+    beta_ptr,
+    decay_ptr,
+    dt_bias_ptr,
+    skip_ptr,
+    out_ptr,
+    states_ptr,
+    reads_ptr,
+    writes_ptr,
+    query_starts_ptr,
+    q_stride: tl.int64,
+    k_stride: tl.int64,
+    v_stride: tl.int64,
+    dt_stride: tl.int64,
+    beta_stride: tl.int64,
+    low,
+    high,
+    scale,
+    eps,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    request = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.arange(0, ROWS)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    row_in, column_in = row < D, column < P
+    inside = row_in[:, None] & column_in[None, :]
+    start = tl.load(query_starts_ptr + request)
+    end = tl.load(query_starts_ptr + request + 1)
+    page = tl.load(reads_ptr + request).to(tl.int64)
+    target = tl.load(writes_ptr + request).to(tl.int64)
+    place = head * D * P + row[:, None] * P + column[None, :]
+    state = tl.load(states_ptr + page * (H * D * P) + place, mask=inside & (page >= 0), other=0.0)
+    decay = tl.load(decay_ptr + head)
+    dt_bias = tl.load(dt_bias_ptr + head)
+    group = head // (H // G)
+    for token in range(start, end):
+        at = token.to(tl.int64)
+        step = tl.load(dt_ptr + at * dt_stride + head).to(tl.float32) + dt_bias
+        step = tl.minimum(tl.maximum(_softplus(step), low), high)
+        state *= tl.exp(decay * step)
+        query = tl.load(q_ptr + at * q_stride + group * D + row, mask=row_in, other=0.0).to(tl.float32)
+        key = tl.load(k_ptr + at * k_stride + group * D + row, mask=row_in, other=0.0).to(tl.float32)
+        value = tl.load(v_ptr + at * v_stride + head * P + column, mask=column_in, other=0.0).to(tl.float32)
+        if beta_ptr is None:
+            added = value * step
+        else:
+            query *= scale * tl.rsqrt(tl.sum(query * query) + eps)
+            key *= tl.rsqrt(tl.sum(key * key) + eps)
+            rate = tl.sigmoid(tl.load(beta_ptr + at * beta_stride + head).to(tl.float32))
+            added = (value - tl.sum(state * key[:, None], 0)) * rate
+        state += key[:, None] * added[None, :]
+        read = tl.sum(state * query[:, None], 0)
+        if skip_ptr is not None:
+            read += tl.load(skip_ptr + head) * value
+        tl.store(out_ptr + (at * H + head) * P + column, read.to(out_ptr.dtype.element_ty), mask=column_in)
+    tl.store(states_ptr + target * (H * D * P) + place, state, mask=inside)
+
+
+def recurrence(
+    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, beta: Tensor | None, gates: Gates, states: Tensor, batch: StateBatch
+) -> Tensor:
+    """See the package's contract."""
+    tokens, heads, columns = v.shape
+    groups, rows = k.shape[1:]
+    assert all(x.stride(1) == x.shape[2] and x.stride(2) == 1 for x in (q, k, v)), "heads of a token are consecutive"
+    assert states.is_contiguous()
+    out = torch.empty((tokens, heads, columns), dtype=v.dtype, device=v.device)
+    block = min(32, triton.next_power_of_2(columns))  # a tile of the state is 16 KiB of registers at D = 128
+    kernel: Any = _recur
+    kernel[(batch.reads.shape[0], heads, triton.cdiv(columns, block))](
+        q,
+        k,
+        v,
+        dt,
+        beta,
+        gates.decay,
+        gates.dt_bias,
+        gates.skip,
+        out,
+        states,
+        batch.reads,
+        batch.writes,
+        batch.query_starts,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        dt.stride(0),
+        0 if beta is None else beta.stride(0),
+        *gates.limits,
+        rows**-0.5,
+        NORM_EPS,
+        H=heads,
+        G=groups,
+        D=rows,
+        P=columns,
+        ROWS=triton.next_power_of_2(rows),
+        COLUMNS=block,
+        num_warps=4,
+    )
+    return out
