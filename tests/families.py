@@ -45,6 +45,16 @@ _DEEPSEEK = {
     "routed_scaling_factor": 1.5,
     "num_key_value_heads": 4,
 }
+_LINEAR = {
+    "initializer_range": 0.06,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -172,6 +182,55 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": _family("SeedOssConfig", head_dim=32, attention_bias=True, attention_out_bias=True),
     "nemotron": _family("NemotronConfig"),
     "arcee": _family("ArceeConfig"),
+    "qwen3_next": _family(
+        "Qwen3NextConfig", **_EXPERTS, **_LINEAR, shared_expert_intermediate_size=48, decoder_sparse_step=1
+    ),
+    "qwen3_5": _family("Qwen3_5TextConfig", **_LINEAR),
+    "qwen3_5_moe": _family("Qwen3_5MoeTextConfig", **_EXPERTS, **_LINEAR, shared_expert_intermediate_size=48),
+    "lfm2": _family("Lfm2Config", layer_types=["conv", "full_attention", "conv"], block_multiple_of=32),
+    "lfm2_moe": _family(
+        "Lfm2MoeConfig",
+        layer_types=["conv", "full_attention", "conv"],
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        conv_bias=True,
+    ),
+    "mamba2": _family("Mamba2Config", num_heads=8, head_dim=16, state_size=16, n_groups=2),
+    "bamba": _family("BambaConfig", **_MAMBA, attn_layer_indices=[1], mamba_n_groups=2),
+    "granite_hybrid": _family(
+        "GraniteMoeHybridConfig",
+        **_MAMBA,
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=0,
+        shared_intermediate_size=96,
+        attention_multiplier=0.3,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        logits_scaling=2.0,
+        initializer_range=0.15,
+    ),
+    "granite_hybrid_moe": _family(
+        "GraniteMoeHybridConfig",
+        **_MAMBA,
+        layer_types=["mamba", "attention", "mamba"],
+        mamba_n_groups=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=48,
+        position_embedding_type="rope",
+        initializer_range=0.15,
+    ),
+    "nemotron_h": _family(
+        "NemotronHConfig",
+        hybrid_override_pattern="M-*-",
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        n_groups=2,
+        head_dim=32,
+    ),
     "gpt_oss": _family(
         "GptOssConfig",
         num_local_experts=4,
@@ -238,8 +297,7 @@ FALLBACK: dict[str, Family] = {  # that the decoder does not know
 }
 REFUSED: dict[str, tuple[Family, str]] = {  # and what the refusal names
     "chunked": (_family("Llama4TextConfig"), "layer_types has chunked_attention"),
-    "convolutions": (_family("Lfm2Config", layer_types=["conv", "full_attention", "conv"]), "layer_types has conv"),
-    "states": (_family("Qwen3NextConfig"), "keep a state"),
+    "states": (_family("JambaConfig", num_experts=2), "keep a state"),
     "twice": (_family("DiffLlamaConfig"), "attends more than once"),
     "values": (_family("JetMoeConfig"), "looks at values"),
     "dynamic": (

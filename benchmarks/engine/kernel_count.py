@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from quire_engine.execution.dry_run import META, DryGroup
+from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
-from quire_engine.models.decoder import Layer, empty_caches
+from quire_engine.models.decoder import Layer
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.random import RandomWeights
@@ -88,7 +89,17 @@ def layer_launches(
         backend = TritonBackend(META, deterministic=deterministic)
         layer = Layer(Builder(RandomWeights(torch.bfloat16, META), group, backend, scheme), spec, 1, fp8_cache)
         dtype = torch.float8_e4m3fn if fp8_cache else torch.bfloat16
-        cache = empty_caches(spec, group, 4, 16, dtype, META)[1]
+        (cache,) = empty_caches(
+            spec,
+            group,
+            [1],
+            num_pages=4,
+            block_size=16,
+            num_states=0,
+            dtype=torch.bfloat16,
+            cache_dtype=dtype,
+            device=META,
+        )
         batch = AttentionBatch(
             positions=ints(requests),
             slots=ints(requests, dtype=torch.int64),

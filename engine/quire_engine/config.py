@@ -123,4 +123,5 @@ class SchedulerLimits:
     enable_prefix_caching: bool = True
     by_priority: bool = False
     whole_prompts: bool = False  # a prompt is computed in one step
+    num_states: int = 0  # pages of recurrent states, one for a request that runs; 0: the model has none
     steps_in_flight: int = 1  # 2: a step is planned while the one before it runs

@@ -3,7 +3,6 @@
 Weights and activations are those of a dry run (execution/dry_run.py); the rest of the memory becomes pages.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,15 @@ from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.execution.dry_run import DryGroup, allocated
 from quire_engine.execution.graphs import MIXED_TOKENS
-from quire_engine.layers.attention import page_shapes
+from quire_engine.layers.caches import page_bytes, state_bytes
 from quire_engine.models.decoder import layers_of
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.quantization.config import Quantization
 
 GIB = 1 << 30
 _CPU_CACHE_BYTES = 560 << 20
+_STATES_PER_REQUEST = 2  # its own, and one that it left at the end of a block for others to start from
+_MOST_FOR_STATES = 0.5  # of the cache
 _GPU_RESERVE = 640 << 20  # matrix libraries' workspaces, kernels, what the allocator rounds up
 LARGEST_MIXED = MIXED_TOKENS[-1]
 _CPU_TOKENS_PER_STEP, _GPU_TOKENS_PER_STEP = 256, 8192
@@ -79,11 +80,13 @@ class MemoryPlan:
     num_pages: int
     block_size: int
     max_model_len: int
+    state_bytes: int = 0  # of one request
+    num_states: int = 0
 
     @property
     def cache_bytes(self) -> int:
-        """All pages."""
-        return self.num_pages * self.page_bytes
+        """All pages, and all states with the one that padding writes."""
+        return self.num_pages * self.page_bytes + (self.num_states + 1) * self.state_bytes
 
     @property
     def full_length_requests(self) -> float:
@@ -182,8 +185,9 @@ def plan_memory(
     activations = sum(found.steps)  # a graph's memory is its own
     reserved = 0 if cpu else _GPU_RESERVE
     cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
-    of_layer = sum(math.prod(shape) for shape in page_shapes(spec, group, config.block_size))
-    page = len(layers_of(spec, group)) * of_layer * cache_dtype.itemsize
+    layers = layers_of(spec, group)
+    page = page_bytes(spec, group, layers, config.block_size, cache_dtype)
+    state = state_bytes(spec, group, layers, dtype)
     one_request = -(-max_model_len // config.block_size)
     left = free_bytes - weights - activations - reserved
     if left <= 0:
@@ -192,9 +196,14 @@ def plan_memory(
             f"of the {free_bytes / GIB:.2f} GiB there are; use more ranks (-tp), --quantization fp8 or a smaller model"
         )
     wanted = config.kv_cache_memory_bytes
+    states_wanted = _STATES_PER_REQUEST * config.max_num_seqs * state
     if wanted is None:
-        wanted = min(max(_CPU_CACHE_BYTES, one_request * page), left) if cpu else left
-    num_pages = min(wanted, left) // page
+        for_states = min(_CPU_CACHE_BYTES, states_wanted)
+        wanted = min(max(_CPU_CACHE_BYTES, one_request * page) + for_states, left) if cpu else left
+    for_cache = min(wanted, left)
+    num_states = _num_states(config, state, for_cache, one_request * page)
+    for_pages = for_cache - (num_states + 1) * state
+    num_pages = for_pages // page if page else config.max_num_seqs * one_request
     if num_pages < one_request:
         fits = num_pages * config.block_size
         raise OutOfMemory(
@@ -210,7 +219,23 @@ def plan_memory(
         num_pages=num_pages,
         block_size=config.block_size,
         max_model_len=max_model_len,
+        state_bytes=state,
+        num_states=num_states,
     )
+
+
+def _num_states(config: EngineConfig, state: int, for_cache: int, longest: int) -> int:
+    """How many requests' recurrent states are kept. Raises OutOfMemory where there is no room for one."""
+    if not state:
+        return 0
+    share = min(int(for_cache * _MOST_FOR_STATES), for_cache - longest) if longest else for_cache
+    most = share // state - 1
+    if most < 1:
+        raise OutOfMemory(
+            f"the recurrent states of a request take {state / GIB:.3f} GiB and {for_cache / GIB:.3f} GiB are to be had "
+            "for states and cache; raise --kv-cache-memory-bytes, or use more ranks (-tp)"
+        )
+    return min(most, _STATES_PER_REQUEST * config.max_num_seqs)
 
 
 def usable_bytes(config: EngineConfig, device: torch.device) -> int:

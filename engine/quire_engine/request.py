@@ -34,6 +34,9 @@ class Request:
     row: int = -1  # its place in the workers' static tables while it runs
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, chained
     num_registered: int = 0  # of its blocks, those the prefix index knows
+    state_page: int = -1  # of recurrent states, as they are after `num_computed` tokens
+    left_state: bytes = b""  # the hash under which it left its state last while decoding
+    checkpoint: int = 0  # its prompt's computation pauses here: others that branch off want the state
     num_scored: int = 0  # of the prompt's tokens, those whose log-probabilities were reported
     num_cached: int = -1  # tokens found in the prefix cache at the first admission
     finish_reason: str | None = None  # stop, length, abort, error

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quire_engine.cache.pages import PagePool, block_hash
+from quire_engine.cache.states import StatePages
 from quire_engine.config import SchedulerLimits
 from quire_engine.errors import DeadlineExceeded, EngineFailure, QueueFull
 from quire_engine.execution.plan import Floats, NewRow, StepPlan, StepResult, TokenLogprobs
@@ -55,6 +56,7 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
+        self.states = StatePages(limits.num_states) if limits.num_states else None
         self.stats = SchedulerStats()
         self.requests: dict[int, Request] = {}
         self.running: list[Request] = []  # most important first
@@ -131,6 +133,8 @@ class Scheduler:
 
     def _vacate(self, request: Request) -> None:
         self.pool.release(reversed(request.pages))
+        if self.states is not None:
+            self.states.release(request)
         request.pages = []
         request.num_registered = 0
         request.num_computed = 0
@@ -164,6 +168,7 @@ class Scheduler:
         draws: list[bool] = []
         page_updates: list[tuple[int, int, int]] = []
         new_rows: list[NewRow] = []
+        states, moves = self.states, []
         planned = self._planned = []
         prefilling: list[Request] = []
 
@@ -186,6 +191,8 @@ class Scheduler:
             token_ids.append(-1 if pending else request.tokens[-1])
             draws.append(True)
             planned.append(request)
+            if states is not None:
+                moves.append(states.advance(request))
             request.num_computed = computed + 1
             request.pending = pending + 1
             if not pending and (computed + 1) % block_size == 0:
@@ -194,7 +201,7 @@ class Scheduler:
         def take(request: Request) -> bool:
             nonlocal budget
             computed, length = request.num_computed, len(request.tokens)
-            count = min(length - computed, budget)
+            count = self._chunk(request, budget)
             if not self._grow(request, computed + count, page_updates):
                 return False
             budget -= count
@@ -204,6 +211,8 @@ class Scheduler:
             token_ids.extend(request.tokens[computed : computed + count])
             draws.append(computed + count == length)
             planned.append(request)
+            if states is not None:
+                moves.append(states.advance(request))
             request.num_computed = computed + count
             request.pending += computed + count == length
             self._register(request, computed + count)
@@ -228,7 +237,9 @@ class Scheduler:
         if not planned:
             assert self._in_flight or not (self.running or self._num_waiting), "requests are left and none can run"
             return None
-        updates = np.array(page_updates, np.int32).reshape(-1, 3)
+        if states is not None:
+            states.settle()
+        updates, state_moves = np.array(page_updates, np.int32).reshape(-1, 3), np.array(moves, np.int32).reshape(-1, 2)
         plan = StepPlan(
             rows=np.array(rows, np.int32),
             starts=np.array(starts, np.int32),
@@ -238,6 +249,8 @@ class Scheduler:
             page_rows=updates[:, 0],
             page_indexes=updates[:, 1],
             page_ids=updates[:, 2],
+            state_reads=state_moves[:, 0],
+            state_writes=state_moves[:, 1],
             new_rows=new_rows,
         )
         self._in_flight.append((planned, plan))
@@ -297,6 +310,8 @@ class Scheduler:
                 finished.append(request)
             elif length % block_size == 0 and request.num_computed >= length and request.state is running:
                 self._register(request, length)
+                if self.states is not None:
+                    self.states.settle()
         if finished:
             self.running = [request for request in self.running if request.state is running]
 
@@ -370,11 +385,12 @@ class Scheduler:
             for index in range(request.num_registered, full):
                 self.pool.register(request.pages[index], hashes[index])
             request.num_registered = full
+            if self.states is not None and request.num_computed == full * self.limits.block_size:
+                self.states.leave(request, hashes[full - 1])
 
     def _hashes(self, request: Request, count: int) -> list[bytes]:
         hashes, size = request.block_hashes, self.limits.block_size
-        while len(hashes) < count:
-            at = len(hashes) * size
+        while (at := len(hashes) * size) < count * size:
             previous = hashes[-1] if hashes else request.cache_salt
             hashes.append(block_hash(previous, request.tokens[at : at + size]))
         return hashes
@@ -398,12 +414,30 @@ class Scheduler:
             if page is None:
                 break
             found.append(page)
+        if self.states is not None:
+            hashes, known = request.block_hashes, len(found)
+            while found and self.states.pool.knows(hashes[len(found) - 1]) is None:
+                found.pop()
+            request.checkpoint = known * self.limits.block_size if known > len(found) else 0
         return found
+
+    def _chunk(self, request: Request, budget: int) -> int:
+        """How many tokens of a prompt to compute next: with recurrent states, up to where one is worth keeping."""
+        computed, length = request.num_computed, len(request.tokens)
+        end = min(length, computed + budget)
+        if self.states is not None and self.limits.enable_prefix_caching:
+            if computed < request.checkpoint < end:
+                end = request.checkpoint
+            elif end < length and end // self.limits.block_size * self.limits.block_size > computed:
+                end -= end % self.limits.block_size
+        return end - computed
 
     def _room_for(self, request: Request, hits: list[int]) -> bool:
         """Whether all its tokens so far find pages, with one to spare for each running request (against thrashing)."""
         needed = -(-len(request.tokens) // self.limits.block_size) - len(hits)
         needed += sum(self.pool.is_idle(page) for page in hits)
+        if self.states is not None and not self.states.room_for(request.block_hashes[len(hits) - 1] if hits else None):
+            return False
         spare = len(self.running)
         return needed + spare <= self.pool.num_free
 
@@ -422,6 +456,8 @@ class Scheduler:
             self.pool.find(request.block_hashes[index])
             request.pages.append(page)
             page_updates.append((request.row, index, page))
+        if self.states is not None and hits:
+            request.state_page = self.states.start(request.block_hashes[len(hits) - 1])
         request.num_computed = len(hits) * self.limits.block_size
         request.num_registered = len(hits)
         if request.num_cached < 0:
@@ -442,6 +478,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises AssertionError unless pages, rows and states agree. Cheap enough for an idle production engine."""
         self.pool.check_integrity(request.pages for request in self.running)
+        if self.states is not None:
+            self.states.pool.check_integrity([r.state_page] for r in self.running if r.state_page >= 0)
         rows = [request.row for request in self.running]
         assert sorted([*rows, *self._rows]) == list(range(self.limits.max_num_seqs)), "rows are lost or used twice"
         waiting = [request for request in self.requests.values() if request.state is State.WAITING]

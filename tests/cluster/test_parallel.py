@@ -50,6 +50,7 @@ RANKS: dict[str, dict[str, Any]] = {
         ("qwen3_moe", "2, whole experts"),
         ("qwen2", "2 stages"),
         ("qwen3_moe", "2 stages of 2"),
+        ("qwen3_5", "2 stages"),
     ],
 )
 def test_ranks(checkpoint: Make, family: str, ranks: str) -> None:
@@ -58,10 +59,11 @@ def test_ranks(checkpoint: Make, family: str, ranks: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0)
     heads, layers = (2 if "stages" in ranks and ranks == "2 stages" else 1), (2 if "stages" in ranks else 3)
     page = layers * 2 * heads * 16 * (32 if family in ("mistral", "qwen3", "qwen3_moe") else 16) * 4  # of one rank
+    recurrent = family == "qwen3_5"  # whose second stage keeps nothing but states
     with LLM(
         str(folder),
         max_num_batched_tokens=24,
-        kv_cache_memory_bytes=9 * page,
+        kv_cache_memory_bytes=1 << 20 if recurrent else 9 * page,
         max_model_len=128,
         **RANKS[ranks],
     ) as llm:
@@ -74,7 +76,7 @@ def test_ranks(checkpoint: Make, family: str, ranks: str) -> None:
                 assert max(abs(a - b) for a, b in zip(ours, scores, strict=True)) < 1e-4
         stats = llm.engine.scheduler.stats
         assert stats.prefix_hits > 0
-        assert stats.preemptions > 0
+        assert recurrent or stats.preemptions > 0
 
 
 def test_what_cannot_be_split_is_refused_with_what_can(checkpoint: Make) -> None:

@@ -1,6 +1,7 @@
 """`--deterministic`: the same bits whatever the batch, the chunks, the cache, and after preemption or resumption."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from quire_engine.errors import InvalidParameter
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
+from quire_engine.scheduler import Scheduler
 from quire_engine.weights.resolve import find_model
 from quire_kernels.torch_backend import in_tiles
 
@@ -62,6 +64,8 @@ def make_requests(lengths: tuple[int, ...], new_tokens: int, first: int = 0) -> 
         ("mistral", {"quantization": "int8"}),
         ("qwen3", {"quantization": "fp8"}),
         ("qwen3_moe", {}),
+        ("qwen3_5", {}),
+        ("lfm2", {}),
     ],
 )
 def test_bits(checkpoint: Make, family: str, options: dict[str, Any]) -> None:
@@ -72,14 +76,16 @@ def test_bits(checkpoint: Make, family: str, options: dict[str, Any]) -> None:
         alone |= run(engine, [request])
     engine = engine_for(folder, **options)
     assert run(engine, make_requests(lengths, new_tokens)) == alone, "in a batch"
-    again = run(engine, make_requests(lengths, new_tokens, first=100))
-    assert {number - 100: seen for number, seen in again.items()} == alone, "from the prefix cache"
+    for first in (100, 200):  # recurrent states are found the second time
+        again = run(engine, make_requests(lengths, new_tokens, first=first))
+        assert {number - first: seen for number, seen in again.items()} == alone, "from the prefix cache"
     assert engine.scheduler.stats.prefix_hits > 0
     for budget in (3, 7, 40):
         chunked = engine_for(folder, max_num_batched_tokens=budget, **options)
         assert run(chunked, make_requests(lengths, new_tokens)) == alone, f"in chunks of {budget}"
-    page = engine._executor._caches[0][0][0].nbytes * 2 * 3
-    tight = engine_for(folder, kv_cache_memory_bytes=9 * page, max_model_len=128, **options)
+    tight = engine_for(folder, max_model_len=128, **options)
+    limits = tight.scheduler.limits
+    tight.scheduler = Scheduler(replace(limits, num_pages=9, num_states=min(3, limits.num_states)))
     assert run(tight, make_requests(lengths, new_tokens)) == alone, "preempted"
     assert tight.scheduler.stats.preemptions > 0
     half = []

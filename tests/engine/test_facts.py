@@ -11,16 +11,18 @@ from families import FAMILIES
 from quire_engine.config import EngineConfig
 from quire_engine.errors import ModelError
 from quire_engine.execution.group import ParallelGroup
+from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
 from quire_engine.layers.rotary import Rotary
-from quire_engine.models.decoder import Decoder, empty_caches
+from quire_engine.models.decoder import Decoder
 from quire_engine.models.families import spec_of
-from quire_engine.models.spec import DecoderSpec, ExpertsSpec, LatentSpec, QKNorm
+from quire_engine.models.spec import DecoderSpec, ExpertsSpec, LatentSpec, QKNorm, RecurrentSpec
 from quire_engine.quantization.config import Quantization
 from quire_engine.weights.resolve import find_model
 from quire_engine.weights.tensors import TensorReader
 from quire_kernels.backends import AttentionBatch
 from quire_kernels.norm import Norm
+from quire_kernels.recurrence import StateBatch
 from quire_kernels.torch_backend import TorchBackend
 from transformers import AutoModelForCausalLM
 
@@ -35,7 +37,13 @@ SIZES = {
     "head_dim",
     "max_position",
 }
-NOT_FACTS = SIZES | {"names", "ignored", "extra_layers", "latent"}  # a wrong name or form does not load
+NOT_FACTS = SIZES | {
+    "names",
+    "ignored",
+    "extra_layers",
+    "extra_tensors",
+    "latent",
+}  # a wrong name or form does not load
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -59,12 +67,12 @@ def _left_out(part: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Rotary):
             for name, rotary in _other_rotations(value, part.head_dim, part.latent):
                 yield f"{field.name}.{name}", rotary
-        elif isinstance(value, ExpertsSpec | QKNorm | Norm):
+        elif isinstance(value, ExpertsSpec | QKNorm | Norm | RecurrentSpec):
             inner = {"intermediate_size", "num_experts", "top_k", "eps", "shared_size"}
             for name, changed in _left_out(value):
                 if name.split(".")[0] not in inner:
                     yield f"{field.name}.{name}", dataclasses.replace(value, **{name.split(".")[0]: changed})
-        if value != default and not isinstance(value, ExpertsSpec | Norm):
+        if value != default and not isinstance(value, ExpertsSpec | Norm | RecurrentSpec):
             yield field.name, default
 
 
@@ -94,15 +102,32 @@ class Checkpoint:
         weights = TensorReader(self._files.checkpoint(), torch.float32, torch.device("cpu"))
         group = ParallelGroup()
         decoder = Decoder(Builder(weights, group, TorchBackend(), Quantization()), spec, spec.max_position)
-        caches = empty_caches(spec, group, 6, 16, torch.float32, torch.device("cpu"))
-        length = len(PROMPT)
+        exact, length = torch.float32, len(PROMPT)
+        caches = empty_caches(
+            spec,
+            group,
+            range(spec.num_layers),
+            num_pages=6,
+            block_size=16,
+            num_states=1,
+            dtype=exact,
+            cache_dtype=exact,
+            device=torch.device("cpu"),
+        )
+        query_starts = torch.tensor([0, length], dtype=torch.int32)
         batch = AttentionBatch(
             positions=torch.arange(length, dtype=torch.int32),
             slots=torch.arange(length),
             block_tables=torch.arange(6, dtype=torch.int32)[None],
-            query_starts=torch.tensor([0, length], dtype=torch.int32),
+            query_starts=query_starts,
             longest_query=length,
             context_lens=torch.tensor([length], dtype=torch.int32),
+            states=StateBatch(
+                reads=torch.tensor([-1], dtype=torch.int32),
+                writes=torch.tensor([0], dtype=torch.int32),
+                query_starts=query_starts,
+                requests=torch.zeros(length, dtype=torch.int32),
+            ),
         )
         hidden = decoder(torch.tensor(PROMPT, dtype=torch.int32), batch, caches)
         assert hidden is not None

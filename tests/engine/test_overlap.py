@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from quire_engine.sampling.params import EngineSampling
 from quire_engine.weights.resolve import find_model
 
 Make = Callable[[str], Path]
-PAGE = 2 * 3 * 2 * 16 * 16 * 4
 
 
 def runner_for(folder: Path, **options: Any) -> ModelRunner:
@@ -25,9 +25,22 @@ def runner_for(folder: Path, **options: Any) -> ModelRunner:
         model=str(folder),
         device="cpu",
         max_model_len=128,
-        **({"max_num_seqs": 6, "max_num_batched_tokens": 40, "kv_cache_memory_bytes": 9 * PAGE} | options),
+        **({"max_num_seqs": 6, "max_num_batched_tokens": 40, "kv_cache_memory_bytes": 1 << 20} | options),
     )
     return ModelRunner(config, find_model(config))
+
+
+def pressed(runner: ModelRunner) -> ModelRunner:
+    """With pages for about three requests, and no state to spare for all of them."""
+    runner.limits = replace(runner.limits, num_pages=9, num_states=min(4, runner.limits.num_states))
+    return runner
+
+
+def clear(runner: ModelRunner) -> None:
+    """As a GPU's caches are, for padding reads page 0."""
+    for cache in runner._caches:
+        for part in cache:
+            part.zero_()
 
 
 def random_params(generator: np.random.Generator, number: int) -> EngineSampling:
@@ -49,9 +62,9 @@ def random_params(generator: np.random.Generator, number: int) -> EngineSampling
 
 
 def live(runner: ModelRunner, seed: int) -> dict[int, tuple[list[int], str | None, list[float]]]:
-    """Random arrivals and aborts, with pages for about three requests."""
+    """Random arrivals and aborts."""
     generator = np.random.default_rng(seed)
-    engine = Engine(runner)
+    engine = Engine(pressed(runner))
     shared = generator.integers(4, 300, 32).tolist()
     requests: dict[int, Request] = {}
     scores: dict[int, list[float]] = {}
@@ -76,16 +89,17 @@ def live(runner: ModelRunner, seed: int) -> dict[int, tuple[list[int], str | Non
                 scores.setdefault(request.id, []).extend(found.logprobs.tolist())
     assert engine.scheduler.stats.preemptions > 0, "the pressure is gone"
     assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.states is None or engine.scheduler.states.pool.num_used == 0
     return {
         number: (request.tokens[request.num_prompt :], request.finish_reason, scores.get(number, []))
         for number, request in requests.items()
     }
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_overlapped_equals_plain(checkpoint: Make, seed: int) -> None:
-    plain = live(runner_for(checkpoint("llama"), async_scheduling=False), seed)
-    overlapped = live(runner_for(checkpoint("llama")), seed)
+@pytest.mark.parametrize(("family", "seed"), [("llama", 0), ("llama", 1), ("llama", 2), ("qwen3_5", 1), ("lfm2", 2)])
+def test_overlapped_equals_plain(checkpoint: Make, family: str, seed: int) -> None:
+    plain = live(runner_for(checkpoint(family), async_scheduling=False), seed)
+    overlapped = live(runner_for(checkpoint(family)), seed)
     assert any(reason == "stop" for _, reason, _ in plain.values())
     for number, (tokens, reason, scores) in plain.items():
         ours, our_reason, our_scores = overlapped[number]
@@ -110,14 +124,12 @@ def replaying(step: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     return (batch, logits), replay
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
-def test_replayed_equals_eager(checkpoint: Make, backend: str) -> None:
+@pytest.mark.parametrize(("family", "backend"), [("llama", "native"), ("llama", "torch"), ("qwen3_5", "native")])
+def test_replayed_equals_eager(checkpoint: Make, family: str, backend: str) -> None:
     """Through every padded shape, decoding and mixed."""
-    eager = live(runner_for(checkpoint("llama"), attention_backend=backend), 7)
-    runner = runner_for(checkpoint("llama"), attention_backend=backend)
-    for keys, values in runner._caches:  # a GPU's pool is cleared, for padding reads page 0
-        keys.zero_()
-        values.zero_()
+    eager = live(runner_for(checkpoint(family), attention_backend=backend), 7)
+    runner = runner_for(checkpoint(family), attention_backend=backend)
+    clear(runner)
     runner.capture_graphs(replaying)
     graphs = runner._graphs
     assert graphs is not None
@@ -168,7 +180,8 @@ def test_tokens_stay_on_the_device(checkpoint: Make) -> None:
     torch.testing.assert_close(runner._last_tokens[-1], torch.tensor(0, dtype=torch.int32))
 
 
-def test_replayed_through_triton(checkpoint: Make) -> None:
+@pytest.mark.parametrize("family", ["mistral", "qwen3_5", "granite_hybrid"])
+def test_replayed_through_triton(checkpoint: Make, family: str) -> None:
     """Padding through the GPU's kernels: requests without tokens, tokens without a slot."""
 
     def tokens(runner: ModelRunner) -> list[list[int]]:
@@ -186,13 +199,11 @@ def test_replayed_through_triton(checkpoint: Make) -> None:
         return [request.tokens[request.num_prompt :] for request in requests]
 
     folder, sizes = (
-        checkpoint("mistral"),
+        checkpoint(family),
         {"max_num_seqs": 3, "max_num_batched_tokens": 24, "kv_cache_memory_bytes": 1 << 20},
     )
     runner = runner_for(folder, attention_backend="triton", **sizes)
-    for keys, values in runner._caches:
-        keys.zero_()
-        values.zero_()
+    clear(runner)
     runner.capture_graphs(replaying)
     assert runner._graphs is not None
     used: list[int] = []

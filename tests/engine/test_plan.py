@@ -48,12 +48,15 @@ def allocations(profiled: profile) -> tuple[int, int]:
         ("qwen3", {"quantization": "fp8"}),
         ("qwen3", {"kv_cache_dtype": "fp8"}),
         ("qwen3_moe", {"quantization": "fp8"}),
+        ("qwen3_5", {}),
+        ("mamba2", {}),
     ],
 )
 def test_within_three_percent(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     """Weights, cache, and what a full step takes (every row draws, the budget is used up)."""
-    sizes = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 4000, "moe_intermediate_size": 128}
-    folder = make_checkpoint(tmp_path, family, **(sizes if family == "qwen3_moe" else dict(list(sizes.items())[:3])))
+    own = {"qwen3_moe": {"moe_intermediate_size": 128}, "mamba2": {"num_heads": 32}}
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 4000} | own.get(family, {})
+    folder = make_checkpoint(tmp_path, family, **sizes)
     config = EngineConfig(
         model=str(folder),
         device="cpu",
@@ -66,7 +69,7 @@ def test_within_three_percent(tmp_path: Path, family: str, options: dict[str, An
     gc.collect()  # what an earlier test leaves would be counted as freed
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as loading:
         runner = ModelRunner(config, find_model(config))
-    cache = sum(keys.nbytes + values.nbytes for keys, values in runner._caches)
+    cache = sum(part.nbytes for cache in runner._caches for part in cache)
     weights = allocations(loading)[0] - cache
     engine = Engine(runner)
     params = EngineSampling(temperature=1.0, top_p=0.9, max_tokens=2)

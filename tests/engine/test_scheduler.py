@@ -20,7 +20,8 @@ class FakeModel:
     """Draws as a pure function of the log, as a model does: what a request gets depends on nothing but itself.
 
     It keeps what the pages hold, so a wrong block table, a page written by two or a stale prefix shows at once; and,
-    as a device does, the token drawn last for each row. Its results wait until they are collected.
+    as a device does, the token drawn last for each row. A recurrent state is all that it has seen. Its results wait
+    until they are collected.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
@@ -29,6 +30,7 @@ class FakeModel:
         self.drawn = np.zeros(limits.max_num_seqs, np.int64)
         self.results: deque[StepResult] = deque()
         self.tables = np.zeros((limits.max_num_seqs, limits.num_pages + 1), np.int64)
+        self.states: list[list[int]] | None = [[-1]] * limits.num_states if limits.num_states else None
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.tables[plan.page_rows, plan.page_indexes] = plan.page_ids
@@ -41,6 +43,8 @@ class FakeModel:
                 at += 1
             spans.append((row, start + count))
         assert at == len(plan.token_ids)
+        if self.states is not None:
+            self.move_states(plan, self.states)
         drawn = []
         for (row, length), draws in zip(spans, plan.draws, strict=True):
             if draws:
@@ -48,6 +52,21 @@ class FakeModel:
                 drawn.append(next_token(seen))
                 self.drawn[row] = drawn[-1]
         return StepResult(np.array(drawn, np.int32))
+
+    def move_states(self, plan: StepPlan, states: list[list[int]]) -> None:
+        """All are read before any is written, and each is of the tokens before the request's next."""
+        reads, writes = plan.state_reads.tolist(), plan.state_writes.tolist()
+        assert len(set(writes)) == len(writes) == len(plan.rows), "two requests leave their states in one page"
+        begun = [list(states[page]) if page >= 0 else [] for page in reads]
+        for row, start, count, log, page in zip(
+            plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), begun, writes, strict=True
+        ):
+            tokens = [int(self.memory[self.tables[row, p // self.size], p % self.size]) for p in range(start + count)]
+            assert log == tokens[:start], "a request goes on from a state that is not its own"
+            assert page not in [read for read, write in zip(reads, writes, strict=True) if write != page], (
+                "a page is written that another request reads in the same step"
+            )
+            states[page] = tokens
 
 
 def next_token(log: list[int]) -> int:
@@ -108,14 +127,18 @@ EVENT = st.one_of(REQUEST, st.integers(0, 30))  # a request arrives, or an old o
     caching=st.booleans(),
     by_priority=st.booleans(),
     depth=st.sampled_from([1, 2, 3]),
+    num_states=st.sampled_from([0, 0, 1, 3, 12]),
 )
-def test_random_lives(events: list, num_pages: int, budget: int, caching: bool, by_priority: bool, depth: int) -> None:
+def test_random_lives(
+    events: list, num_pages: int, budget: int, caching: bool, by_priority: bool, depth: int, num_states: int
+) -> None:
     bounds = limits(
         num_pages=num_pages,
         max_num_batched_tokens=budget,
         enable_prefix_caching=caching,
         by_priority=by_priority,
         steps_in_flight=depth,
+        num_states=num_states,
     )
     scheduler, model = Scheduler(bounds), FakeModel(bounds)
     prompts: dict[int, list[int]] = {}
@@ -166,6 +189,7 @@ def test_random_lives(events: list, num_pages: int, budget: int, caching: bool, 
         advance()
     assert not scheduler.has_work, "requests are left that never run"
     assert scheduler.pool.num_used == 0
+    assert scheduler.states is None or scheduler.states.pool.num_used == 0
     for number, request in alive.items():
         assert endings.get(number) == 1, "every request ends once"
         output = request.tokens[request.num_prompt :]

@@ -74,6 +74,22 @@ class PagePool:
         """The page that holds the block, without taking a reference."""
         return self._page_of.get(hash_)
 
+    def is_named(self, page: int) -> bool:
+        """Whether the index knows what it holds: then it must not be written."""
+        return page in self._hash_of
+
+    def forget(self, page: int) -> None:
+        """The index does not know the page any more; its only owner may write it."""
+        assert self._references[page] == 1, f"page {page} is not one request's alone"
+        del self._page_of[self._hash_of.pop(page)]
+
+    def drop(self, hash_: bytes) -> None:
+        """A block that nobody holds is not worth keeping."""
+        page = self._page_of.get(hash_)
+        if page is not None and self._references[page] == 0:
+            del self._page_of[hash_], self._hash_of[page], self._cached[page]
+            self._blank.append(page)
+
     def is_idle(self, page: int) -> bool:
         """Whether no request holds it: taking it makes one fewer free."""
         return self._references[page] == 0

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from quire_kernels.backends import AttentionBatch
+from quire_kernels.recurrence import StateBatch
 from quire_kernels.sampling import Rows
 from torch import Tensor
 
@@ -103,6 +104,7 @@ class Batcher:
         self._device = device
         self._sampler = sampler
         self._spare_row = limits.max_num_seqs  # padding's: its pages are all page 0, which padding only reads
+        self._spare_state = limits.num_states  # which padding writes
         self.upload = Upload(device)
         self._host_tables = np.zeros((limits.max_num_seqs + 1, longest), np.int32)
         self._tables = torch.from_numpy(self._host_tables).to(device)  # on a CPU the same memory
@@ -160,6 +162,14 @@ class Batcher:
             draw_places = np.append(draw_places, np.zeros(missing, np.int32))
             draw_rows = np.append(draw_rows, np.full(missing, spare, np.int32))
             draw_positions = np.append(draw_positions, np.zeros(missing, np.int64))
+        states: list[Array] = []
+        if self._spare_state:
+            missing = len(rows) - requests
+            states = [
+                np.append(plan.state_reads, np.full(missing, -1, np.int32)),
+                np.append(plan.state_writes, np.full(missing, self._spare_state, np.int32)),
+                np.repeat(np.arange(len(rows), dtype=np.int32), counts),
+            ]
         seeds, *parameters = self._sampler.tables(draw_rows)
         return [
             slots,
@@ -174,13 +184,14 @@ class Batcher:
             draw_places,
             draw_rows,
             *parameters,
+            *states,
         ]
 
     def assemble(self, uploaded: list[Tensor], shape: Shape, longest_context: int) -> StepBatch:
         """What `upload` made of `arrays`, with the block tables. All on the device, so it can be captured."""
         (
             slots, seeds, draw_positions, token_ids, token_rows, positions, query_starts, context_lens, rows,
-            draw_places, draw_rows, temperature, top_k, top_p, min_p,
+            draw_places, draw_rows, temperature, top_k, top_p, min_p, *states,
         ) = uploaded  # fmt: skip
         pages = -(-longest_context // self._block_size)
         attention = AttentionBatch(
@@ -190,6 +201,9 @@ class Batcher:
             query_starts=query_starts,
             longest_query=shape.longest_query,
             context_lens=context_lens,
+            states=StateBatch(reads=states[0], writes=states[1], query_starts=query_starts, requests=states[2])
+            if states
+            else None,
         )
         return StepBatch(
             token_ids=token_ids,

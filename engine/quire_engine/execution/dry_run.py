@@ -19,13 +19,15 @@ from quire_kernels.norm import Norm
 from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantized_matmul import Int4Weight
+from quire_kernels.recurrence import Gates, StateBatch
 from quire_kernels.sampling import Rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire_engine.execution.group import ParallelGroup
+from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
-from quire_engine.models.decoder import Decoder, Layer, Model, empty_caches, layers_of
+from quire_engine.models.decoder import Decoder, Layer, Model, layers_of
 from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.quantization.config import Quantization
@@ -131,7 +133,8 @@ class DryBackend:
         return self._result(residual, residual.shape[1], output)
 
     def norm_heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> None:
-        pass
+        if self._cpu:
+            self._scratch(tuple(x.shape), 2)
 
     def activate(
         self, x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None
@@ -206,6 +209,24 @@ class DryBackend:
     ) -> None:
         pass
 
+    def short_convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, states: Tensor, batch: StateBatch
+    ) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def recurrence(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor,
+        beta: Tensor | None,
+        gates: Gates,
+        states: Tensor,
+        batch: StateBatch,
+    ) -> Tensor:
+        return v.new_empty(v.shape)
+
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         scratch = [torch.empty_like(logits) for _ in range(2 if self._cpu else 1)]
         return torch.empty(scratch[0].shape[0], dtype=torch.int32, device=META)
@@ -243,7 +264,7 @@ def allocated(
         peaks = []
         for tokens, draws in steps:
             counter.most = counter.now
-            _step(model, spec, group, tokens, draws, build.ops.draw)
+            _step(model, spec, group, dtype, tokens, draws, build.ops.draw)
             peaks.append(counter.most - built)
     return Allocated(source.num_parameters, weights, peaks)
 
@@ -259,23 +280,26 @@ class _Repeated:
 def _one_of_each(
     build: Builder, spec: DecoderSpec, max_model_len: int, quantized_cache: bool, counter: AllocatedBytes
 ) -> tuple[Model, _Repeated]:
-    """The stage with one layer of each kind, and what the others add."""
+    """The stage with a layer of each kind, or two where there is one kind, and what the others add."""
     if spec.fallback is not None:
         whole = TransformersDecoder(spec, build.group, build.ops, build.weights.dtype, META, None)
         return whole, _Repeated(0, whole.num_parameters)
     source = build.weights
     assert isinstance(source, RandomWeights)
-    kinds = Counter(spec.kind_of(layer) for layer in layers_of(spec, build.group))
-    first_of = {spec.kind_of(layer): layer for layer in reversed(layers_of(spec, build.group))}
+    layers = layers_of(spec, build.group)
+    first_of = {spec.kind_of(layer): layer for layer in reversed(layers)}
+    chosen = sorted(first_of.values())
+    if len(chosen) == 1:  # what a layer gives lives on in the next one
+        chosen = list(layers[:2])
+    left = Counter(spec.kind_of(layer) for layer in layers) - Counter(spec.kind_of(layer) for layer in chosen)
     size = parameters = 0
-    for kind, count in kinds.items():
+    for kind, count in left.items():
         bytes_before, parameters_before = counter.now, source.num_parameters
         layer = Layer(build, spec, first_of[kind], quantized_cache)
-        size += (count - 1) * (counter.now - bytes_before)
-        parameters += (count - 1) * (source.num_parameters - parameters_before)
+        size += count * (counter.now - bytes_before)
+        parameters += count * (source.num_parameters - parameters_before)
         source.num_parameters = parameters_before
         del layer
-    chosen = sorted(first_of.values())
     return (
         Decoder(build, spec, max_model_len, quantized_cache=quantized_cache, layers=chosen),
         _Repeated(size, parameters),
@@ -286,6 +310,7 @@ def _step(
     model: Model,
     spec: DecoderSpec,
     group: ParallelGroup,
+    dtype: torch.dtype,
     tokens: int,
     draws: int,
     draw: Callable[[Tensor, Rows, bool], Tensor],
@@ -300,8 +325,12 @@ def _step(
         query_starts=ints(draws + 1),
         longest_query=tokens,
         context_lens=ints(draws),
+        states=StateBatch(reads=ints(draws), writes=ints(draws), query_starts=ints(draws + 1), requests=ints(tokens)),
     )
-    hidden = model(ints(tokens), batch, empty_caches(spec, group, 0, 1, torch.float32, META)[: model.num_layers])
+    caches = empty_caches(
+        spec, group, model.layers, num_pages=0, block_size=1, num_states=-1, dtype=dtype, cache_dtype=dtype, device=META
+    )
+    hidden = model(ints(tokens), batch, caches)
     if hidden is None:
         return
     logits = model.logits(hidden.index_select(0, ints(draws)))

@@ -33,13 +33,15 @@ class StepPlan:
     page_rows: Ints  # [N] block table entries to set: row,
     page_indexes: Ints  # [N] place in the row,
     page_ids: Ints  # [N] page
+    state_reads: Ints  # [R] the page of recurrent state to start from, -1: zeros; empty where the model has none
+    state_writes: Ints  # [R] the page to leave it in
     new_rows: list[NewRow] = field(default_factory=list)
 
     @staticmethod
     def empty() -> "StepPlan":
         """No request at all."""
         none = np.zeros(0, np.int32)
-        return StepPlan(none, none, none, none, np.zeros(0, np.bool_), none, none, none)
+        return StepPlan(none, none, none, none, np.zeros(0, np.bool_), none, none, none, none, none)
 
 
 @dataclass(slots=True)

@@ -23,9 +23,10 @@ from quire_engine.execution.graphs import Record, StepGraphs, decode_ladder, gra
 from quire_engine.execution.group import ParallelGroup
 from quire_engine.execution.pending import PendingStep
 from quire_engine.execution.plan import NewRow, StepPlan, StepResult
+from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
 from quire_engine.layers.pooler import PooledStates
-from quire_engine.models.decoder import Decoder, Model, empty_caches
+from quire_engine.models.decoder import Decoder, Model
 from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.models.families import spec_of
 from quire_engine.models.spec import DecoderSpec
@@ -85,6 +86,11 @@ class ModelRunner:
         )
         if self.spec.latent is not None:
             _check_latent(config, self.device)
+        if not memory.page_bytes and config.kv_cache_dtype != "auto":
+            raise InvalidParameter(
+                f"kv_cache_dtype is {config.kv_cache_dtype}, and this family keeps no keys and values: leave it out",
+                "kv_cache_dtype",
+            )
         backend = choose_backend(config, self.device, dtype, quantized=quantization.name != "none")
         started = time.monotonic()
         quantized_cache = config.kv_cache_dtype == "fp8"
@@ -97,7 +103,18 @@ class ModelRunner:
                 self._model = Decoder(build, self.spec, memory.max_model_len, quantized_cache=quantized_cache)
         num_pages = group.minimum(memory.num_pages)
         cache_dtype = cache_dtype_of(backend) if quantized_cache else dtype
-        self._caches = empty_caches(self.spec, group, num_pages, config.block_size, cache_dtype, self.device)
+        num_states = group.minimum(memory.num_states) if self.spec.recurrent_layers else 0
+        self._caches = empty_caches(
+            self.spec,
+            group,
+            self._model.layers,
+            num_pages=num_pages,
+            block_size=config.block_size,
+            num_states=num_states,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            device=self.device,
+        )
         if self.device.type == "cpu":
             allocator.return_freed_memory()
             allocator.keep_freed_memory()
@@ -111,6 +128,7 @@ class ModelRunner:
             enable_prefix_caching=config.enable_prefix_caching and _shares_prefixes(self.spec),
             whole_prompts=self.spec.bidirectional,
             by_priority=config.scheduling_policy == "priority",
+            num_states=num_states,
             steps_in_flight=2 if config.async_scheduling else 1,
         )
         self._sampler = Sampler(config.max_num_seqs + 1, self.spec.vocab_size, self.device, backend)
@@ -127,7 +145,7 @@ class ModelRunner:
         if self.device.type != "cpu" and not config.enforce_eager and group.stages == 1 and plain:
             self.capture_graphs(graph_recorder(self.device))
         log.info(
-            "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s, loaded in %.1f s",
+            "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s%s, loaded in %.1f s",
             files.name,
             self.device,
             dtype,
@@ -136,6 +154,7 @@ class ModelRunner:
             num_pages,
             config.block_size,
             cache_dtype,
+            f", {num_states} recurrent states" if num_states else "",
             time.monotonic() - started,
         )
 

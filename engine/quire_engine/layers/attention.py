@@ -14,12 +14,10 @@ from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.quantize import Quantized, QuantizedOutput
 from torch import Tensor
 
-from quire_engine.execution.group import ParallelGroup
+from quire_engine.layers.caches import LayerCache, kv_heads_of
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.models.spec import DecoderSpec, QKNorm
-from quire_engine.quantization.schemes import Part
-
-KVCache = tuple[Tensor, ...]  # of one layer; see page_shapes
+from quire_engine.quantization.schemes import Linear, Part
 
 
 class Attention:
@@ -48,6 +46,9 @@ class Attention:
             value_scale=None if stored is None else stored.value,
         )
         self._qkv = build.column_parallel(qkv_parts(spec, at, heads, kv_heads), spec.hidden_size, spec.qkv_bias)
+        self._gate: Linear | None = None
+        if spec.attention_gate:
+            self._gate = build.column_parallel(_of_pairs(spec, at, heads, 1), spec.hidden_size, spec.qkv_bias)
         inner = spec.num_heads * spec.head_dim
         self._output = build.row_parallel(f"{at}.{names.output}", spec.hidden_size, inner, spec.output_bias)
         self._head_norm: HeadNorm | None = None
@@ -69,7 +70,7 @@ class Attention:
         """The form in which the first projection wants its input."""
         return self._qkv.input
 
-    def __call__(self, x: Tensor | Quantized, batch: AttentionBatch, cache: KVCache, rope: Rope | None) -> Tensor:
+    def __call__(self, x: Tensor | Quantized, batch: AttentionBatch, cache: LayerCache, rope: Rope | None) -> Tensor:
         ops = self._ops
         qkv = self._qkv(x)  # [T, (H + 2K) * D]
         heads = qkv.view(qkv.shape[0], self._num_heads + 2 * self._kv_heads, self._head_dim)
@@ -84,6 +85,8 @@ class Attention:
         options = self._options if batch.spans is None else replace(self._options, spans=batch.spans)
         attended = ops.paged_attention(heads[:, : self._num_heads], keys, values, batch, self._scale, options)
         flat = attended.reshape(qkv.shape[0], -1)
+        if self._gate is not None:
+            flat = flat * torch.sigmoid(self._gate(x))
         wanted = self._output.input
         return self._output(flat if wanted is None else ops.activate(flat, Activation.IDENTITY, False, wanted))
 
@@ -127,10 +130,11 @@ def qkv_parts(spec: DecoderSpec, at: str, heads: slice, kv_heads: slice) -> list
     names, size = spec.names, spec.head_dim
     total = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
     if spec.qkv == "apart":
-        return [
+        parts = [
             Part(f"{at}.{name}", total[key] * size, slice(part.start * size, part.stop * size))
             for key, name, part in (("q", names.q, heads), ("k", names.k, kv_heads), ("v", names.v, kv_heads))
         ]
+        return _of_pairs(spec, at, heads, 0) + parts[1:] if spec.attention_gate else parts
 
     def rows(start: int, stop: int) -> Part:
         return Part(f"{at}.{names.q}", sum(total.values()) * size, slice(start * size, stop * size))
@@ -153,21 +157,13 @@ def qkv_parts(spec: DecoderSpec, at: str, heads: slice, kv_heads: slice) -> list
     return parts
 
 
-def kv_heads_of(spec: DecoderSpec, group: ParallelGroup) -> slice:
-    """The key-value heads of a rank; with more ranks than heads several ranks hold the same one."""
-    if spec.num_kv_heads >= group.size:
-        return shard(spec.num_kv_heads, group)
-    head = group.rank * spec.num_kv_heads // group.size
-    return slice(head, head + 1)
-
-
-def page_shapes(spec: DecoderSpec, group: ParallelGroup, block_size: int) -> list[tuple[int, ...]]:
-    """One page of a layer's cache on a rank: keys and values [K, block size, D] or, with latent attention, the latents
-    [block size, rank + rotated], which every rank holds."""
-    if spec.latent is not None:
-        return [(block_size, spec.latent.rank + spec.latent.rotated)]
-    heads = kv_heads_of(spec, group)
-    return [(heads.stop - heads.start, block_size, spec.head_dim)] * 2
+def _of_pairs(spec: DecoderSpec, at: str, heads: slice, second: int) -> list[Part]:
+    """Of each head's query and gate, which follow one another, the one or the other."""
+    size = spec.head_dim
+    return [
+        Part(f"{at}.{spec.names.q}", 2 * spec.num_heads * size, slice(row * size, (row + 1) * size))
+        for row in range(2 * heads.start + second, 2 * heads.stop, 2)
+    ]
 
 
 def cache_scales(build: Builder, at: str, heads: int) -> CacheScales:

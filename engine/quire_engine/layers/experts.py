@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from quire_kernels.activation import Activation
+from quire_kernels.backends import unquantized
 from quire_kernels.moe import Experts, Routing
+from quire_kernels.quantize import Quantized
 from torch import Tensor
 
 from quire_engine.errors import ModelError
@@ -52,7 +54,8 @@ class MixtureOfExperts:
             if spec.shared_gate:
                 self._shared_gate = weights.take(f"{base}.{spec.shared_gate}.weight", (1, hidden))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        x = unquantized(x)
         out = self._ops.experts(x, self._router(x), self._routing, self._experts)
         if self._shared is not None:
             wanted = self._shared.input

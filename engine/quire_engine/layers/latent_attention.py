@@ -13,7 +13,7 @@ from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantized_matmul.reference import dequantize
 from torch import Tensor
 
-from quire_engine.layers.attention import KVCache
+from quire_engine.layers.caches import LayerCache
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.models.spec import DecoderSpec, LatentSpec
 from quire_engine.quantization.schemes import WHOLE, Linear, Part
@@ -53,7 +53,7 @@ class LatentAttention:
         """The form in which the first projection wants its input."""
         return self._down.input
 
-    def __call__(self, x: Tensor | Quantized, batch: AttentionBatch, cache: KVCache, rope: Rope | None) -> Tensor:
+    def __call__(self, x: Tensor | Quantized, batch: AttentionBatch, cache: LayerCache, rope: Rope | None) -> Tensor:
         ops, sizes = self._ops, self._latent
         assert rope is not None, "latent attention rotates"
         width = sizes.rank + sizes.rotated

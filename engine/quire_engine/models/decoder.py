@@ -6,7 +6,7 @@ Shapes: T tokens of the step, S rows that draw a token.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from quire_kernels.activation import Activation
@@ -16,18 +16,23 @@ from quire_kernels.quantize import Quantized, QuantizedOutput
 from torch import Tensor
 
 from quire_engine.execution.group import ParallelGroup
-from quire_engine.layers.attention import Attention, KVCache, page_shapes
+from quire_engine.layers.attention import Attention
+from quire_engine.layers.caches import LayerCache
+from quire_engine.layers.delta_net import DeltaNet
 from quire_engine.layers.embedding import Embedding, OutputHead
 from quire_engine.layers.experts import MixtureOfExperts
 from quire_engine.layers.feed_forward import FeedForward
 from quire_engine.layers.latent_attention import LatentAttention
 from quire_engine.layers.linear import Builder
+from quire_engine.layers.mamba import Mamba
 from quire_engine.layers.norm import Normalization
 from quire_engine.layers.pooler import Pooler
 from quire_engine.layers.rotary import Rotary, cos_sin_table
-from quire_engine.models.spec import DecoderSpec, joined
+from quire_engine.layers.short_conv import ShortConv
+from quire_engine.models.spec import DecoderSpec, DeltaNetSpec, ShortConvSpec, joined
 from quire_engine.weights.tensors import Weights
 
+Mixer = Attention | LatentAttention | ShortConv | DeltaNet | Mamba
 _LOADERS = 8  # layers that are read at once
 
 
@@ -35,10 +40,10 @@ class Model(Protocol):
     """What a step runs."""
 
     spec: DecoderSpec
-    num_layers: int
+    layers: Sequence[int]  # of this stage
     progress: Callable[[], None]  # called after each layer
 
-    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[KVCache]) -> Tensor | None: ...
+    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache]) -> Tensor | None: ...
 
     def logits(self, hidden: Tensor) -> Tensor | None: ...
 
@@ -57,50 +62,71 @@ class Layer:
         def norm(name: str) -> Normalization | None:
             return Normalization(build, f"{at}.{name}", spec) if name else None
 
-        self._attention_norm, self._after_attention = norm(names.attention_norm), norm(names.after_attention)
-        self._attention: Attention | LatentAttention
-        if spec.latent is not None:
-            self._attention = LatentAttention(build, spec, spec.latent, f"{at}.{names.attention}")
-        else:
-            self._attention = Attention(build, spec, layer, quantized_cache)
-        self._mlp_norm, self._after_mlp = norm(names.mlp_norm), norm(names.after_mlp)
-        self._mlp: Callable[[Any], Tensor]
-        self._mlp_input: QuantizedOutput | None
-        if spec.experts is not None and spec.kind_of(layer) == "experts":
-            self._mlp = mixture = MixtureOfExperts(build, spec, spec.experts, at)
-            self._mlp_input = mixture.input
-        else:
+        self._attention_norm = self._after_attention = self._mlp_norm = self._after_mlp = None
+        self._mixer: Mixer | None = None
+        if layer not in spec.without_mixer:
+            self._attention_norm, self._after_attention = norm(names.attention_norm), norm(names.after_attention)
+            self._mixer = _mixer(build, spec, layer, quantized_cache)
+        if layer not in spec.without_mlp:
+            self._mlp_norm, self._after_mlp = norm(names.mlp_norm), norm(names.after_mlp)
+        self._mlp: FeedForward | MixtureOfExperts | None = None
+        if spec.experts is not None and spec.has_experts(layer):
+            self._mlp = MixtureOfExperts(build, spec, spec.experts, at)
+        elif layer not in spec.without_mlp:
             projections = (names.gate, names.up, names.down)
-            self._mlp = dense = FeedForward(build, spec, joined(at, names.mlp), spec.intermediate_size, projections)
-            self._mlp_input = dense.input
+            self._mlp = FeedForward(build, spec, joined(at, names.mlp), spec.intermediate_size, projections)
 
     def __call__(
-        self, residual: Tensor, delta: Tensor | None, batch: AttentionBatch, cache: KVCache, rope: Rope | None
+        self, residual: Tensor, delta: Tensor | None, batch: AttentionBatch, cache: LayerCache, rope: Rope | None
     ) -> tuple[Tensor, Tensor | None]:
         """Adds `delta` [T, hidden] to `residual` in place, and the attention to both. → the residual, and what is to be
         added to it."""
+        mixer, mlp = self._mixer, self._mlp
         if self._norm_last:
             return self._with_norms_last(residual, batch, cache, rope), None
-        x = _normed(self._ops, self._attention_norm, residual, delta, self._attention.input)
-        attended = self._finished(self._attention(x, batch, cache, rope), self._after_attention)
+        if mixer is None:
+            assert mlp is not None
+            return residual, self._finished(mlp(_normed(self._ops, self._mlp_norm, residual, delta, mlp.input)), None)
+        x = _normed(self._ops, self._attention_norm, residual, delta, mixer.input)
+        mixed = self._finished(mixer(x, batch, cache, rope), self._after_attention)
+        if mlp is None:
+            return residual, mixed
         if self._parallel:
-            if self._mlp_norm is not None or self._mlp_input != self._attention.input:
-                x = _normed(self._ops, self._mlp_norm or self._attention_norm, residual, None, self._mlp_input)
-            return residual, attended.add_(self._finished(self._mlp(x), self._after_mlp))
-        x = _normed(self._ops, self._mlp_norm, residual, attended, self._mlp_input)
-        return residual, self._finished(self._mlp(x), self._after_mlp)
+            if self._mlp_norm is not None or mlp.input != mixer.input:
+                x = _normed(self._ops, self._mlp_norm or self._attention_norm, residual, None, mlp.input)
+            return residual, mixed.add_(self._finished(mlp(x), self._after_mlp))
+        x = _normed(self._ops, self._mlp_norm, residual, mixed, mlp.input)
+        return residual, self._finished(mlp(x), self._after_mlp)
 
-    def _with_norms_last(self, x: Tensor, batch: AttentionBatch, cache: KVCache, rope: Rope | None) -> Tensor:
+    def _with_norms_last(self, x: Tensor, batch: AttentionBatch, cache: LayerCache, rope: Rope | None) -> Tensor:
+        mixer, mlp = self._mixer, self._mlp
+        assert mixer is not None
+        assert mlp is not None
         assert self._attention_norm is not None
         assert self._mlp_norm is not None
-        attended = self._attention(_normed(self._ops, None, x, None, self._attention.input), batch, cache, rope)
-        x = unquantized(self._attention_norm(x, attended))
-        return unquantized(self._mlp_norm(x, self._mlp(_normed(self._ops, None, x, None, self._mlp_input))))
+        mixed = mixer(_normed(self._ops, None, x, None, mixer.input), batch, cache, rope)
+        x = unquantized(self._attention_norm(x, mixed))
+        return unquantized(self._mlp_norm(x, mlp(_normed(self._ops, None, x, None, mlp.input))))
 
     def _finished(self, x: Tensor, norm: Normalization | None) -> Tensor:
         if norm is not None:
             x = unquantized(norm(x))
         return x if self._scale == 1.0 else x.mul_(self._scale)
+
+
+def _mixer(build: Builder, spec: DecoderSpec, layer: int, quantized_cache: bool) -> Mixer:
+    """What mixes the tokens of a request in this layer."""
+    names, recurrent = spec.names, spec.recurrent
+    if recurrent is None or layer not in spec.recurrent_layers:
+        if spec.latent is not None:
+            return LatentAttention(build, spec, spec.latent, f"{names.layers}.{layer}.{names.attention}")
+        return Attention(build, spec, layer, quantized_cache)
+    at = f"{names.layers}.{layer}.{names.recurrent}"
+    if isinstance(recurrent, ShortConvSpec):
+        return ShortConv(build, spec, recurrent, at)
+    if isinstance(recurrent, DeltaNetSpec):
+        return DeltaNet(build, spec, recurrent, at)
+    return Mamba(build, spec, recurrent, at)
 
 
 def _normed(
@@ -150,7 +176,7 @@ class Decoder:
             self._embedding_norm = Normalization(build, names.embedding_norm, spec)
         self.progress: Callable[[], None] = lambda: None  # called after each layer
         layers = layers_of(spec, group) if layers is None else layers
-        self.num_layers = len(layers)
+        self.layers = layers
 
         def layer(number: int) -> Layer:
             return Layer(build, spec, number, quantized_cache)
@@ -182,7 +208,7 @@ class Decoder:
                 tables[rotary] = Rope(cos_sin=table, interleaved=rotary.interleaved)
             self._ropes.append(None if rotary is None else tables[rotary])
         self._device = weights.device
-        extra = tuple(f"{names.layers}.{spec.num_layers + i}." for i in range(spec.extra_layers))
+        extra = tuple(f"{names.layers}.{spec.num_layers + i}." for i in range(spec.extra_layers)) + spec.extra_tensors
         mine = tuple(f"{names.layers}.{i}." for i in layers)
 
         def of_others(name: str) -> bool:
@@ -198,7 +224,7 @@ class Decoder:
 
         weights.check_all_read(of_others)
 
-    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[KVCache]) -> Tensor | None:
+    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache]) -> Tensor | None:
         """Token ids [T] → the last layer's normalized output [T, hidden]; None on all stages but the last."""
         residual = (
             self._embedded(token_ids, batch)
@@ -277,18 +303,3 @@ def layers_of(spec: DecoderSpec, group: ParallelGroup) -> range:
     share, more = divmod(spec.num_layers, group.stages)
     start = group.stage * share + min(group.stage, more)
     return range(start, start + share + (group.stage < more))
-
-
-def empty_caches(
-    spec: DecoderSpec, group: ParallelGroup, num_pages: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> list[KVCache]:
-    """This rank's slice of the paged cache: one pair of tensors per layer of its stage.
-
-    A CPU's is not cleared, so that memory is taken only as pages are used: no kernel reads a slot before it is written.
-    A GPU's is, for the padding of captured steps reads page 0 and must find numbers there.
-    """
-    make = torch.empty if device.type != "cuda" else torch.zeros
-    shapes = page_shapes(spec, group, block_size)
-    return [
-        tuple(make((num_pages, *shape), dtype=dtype, device=device) for shape in shapes) for _ in layers_of(spec, group)
-    ]

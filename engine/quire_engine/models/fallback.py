@@ -9,7 +9,7 @@ without a window.
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.execution.group import ParallelGroup
-from quire_engine.layers.attention import KVCache
+from quire_engine.layers.caches import LayerCache
 from quire_engine.models.spec import Config, DecoderSpec
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class _Step:
 
     ops: Backend
     batch: AttentionBatch
-    caches: list[KVCache]
+    caches: list[LayerCache]
     windows: list[int]
     places: dict[int, int]  # layer_idx → number among the layers that attend
     scales: CacheScales | None
@@ -297,7 +297,7 @@ class TransformersDecoder:
             )
         self.spec = spec
         self.group = group
-        self.num_layers = spec.num_layers
+        self.layers: Sequence[int] = range(spec.num_layers)
         self._windows = [spec.window(layer) for layer in range(spec.num_layers)]
         self.progress: Callable[[], None] = lambda: None
         self._ops = ops
@@ -322,7 +322,7 @@ class TransformersDecoder:
             one = torch.ones(spec.num_kv_heads // group.size, device=device)
             self._scales = CacheScales(key=one, value=one)
 
-    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[KVCache]) -> Tensor:
+    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache]) -> Tensor:
         """Token ids [T] → the last layer's normalized output [T, hidden]."""
         step = _Step(self._ops, batch, caches, self._windows, self._places, self._scales, self.progress)
         token = _step.set(step)

@@ -40,6 +40,7 @@ class Names:
     k: str = "k_proj"
     v: str = "v_proj"
     output: str = "o_proj"
+    recurrent: str = ""  # in place of attention, in layers that keep states
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
     mlp: str = "mlp"
@@ -97,6 +98,43 @@ class LatentSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortConvSpec:
+    """A gated convolution over the last `taps` tokens (LFM2)."""
+
+    taps: int
+    bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetSpec:
+    """Gated DeltaNet: attention whose memory is a matrix per value head, which the delta rule corrects."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    grouped: bool = False  # one tensor holds queries, keys, values and gates, key head by key head
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaSpec:
+    """Mamba-2: a state-space model whose state is a matrix per head."""
+
+    heads: int
+    head_dim: int
+    groups: int  # of heads that share what goes into the state and out of it
+    state: int
+    taps: int
+    conv_bias: bool = True
+    bias: bool = False  # of both projections
+    limits: tuple[float, float] = (0.0, float("inf"))  # of a time step
+
+
+RecurrentSpec = ShortConvSpec | DeltaNetSpec | MambaSpec
+
+
+@dataclass(frozen=True, kw_only=True)
 class QKNorm:
     """A norm of queries and keys before their rotary embedding (or after it)."""
 
@@ -148,13 +186,19 @@ class DecoderSpec:
     residual_scale: float = 1.0  # of what layers add
     logits_scale: float = 1.0
     logits_soft_cap: float = 0.0
+    attention_gate: bool = False  # the query's projection holds a gate of the result behind each head
     latent: LatentSpec | None = None
+    recurrent: RecurrentSpec | None = None
+    recurrent_layers: frozenset[int] = frozenset()
+    without_mixer: frozenset[int] = frozenset()  # layers with neither attention nor a state
+    without_mlp: frozenset[int] = frozenset()  # layers without a feed-forward part
     experts: ExpertsSpec | None = None
     extra_layers: int = 0  # that the checkpoint has besides, to predict further tokens; they are not served
     bidirectional: bool = False  # a token sees all of its text
     norm_last: bool = False  # norms are of the sums of residual and result (the original Transformer)
     pooling: Pooling | None = None  # gives vectors or scores, not tokens
     fallback: Config | None = None  # the whole config, where transformers' own code computes the model
+    extra_tensors: tuple[str, ...] = ()  # beginnings of names, of tensors that serve what is not served
     ignored: tuple[str, ...] = ()  # ends of tensor names that a checkpoint may hold and nothing needs
 
     @property
@@ -172,9 +216,18 @@ class DecoderSpec:
             return None
         return self.local_rope if self.local_rope is not None and self.window(layer) else self.rope
 
-    def kind_of(self, layer: int) -> str:
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's feed-forward part is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    def kind_of(self, layer: int) -> tuple[bool, ...]:
         """Layers of one kind hold weights of the same shapes."""
-        return "experts" if self.experts is not None and layer not in self.experts.dense_layers else "dense"
+        parts = (self.recurrent_layers, self.without_mixer, self.without_mlp)
+        return (*(layer in part for part in parts), self.has_experts(layer))
+
+    def attends(self, layer: int) -> bool:
+        """Whether a layer keeps keys and values."""
+        return layer not in self.recurrent_layers and layer not in self.without_mixer
 
     def check_parallel(self, size: int, stages: int = 1, *, experts_apart: bool = False) -> None:
         """Raises ModelError unless every sliced dimension is a multiple of the number of ranks. Key-value heads may
@@ -188,7 +241,9 @@ class DecoderSpec:
             raise ModelError(f"{misfit} over {size} ranks; tensor_parallel_size can be {', '.join(map(str, fitting))}")
 
     def _misfit(self, size: int, experts_apart: bool) -> str | None:
-        sliced = {"num_attention_heads": self.num_heads}
+        sliced = {}
+        if any(self.attends(layer) for layer in range(self.num_layers)):
+            sliced["num_attention_heads"] = self.num_heads
         if self.experts is None or self.experts.dense_layers:
             sliced["intermediate_size"] = self.intermediate_size
         if self.experts is not None:
@@ -198,6 +253,14 @@ class DecoderSpec:
                 sliced["moe_intermediate_size"] = self.experts.intermediate_size
             if self.experts.shared_size:
                 sliced["shared_expert_intermediate_size"] = self.experts.shared_size
+        if isinstance(self.recurrent, ShortConvSpec):
+            sliced["hidden_size"] = self.hidden_size
+        elif isinstance(self.recurrent, DeltaNetSpec):
+            sliced["linear_num_key_heads"] = self.recurrent.key_heads
+        elif self.recurrent is not None:
+            sliced["the number of Mamba's heads"] = self.recurrent.heads
+            if self.recurrent.groups > 1:
+                sliced["the number of Mamba's groups"] = self.recurrent.groups
         for name, count in sliced.items():
             if count % size:
                 return f"{name} is {count} and cannot be split"

@@ -26,9 +26,9 @@ def short_convolution(
     for tokens, state, target in _requests(states, batch):
         inputs = torch.cat((state.to(x.dtype), x[tokens]))
         count = tokens.stop - tokens.start
-        sums = sum(inputs[i : i + count].float() * weight[i].float() for i in range(width))
-        if bias is not None:
-            sums = sums + bias.float()
+        sums = torch.zeros(count, x.shape[1], device=x.device) if bias is None else bias.float().expand(count, -1)
+        for i in range(width):
+            sums = sums + inputs[i : i + count].float() * weight[i].float()
         out[tokens] = (F.silu(sums) if silu else sums).to(x.dtype)
         states[target] = inputs[inputs.shape[0] - width + 1 :].to(states.dtype)
     return out

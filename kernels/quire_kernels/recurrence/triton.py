@@ -82,10 +82,10 @@ def _keep_inputs(
     page = tl.load(reads_ptr + request).to(tl.int64)
     target = tl.load(writes_ptr + request).to(tl.int64)
     for place in tl.static_range(K - 1):
-        back = K - 1 - place  # inputs from the end
-        new = channel_in & (count >= back)
+        back: tl.constexpr = K - 1 - place  # inputs from the end
+        new = channel < tl.where(count >= back, C, 0)
         value = tl.load(x_ptr + (end - back).to(tl.int64) * x_stride + channel, mask=new, other=0.0)
-        old = channel_in & (count < back) & (page >= 0)
+        old = channel < tl.where((count < back) & (page >= 0), C, 0)
         before = tl.load(states_ptr + (page * (K - 1) + place + count) * C + channel, mask=old, other=0.0)
         kept = tl.where(count < back, before, value.to(before.dtype))
         tl.store(states_ptr + (target * (K - 1) + place) * C + channel, kept, mask=channel_in)
@@ -183,12 +183,14 @@ def _recur(
     page = tl.load(reads_ptr + request).to(tl.int64)
     target = tl.load(writes_ptr + request).to(tl.int64)
     place = head * D * P + row[:, None] * P + column[None, :]
-    state = tl.load(states_ptr + page * (H * D * P) + place, mask=inside & (page >= 0), other=0.0)
+    state = tl.load(
+        states_ptr + page * (H * D * P) + place, mask=inside & (row < tl.where(page >= 0, D, 0))[:, None], other=0.0
+    )
     decay = tl.load(decay_ptr + head)
     dt_bias = tl.load(dt_bias_ptr + head)
     group = head // (H // G)
     for token in range(start, end):
-        at = token.to(tl.int64)
+        at = tl.cast(token, tl.int64)
         step = tl.load(dt_ptr + at * dt_stride + head).to(tl.float32) + dt_bias
         step = tl.minimum(tl.maximum(_softplus(step), low), high)
         state *= tl.exp(decay * step)
