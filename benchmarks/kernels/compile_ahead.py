@@ -21,6 +21,7 @@ from typing import Any
 
 import cases_attention
 import cases_matrix
+import cases_recurrence
 import cases_rows
 import torch
 import triton
@@ -37,7 +38,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-CASES: list[Case] = cases_attention.CASES + cases_rows.CASES + cases_matrix.CASES
+CASES: list[Case] = cases_attention.CASES + cases_rows.CASES + cases_matrix.CASES + cases_recurrence.CASES
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",

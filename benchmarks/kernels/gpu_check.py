@@ -21,6 +21,7 @@ from typing import Any
 
 import cases_attention
 import cases_matrix
+import cases_recurrence
 import cases_rows
 import torch
 import triton
@@ -30,7 +31,7 @@ from quire_kernels.quantize import Quantized
 from tolerance import assert_close
 
 ROOT = Path(__file__).parents[2]
-CASES: list[Case] = cases_attention.CASES + cases_rows.CASES + cases_matrix.CASES
+CASES: list[Case] = cases_attention.CASES + cases_rows.CASES + cases_matrix.CASES + cases_recurrence.CASES
 
 
 class Stopwatch:

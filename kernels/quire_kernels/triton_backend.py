@@ -178,7 +178,7 @@ class TritonBackend:
         states: Tensor,
         batch: StateBatch,
     ) -> Tensor:
-        return recurrence(q, k, v, dt, beta, gates, states, batch)
+        return recurrence(q, k, v, dt, beta, gates, states, batch, invariant=self._deterministic)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         return draw(logits, rows, prepare(logits, rows, filtered))

@@ -127,6 +127,7 @@ class Checkpoint:
                 writes=torch.tensor([0], dtype=torch.int32),
                 query_starts=query_starts,
                 requests=torch.zeros(length, dtype=torch.int32),
+                longest_query=length,
             ),
         )
         hidden = decoder(torch.tensor(PROMPT, dtype=torch.int32), batch, caches)

@@ -1,5 +1,7 @@
 """Recurrent layers: Triton and C against the reference, and the reference against transformers."""
 
+import itertools
+
 import pytest
 import torch
 from quire_kernels.backends import Backend
@@ -35,6 +37,7 @@ def batch_of(counts: list[int], reads: list[int], writes: list[int]) -> StateBat
         writes=torch.tensor(writes, dtype=torch.int32),
         query_starts=starts.int(),
         requests=torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).int(),
+        longest_query=max(counts),
     )
 
 
@@ -89,10 +92,36 @@ def test_recurrence(
     expected_states = states.clone()
     got = backend_of(name).recurrence(q, k, v, dt, beta if delta else None, gates, states, batch)
     expected = reference.recurrence(q, k, v, dt, beta if delta else None, gates, expected_states, batch)
-    assert_close(got, expected)
-    torch.testing.assert_close(states[writes], expected_states[writes], atol=1e-4, rtol=1e-4)
+    in_16_bits = dtype != torch.float32 and max(counts) >= 16  # in chunks the state is read in 16 bits
+    assert_close(got, expected, 8.0 if in_16_bits else 1.0)
+    near = 1e-2 if in_16_bits else 1e-4
+    torch.testing.assert_close(states[writes], expected_states[writes], atol=near, rtol=near)
     kept = [page for page in range(PAGES) if page not in writes]
     assert torch.equal(states[kept].nan_to_num(), expected_states[kept].nan_to_num())
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_what_does_not_depend_on_the_cut(delta: bool) -> None:
+    """Token by token where that is asked for: the same bits however a prompt is cut up."""
+    tokens, heads = 41, 2
+    q, k, v = (torch.randn(tokens, heads, 16) for _ in range(3))
+    dt, beta = torch.randn(tokens, heads), torch.randn(tokens, heads) if delta else None
+    gates = Gates(decay=-torch.rand(heads), dt_bias=torch.randn(heads))
+    backend = TritonBackend(torch.device("cpu"), deterministic=True)
+
+    def run(cuts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        states, outs, page = torch.zeros(1, heads, 16, 16), [], -1
+        for start, stop in itertools.pairwise(cuts):
+            part = slice(start, stop)
+            batch = batch_of([stop - start], [page], [0])
+            rates = None if beta is None else beta[part]
+            outs.append(backend.recurrence(q[part], k[part], v[part], dt[part], rates, gates, states, batch))
+            page = 0
+        return torch.cat(outs), states
+
+    whole, cut = run([0, 41]), run([0, 16, 23, 40, 41])
+    assert torch.equal(whole[0], cut[0])
+    assert torch.equal(whole[1], cut[1])
 
 
 def test_the_reference_is_transformers_convolution() -> None:

@@ -201,7 +201,13 @@ class Batcher:
             query_starts=query_starts,
             longest_query=shape.longest_query,
             context_lens=context_lens,
-            states=StateBatch(reads=states[0], writes=states[1], query_starts=query_starts, requests=states[2])
+            states=StateBatch(
+                reads=states[0],
+                writes=states[1],
+                query_starts=query_starts,
+                requests=states[2],
+                longest_query=shape.longest_query,
+            )
             if states
             else None,
         )

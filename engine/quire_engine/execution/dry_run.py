@@ -325,7 +325,13 @@ def _step(
         query_starts=ints(draws + 1),
         longest_query=tokens,
         context_lens=ints(draws),
-        states=StateBatch(reads=ints(draws), writes=ints(draws), query_starts=ints(draws + 1), requests=ints(tokens)),
+        states=StateBatch(
+            reads=ints(draws),
+            writes=ints(draws),
+            query_starts=ints(draws + 1),
+            requests=ints(tokens),
+            longest_query=tokens,
+        ),
     )
     caches = empty_caches(
         spec, group, model.layers, num_pages=0, block_size=1, num_states=-1, dtype=dtype, cache_dtype=dtype, device=META

@@ -31,6 +31,7 @@ class StateBatch:
     writes: Tensor  # [R] int32
     query_starts: Tensor  # [R + 1] int32
     requests: Tensor  # [T] int32, each token's
+    longest_query: int  # new tokens of the request that has most
 
 
 @dataclass(frozen=True, kw_only=True)

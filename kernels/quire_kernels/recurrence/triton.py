@@ -1,5 +1,5 @@
-"""Recurrent layers in Triton. A head's state stays in registers while its tokens pass one by one: right for decoding,
-which is the reading and writing of states; a long prompt is a long chain."""
+"""Recurrent layers in Triton. A head's state stays in registers while its tokens pass: one by one when decoding, which
+is the reading and writing of states; prompts in chunks, by products of matrices."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from quire_kernels.recurrence import NORM_EPS, Gates, StateBatch
 
 _CHANNELS = 256
 _TOKENS = 16  # of one tile of the convolution
+_CHUNK = 16  # the least that a product of matrices takes; the triangular system in it is as long
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def _keep_inputs(
     page = tl.load(reads_ptr + request).to(tl.int64)
     target = tl.load(writes_ptr + request).to(tl.int64)
     for place in tl.static_range(K - 1):
-        back: tl.constexpr = K - 1 - place  # inputs from the end
+        back = K - 1 - place  # inputs from the end
         new = channel < tl.where(count >= back, C, 0)
         value = tl.load(x_ptr + (end - back).to(tl.int64) * x_stride + channel, mask=new, other=0.0)
         old = channel < tl.where((count < back) & (page >= 0), C, 0)
@@ -137,8 +138,9 @@ def short_convolution(
 
 
 @triton.jit
-def _softplus(x):
-    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+def _step_sizes(raw, low, high):
+    softplus = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
+    return tl.minimum(tl.maximum(softplus, low), high)
 
 
 @triton.jit
@@ -171,7 +173,12 @@ def _recur(
     P: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
+    """Chunks of CHUNK tokens by products of matrices, what is left token by token; 0: all token by token.
+
+    The state is fp32 throughout; products of 16-bit inputs take it, too, in 16 bits.
+    """
     request = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.arange(0, ROWS)
@@ -183,20 +190,63 @@ def _recur(
     page = tl.load(reads_ptr + request).to(tl.int64)
     target = tl.load(writes_ptr + request).to(tl.int64)
     place = head * D * P + row[:, None] * P + column[None, :]
-    state = tl.load(
-        states_ptr + page * (H * D * P) + place, mask=inside & (row < tl.where(page >= 0, D, 0))[:, None], other=0.0
-    )
+    known = inside & (row < tl.where(page >= 0, D, 0))[:, None]
+    state = tl.load(states_ptr + page * (H * D * P) + place, mask=known, other=0.0)
     decay = tl.load(decay_ptr + head)
     dt_bias = tl.load(dt_bias_ptr + head)
     group = head // (H // G)
+    q_ptr += group * D
+    k_ptr += group * D
+    v_ptr += head * P
+    out_ptr += head * P
+    if CHUNK > 0:
+        i = tl.arange(0, CHUNK)
+        whole = (end - start) // CHUNK
+        for chunk in range(whole):
+            at = (start + chunk * CHUNK + i).to(tl.int64)
+            step = _step_sizes(tl.load(dt_ptr + at * dt_stride + head).to(tl.float32) + dt_bias, low, high)
+            fading = tl.cumsum(decay * step, 0)  # logarithm of what is left of the state after each token
+            last = tl.sum(decay * step, 0)
+            query = tl.load(q_ptr + at[:, None] * q_stride + row[None, :], mask=row_in[None, :], other=0.0)
+            key = tl.load(k_ptr + at[:, None] * k_stride + row[None, :], mask=row_in[None, :], other=0.0)
+            value = tl.load(v_ptr + at[:, None] * v_stride + column[None, :], mask=column_in[None, :], other=0.0)
+            query, key, value = query.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
+            if beta_ptr is not None:
+                query *= (scale * tl.rsqrt(tl.sum(query * query, 1) + eps))[:, None]
+                key *= tl.rsqrt(tl.sum(key * key, 1) + eps)[:, None]
+            queries, keys = query.to(q_ptr.dtype.element_ty), key.to(q_ptr.dtype.element_ty)
+            before = i[:, None] >= i[None, :]
+            between = tl.exp(tl.where(before, fading[:, None] - fading[None, :], float("-inf")))
+            left = tl.exp(fading)[:, None]
+            if beta_ptr is None:
+                added = value * step[:, None]
+            else:
+                # Each token corrects what those before it in the chunk have added: a triangular system, solved row
+                # by row (Yang et al. 2024).
+                rate = tl.sigmoid(tl.load(beta_ptr + at * beta_stride + head).to(tl.float32))[:, None]
+                added = rate * (value - left * tl.dot(keys, state.to(keys.dtype), input_precision="ieee"))
+                overlap = rate * tl.dot(keys, keys.T, input_precision="ieee") * between
+                for solved in range(1, CHUNK):
+                    weights = tl.sum(tl.where((i == solved)[:, None] & (i < solved)[None, :], overlap, 0.0), 0)
+                    correction = tl.sum(weights[:, None] * added, 0)
+                    added = tl.where((i == solved)[:, None], added - correction[None, :], added)
+            seen = tl.dot(queries, keys.T, input_precision="ieee") * between
+            read = left * tl.dot(queries, state.to(keys.dtype), input_precision="ieee")
+            read += tl.dot(seen.to(keys.dtype), added.to(keys.dtype), input_precision="ieee")
+            if skip_ptr is not None:
+                read += tl.load(skip_ptr + head) * value
+            out_at = at[:, None] * (H * P) + column[None, :]
+            tl.store(out_ptr + out_at, read.to(out_ptr.dtype.element_ty), mask=column_in[None, :])
+            remaining = tl.exp(last - fading)[:, None] * added
+            state = tl.exp(last) * state + tl.dot(keys.T, remaining.to(keys.dtype), input_precision="ieee")
+        start += whole * CHUNK
     for token in range(start, end):
         at = tl.cast(token, tl.int64)
-        step = tl.load(dt_ptr + at * dt_stride + head).to(tl.float32) + dt_bias
-        step = tl.minimum(tl.maximum(_softplus(step), low), high)
+        step = _step_sizes(tl.load(dt_ptr + at * dt_stride + head).to(tl.float32) + dt_bias, low, high)
         state *= tl.exp(decay * step)
-        query = tl.load(q_ptr + at * q_stride + group * D + row, mask=row_in, other=0.0).to(tl.float32)
-        key = tl.load(k_ptr + at * k_stride + group * D + row, mask=row_in, other=0.0).to(tl.float32)
-        value = tl.load(v_ptr + at * v_stride + head * P + column, mask=column_in, other=0.0).to(tl.float32)
+        query = tl.load(q_ptr + at * q_stride + row, mask=row_in, other=0.0).to(tl.float32)
+        key = tl.load(k_ptr + at * k_stride + row, mask=row_in, other=0.0).to(tl.float32)
+        value = tl.load(v_ptr + at * v_stride + column, mask=column_in, other=0.0).to(tl.float32)
         if beta_ptr is None:
             added = value * step
         else:
@@ -208,20 +258,29 @@ def _recur(
         read = tl.sum(state * query[:, None], 0)
         if skip_ptr is not None:
             read += tl.load(skip_ptr + head) * value
-        tl.store(out_ptr + (at * H + head) * P + column, read.to(out_ptr.dtype.element_ty), mask=column_in)
+        tl.store(out_ptr + at * (H * P) + column, read.to(out_ptr.dtype.element_ty), mask=column_in)
     tl.store(states_ptr + target * (H * D * P) + place, state, mask=inside)
 
 
 def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, beta: Tensor | None, gates: Gates, states: Tensor, batch: StateBatch
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    beta: Tensor | None,
+    gates: Gates,
+    states: Tensor,
+    batch: StateBatch,
+    *,
+    invariant: bool = False,
 ) -> Tensor:
-    """See the package's contract."""
+    """See the package's contract. `invariant`: token by token, so that no bit depends on how a prompt is cut up."""
     tokens, heads, columns = v.shape
     groups, rows = k.shape[1:]
     assert all(x.stride(1) == x.shape[2] and x.stride(2) == 1 for x in (q, k, v)), "heads of a token are consecutive"
     assert states.is_contiguous()
     out = torch.empty((tokens, heads, columns), dtype=v.dtype, device=v.device)
-    block = min(32, triton.next_power_of_2(columns))  # a tile of the state is 16 KiB of registers at D = 128
+    block = min(32, max(16, triton.next_power_of_2(columns)))  # a tile of the state is 16 KiB of registers at D = 128
     kernel: Any = _recur
     kernel[(batch.reads.shape[0], heads, triton.cdiv(columns, block))](
         q,
@@ -249,8 +308,10 @@ def recurrence(
         G=groups,
         D=rows,
         P=columns,
-        ROWS=triton.next_power_of_2(rows),
+        ROWS=max(16, triton.next_power_of_2(rows)),
         COLUMNS=block,
+        CHUNK=0 if invariant or batch.longest_query < _CHUNK else _CHUNK,
         num_warps=4,
+        num_stages=1,
     )
     return out
