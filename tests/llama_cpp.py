@@ -39,7 +39,7 @@ def convert(folders: list[Path], split: int = 0) -> None:
 
     def with_older_fields(folder: Path, is_mistral_format: bool) -> dict[str, Any]:
         """Published configs have fields that transformers has renamed since; the converter asks for those."""
-        return {**json.loads((folder / "config.json").read_text()), **load(folder, is_mistral_format)}
+        return {**load(folder, is_mistral_format), **json.loads((folder / "config.json").read_text())}
 
     def words(model: Any) -> None:
         """In place of each family's tokenizer, which tiny models lack."""
@@ -50,9 +50,12 @@ def convert(folders: list[Path], split: int = 0) -> None:
 
     ModelBase.load_hparams = staticmethod(with_older_fields)
     for folder in folders:
-        name = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
-        kind = conversion.get_model_class(name)
-        converter = type(kind.__name__, (kind,), {"set_vocab": words, "model_arch": kind.model_arch})
+        config = ModelBase.load_hparams(folder, False)
+        kind = conversion.get_model_class(get_model_architecture(config, ModelType.TEXT))
+        changes = {"set_vocab": words, "model_arch": kind.model_arch}
+        if not config.get("num_nextn_predict_layers"):
+            changes["no_mtp"] = True  # the config may not say so where the checkpoint has layers that predict further
+        converter = type(kind.__name__, (kind,), changes)
         out = folder.with_suffix(".gguf")
         with torch.inference_mode():
             converter(folder, gguf.LlamaFileType.ALL_F32, out, split_max_tensors=split).write()

@@ -229,7 +229,7 @@ def _num_states(config: EngineConfig, state: int, for_cache: int, longest: int) 
     if not state:
         return 0
     share = min(int(for_cache * _MOST_FOR_STATES), for_cache - longest) if longest else for_cache
-    most = share // state - 1
+    most = max(share, min(for_cache, 2 * state)) // state - 1
     if most < 1:
         raise OutOfMemory(
             f"the recurrent states of a request take {state / GIB:.3f} GiB and {for_cache / GIB:.3f} GiB are to be had "

@@ -50,6 +50,11 @@ def show_plan(config: EngineConfig, gpu: str | None, memory_gib: float | None) -
         ("weights", f"{plan.weight_bytes / GIB:.3f} GiB"),
         ("activations", f"{plan.activation_bytes / GIB:.3f} GiB"),
         ("cache", f"{plan.cache_bytes / GIB:.3f} GiB: {plan.num_pages:,} pages of {plan.block_size} tokens"),
+        *(
+            [("recurrent states", f"{plan.num_states:,} of {plan.state_bytes / 2**20:.1f} MiB, one per request")]
+            if plan.num_states
+            else []
+        ),
         ("context", f"{plan.max_model_len:,} tokens"),
         ("requests of that length", f"{plan.full_length_requests:.1f} at once"),
         ("memory to use", f"{free / GIB:.3f} GiB"),

@@ -29,7 +29,14 @@ class Facts:
     @property
     def head_dim(self) -> int:
         """Of keys."""
-        return int(self("attention.key_length", None) or self("embedding_length") // self("attention.head_count"))
+        heads = self("attention.head_count") or 1  # 0: the model has no attention
+        return int(self("attention.key_length", None) or self("embedding_length") // heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """Of layers that have any, where the file says it layer by layer."""
+        count = self("attention.head_count_kv", self("attention.head_count"))
+        return max(count) if isinstance(count, list) else count
 
     @property
     def layer_types(self) -> dict[str, Any]:
@@ -176,6 +183,71 @@ def mpt(get: Facts) -> dict[str, Any]:
             "alibi": get("attention.max_alibi_bias", 0.0) > 0,
             "alibi_bias_max": get("attention.max_alibi_bias", 0.0),
         },
+    }
+
+
+def qwen3_next(get: Facts) -> dict[str, Any]:
+    values = get("ssm.time_step_rank")
+    recurrent = get("attention.recurrent_layers", None)
+    facts = partial_rotary(get) | {
+        "linear_num_key_heads": get("ssm.group_count"),
+        "linear_num_value_heads": values,
+        "linear_key_head_dim": get("ssm.state_size"),
+        "linear_value_head_dim": get("ssm.inner_size") // values,
+        "linear_conv_kernel_dim": get("ssm.conv_kernel"),
+        "full_attention_interval": get("full_attention_interval", 4),
+    }
+    if recurrent:
+        facts["layer_types"] = ["linear_attention" if state else "full_attention" for state in recurrent]
+    return facts
+
+
+def qwen3_next_moe(get: Facts) -> dict[str, Any]:
+    return qwen3_next(get) | qwen2_moe(get) | {"norm_topk_prob": True}
+
+
+def lfm2(get: Facts) -> dict[str, Any]:
+    eps = get("attention.layer_norm_rms_epsilon")
+    kinds = ["full_attention" if heads else "conv" for heads in get("attention.head_count_kv")]
+    return {
+        "norm_eps": eps,
+        "layer_types": kinds,
+        "conv_L_cache": get("shortconv.l_cache"),
+        "conv_bias": get.has("shortconv.conv.bias"),
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+def lfm2_moe(get: Facts) -> dict[str, Any]:
+    return lfm2(get) | experts(get) | {"num_dense_layers": get("leading_dense_block_count", 0)}
+
+
+def mamba2(get: Facts) -> dict[str, Any]:
+    heads = get("ssm.time_step_rank")
+    return {
+        "num_heads": heads,
+        "head_dim": get("ssm.inner_size") // heads,
+        "n_groups": get("ssm.group_count"),
+        "state_size": get("ssm.state_size"),
+        "conv_kernel": get("ssm.conv_kernel"),
+        "use_conv_bias": get.has("ssm_conv1d.bias"),
+        "use_bias": get.has("ssm_in.bias"),
+        "layer_norm_epsilon": get("attention.layer_norm_rms_epsilon"),
+    }
+
+
+def granite_hybrid(get: Facts) -> dict[str, Any]:
+    heads = get("ssm.time_step_rank")
+    return granite_moe(get) | {
+        "layer_types": ["attention" if count else "mamba" for count in get("attention.head_count_kv")],
+        "position_embedding_type": "rope" if get("rope.scaling.finetuned", False) else None,
+        "mamba_n_heads": heads,
+        "mamba_d_head": get("ssm.inner_size") // heads,
+        "mamba_n_groups": get("ssm.group_count"),
+        "mamba_d_state": get("ssm.state_size"),
+        "mamba_d_conv": get("ssm.conv_kernel"),
+        "mamba_conv_bias": get.has("ssm_conv1d.bias"),
+        "mamba_proj_bias": get.has("ssm_in.bias"),
     }
 
 

@@ -139,6 +139,12 @@ FAMILIES: dict[str, GGUFFamily] = {
         made=layouts.INTERLEAVED | layouts.STACKED_EXPERTS,
         facts=facts.granite_moe,
     ),
+    "granitehybrid": GGUFFamily(
+        architecture="GraniteMoeHybridForCausalLM",
+        tensors=layouts.GRANITE_HYBRID,
+        made=layouts.INTERLEAVED | layouts.mamba("mamba") | layouts.STACKED_EXPERTS,
+        facts=facts.granite_hybrid,
+    ),
     "hunyuan-dense": GGUFFamily(
         architecture="HunYuanDenseV1ForCausalLM",
         tensors={"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
@@ -146,7 +152,23 @@ FAMILIES: dict[str, GGUFFamily] = {
     "internlm2": GGUFFamily(
         architecture="LlamaForCausalLM", made=layouts.INTERLEAVED
     ),  # by its converter it is no other
+    "lfm2": GGUFFamily(
+        architecture="Lfm2ForCausalLM", tensors=layouts.LFM2, made=layouts.LFM2_CONVOLUTION, facts=facts.lfm2
+    ),
+    "lfm2moe": GGUFFamily(
+        architecture="Lfm2MoeForCausalLM",
+        tensors=layouts.LFM2,
+        made=layouts.LFM2_CONVOLUTION | layouts.correction("feed_forward.expert_bias"),
+        facts=facts.lfm2_moe,
+    ),
     "llama": GGUFFamily(architecture="LlamaForCausalLM", made=layouts.INTERLEAVED),
+    "mamba2": GGUFFamily(
+        architecture="Mamba2ForCausalLM",
+        layers="backbone.layers",
+        tensors=layouts.MAMBA2,
+        made=layouts.mamba("mixer"),
+        facts=facts.mamba2,
+    ),
     "minimax-m2": GGUFFamily(
         architecture="MiniMaxM2ForCausalLM",
         tensors=layouts.BLOCK_SPARSE,
@@ -210,6 +232,27 @@ FAMILIES: dict[str, GGUFFamily] = {
     "qwen3moe": GGUFFamily(
         architecture="Qwen3MoeForCausalLM", facts=lambda get: facts.experts(get) | {"norm_topk_prob": True}
     ),
+    "qwen35": GGUFFamily(
+        architecture="Qwen3_5ForCausalLM",
+        tensors=layouts.NORM_BETWEEN,
+        made=layouts.TILED_DELTA_NET,
+        facts=facts.qwen3_next,
+        norms_from_one=True,
+    ),
+    "qwen35moe": GGUFFamily(
+        architecture="Qwen3_5MoeForCausalLM",
+        tensors=layouts.QWEN3_NEXT,
+        made=layouts.TILED_DELTA_NET,
+        facts=facts.qwen3_next_moe,
+        norms_from_one=True,
+    ),
+    "qwen3next": GGUFFamily(
+        architecture="Qwen3_5MoeForCausalLM",  # its converter takes apart what Qwen3-Next keeps in one tensor
+        tensors=layouts.QWEN3_NEXT,
+        made=layouts.DELTA_NET,
+        facts=facts.qwen3_next_moe,
+        norms_from_one=True,
+    ),
     "seed_oss": GGUFFamily(architecture="SeedOssForCausalLM", tensors=layouts.NORM_BETWEEN),
     "smollm3": GGUFFamily(architecture="SmolLM3ForCausalLM", made=layouts.INTERLEAVED),
     "stablelm": GGUFFamily(
@@ -254,6 +297,8 @@ def family_of(file: GGUFFile) -> GGUFFamily:
         return replace(family, tensors={**family.tensors, **_FALCON_NORMS})
     if arch == "deepseek2" and not get.has("exp_probs_b.bias"):
         return replace(family, architecture="DeepseekV2ForCausalLM")
+    if arch == "granitehybrid" and not get("expert_count", 0):
+        return replace(family, made={**family.made, **layouts.GRANITE_SHARED})
     if arch == "olmo2" and get("attention.sliding_window", 0):
         return replace(family, architecture="Olmo3ForCausalLM")
     return family
@@ -271,10 +316,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": meta["general.architecture"],
         "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length", None) or get("expert_feed_forward_length"),
+        "intermediate_size": get("feed_forward_length", None) or get("expert_feed_forward_length", 0),
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_key_value_heads": get.kv_heads,
         "head_dim": get.head_dim,
         "max_position_embeddings": get("context_length"),
         "rope_theta": get("rope.freq_base", 10000.0),

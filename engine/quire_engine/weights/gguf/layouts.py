@@ -139,6 +139,53 @@ def keys_and_values(parts: Sequence[Tensor], config: Config) -> Tensor:
     return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
 
 
+def _taps(parts: Sequence[Tensor], config: Config) -> Tensor:
+    """A depthwise convolution's [channels, taps] as [channels, 1, taps]."""
+    return parts[0][:, None]
+
+
+def _logarithm(parts: Sequence[Tensor], config: Config) -> Tensor:
+    """llama.cpp keeps -exp(A_log)."""
+    return torch.log(-parts[0]).flatten()
+
+
+def _untiled(
+    dim: int = 0, *, wide: bool = False, after_keys: bool = False
+) -> Callable[[Sequence[Tensor], Config], Tensor]:
+    """llama.cpp has the first value head of each key head, then the second of each; Hugging Face keeps together those
+    of a key head. `wide`: a head is not one number, but as many as its values; `after_keys`: queries and keys come
+    first."""
+
+    def make(parts: Sequence[Tensor], config: Config) -> Tensor:
+        keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+        before = 2 * keys * config["linear_key_head_dim"] if after_keys else 0
+        first, heads = parts[0].split([before, parts[0].shape[dim] - before], dim)
+        width = config["linear_value_head_dim"] if wide else 1
+        turned = heads.unflatten(dim, (values // keys, keys, width)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+        return torch.cat((first, turned), dim)
+
+    return make
+
+
+def _of_both(number: int) -> Callable[[Sequence[Tensor], Config], Tensor]:
+    """Each key head's rates (0) or fadings (1), which follow one another."""
+
+    def make(parts: Sequence[Tensor], config: Config) -> Tensor:
+        keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+        return parts[0].unflatten(0, (keys, 2, values // keys))[:, number].flatten(0, 1)
+
+    return make
+
+
+def _chained(*makes: Callable[[Sequence[Tensor], Config], Tensor]) -> Callable[[Sequence[Tensor], Config], Tensor]:
+    def make(parts: Sequence[Tensor], config: Config) -> Tensor:
+        for one in makes:
+            parts = [one(parts, config)]
+        return parts[0]
+
+    return make
+
+
 _KINDS = ("weight", "bias")
 INTERLEAVED = {
     f"self_attn.{short}_proj.{kind}": Made((f"attn_{short}.{kind}",), _halves(heads))
@@ -164,3 +211,77 @@ def grouped_qkv(name: str) -> dict[str, Made]:
 
 def correction(name: str) -> dict[str, Made]:
     return {name: Made(("exp_probs_b.bias",), _flat)}
+
+
+LFM2 = {
+    "token_embd_norm": "model.embedding_norm",
+    "attn_norm": "operator_norm",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+    "ffn_gate_inp": "feed_forward.gate",
+    "ffn_gate_exps": "feed_forward.experts.*.w1",
+    "ffn_up_exps": "feed_forward.experts.*.w3",
+    "ffn_down_exps": "feed_forward.experts.*.w2",
+}
+LFM2_CONVOLUTION = {"conv.conv.weight": Made(("shortconv.conv.weight",), _taps)}
+QWEN3_NEXT = (
+    NORM_BETWEEN | SHARED_EXPERT | {"attn_qkv": "linear_attn.in_proj_qkv", "attn_gate": "linear_attn.in_proj_z"}
+)
+_DELTA_NET = {
+    "linear_attn.norm.weight": Made(("ssm_norm.weight",), _same),  # the one norm without 1 added
+    "mlp.shared_expert_gate.weight": Made(("ffn_gate_inp_shexp.weight",), as_row),
+}
+DELTA_NET = _DELTA_NET | {
+    "linear_attn.A_log": Made(("ssm_a",), _logarithm),
+    "linear_attn.dt_bias": Made(("ssm_dt.bias",), _same),
+    "linear_attn.conv1d.weight": Made(("ssm_conv1d.weight",), _taps),
+    "linear_attn.out_proj.weight": Made(("ssm_out.weight",), _same),
+    "linear_attn.in_proj_b.weight": Made(("ssm_ba.weight",), _of_both(0)),
+    "linear_attn.in_proj_a.weight": Made(("ssm_ba.weight",), _of_both(1)),
+}
+TILED_DELTA_NET = _DELTA_NET | {
+    "linear_attn.A_log": Made(("ssm_a",), _chained(_logarithm, _untiled())),
+    "linear_attn.dt_bias": Made(("ssm_dt.bias",), _untiled()),
+    "linear_attn.conv1d.weight": Made(("ssm_conv1d.weight",), _chained(_untiled(wide=True, after_keys=True), _taps)),
+    "linear_attn.out_proj.weight": Made(("ssm_out.weight",), _untiled(1, wide=True)),
+    "linear_attn.in_proj_qkv.weight": Made(("attn_qkv.weight",), _untiled(wide=True, after_keys=True)),
+    "linear_attn.in_proj_z.weight": Made(("attn_gate.weight",), _untiled(wide=True)),
+    "linear_attn.in_proj_b.weight": Made(("ssm_beta.weight",), _untiled()),
+    "linear_attn.in_proj_a.weight": Made(("ssm_alpha.weight",), _untiled()),
+}
+MAMBA2 = {
+    "token_embd": "backbone.embeddings",
+    "output_norm": "backbone.norm_f",
+    "attn_norm": "norm",
+    "ssm_in": "mixer.in_proj",
+    "ssm_out": "mixer.out_proj",
+    "ssm_conv1d": "mixer.conv1d",
+}
+GRANITE_SHARED = {"shared_mlp.input_linear.weight": Made(("ffn_gate.weight", "ffn_up.weight"), _stacked_halves)}
+GRANITE_HYBRID = {
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_down_exps": "block_sparse_moe.output_linear",
+    "ffn_down_shexp": "shared_mlp.output_linear",
+    "ffn_down": "shared_mlp.output_linear",
+    "ssm_in": "mamba.in_proj",
+    "ssm_out": "mamba.out_proj",
+    "ssm_conv1d": "mamba.conv1d",
+}
+
+
+def mamba(name: str) -> dict[str, Made]:
+    """What is not a projection, of a Mamba-2 of that name."""
+    return {
+        f"{name}.A_log": Made(("ssm_a",), _logarithm),
+        f"{name}.D": Made(("ssm_d",), _flat),
+        f"{name}.dt_bias": Made(("ssm_dt.bias",), _same),
+        f"{name}.norm.weight": Made(("ssm_norm.weight",), _flat),
+        f"{name}.conv1d.weight": Made(("ssm_conv1d.weight",), _taps),
+    }
