@@ -8,8 +8,17 @@ import pytest
 import torch
 from greedy import engine_for, prompts, run, truth
 from layouts import MXFP4_CONFIG, as_internlm2, from_mxfp4, in_mxfp4, rewritten
+from quire_engine.config import EngineConfig
 from quire_engine.errors import ModelError
+from quire_engine.execution.dry_run import DryGroup
+from quire_engine.layers.linear import Builder
+from quire_engine.models.decoder import Decoder
 from quire_engine.models.families import FAMILIES, spec_of
+from quire_engine.quantization.config import quantization_of
+from quire_engine.weights.resolve import find_model
+from quire_engine.weights.tensors import TensorReader
+from quire_kernels.moe import Experts
+from quire_kernels.torch_backend import TorchBackend
 from transformers import AutoModelForCausalLM
 
 Make = Callable[[str], Path]
@@ -33,6 +42,29 @@ def test_mxfp4(checkpoint: Make, tmp_path: Path) -> None:
     folder = rewritten(original, tmp_path / "mxfp4", in_mxfp4, **MXFP4_CONFIG)
     plain = rewritten(folder, tmp_path / "plain", from_mxfp4, quantization_config=None)
     assert run(engine_for(folder), prompts()) == truth(plain, prompts())
+
+
+@pytest.mark.parametrize("family", ["mxfp4", "gpt_oss", "granite_moe"])
+def test_stacked_experts_are_cut(checkpoint: Make, tmp_path: Path, family: str) -> None:
+    """Two ranks' parts are the halves of what one holds, though a half of 48 inputs cuts a block of MXFP4 in two."""
+    folder = checkpoint("gpt_oss" if family == "mxfp4" else family)
+    if family == "mxfp4":
+        folder = rewritten(folder, tmp_path / "mxfp4", in_mxfp4, **MXFP4_CONFIG)
+    files = find_model(EngineConfig(model=str(folder)))
+    spec, quantization = spec_of(files.config), quantization_of(files.config, None)
+
+    def experts(rank: int, size: int) -> Experts:
+        reader = TensorReader(files.checkpoint(), torch.float32, torch.device("cpu"))
+        build = Builder(reader, DryGroup(rank, size), TorchBackend(), quantization)
+        layer: Any = Decoder(build, spec, spec.max_position)._layers[1]
+        return layer._mlp._experts
+
+    whole, halves = experts(0, 1), [experts(rank, 2) for rank in range(2)]
+    gates, ups = whole.gate_up.chunk(2, 1)
+    for number, half in enumerate(halves):
+        expected = torch.cat((gates.chunk(2, 1)[number], ups.chunk(2, 1)[number]), 1)
+        assert torch.equal(half.gate_up, expected)
+        assert torch.equal(half.down, whole.down.chunk(2, 2)[number])
 
 
 def test_longrope_beyond_the_original_context(checkpoint: Make, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The sampler against exact distributions and written-out rules."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from quire_kernels.sampling import Rows
 from quire_kernels.sampling.host import nucleus_edge
 from quire_kernels.sampling.random import philox_uniform
 from quire_kernels.torch_backend import TorchBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 V = 50
 
@@ -178,3 +180,40 @@ def test_a_row_without_a_finite_logit_fails_alone(logits: torch.Tensor) -> None:
     drawn = sampler.draw(broken, rows, parameters(sampler, rows, np.zeros(3, np.int64)))
     assert drawn.tokens[1:].tolist() == [-1, -1]
     assert drawn.tokens[0] == draw(sampler_for(EngineSampling(seed=9)), logits[None])[0]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a device would run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_that_change_their_logits_are_computed_together() -> None:
+    """As many operations for many of them as for two; and each row gets what it gets alone."""
+    kinds = [
+        EngineSampling(temperature=0, repetition_penalty=1.4, frequency_penalty=0.3, presence_penalty=-0.2),
+        EngineSampling(temperature=0, logit_bias={3: 2.5, 9: -4.0}, repetition_penalty=0.8),
+        EngineSampling(temperature=0, allowed_token_ids=(4, 8, 15, 16, 23, 42), presence_penalty=1.0),
+        EngineSampling(temperature=0, bad_words=((7,), (9,)), min_tokens=9, stop_token_ids=(5, 6)),
+    ]
+    counts = {}
+    for rows in (4, 40):
+        sampler = sampler_for(*(kinds * (rows // 4)), tokens=[1, 2, 2, 7], num_prompt=2)
+        seen = []
+        for step in range(4):
+            logits = torch.randn(rows, V, generator=torch.Generator().manual_seed(step))
+            with Operations() as operations:
+                seen.append(draw(sampler, logits))
+        counts[rows] = operations.count
+        for row in range(rows):
+            alone = sampler_for(kinds[row % 4], tokens=[1, 2, 2, 7], num_prompt=2)
+            for step in range(4):
+                logits = torch.randn(rows, V, generator=torch.Generator().manual_seed(step))
+                assert draw(alone, logits[row : row + 1]) == [seen[step][row]]
+    assert counts[4] + 10 > counts[40]  # np.repeat and the like are the host's

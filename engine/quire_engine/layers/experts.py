@@ -1,6 +1,6 @@
 """Mixture of experts over the ranks: each holds a slice of every expert or, with expert parallelism, whole experts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from quire_kernels.activation import Activation
@@ -13,7 +13,8 @@ from quire_engine.errors import ModelError
 from quire_engine.layers.feed_forward import FeedForward
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.models.spec import DecoderSpec, ExpertsSpec, joined
-from quire_engine.quantization.schemes import MXFP4, WHOLE, Part, Plain
+from quire_engine.quantization.schemes import MXFP4, Part, Plain
+from quire_engine.weights.tensors import WHOLE
 
 
 class MixtureOfExperts:
@@ -133,38 +134,39 @@ def _stacked_experts(
 ) -> Experts:
     weights, hidden, inner, count = build.weights, decoder.hidden_size, spec.intermediate_size, spec.num_experts
     rows = slice(held.start, held.stop)
+    mine = slice(*part.indices(inner)[:2])
     scheme = build.quantization.scheme_of(f"{at}.{spec.up}")
+    if not isinstance(scheme, Plain):
+        raise ModelError(
+            f"{at}.{spec.up} holds all experts in one tensor, which is served unquantized or in mxfp4: leave "
+            "--quantization out, or take the unquantized checkpoint"
+        )
 
-    def matrices(name: str, outputs: int, inputs: int) -> Tensor:
-        """[E, outputs, inputs]"""
-        shape = (count, outputs, inputs)
+    def matrices(name: str, outputs: int, inputs: int, columns: slice, depths: slice) -> Tensor:
+        """[experts held, those outputs, those inputs] of [E, outputs, inputs]"""
         if isinstance(scheme, MXFP4):
-            return scheme.read_stacked(weights, f"{at}.{name}", shape, rows)
-        if not isinstance(scheme, Plain):
-            raise ModelError(
-                f"{at}.{name} holds all experts in one tensor, which is served unquantized or in mxfp4: leave "
-                "--quantization out, or take the unquantized checkpoint"
-            )
+            return scheme.read_stacked(weights, f"{at}.{name}", (count, outputs, inputs), rows, columns, depths)
         if spec.transposed:
-            return weights.take(f"{at}.{name}", (count, inputs, outputs), rows).transpose(1, 2)
-        return weights.take(f"{at}.{name}", shape, rows)
+            return weights.take(f"{at}.{name}", (count, inputs, outputs), rows, depths, columns).transpose(1, 2)
+        return weights.take(f"{at}.{name}", (count, outputs, inputs), rows, columns, depths)
 
-    def halves(both: Tensor) -> Tensor:
-        """This rank's part [E, 2I, ...], the gates first."""
-        two = both.unflatten(1, (inner, 2)).transpose(1, 2) if spec.interleaved else both.unflatten(1, (2, inner))
-        return two[:, :, part].flatten(1, 2).contiguous()
+    def both(read: Callable[[slice], Tensor]) -> Tensor:
+        """This rank's gates, then its ups, [E, 2i, ...], of what `read` has of [E, 2I, ...]."""
+        if spec.interleaved:
+            two = read(slice(2 * mine.start, 2 * mine.stop))
+            return two.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2).contiguous()
+        return torch.cat((read(mine), read(slice(inner + mine.start, inner + mine.stop))), 1)
 
     gate_up_bias = down_bias = None
     if spec.bias:
-        gate_up_bias = halves(weights.take(f"{at}.{spec.up}_bias", (count, 2 * inner), rows))
+        gate_up_bias = both(lambda columns: weights.take(f"{at}.{spec.up}_bias", (count, 2 * inner), rows, columns))
         down_bias = weights.take(f"{at}.{spec.down}_bias", (count, hidden), rows)
-    sliced = part != WHOLE
     return Experts(
-        gate_up=halves(matrices(spec.up, 2 * inner, hidden)),
-        down=matrices(spec.down, hidden, inner)[:, :, part].contiguous(),
+        gate_up=both(lambda columns: matrices(spec.up, 2 * inner, hidden, columns, WHOLE)),
+        down=matrices(spec.down, hidden, inner, WHOLE, mine).contiguous(),
         activation=decoder.activation,
         gate_up_bias=gate_up_bias,
-        down_bias=down_bias if not sliced or build.group.rank == 0 else None,  # once in the sum over the ranks
+        down_bias=down_bias if part == WHOLE or build.group.rank == 0 else None,  # once in the sum over the ranks
         first=held.start,
         partial=len(held) < count,
     )

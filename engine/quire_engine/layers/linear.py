@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quire_engine.execution.group import ParallelGroup
 from quire_engine.quantization.config import Quantization
-from quire_engine.quantization.schemes import WHOLE, Linear, Part
-from quire_engine.weights.tensors import Weights
+from quire_engine.quantization.schemes import Linear, Part
+from quire_engine.weights.tensors import WHOLE, Weights
 
 
 @dataclass(frozen=True, slots=True)

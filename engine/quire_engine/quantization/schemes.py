@@ -19,7 +19,6 @@ from torch import Tensor
 from quire_engine.errors import ModelError
 from quire_engine.weights.tensors import Weights
 
-WHOLE = slice(None)
 _WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")  # both names multiply
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _INPUT_SCALES = ("input_scale", "activation_scale")
@@ -251,18 +250,22 @@ class MXFP4(Plain):
     holds; everything else is plain. There is no kernel for them: they are kept as what they mean.
     """
 
-    def read_stacked(self, weights: Weights, name: str, shape: tuple[int, int, int], rows: slice) -> Tensor:
-        """Some experts' matrices, of `shape` [E, N, K] in all."""
+    def read_stacked(
+        self, weights: Weights, name: str, shape: tuple[int, int, int], rows: slice, columns: slice, depths: slice
+    ) -> Tensor:
+        """Some outputs and inputs of some experts' matrices, of `shape` [E, N, K] in all."""
         experts, outputs, inputs = shape
-        blocks = inputs // 32
-        packed = weights.take(f"{name}_blocks", (experts, outputs, blocks, 16), rows, dtype=torch.uint8)
-        scales = weights.take(f"{name}_scales", (experts, outputs, blocks), rows, dtype=torch.uint8)
+        count = inputs // 32
+        first, last, _ = depths.indices(inputs)
+        blocks = slice(first // 32, -(-last // 32))  # those that have any of the inputs
+        packed = weights.take(f"{name}_blocks", (experts, outputs, count, 16), rows, columns, blocks, dtype=torch.uint8)
+        scales = weights.take(f"{name}_scales", (experts, outputs, count), rows, columns, blocks, dtype=torch.uint8)
         values = torch.tensor(_E2M1, dtype=weights.dtype, device=packed.device)
-        out = torch.empty((packed.shape[0], outputs, inputs), dtype=weights.dtype, device=packed.device)
+        out = torch.empty((*packed.shape[:2], 32 * packed.shape[2]), dtype=weights.dtype, device=packed.device)
         for expert in range(packed.shape[0]):  # one at a time: the codes take eight bytes each
             codes = torch.stack((packed[expert] & 15, packed[expert] >> 4), -1).flatten(-2)  # the low half comes first
             out[expert] = torch.ldexp(values[codes.int()], scales[expert].int()[..., None] - 127).flatten(1)
-        return out
+        return out[..., first - 32 * blocks.start :][..., : last - first]
 
 
 def _weight(weights: Weights, part: Part, inputs: int, columns: slice) -> Tensor:

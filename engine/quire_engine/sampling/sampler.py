@@ -15,20 +15,7 @@ from quire_kernels.sampling import Rows
 from torch import Tensor
 
 from quire_engine.execution.plan import NewRow, TokenLogprobs
-from quire_engine.sampling.params import EngineSampling
-
-
-@dataclass(slots=True)
-class _EditedRow:
-    """What a row that edits its logits remembers: tokens only where they matter."""
-
-    params: EngineSampling
-    num_prompt: int
-    tokens: list[int]
-    length: int  # of the whole log, in tokens
-    counts: Tensor | None = None  # [V] how often each token was generated
-    seen: Tensor | None = None  # [V] whether it is in the prompt or the output
-    allowed: Tensor | None = None  # [V] 0 where allowed, -inf elsewhere
+from quire_engine.sampling.edits import LogitEdits
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +66,7 @@ class Sampler:
         self._seed = np.zeros(num_rows, np.int64)
         self._filters = np.zeros(num_rows, np.bool_)
         self._logprobs: dict[int, int] = {}
-        self._edited: dict[int, _EditedRow] = {}
+        self._edits = LogitEdits(vocab_size, device)
 
     def set_row(self, new: NewRow, length: int) -> None:
         """A request with `length` tokens in its log takes the row."""
@@ -91,24 +78,9 @@ class Sampler:
         self._seed[row] = np.uint64(params.seed).view(np.int64)
         self._filters[row] = not params.greedy and bool(self._top_k[row] or params.top_p < 1 or params.min_p)
         self._logprobs.pop(row, None)
-        self._edited.pop(row, None)
         if params.logprobs is not None:
             self._logprobs[row] = params.logprobs
-        if params.edits_logits:
-            self._edited[row] = self._edit_state(new, length)
-
-    def _edit_state(self, new: NewRow, length: int) -> _EditedRow:
-        params = new.params
-        state = _EditedRow(params, new.num_prompt, list(new.tokens), length)
-        if params.penalized:
-            log = torch.tensor(new.tokens, dtype=torch.int64, device=self._device)
-            state.counts = torch.bincount(log[new.num_prompt :], minlength=self._vocab_size).float()
-            state.seen = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
-            state.seen[log] = True
-        if params.allowed_token_ids:
-            state.allowed = torch.full((self._vocab_size,), float("-inf"), device=self._device)
-            state.allowed[list(params.allowed_token_ids)] = 0.0
-        return state
+        self._edits.set_row(new, length)
 
     def tables(self, rows: NDArray[np.int32]) -> tuple[NDArray[np.generic], ...]:
         """What `Rows` holds of these rows, on the host: seeds, temperature, top-k, top-p, min-p."""
@@ -116,56 +88,19 @@ class Sampler:
 
     def draw(self, logits: Tensor, rows: NDArray[np.int32], parameters: Rows) -> Drawn:
         """One token per row. logits [S, V] fp32 (changed in place)."""
-        places = {int(row): place for place, row in enumerate(rows)} if self._logprobs or self._edited else {}
+        places = {int(row): place for place, row in enumerate(rows)} if self._logprobs or self._edits else {}
         scored = [(row, self._logprobs[row]) for row in places if row in self._logprobs]
         raw = logits[[places[row] for row, _ in scored]] if scored else None
-        edited = self._edited.keys() & places.keys()
-        for row in edited:
-            self._edit(logits[places[row]], self._edited[row])
+        edited = any(row in self._edits for row in places)
+        if edited:
+            self._edits.apply(logits, places)
         tokens = self._ops.draw(logits, parameters, filtered=bool(self._filters[rows].any()))
-        for row in edited:
-            self._remember(self._edited[row], tokens[places[row] : places[row] + 1])
+        if edited:
+            self._edits.remember(tokens, places)
         if raw is None:
             return Drawn(tokens, None, [])
         chosen = tokens[[places[row] for row, _ in scored]]
         return Drawn(tokens, token_scores(raw, chosen.clamp(min=0), max(width for _, width in scored)), scored)
-
-    # ---- edits ----------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _edit(logits: Tensor, state: _EditedRow) -> None:
-        """Everything before temperature, in place on one row [V]."""
-        params = state.params
-        if state.allowed is not None:
-            logits += state.allowed
-        for word in params.bad_words:
-            before = word[:-1]
-            if not before or tuple(state.tokens[-len(before) :]) == before:
-                logits[word[-1]] = float("-inf")
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=logits.device)
-            logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-        if state.length - state.num_prompt < params.min_tokens:
-            logits[list(params.stop_token_ids)] = float("-inf")
-        if state.counts is not None and state.seen is not None:
-            if params.repetition_penalty != 1.0:
-                r = params.repetition_penalty
-                logits.copy_(torch.where(state.seen, torch.where(logits > 0, logits / r, logits * r), logits))
-            if params.frequency_penalty:
-                logits -= params.frequency_penalty * state.counts
-            if params.presence_penalty:
-                logits -= params.presence_penalty * (state.counts > 0)
-
-    @staticmethod
-    def _remember(state: _EditedRow, token: Tensor) -> None:
-        """token [1]; a row without one ends with the step, so what is noted for it does not matter."""
-        state.length += 1
-        if any(len(word) > 1 for word in state.params.bad_words):
-            state.tokens.append(int(token.item()))
-        if state.counts is not None and state.seen is not None:
-            at = token.clamp(min=0).long()
-            state.counts[at] += 1
-            state.seen[at] = True
 
 
 def token_scores(logits: Tensor, chosen: Tensor, width: int) -> TokenScores:

@@ -24,12 +24,13 @@ class RandomWeights:
         shape: tuple[int, ...],
         rows: slice = slice(None),
         columns: slice = slice(None),
+        depths: slice = slice(None),
         *,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Norms are 1, scales small, everything else uniform about 0; each rank makes its own."""
-        cuts = (rows, columns)
-        part = tuple(len(range(size)[cuts[i]]) if i < 2 else size for i, size in enumerate(shape))
+        cuts = (rows, columns, depths)
+        part = tuple(len(range(size)[cuts[i]]) if i < 3 else size for i, size in enumerate(shape))
         kind = dtype or self.dtype
         if not name.endswith(("scale", "scale_inv", "scales", "zeros")):
             self.num_parameters += torch.Size(part).numel() * {torch.int32: 8, torch.uint8: 2}.get(kind, 1)

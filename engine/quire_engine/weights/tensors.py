@@ -11,20 +11,23 @@ from torch import Tensor
 
 from quire_engine.errors import ModelError
 
-ReadPart = Callable[[slice, slice], Tensor]
+ReadPart = Callable[[tuple[slice, ...]], Tensor]
+WHOLE = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is not read yet. `part(rows, columns)` reads a part of it (columns of matrices only)."""
+    """A tensor that is not read yet. `part` reads a part of it, a slice for each of its first dimensions."""
 
     name: str
     shape: tuple[int, ...]
     part: ReadPart
 
-    def read(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """The part, or all of it."""
-        return self.part(rows, columns)
+    def read(self, *slices: slice) -> Tensor:
+        """The part, or all of it. Slices beyond its dimensions must be of everything."""
+        while slices and slices[-1] == WHOLE:
+            slices = slices[:-1]
+        return self.part(slices or (WHOLE,))
 
 
 class Checkpoint(Protocol):
@@ -83,10 +86,8 @@ class SafetensorsCheckpoint:
         view = handle.get_slice(name)
         shape = tuple(view.get_shape())
 
-        def part(rows: slice, columns: slice) -> Tensor:
-            if not shape:
-                return handle.get_tensor(name)
-            return view[rows] if len(shape) == 1 or columns == slice(None) else view[rows, columns]
+        def part(slices: tuple[slice, ...]) -> Tensor:
+            return view[slices] if shape else handle.get_tensor(name)
 
         return LazyTensor(name, shape, part)
 
@@ -103,8 +104,9 @@ class Weights(Protocol):
         self,
         name: str,
         shape: tuple[int, ...],
-        rows: slice = slice(None),
-        columns: slice = slice(None),
+        rows: slice = WHOLE,
+        columns: slice = WHOLE,
+        depths: slice = WHOLE,
         *,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
@@ -143,8 +145,9 @@ class TensorReader:
         self,
         name: str,
         shape: tuple[int, ...],
-        rows: slice = slice(None),
-        columns: slice = slice(None),
+        rows: slice = WHOLE,
+        columns: slice = WHOLE,
+        depths: slice = WHOLE,
         *,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
@@ -159,7 +162,7 @@ class TensorReader:
         self._unread.discard(name)
         self.progress()
         # A copy, always: a view would keep the whole file mapped, and its pages in memory beside the weights.
-        part = lazy.read(rows, columns)
+        part = lazy.read(rows, columns, depths)
         exact = dtype is not None and (dtype.itemsize == 1 or not dtype.is_floating_point)
         if exact and part.dtype != dtype:
             raise ModelError(f"tensor {name} is in {part.dtype}, where {dtype} belongs")

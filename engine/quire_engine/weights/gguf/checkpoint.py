@@ -10,7 +10,7 @@ from quire_engine.errors import ModelError
 from quire_engine.weights.gguf.families import config_of, family_of
 from quire_engine.weights.gguf.file import GGUFFile, GGUFTensorInfo
 from quire_engine.weights.gguf.layouts import TENSORS, Made
-from quire_engine.weights.tensors import LazyTensor
+from quire_engine.weights.tensors import WHOLE, LazyTensor
 
 _READ_ELSEWHERE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # by the config
 
@@ -70,12 +70,11 @@ class GGUFCheckpoint:
         less = 1.0 if self._family.norms_from_one and name.endswith("norm.weight") else 0.0
         shape = info.shape if expert is None else info.shape[1:]
 
-        def part(rows: slice, columns: slice) -> Tensor:
+        def part(slices: tuple[slice, ...]) -> Tensor:
             if expert is not None:
-                whole = self._file.read(info, slice(expert, expert + 1))[0][rows]
-            else:
-                whole = self._file.read(info, rows)
-            return whole[:, columns] if whole.dim() > 1 else whole - less
+                return self._file.read(info, slice(expert, expert + 1))[0][slices]
+            rows = self._file.read(info, slices[0])[(WHOLE, *slices[1:])]
+            return rows - less if less else rows
 
         return LazyTensor(name, shape, part)
 
@@ -83,8 +82,7 @@ class GGUFCheckpoint:
         made, infos = self._made[name]
         shape = made.make([torch.empty(info.shape, device="meta") for info in infos], self._config).shape
 
-        def part(rows: slice, columns: slice) -> Tensor:
-            whole = made.make([self._file.read(info, slice(None)) for info in infos], self._config)[rows]
-            return whole if columns == slice(None) else whole[:, columns]
+        def part(slices: tuple[slice, ...]) -> Tensor:
+            return made.make([self._file.read(info, WHOLE) for info in infos], self._config)[slices]
 
         return LazyTensor(name, tuple(shape), part)
