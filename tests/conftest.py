@@ -28,8 +28,6 @@ def make_checkpoint(folder: Path, family: str, kind: str = "AutoModelForCausalLM
     """A tiny random fp32 checkpoint from the family's own config class, with a word-level tokenizer. `kind`: the class
     in transformers that makes the model."""
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     known = (FAMILIES | FALLBACK | ENCODERS | {name: refused for name, (refused, _) in REFUSED.items()})[family]
@@ -43,7 +41,16 @@ def make_checkpoint(folder: Path, family: str, kind: str = "AutoModelForCausalLM
         if name.endswith("correction_bias"):
             torch.nn.init.normal_(buffer, 0.0, 0.2)
     model.save_pretrained(folder)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, config.vocab_size)}
+    add_tokenizer(folder, config.vocab_size)
+    return folder
+
+
+def add_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A word-level one, whose words are w4, w5, ..."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.Fuse()
@@ -52,7 +59,6 @@ def make_checkpoint(folder: Path, family: str, kind: str = "AutoModelForCausalLM
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     fast.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

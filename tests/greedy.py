@@ -60,3 +60,22 @@ def run(engine: Engine, batch: list[list[int]], first_id: int = 1, **params: Any
 def engine_for(folder: Path, **options: Any) -> Engine:
     config = EngineConfig(model=str(folder), **({"kv_cache_memory_bytes": 8 << 20, "device": "cpu"} | options))
     return Engine(ModelRunner(config, find_model(config)))
+
+
+def prompt_logits(engine: Engine, batch: list[list[int]]) -> list[torch.Tensor]:
+    """Of every position of each prompt [length, vocabulary]."""
+    runner: Any = engine._executor
+    model = runner._model
+    seen: list[torch.Tensor] = []
+    logits_of = model.logits
+    model.logits = lambda hidden: seen.append(logits_of(hidden)) or seen[-1]
+    found = []
+    for number, prompt in enumerate(batch):
+        seen.clear()
+        sampling = EngineSampling(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+        engine.add(Request(number, list(prompt), len(prompt), sampling))
+        while engine.has_work:
+            engine.step()
+        found.append(torch.cat(seen))
+    model.logits = logits_of
+    return found

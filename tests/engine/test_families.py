@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import Table
 from families import FALLBACK, FAMILIES, REFUSED
-from greedy import NEW_TOKENS, engine_for, prompts, run, truth
-from quire_engine.engine import Engine
+from greedy import NEW_TOKENS, engine_for, prompt_logits, prompts, run, truth
 from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
@@ -20,25 +18,6 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.xdist_group("families")  # their table is one process's
 
 Make = Callable[[str], Path]
-
-
-def prompt_logits(engine: Engine, batch: list[list[int]]) -> list[torch.Tensor]:
-    """Of every position of each prompt [length, vocabulary]."""
-    runner: Any = engine._executor
-    model = runner._model
-    seen: list[torch.Tensor] = []
-    logits_of = model.logits
-    model.logits = lambda hidden: seen.append(logits_of(hidden)) or seen[-1]
-    found = []
-    for number, prompt in enumerate(batch):
-        seen.clear()
-        sampling = EngineSampling(temperature=0.0, max_tokens=1, prompt_logprobs=1)
-        engine.add(Request(number, list(prompt), len(prompt), sampling))
-        while engine.has_work:
-            engine.step()
-        found.append(torch.cat(seen))
-    model.logits = logits_of
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES | FALLBACK)

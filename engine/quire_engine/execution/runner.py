@@ -84,6 +84,8 @@ class ModelRunner:
             usable_bytes(config, self.device),
             stage=group.stage,
         )
+        if group.draws and (whole := files.config.get("text_part_of")) is not None:
+            log.warning("%s: images are not served, but the text part alone", whole)
         if self.spec.latent is not None:
             _check_latent(config, self.device)
         if not memory.page_bytes and config.kv_cache_dtype != "auto":

@@ -48,6 +48,7 @@ from quire_engine.models import (
 )
 from quire_engine.models.fallback import fallback_spec
 from quire_engine.models.spec import Config, DecoderSpec
+from quire_engine.models.text_parts import TEXT_PARTS, TextPart
 from quire_engine.pooling import Pooling
 
 FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
@@ -123,11 +124,26 @@ _HEADLESS = ("Model", "ForSequenceClassification")
 def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
     """`_family_spec`, of a model that pools where `pooling` says so."""
     spec = _family_spec(config)
+    if (whole := config.get("text_part_of")) is not None:
+        spec = _within(spec, TEXT_PARTS[whole])
     if pooling is None:
         return spec
     if spec.fallback is not None:
         raise ModelError("transformers' code computes this family, which is served for generation alone")
     return dataclasses.replace(spec, pooling=pooling)
+
+
+def _within(spec: DecoderSpec, part: TextPart) -> DecoderSpec:
+    """The same decoder under the names that a checkpoint with more in it has."""
+    names = spec.names
+    names = dataclasses.replace(
+        names,
+        embedding=part.renamed(names.embedding),
+        layers=part.renamed(names.layers),
+        norm=part.renamed(names.norm),
+        head=part.renamed(names.head),
+    )
+    return dataclasses.replace(spec, names=names, extra_tensors=spec.extra_tensors + part.others)
 
 
 def _family_spec(config: Config) -> DecoderSpec:
@@ -146,6 +162,6 @@ def _family_spec(config: Config) -> DecoderSpec:
     if (spec := fallback_spec(config)) is not None:
         return spec
     raise ModelError(
-        f"architectures is {architectures or 'missing'}; served are {', '.join(FAMILIES)}, and what else transformers "
-        "has for causal language models"
+        f"architectures is {architectures or 'missing'}; served are {', '.join(FAMILIES)}, the text part of "
+        f"{', '.join(TEXT_PARTS)}, and what else transformers has for causal language models"
     )

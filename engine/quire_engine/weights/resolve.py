@@ -10,6 +10,7 @@ from typing import Any
 
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.models.text_parts import text_config
 from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
 from quire_engine.weights.gguf.families import config_of
 from quire_engine.weights.gguf.file import GGUFFile, model_name, split_names
@@ -35,7 +36,8 @@ class ModelFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The Hugging Face config. Raises ModelError where there is none that can be read."""
+        """The Hugging Face config, of the text part where there are images too. Raises ModelError where there is none
+        that can be read."""
         if self.gguf is not None:
             return config_of(self.gguf)
         path = self.folder / "config.json"
@@ -47,7 +49,7 @@ class ModelFiles:
             raise ModelError(f"config.json of {self.name} is not JSON: {error}") from error
         if not isinstance(config, dict):
             raise ModelError(f"config.json of {self.name} is not an object")
-        return config
+        return text_config(config)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
