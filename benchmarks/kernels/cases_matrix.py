@@ -98,6 +98,25 @@ def _int4(m: int, n: int, k: int, group: int = 128, zeros: bool = True) -> Build
     return build
 
 
+def _experts_in_mxfp4(tokens: int, experts: int, k: int, hidden: int, inner: int) -> Build:
+    def build(device: torch.device, fp8: torch.dtype) -> Built:
+        x = normal(device, tokens, hidden)
+        w = torch.randint(256, (experts, 2 * inner, hidden // 2), dtype=torch.uint8, device=device)
+        exponents = torch.randint(118, 124, (experts, 2 * inner, hidden // 32), dtype=torch.uint8, device=device)
+        chosen = torch.rand(tokens, experts, device=device).topk(k).indices.int()
+        alignment = align(chosen, experts, rows_per_tile(tokens * k, experts))
+        used = min(experts, tokens * k)
+        return Built(
+            run=lambda: grouped_matmul(x, w, alignment, k, torch.bfloat16, w_scale=exponents),
+            expected=lambda: moe_reference.grouped_matmul(x, w, chosen, k, torch.bfloat16, w_scale=exponents),
+            bytes=size(x) + size(w, exponents) * used / experts + tokens * k * 2 * inner * 2,
+            operations=2.0 * tokens * k * 2 * inner * hidden,
+            terms=hidden**0.5,
+        )
+
+    return build
+
+
 def _experts(tokens: int, experts: int, k: int, hidden: int, inner: int, blocks: bool) -> Build:
     """The first product of a layer: tokens → gate and up."""
 
@@ -208,6 +227,10 @@ CASES = [
     *(
         Case(name=f"experts DeepSeek-V3/8 fp8, {m} tokens", build=_experts(m, 256, 8, 7168, 256, True), needs_fp8=True)
         for m in (64, 4096)
+    ),
+    *(
+        Case(name=f"experts gpt-oss-120b mxfp4, {m} tokens", build=_experts_in_mxfp4(m, 128, 4, 2880, 2880))
+        for m in (1, 64, 4096)
     ),
     Case(name="route Qwen3-30B-A3B, 4096 tokens", build=_route(4096, 128, Routing(top_k=8))),
     Case(name="route DeepSeek-V3, 4096 tokens", build=_route(4096, 256, DEEPSEEK)),

@@ -49,6 +49,7 @@ class TorchBackend:
 
     name = "torch"
     fp8: torch.dtype | None = torch.float8_e4m3fn
+    mxfp4 = False
 
     def __init__(self, *, deterministic: bool = False) -> None:
         self._deterministic = deterministic

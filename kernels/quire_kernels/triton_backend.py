@@ -33,6 +33,7 @@ class TritonBackend:
     """On a CPU only under TRITON_INTERPRET=1, which is for tests."""
 
     name = "triton"
+    mxfp4 = True
 
     def __init__(self, device: torch.device, *, deterministic: bool = False) -> None:
         """`deterministic`: a token's bits do not depend on what else is in the batch, nor on how it came there."""

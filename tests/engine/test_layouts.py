@@ -42,6 +42,11 @@ def test_mxfp4(checkpoint: Make, tmp_path: Path) -> None:
     folder = rewritten(original, tmp_path / "mxfp4", in_mxfp4, **MXFP4_CONFIG)
     plain = rewritten(folder, tmp_path / "plain", from_mxfp4, quantization_config=None)
     assert run(engine_for(folder), prompts()) == truth(plain, prompts())
+    few = prompts()[1:3]
+    engine = engine_for(folder, attention_backend="triton")  # which multiplies with them as they are
+    layer: Any = engine._executor._model._layers[0]
+    assert layer._mlp._experts.down.dtype == torch.uint8
+    assert run(engine, few, max_tokens=4) == [tokens[:4] for tokens in truth(plain, few)]
 
 
 @pytest.mark.parametrize("family", ["mxfp4", "gpt_oss", "granite_moe"])

@@ -88,6 +88,19 @@ def test_grouped_matmul(tokens: int, k: int, tile: int, bias: bool, dtype: torch
         assert_close(got, reference.grouped_matmul(a, w, chosen, per_row, dtype, bias=shift), width**0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "tile", "width"), [(1, 16, 96), (63, 16, 160), (100, 64, 256)])
+def test_grouped_matmul_in_mxfp4(tokens: int, tile: int, width: int, dtype: torch.dtype) -> None:
+    experts, n, k = 4, 90, 2
+    chosen = expert_layer(tokens, experts, k)
+    w = torch.randint(256, (experts, n, width // 2), dtype=torch.uint8)
+    exponents = torch.randint(118, 131, (experts, n, width // 32), dtype=torch.uint8)
+    a, shift = torch.randn(tokens, width).to(dtype), torch.randn(experts, n).to(dtype)
+    got = grouped_matmul(a, w, align(chosen, experts, tile), k, dtype, w_scale=exponents, bias=shift)
+    expected = reference.grouped_matmul(a, w, chosen, k, dtype, w_scale=exponents, bias=shift)
+    assert_close(got, expected, 16 * width**0.5)
+
+
 @pytest.mark.parametrize("dtype", FP8)
 @pytest.mark.parametrize(("a_scales", "w_shape"), [(1, ()), (2, (1,)), (2, ()), (3, (2, 3))])
 def test_grouped_matmul_in_fp8(a_scales: int, w_shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -96,6 +96,7 @@ class DryBackend:
     def __init__(self, cpu: bool, fp8: torch.dtype | None) -> None:
         self._cpu = cpu
         self.fp8 = fp8
+        self.mxfp4 = not cpu
 
     def paged_attention(
         self,

@@ -157,14 +157,26 @@ def _stacked_experts(
             return two.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2).contiguous()
         return torch.cat((read(mine), read(slice(inner + mine.start, inner + mine.stop))), 1)
 
+    gate_up_scale = down_scale = None
+    if isinstance(scheme, MXFP4) and build.ops.mxfp4 and mine.start % 32 == mine.stop % 32 == 0:
+        up, up_shape = f"{at}.{spec.up}", (count, 2 * inner, hidden)
+        gate_up = both(lambda columns: MXFP4.read_codes(weights, up, up_shape, rows, columns, WHOLE))
+        gate_up_scale = both(lambda columns: MXFP4.read_exponents(weights, up, up_shape, rows, columns, WHOLE))
+        of_down = (weights, f"{at}.{spec.down}", (count, hidden, inner), rows, WHOLE, mine)
+        down, down_scale = MXFP4.read_codes(*of_down), MXFP4.read_exponents(*of_down)
+    else:
+        gate_up = both(lambda columns: matrices(spec.up, 2 * inner, hidden, columns, WHOLE))
+        down = matrices(spec.down, hidden, inner, WHOLE, mine).contiguous()
     gate_up_bias = down_bias = None
     if spec.bias:
         gate_up_bias = both(lambda columns: weights.take(f"{at}.{spec.up}_bias", (count, 2 * inner), rows, columns))
         down_bias = weights.take(f"{at}.{spec.down}_bias", (count, hidden), rows)
     return Experts(
-        gate_up=both(lambda columns: matrices(spec.up, 2 * inner, hidden, columns, WHOLE)),
-        down=matrices(spec.down, hidden, inner, WHOLE, mine).contiguous(),
+        gate_up=gate_up,
+        down=down,
         activation=decoder.activation,
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias if part == WHOLE or build.group.rank == 0 else None,  # once in the sum over the ranks
         first=held.start,

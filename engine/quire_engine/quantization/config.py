@@ -115,7 +115,7 @@ def _compressed_tensors(stored: dict[str, Any]) -> Quantization:
 
 
 def _mxfp4(stored: dict[str, Any]) -> Quantization:
-    return Quantization("mxfp4, dequantized at load", MXFP4(), _left(stored, "modules_to_not_convert"))
+    return Quantization("mxfp4", MXFP4(), _left(stored, "modules_to_not_convert"))
 
 
 def _awq(stored: dict[str, Any]) -> Quantization:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from quire_kernels.backends import Backend
+from quire_kernels.moe.reference import dequantize_mxfp4
 from quire_kernels.quantize import BLOCK_COLUMNS, Quantized, QuantizedOutput, Scales
 from quire_kernels.quantize.reference import quantize
 from quire_kernels.quantized_matmul import Int4Weight
@@ -20,7 +21,6 @@ from quire_engine.errors import ModelError
 from quire_engine.weights.tensors import Weights
 
 _WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")  # both names multiply
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _INPUT_SCALES = ("input_scale", "activation_scale")
 
 
@@ -247,25 +247,46 @@ class Int4:
 
 class MXFP4(Plain):
     """4-bit floats (e2m1) in blocks of 32 inputs with a power of two each (OCP MX 1.0), of experts that one tensor
-    holds; everything else is plain. There is no kernel for them: they are kept as what they mean.
+    holds; everything else is plain.
     """
+
+    @staticmethod
+    def read_codes(
+        weights: Weights, name: str, shape: tuple[int, int, int], rows: slice, columns: slice, depths: slice
+    ) -> Tensor:
+        """Packed [E, N, K / 2]: some outputs of some experts' matrices, of `shape` [E, N, K] in all, and of the blocks
+        that have any of the inputs `depths`."""
+        experts, outputs, inputs = shape
+        whole = (experts, outputs, inputs // 32, 16)
+        cut = (rows, columns, _blocks(depths, inputs))
+        return weights.take(f"{name}_blocks", whole, *cut, dtype=torch.uint8).flatten(2)
+
+    @staticmethod
+    def read_exponents(
+        weights: Weights, name: str, shape: tuple[int, int, int], rows: slice, columns: slice, depths: slice
+    ) -> Tensor:
+        """The same blocks' exponents [E, N, K / 32]."""
+        experts, outputs, inputs = shape
+        cut = (rows, columns, _blocks(depths, inputs))
+        return weights.take(f"{name}_scales", (experts, outputs, inputs // 32), *cut, dtype=torch.uint8)
 
     def read_stacked(
         self, weights: Weights, name: str, shape: tuple[int, int, int], rows: slice, columns: slice, depths: slice
     ) -> Tensor:
-        """Some outputs and inputs of some experts' matrices, of `shape` [E, N, K] in all."""
-        experts, outputs, inputs = shape
-        count = inputs // 32
-        first, last, _ = depths.indices(inputs)
-        blocks = slice(first // 32, -(-last // 32))  # those that have any of the inputs
-        packed = weights.take(f"{name}_blocks", (experts, outputs, count, 16), rows, columns, blocks, dtype=torch.uint8)
-        scales = weights.take(f"{name}_scales", (experts, outputs, count), rows, columns, blocks, dtype=torch.uint8)
-        values = torch.tensor(_E2M1, dtype=weights.dtype, device=packed.device)
-        out = torch.empty((*packed.shape[:2], 32 * packed.shape[2]), dtype=weights.dtype, device=packed.device)
+        """The same outputs, and those inputs alone, as what they mean."""
+        packed = self.read_codes(weights, name, shape, rows, columns, depths)
+        exponents = self.read_exponents(weights, name, shape, rows, columns, depths)
+        out = torch.empty((*packed.shape[:2], 2 * packed.shape[2]), dtype=weights.dtype, device=packed.device)
         for expert in range(packed.shape[0]):  # one at a time: the codes take eight bytes each
-            codes = torch.stack((packed[expert] & 15, packed[expert] >> 4), -1).flatten(-2)  # the low half comes first
-            out[expert] = torch.ldexp(values[codes.int()], scales[expert].int()[..., None] - 127).flatten(1)
-        return out[..., first - 32 * blocks.start :][..., : last - first]
+            out[expert] = dequantize_mxfp4(packed[expert], exponents[expert], weights.dtype)
+        first, last, _ = depths.indices(shape[2])
+        return out[..., first % 32 :][..., : last - first]
+
+
+def _blocks(inputs: slice, count: int) -> slice:
+    """Of 32 inputs each."""
+    first, last, _ = inputs.indices(count)
+    return slice(first // 32, -(-last // 32))
 
 
 def _weight(weights: Weights, part: Part, inputs: int, columns: slice) -> Tensor:

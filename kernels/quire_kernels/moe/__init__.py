@@ -8,7 +8,9 @@ expert is E (of no expert) gets no row.
 
 `grouped_matmul(a, w [E, N, K], alignment, pairs_per_row)` → [T * k, N]: pair p's row of a is p // pairs_per_row (k
 where a holds tokens, 1 where it holds pairs already). fp8 operands come with scales as in `quantized_matmul`, the
-weights' one per expert: [E], [E, N] or [E, N / 128, K / 128].
+weights' one per expert: [E], [E, N] or [E, N / 128, K / 128]. 16-bit or fp32 a may also meet weights in MXFP4 (OCP MX
+1.0): w [E, N, K / 2] uint8, two e2m1 numbers a byte, the first in the low half, and exponents [E, N, K / 32] uint8, of
+a power of two (less 127) for every 32 of them.
 
 `combine(x [T * k, N], weights [T, k])` → [T, N]: the weighted sum over a token's pairs, in the order of its choices.
 """
@@ -38,15 +40,16 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
-    """The weights of the experts `first` and following, E of them. fp8 and int8 weights come with scales."""
+    """The weights of the experts `first` and following, E of them. fp8 and int8 weights come with scales, those in
+    MXFP4 with exponents."""
 
-    gate_up: Tensor  # [E, 2I, H], the gates' outputs first
-    down: Tensor  # [E, H, I]
+    gate_up: Tensor  # [E, 2I, H], the gates' outputs first; MXFP4: [E, 2I, H / 2]
+    down: Tensor  # [E, H, I]; MXFP4: [E, H, I / 2]
     activation: Activation = Activation.SILU
     gate_up_bias: Tensor | None = None  # [E, 2I]
     down_bias: Tensor | None = None  # [E, H]
-    gate_up_scale: Tensor | None = None  # [E, 2I] or [E, 2I / 128, H / 128]
-    down_scale: Tensor | None = None  # [E, H] or [E, H / 128, I / 128]
+    gate_up_scale: Tensor | None = None  # [E, 2I] or [E, 2I / 128, H / 128]; MXFP4: [E, 2I, H / 32]
+    down_scale: Tensor | None = None  # [E, H] or [E, H / 128, I / 128]; MXFP4: [E, H, I / 32]
     inputs: QuantizedOutput | None = None  # how what is multiplied with them is quantized
     first: int = 0
     partial: bool = False  # there are experts that are not held here

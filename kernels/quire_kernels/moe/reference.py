@@ -40,6 +40,16 @@ def align(experts: Tensor, num_experts: int, tile: int) -> Alignment:
     return Alignment(pairs, tile_experts, tile, flat.numel())
 
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def dequantize_mxfp4(packed: Tensor, exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """packed [..., K / 2] and exponents [..., K / 32], both uint8 → [..., K]."""
+    values = torch.tensor(_E2M1, dtype=dtype, device=packed.device)
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).unflatten(-1, (-1, 32))
+    return torch.ldexp(values[codes.int()], exponents.int()[..., None] - 127).flatten(-2)
+
+
 def grouped_matmul(
     a: Tensor,
     w: Tensor,
@@ -58,7 +68,10 @@ def grouped_matmul(
     for expert in flat.unique().tolist():
         mine = flat == expert
         scale = None if w_scale is None else w_scale[expert : expert + 1] if w_scale.ndim == 1 else w_scale[expert]
-        weight = w[expert].float() if scale is None else dequantize(w[expert], scale)
+        if scale is None:
+            weight = w[expert].float()
+        else:
+            weight = (dequantize_mxfp4 if w.dtype == torch.uint8 else dequantize)(w[expert], scale)
         out[mine] = rows[mine] @ weight.T + (0.0 if bias is None else bias[expert].float())
     return out.to(dtype)
 

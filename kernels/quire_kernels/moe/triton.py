@@ -188,6 +188,18 @@ def align(experts: Tensor, num_experts: int, tile: int) -> Alignment:
 
 
 @triton.jit
+def _from_mxfp4(packed, exponents, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
+    """packed [ROWS, COLUMNS / 2], exponents [ROWS, COLUMNS / 32] → [ROWS, COLUMNS]."""
+    codes = tl.interleave(packed & 15, packed >> 4).to(tl.int32)
+    exponent, mantissa = (codes >> 1) & 3, codes & 1
+    twice = tl.where(exponent == 0, mantissa, (2 + mantissa) << tl.maximum(exponent - 1, 0))  # twice its size, whole
+    values = twice.to(tl.float32) * tl.where(codes >= 8, -0.5, 0.5)
+    scales = (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    scaled = tl.reshape(values, [ROWS, COLUMNS // 32, 32]) * scales[:, :, None]
+    return tl.reshape(scaled, [ROWS, COLUMNS]).to(DTYPE)  # exact: four bits of it are not 0
+
+
+@triton.jit
 def _grouped_matmul(
     a_ptr,
     a_scale_ptr,
@@ -211,7 +223,7 @@ def _grouped_matmul(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """SCALES: 0 none, 1 per tensor, row or column, 3 per block of 128."""
+    """SCALES: 0 none, 1 per tensor, row or column, 3 per block of 128, 4 MXFP4's exponents."""
     tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, TILE_N), 8)
     expert = tl.load(tile_experts_ptr + tile_m).to(tl.int64)
     if expert < 0:
@@ -222,7 +234,12 @@ def _grouped_matmul(
     safe_n = tl.minimum(n, N - 1)
     k = tl.arange(0, TILE_K)
     a_at = a_ptr + row.to(tl.int64)[:, None] * a_stride + k[None, :]
-    w_at = w_ptr + (expert * N + safe_n)[:, None] * K + k[None, :]
+    held: tl.constexpr = TILE_K // 2 if SCALES == 4 else TILE_K  # elements of memory in a tile's row
+    byte = tl.arange(0, held)
+    row_length = K // 2 if SCALES == 4 else K
+    w_at = w_ptr + (expert * N + safe_n)[:, None] * row_length + byte[None, :]
+    group = tl.arange(0, TILE_K // 32)
+    groups_at = (expert * N + safe_n)[:, None] * (K // 32) + group[None, :]
     blocks = tl.cdiv(K, 128)
     acc = tl.zeros([TILE_M, TILE_N], tl.float32)
     for step in range(0, K, TILE_K):
@@ -230,10 +247,14 @@ def _grouped_matmul(
             a = tl.load(a_at)
             w = tl.load(w_at)
         else:
-            present = (k < K - step)[None, :]
-            a = tl.load(a_at, mask=present, other=0.0)
-            w = tl.load(w_at, mask=present, other=0.0)
-        if SCALES == 3:
+            a = tl.load(a_at, mask=(k < K - step)[None, :], other=0.0)
+            w = tl.load(w_at, mask=(byte < row_length - step * held // TILE_K)[None, :], other=0)
+        if SCALES == 4:
+            exponents = tl.load(w_scale_ptr + groups_at, mask=(group < (K - step) // 32)[None, :], other=127)
+            w = _from_mxfp4(w, exponents, TILE_N, TILE_K, a.dtype)
+            groups_at += TILE_K // 32
+            acc = tl.dot(a, w.T, acc, input_precision="ieee")
+        elif SCALES == 3:
             scale = tl.load(a_scale_ptr + row * blocks + step // 128)[:, None]
             at = (expert * tl.cdiv(N, 128) + safe_n // 128) * blocks + step // 128
             acc += tl.dot(a, w.T) * (scale * tl.load(w_scale_ptr + at)[None, :])
@@ -242,7 +263,7 @@ def _grouped_matmul(
         else:
             acc = tl.dot(a, w.T, acc, input_precision="ieee")
         a_at += TILE_K
-        w_at += TILE_K
+        w_at += held
     if SCALES == 1:
         if A_PER_ROW:
             acc *= tl.load(a_scale_ptr + row)[:, None]
@@ -284,11 +305,13 @@ def grouped_matmul(
 ) -> Tensor:
     """See the package's contract; bias [E, N]. w is contiguous, rows of a may be strided."""
     assert w.is_contiguous()
-    assert (a_scale is None) == (w_scale is None)
+    packed = w.dtype == torch.uint8
+    assert packed or (a_scale is None) == (w_scale is None)
     chip = hardware(a.device)
-    columns, k = w.shape[1:]
-    blocks = w_scale is not None and w_scale.ndim == 3
-    tiles = _tiles(chip, alignment.tile, a.element_size(), blocks).fits(chip, a.element_size(), w.element_size())
+    columns, k = w.shape[1], 2 * w.shape[2] if packed else w.shape[2]
+    blocks = w_scale is not None and w_scale.ndim == 3 and not packed
+    held_as = a if packed else w
+    tiles = _tiles(chip, alignment.tile, a.element_size(), blocks).fits(chip, a.element_size(), held_as.element_size())
     tiles_m = alignment.tile_experts.shape[0]
     out = torch.empty((alignment.num_pairs, columns), dtype=dtype, device=a.device)
     kernel: Any = _grouped_matmul
@@ -306,7 +329,7 @@ def grouped_matmul(
         columns,
         k,
         a.stride(0),
-        SCALES=0 if w_scale is None else 3 if blocks else 1,
+        SCALES=4 if packed else 0 if w_scale is None else 3 if blocks else 1,
         A_PER_ROW=a_scale is not None and a_scale.numel() > 1,
         W_PER_COLUMN=w_scale is not None and w_scale.ndim == 2,
         PAIRS_PER_ROW=pairs_per_row,
