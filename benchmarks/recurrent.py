@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,10 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, action="append")
-    for family in parser.parse_args().family or FAMILIES:
+    parser.add_argument("--output", help="a file for all results, as JSON")
+    options = parser.parse_args()
+    results = []
+    for family in options.family or FAMILIES:
         kind, facts = FAMILIES[family]
         torch.manual_seed(0)
         config = getattr(transformers, kind)(**(_COMMON | facts))
@@ -94,8 +98,10 @@ def main() -> None:
         found: dict[str, Any] = {"family": family, "parameters": sum(p.numel() for p in model.parameters())}
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            options = EngineConfig(model=folder, device="cpu", max_model_len=2048)
-            engine = Engine(ModelRunner(options, find_model(options), threads=len(os.sched_getaffinity(0))))
+            config_of_ours = EngineConfig(model=folder, device="cpu", max_model_len=2048)
+            engine = Engine(
+                ModelRunner(config_of_ours, find_model(config_of_ours), threads=len(os.sched_getaffinity(0)))
+            )
             ours(engine, prompts(2), 0, 4)
             theirs(model, prompts(2))
             for number, count in enumerate((1, 8)):
@@ -115,6 +121,9 @@ def main() -> None:
                 ours(engine, [shared + tail], 1000 + i, 1)[0] for i, tail in enumerate(tails)
             ]  # the first leaves its chunks' states, which the others find
         print(json.dumps(found, indent=1), flush=True)
+        results.append(found)
+    if options.output:
+        Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
