@@ -201,7 +201,7 @@ def plan_memory(
         for_states = min(_CPU_CACHE_BYTES, states_wanted)
         wanted = min(max(_CPU_CACHE_BYTES, one_request * page) + for_states, left) if cpu else left
     for_cache = min(wanted, left)
-    num_states = _num_states(config, state, for_cache, one_request * page)
+    num_states = _num_states(config, state, for_cache, one_request * page) if spec.recurrent_layers else 0
     for_pages = for_cache - (num_states + 1) * state
     num_pages = for_pages // page if page else config.max_num_seqs * one_request
     if num_pages < one_request:
@@ -226,8 +226,8 @@ def plan_memory(
 
 def _num_states(config: EngineConfig, state: int, for_cache: int, longest: int) -> int:
     """How many requests' recurrent states are kept. Raises OutOfMemory where there is no room for one."""
-    if not state:
-        return 0
+    if not state:  # of this stage's layers
+        return _STATES_PER_REQUEST * config.max_num_seqs
     share = min(int(for_cache * _MOST_FOR_STATES), for_cache - longest) if longest else for_cache
     most = max(share, min(for_cache, 2 * state)) // state - 1
     if most < 1:

@@ -50,7 +50,7 @@ RANKS: dict[str, dict[str, Any]] = {
         ("qwen3_moe", "2, whole experts"),
         ("qwen2", "2 stages"),
         ("qwen3_moe", "2 stages of 2"),
-        ("qwen3_5", "2 stages"),
+        ("nemotron_h", "2 stages"),
     ],
 )
 def test_ranks(checkpoint: Make, family: str, ranks: str) -> None:
@@ -59,7 +59,7 @@ def test_ranks(checkpoint: Make, family: str, ranks: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0)
     heads, layers = (2 if "stages" in ranks and ranks == "2 stages" else 1), (2 if "stages" in ranks else 3)
     page = layers * 2 * heads * 16 * (32 if family in ("mistral", "qwen3", "qwen3_moe") else 16) * 4  # of one rank
-    recurrent = family == "qwen3_5"  # whose second stage keeps nothing but states
+    recurrent = family == "nemotron_h"  # one stage keeps states alone, the other keys and values
     with LLM(
         str(folder),
         max_num_batched_tokens=24,

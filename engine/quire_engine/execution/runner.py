@@ -88,7 +88,7 @@ class ModelRunner:
             log.warning("%s: images are not served, but the text part alone", whole)
         if self.spec.latent is not None:
             _check_latent(config, self.device)
-        if not memory.page_bytes and config.kv_cache_dtype != "auto":
+        if config.kv_cache_dtype != "auto" and not self.spec.attending:
             raise InvalidParameter(
                 f"kv_cache_dtype is {config.kv_cache_dtype}, and this family keeps no keys and values: leave it out",
                 "kv_cache_dtype",

@@ -229,6 +229,11 @@ class DecoderSpec:
         """Whether a layer keeps keys and values."""
         return layer not in self.recurrent_layers and layer not in self.without_mixer
 
+    @property
+    def attending(self) -> bool:
+        """Whether any layer keeps keys and values."""
+        return any(self.attends(layer) for layer in range(self.num_layers))
+
     def check_parallel(self, size: int, stages: int = 1, *, experts_apart: bool = False) -> None:
         """Raises ModelError unless every sliced dimension is a multiple of the number of ranks. Key-value heads may
         also be fewer: then several ranks hold the same one."""
@@ -242,7 +247,7 @@ class DecoderSpec:
 
     def _misfit(self, size: int, experts_apart: bool) -> str | None:
         sliced = {}
-        if any(self.attends(layer) for layer in range(self.num_layers)):
+        if self.attending:
             sliced["num_attention_heads"] = self.num_heads
         if self.experts is None or self.experts.dense_layers:
             sliced["intermediate_size"] = self.intermediate_size
