@@ -11,6 +11,7 @@ from quire_kernels.matmul import reference as plain_reference
 from quire_kernels.matmul.triton import matmul
 from quire_kernels.moe import Routing
 from quire_kernels.moe import reference as moe_reference
+from quire_kernels.moe.int4 import grouped_int4_matmul
 from quire_kernels.moe.triton import align, combine, grouped_matmul, route, rows_per_tile
 from quire_kernels.quantized_matmul import Int4Weight, reference
 from quire_kernels.quantized_matmul.triton import int4_matmul, scaled_matmul
@@ -93,6 +94,29 @@ def _int4(m: int, n: int, k: int, group: int = 128, zeros: bool = True) -> Build
             operations=2.0 * m * n * k,
             terms=k**0.5,
             peers={} if dense is None else {"cuBLAS bf16": lambda: a @ dense.T},
+        )
+
+    return build
+
+
+def _experts_in_int4(tokens: int, experts: int, k: int, hidden: int, inner: int) -> Build:
+    def build(device: torch.device, fp8: torch.dtype) -> Built:
+        x, n = normal(device, tokens, hidden), 2 * inner
+        w = Int4Weight(
+            torch.randint(256, (experts, hidden // 64, n, 32), dtype=torch.uint8, device=device),
+            torch.rand(experts, hidden // 128, n, device=device).bfloat16() * 0.02,
+            torch.randint(16, (experts, hidden // 128, n), dtype=torch.uint8, device=device),
+            128,
+        )
+        chosen = torch.rand(tokens, experts, device=device).topk(k).indices.int()
+        alignment = align(chosen, experts, rows_per_tile(tokens * k, experts))
+        used = min(experts, tokens * k)
+        return Built(
+            run=lambda: grouped_int4_matmul(x, w, alignment, k),
+            expected=lambda: moe_reference.grouped_matmul(x, w, chosen, k, torch.bfloat16),
+            bytes=size(x) + size(w.packed, w.scales, w.zeros) * used / experts + tokens * k * n * 2,
+            operations=2.0 * tokens * k * n * hidden,
+            terms=0.02 * 8 * hidden**0.5,
         )
 
     return build
@@ -230,6 +254,10 @@ CASES = [
     ),
     *(
         Case(name=f"experts gpt-oss-120b mxfp4, {m} tokens", build=_experts_in_mxfp4(m, 128, 4, 2880, 2880))
+        for m in (1, 64, 4096)
+    ),
+    *(
+        Case(name=f"experts Qwen3-30B-A3B int4, {m} tokens", build=_experts_in_int4(m, 128, 8, 2048, 768))
         for m in (1, 64, 4096)
     ),
     Case(name="route Qwen3-30B-A3B, 4096 tokens", build=_route(4096, 128, Routing(top_k=8))),

@@ -59,7 +59,7 @@ class Backend(Protocol):
 
     name: str
     fp8: torch.dtype | None  # e4m3 as the device has it; None: it has none
-    mxfp4: bool  # whether it multiplies with experts in MXFP4
+    packed_experts: bool  # whether it multiplies with experts in MXFP4 and int4 as they are
 
     def paged_attention(
         self,

@@ -49,7 +49,7 @@ class TorchBackend:
 
     name = "torch"
     fp8: torch.dtype | None = torch.float8_e4m3fn
-    mxfp4 = False
+    packed_experts = False
 
     def __init__(self, *, deterministic: bool = False) -> None:
         self._deterministic = deterministic
@@ -158,7 +158,7 @@ class TorchBackend:
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in chosen.unique().tolist():
             local = expert - experts.first
-            if not 0 <= local < experts.gate_up.shape[0]:
+            if not 0 <= local < experts.held:
                 continue
             token, choice = (chosen == expert).nonzero(as_tuple=True)
             inner = self._expert_product(x[token], experts.gate_up, experts.gate_up_scale, local, experts)
@@ -171,7 +171,10 @@ class TorchBackend:
             out.index_add_(0, token, result.float() * weights[token, choice, None])
         return out.to(x.dtype)
 
-    def _expert_product(self, x: Tensor, w: Tensor, scale: Tensor | None, expert: int, experts: Experts) -> Tensor:
+    def _expert_product(
+        self, x: Tensor, w: Tensor | Int4Weight, scale: Tensor | None, expert: int, experts: Experts
+    ) -> Tensor:
+        assert isinstance(w, Tensor), "experts in 4 bits are kept as what they mean"
         if scale is None or experts.inputs is None:
             return self._product(w[expert])(x)
         narrow = activation_reference.activate(x, Activation.IDENTITY, False, experts.inputs)

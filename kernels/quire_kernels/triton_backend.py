@@ -13,6 +13,7 @@ from quire_kernels.hardware import hardware
 from quire_kernels.matmul.triton import matmul
 from quire_kernels.mla.triton import latent_attention, latent_cache_write
 from quire_kernels.moe import Experts, Routing
+from quire_kernels.moe.int4 import grouped_int4_matmul
 from quire_kernels.moe.triton import align, combine, grouped_matmul, route, rows_per_tile
 from quire_kernels.norm import Norm
 from quire_kernels.norm.triton import add_norm, norm_heads
@@ -26,6 +27,7 @@ from quire_kernels.recurrence.triton import recurrence, short_convolution
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.triton import draw, prepare
 
+_Rest = tuple[Tensor | None, Tensor | None]  # a weight's scale and bias
 INVARIANT_TILE = 64  # rows of an expert's tile, whatever the batch
 
 
@@ -33,7 +35,7 @@ class TritonBackend:
     """On a CPU only under TRITON_INTERPRET=1, which is for tests."""
 
     name = "triton"
-    mxfp4 = True
+    packed_experts = True
 
     def __init__(self, device: torch.device, *, deterministic: bool = False) -> None:
         """`deterministic`: a token's bits do not depend on what else is in the batch, nor on how it came there."""
@@ -108,7 +110,7 @@ class TritonBackend:
 
     def experts(self, x: Tensor, router_logits: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """Two grouped products over all the tokens' choices. Choices of experts held elsewhere take no part."""
-        held = experts.gate_up.shape[0]
+        held = experts.held
         weights, chosen = route(router_logits, routing)
         if experts.partial:
             local = chosen - experts.first
@@ -116,18 +118,16 @@ class TritonBackend:
         tile = INVARIANT_TILE if self._deterministic else rows_per_tile(chosen.numel(), held)
         alignment = align(chosen, held, tile)
         values, scale = self._narrow(x, Activation.IDENTITY, False, experts)
-        inner = grouped_matmul(
-            values,
-            experts.gate_up,
-            alignment,
-            routing.top_k,
-            x.dtype,
-            scale,
-            experts.gate_up_scale,
-            experts.gate_up_bias,
-        )
+
+        def product(a: Tensor, scale: Tensor | None, w: Tensor | Int4Weight, rest: _Rest, per_row: int) -> Tensor:
+            if isinstance(w, Int4Weight):
+                return grouped_int4_matmul(a, w, alignment, per_row, rest[1])
+            return grouped_matmul(a, w, alignment, per_row, x.dtype, scale, *rest)
+
+        up, down = (experts.gate_up_scale, experts.gate_up_bias), (experts.down_scale, experts.down_bias)
+        inner = product(values, scale, experts.gate_up, up, routing.top_k)
         values, scale = self._narrow(inner, experts.activation, True, experts)
-        out = grouped_matmul(values, experts.down, alignment, 1, x.dtype, scale, experts.down_scale, experts.down_bias)
+        out = product(values, scale, experts.down, down, 1)
         if experts.partial:  # rows of no expert were not written
             out.masked_fill_((chosen == held).view(-1, 1), 0.0)
         return combine(out, weights)

@@ -16,6 +16,7 @@ from quire_engine.quantization.config import quantization_of
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.weights.resolve import find_model
+from quire_kernels.quantized_matmul import Int4Weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -307,6 +308,28 @@ def test_formats(source: Path, tmp_path: Path, kind: str) -> None:
         return
     cost = (theirs - plain).abs().mean()
     assert error.mean() < 0.15 * cost, "closer to the quantized model than that is to the plain one"
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, _, rounding) in FORMATS.items() if rounding is as_is])
+def test_experts_in_int4(tmp_path: Path, kind: str) -> None:
+    """Exactly, on a CPU as what they mean, and by the Triton kernel as they are."""
+    sizes = SIZES | {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": []}
+    source = make_checkpoint(tmp_path / "plain", "qwen3_moe", **sizes)
+    quantized_checkpoint(source, tmp_path / "quantized", kind)
+    settings, write, _ = FORMATS[kind]
+    meant = {
+        name: write(weight)[1] if is_quantized(name, settings) else weight
+        for name, weight in load_file(source / "model.safetensors").items()
+    }
+    save_file(meant, source / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        theirs = model(torch.tensor([PROMPT])).logits[0]
+    assert (logits_of(runner_for(tmp_path / "quantized"), PROMPT) - theirs).abs().max() < 1e-4
+    runner = runner_for(tmp_path / "quantized", attention_backend="triton")
+    layer: Any = runner._model._layers[0]
+    assert isinstance(layer._mlp._experts.down, Int4Weight)
+    assert (logits_of(runner, PROMPT[:6]) - theirs[:6]).abs().max() < 1e-4
 
 
 def test_latent_attention_in_fp8_blocks(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from quire_kernels.moe import Routing, aligned_rows, reference
+from quire_kernels.moe.int4 import grouped_int4_matmul
 from quire_kernels.moe.triton import align, combine, grouped_matmul, route
 from quire_kernels.quantize import QuantizedOutput, Scales
 from quire_kernels.quantize.reference import quantize
+from quire_kernels.quantized_matmul import Int4Weight
 from tolerance import FP8, assert_close
 
 ROUTINGS = [
@@ -99,6 +101,23 @@ def test_grouped_matmul_in_mxfp4(tokens: int, tile: int, width: int, dtype: torc
     got = grouped_matmul(a, w, align(chosen, experts, tile), k, dtype, w_scale=exponents, bias=shift)
     expected = reference.grouped_matmul(a, w, chosen, k, dtype, w_scale=exponents, bias=shift)
     assert_close(got, expected, 16 * width**0.5)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize(("tokens", "tile", "group"), [(1, 16, 32), (63, 16, 128), (100, 64, 64), (150, 128, 32)])
+def test_grouped_matmul_in_int4(tokens: int, tile: int, group: int, zeros: bool) -> None:
+    experts, n, width, k = 4, 88, 256, 2
+    chosen = expert_layer(tokens, experts, k)
+    w = Int4Weight(
+        torch.randint(256, (experts, width // 64, n, 32), dtype=torch.uint8),
+        (torch.rand(experts, width // group, n) + 0.1).bfloat16(),
+        torch.randint(16, (experts, width // group, n), dtype=torch.uint8) if zeros else None,
+        group,
+    )
+    a, shift = torch.randn(tokens, width).bfloat16(), torch.randn(experts, n).bfloat16()
+    got = grouped_int4_matmul(a, w, align(chosen, experts, tile), k, shift)
+    expected = reference.grouped_matmul(a, w, chosen, k, torch.bfloat16, bias=shift)
+    assert_close(got, expected, 8 * width**0.5)
 
 
 @pytest.mark.parametrize("dtype", FP8)

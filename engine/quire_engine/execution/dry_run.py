@@ -96,7 +96,7 @@ class DryBackend:
     def __init__(self, cpu: bool, fp8: torch.dtype | None) -> None:
         self._cpu = cpu
         self.fp8 = fp8
-        self.mxfp4 = not cpu
+        self.packed_experts = not cpu
 
     def paged_attention(
         self,
@@ -189,7 +189,7 @@ class DryBackend:
 
     def experts(self, x: Tensor, router_logits: Tensor, routing: Routing, experts: Experts) -> Tensor:
         pairs = x.shape[0] * routing.top_k
-        inner = x.new_empty((pairs, experts.gate_up.shape[1]))
+        inner = x.new_empty((pairs, experts.inner))
         activated = self.activate(inner, experts.activation, True, experts.inputs)
         each = x.new_empty((pairs, x.shape[1]))
         del inner, activated

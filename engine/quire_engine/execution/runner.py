@@ -94,8 +94,10 @@ class ModelRunner:
                 "kv_cache_dtype",
             )
         backend = choose_backend(config, self.device, dtype, quantized=quantization.name != "none")
-        if quantization.name == "mxfp4" and not backend.mxfp4:
-            log.warning("a CPU has no product for mxfp4: the experts are kept as what they mean, in %s", dtype)
+        if self.spec.experts is not None and quantization.in_4_bits and not backend.packed_experts:
+            log.warning(
+                "a CPU has no product for %s: experts are kept as what they mean, in %s", quantization.name, dtype
+            )
         started = time.monotonic()
         quantized_cache = config.kv_cache_dtype == "fp8"
         self._model: Model

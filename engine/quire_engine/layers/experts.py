@@ -7,13 +7,14 @@ from quire_kernels.activation import Activation
 from quire_kernels.backends import unquantized
 from quire_kernels.moe import Experts, Routing
 from quire_kernels.quantize import Quantized
+from quire_kernels.quantized_matmul import Int4Weight
 from torch import Tensor
 
 from quire_engine.errors import ModelError
 from quire_engine.layers.feed_forward import FeedForward
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.models.spec import DecoderSpec, ExpertsSpec, joined
-from quire_engine.quantization.schemes import MXFP4, Part, Plain
+from quire_engine.quantization.schemes import MXFP4, Int4, Part, Plain
 from quire_engine.weights.tensors import WHOLE
 
 
@@ -80,6 +81,8 @@ def _experts(build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str) -
     if spec.stacked:
         return _stacked_experts(build, decoder, spec, at, held, part)
     scheme = build.quantization.scheme_of(f"{at}.0.{spec.gate}")
+    if isinstance(scheme, Int4) and ops.packed_experts:
+        return _int4_experts(build, decoder, spec, at, held, part, scheme)
     piles = {name: _Pile(len(held)) for name in ("gate_up", "down", "gate_up_scale", "down_scale")}
     input_scales: list[Tensor | None] = []
     for place, expert in enumerate(held):
@@ -106,6 +109,35 @@ def _experts(build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str) -
         inputs=scheme.expert_inputs(input_scales, ops),
         first=held.start,
         partial=partial,
+    )
+
+
+def _int4_experts(
+    build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str, held: range, part: slice, scheme: Int4
+) -> Experts:
+    weights, hidden, inner = build.weights, decoder.hidden_size, spec.intermediate_size
+    parts = ("packed", "scales", "zeros")
+    ups, downs = ({name: _Pile(len(held)) for name in parts} for _ in range(2))
+    for place, expert in enumerate(held):
+        halves = [Part(f"{at}.{expert}.{half}", inner, part) for half in (spec.gate, spec.up)]
+        up = scheme.read_packed(weights, halves, hidden, WHOLE)
+        down = scheme.read_packed(weights, [Part(f"{at}.{expert}.{spec.down}", hidden, WHOLE)], inner, part)
+        for piles, weight in ((ups, up), (downs, down)):
+            for name in parts:
+                piles[name].put(place, [getattr(weight, name)])
+
+    def stacked(piles: dict[str, _Pile]) -> Int4Weight:
+        packed, scales = piles["packed"].all, piles["scales"].all
+        assert packed is not None
+        assert scales is not None
+        return Int4Weight(packed, scales, piles["zeros"].all, scheme.group)
+
+    return Experts(
+        gate_up=stacked(ups),
+        down=stacked(downs),
+        activation=decoder.activation,
+        first=held.start,
+        partial=len(held) < spec.num_experts,
     )
 
 
@@ -158,7 +190,7 @@ def _stacked_experts(
         return torch.cat((read(mine), read(slice(inner + mine.start, inner + mine.stop))), 1)
 
     gate_up_scale = down_scale = None
-    if isinstance(scheme, MXFP4) and build.ops.mxfp4 and mine.start % 32 == mine.stop % 32 == 0:
+    if isinstance(scheme, MXFP4) and build.ops.packed_experts and mine.start % 32 == mine.stop % 32 == 0:
         up, up_shape = f"{at}.{spec.up}", (count, 2 * inner, hidden)
         gate_up = both(lambda columns: MXFP4.read_codes(weights, up, up_shape, rows, columns, WHOLE))
         gate_up_scale = both(lambda columns: MXFP4.read_exponents(weights, up, up_shape, rows, columns, WHOLE))

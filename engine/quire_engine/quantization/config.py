@@ -23,6 +23,11 @@ class Quantization:
     scheme: Scheme = _PLAIN
     left: tuple[str, ...] = ()  # modules, or parts of their names; "re:" begins a regular expression
 
+    @property
+    def in_4_bits(self) -> bool:
+        """Whether experts may be in 4 bits."""
+        return isinstance(self.scheme, Int4 | MXFP4)
+
     def scheme_of(self, module: str) -> Scheme:
         """module: as in the checkpoint, without ".weight"."""
         return _PLAIN if any(_names(pattern, module) for pattern in self.left) else self.scheme

@@ -15,6 +15,7 @@ from quire_kernels.quantize import BLOCK_COLUMNS, Quantized, QuantizedOutput, Sc
 from quire_kernels.quantize.reference import quantize
 from quire_kernels.quantized_matmul import Int4Weight
 from quire_kernels.quantized_matmul.int4 import concatenate, from_awq, from_compressed, from_gptq
+from quire_kernels.quantized_matmul.reference import dequantize_int4
 from torch import Tensor
 
 from quire_engine.errors import ModelError
@@ -203,14 +204,18 @@ class Int4:
         bias: Tensor | None,
         ops: Backend,
     ) -> Linear:
+        return Linear(ops.int4_linear(self.read_packed(weights, parts, inputs, columns), bias))
+
+    def read_packed(self, weights: Weights, parts: Sequence[Part], inputs: int, columns: slice) -> Int4Weight:
+        """The outputs of all parts. Raises ModelError for what the kernels' layout cannot hold."""
         try:
-            stored = [self._read(weights, part, inputs, columns) for part in parts]
+            return concatenate([self._read(weights, part, inputs, columns) for part in parts])
         except ValueError as error:
             raise ModelError(f"{parts[0].name}: {error}") from error
-        return Linear(ops.int4_linear(concatenate(stored), bias))
 
     def read(self, weights: Weights, part: Part, inputs: int, columns: slice, ops: Backend) -> Stored:
-        raise ModelError(f"{part.name} is an expert in 4 bits, for which there is no kernel; use its fp8 checkpoint")
+        """As what it means."""
+        return Stored(dequantize_int4(self.read_packed(weights, [part], inputs, columns)).to(weights.dtype))
 
     def expert_inputs(self, input_scales: Sequence[Tensor | None], ops: Backend) -> QuantizedOutput | None:
         return None

@@ -10,7 +10,7 @@ expert is E (of no expert) gets no row.
 where a holds tokens, 1 where it holds pairs already). fp8 operands come with scales as in `quantized_matmul`, the
 weights' one per expert: [E], [E, N] or [E, N / 128, K / 128]. 16-bit or fp32 a may also meet weights in MXFP4 (OCP MX
 1.0): w [E, N, K / 2] uint8, two e2m1 numbers a byte, the first in the low half, and exponents [E, N, K / 32] uint8, of
-a power of two (less 127) for every 32 of them.
+a power of two (less 127) for every 32 of them; or an `Int4Weight` whose tensors are stacked, [E, ...].
 
 `combine(x [T * k, N], weights [T, k])` → [T, N]: the weighted sum over a token's pairs, in the order of its choices.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quire_kernels.activation import Activation
 from quire_kernels.quantize import QuantizedOutput
+from quire_kernels.quantized_matmul import Int4Weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +44,8 @@ class Experts:
     """The weights of the experts `first` and following, E of them. fp8 and int8 weights come with scales, those in
     MXFP4 with exponents."""
 
-    gate_up: Tensor  # [E, 2I, H], the gates' outputs first; MXFP4: [E, 2I, H / 2]
-    down: Tensor  # [E, H, I]; MXFP4: [E, H, I / 2]
+    gate_up: Tensor | Int4Weight  # [E, 2I, H], the gates' outputs first; MXFP4: [E, 2I, H / 2]
+    down: Tensor | Int4Weight  # [E, H, I]; MXFP4: [E, H, I / 2]
     activation: Activation = Activation.SILU
     gate_up_bias: Tensor | None = None  # [E, 2I]
     down_bias: Tensor | None = None  # [E, H]
@@ -53,6 +54,16 @@ class Experts:
     inputs: QuantizedOutput | None = None  # how what is multiplied with them is quantized
     first: int = 0
     partial: bool = False  # there are experts that are not held here
+
+    @property
+    def held(self) -> int:
+        """E."""
+        return (self.down.packed if isinstance(self.down, Int4Weight) else self.down).shape[0]
+
+    @property
+    def inner(self) -> int:
+        """2I."""
+        return self.gate_up.packed.shape[2] if isinstance(self.gate_up, Int4Weight) else self.gate_up.shape[1]
 
 
 @dataclass(frozen=True, slots=True)

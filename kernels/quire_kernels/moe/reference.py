@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from quire_kernels.moe import Alignment, Routing, aligned_rows
-from quire_kernels.quantized_matmul.reference import dequantize
+from quire_kernels.quantized_matmul import Int4Weight
+from quire_kernels.quantized_matmul.reference import dequantize, dequantize_int4
 
 
 def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ def dequantize_mxfp4(packed: Tensor, exponents: Tensor, dtype: torch.dtype = tor
 
 def grouped_matmul(
     a: Tensor,
-    w: Tensor,
+    w: Tensor | Int4Weight,
     experts: Tensor,
     pairs_per_row: int,
     dtype: torch.dtype,
@@ -64,11 +65,15 @@ def grouped_matmul(
     wide = a.float() if a_scale is None else dequantize(a, a_scale)
     rows = wide.repeat_interleave(pairs_per_row, 0)
     flat = experts.flatten().long()
-    out = torch.empty(flat.numel(), w.shape[1], device=a.device)
+    outputs = w.packed.shape[2] if isinstance(w, Int4Weight) else w.shape[1]
+    out = torch.empty(flat.numel(), outputs, device=a.device)
     for expert in flat.unique().tolist():
         mine = flat == expert
         scale = None if w_scale is None else w_scale[expert : expert + 1] if w_scale.ndim == 1 else w_scale[expert]
-        if scale is None:
+        if isinstance(w, Int4Weight):
+            zeros = None if w.zeros is None else w.zeros[expert]
+            weight = dequantize_int4(Int4Weight(w.packed[expert], w.scales[expert], zeros, w.group))
+        elif scale is None:
             weight = w[expert].float()
         else:
             weight = (dequantize_mxfp4 if w.dtype == torch.uint8 else dequantize)(w[expert], scale)
