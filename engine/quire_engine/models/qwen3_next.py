@@ -5,8 +5,8 @@ import dataclasses
 from quire_kernels.norm import Norm
 
 from quire_engine.layers.rotary import rotary_of
-from quire_engine.models.qwen3_moe import dense_layers
-from quire_engine.models.spec import Config, DecoderSpec, DeltaNetSpec, ExpertsSpec, Names, QKNorm, base_spec, need
+from quire_engine.models.qwen2_moe import experts_of
+from quire_engine.models.spec import Config, DecoderSpec, DeltaNetSpec, Names, QKNorm, base_spec, need
 
 
 def qwen3_5(config: Config) -> DecoderSpec:
@@ -42,18 +42,8 @@ def qwen3_5(config: Config) -> DecoderSpec:
 
 
 def qwen3_5_moe(config: Config) -> DecoderSpec:
-    """One expert for all tokens, gated."""
-    experts = ExpertsSpec(
-        num_experts=need(config, "num_experts", "num_local_experts"),
-        top_k=need(config, "num_experts_per_tok"),
-        intermediate_size=need(config, "moe_intermediate_size"),
-        renormalize=bool(config.get("norm_topk_prob", True)),
-        dense_layers=dense_layers(config),
-        shared_size=need(config, "shared_expert_intermediate_size"),
-        shared="shared_expert",
-        shared_gate="shared_expert_gate",
-    )
-    return dataclasses.replace(qwen3_5(config), experts=experts)
+    """Qwen2's experts."""
+    return dataclasses.replace(qwen3_5(config), experts=experts_of(config, renormalize=True))
 
 
 def qwen3_next(config: Config) -> DecoderSpec:

@@ -11,6 +11,7 @@ from quire_kernels.hardware import hardware
 from quire_kernels.matmul.triton import MatrixTiles, tile_of_program
 from quire_kernels.moe import Alignment
 from quire_kernels.quantized_matmul import INT4_CHUNK, Int4Weight
+from quire_kernels.quantized_matmul.triton import int4_halves
 
 
 @triton.jit
@@ -47,18 +48,9 @@ def _grouped_int4(
     groups = expert * (K // GROUP) * N
     acc = tl.zeros([TILE_M, TILE_N], tl.float32)
     for chunk in range(K // 64):
-        packed = tl.load(packed_at)
         low_at = groups + chunk * 64 // GROUP * N + safe_n
         high_at = groups + (chunk * 64 + 32) // GROUP * N + safe_n
-        low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
-        if zeros_ptr is not None:
-            low -= tl.load(zeros_ptr + low_at).to(tl.float32)[None, :]
-            high -= tl.load(zeros_ptr + high_at).to(tl.float32)[None, :]
-        else:
-            low -= 8.0
-            high -= 8.0
-        low *= tl.load(scales_ptr + low_at).to(tl.float32)[None, :]
-        high *= tl.load(scales_ptr + high_at).to(tl.float32)[None, :]
+        low, high = int4_halves(tl.load(packed_at), scales_ptr, zeros_ptr, low_at, high_at)
         acc = tl.dot(tl.load(a_at), low.to(a_ptr.dtype.element_ty), acc, input_precision="ieee")
         acc = tl.dot(tl.load(a_at + 32), high.to(a_ptr.dtype.element_ty), acc, input_precision="ieee")
         a_at += 64

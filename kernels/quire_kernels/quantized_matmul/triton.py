@@ -146,6 +146,21 @@ def scaled_matmul(
 
 
 @triton.jit
+def int4_halves(packed, scales_ptr, zeros_ptr, low_at, high_at):
+    """What the low and the high halves [32, N] of a chunk's bytes mean, whose scales and zeros [N] are there."""
+    low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+    if zeros_ptr is not None:
+        low -= tl.load(zeros_ptr + low_at).to(tl.float32)[None, :]
+        high -= tl.load(zeros_ptr + high_at).to(tl.float32)[None, :]
+    else:
+        low -= 8.0
+        high -= 8.0
+    low *= tl.load(scales_ptr + low_at).to(tl.float32)[None, :]
+    high *= tl.load(scales_ptr + high_at).to(tl.float32)[None, :]
+    return low, high
+
+
+@triton.jit
 def _int4_matmul(
     a_ptr,
     packed_ptr,
@@ -174,18 +189,9 @@ def _int4_matmul(
     packed_at = packed_ptr + (begin * N + safe_n).to(tl.int64)[None, :] * 32 + half[:, None]  # [32, TILE_N]
     acc = tl.zeros([TILE_M, TILE_N], tl.float32)
     for chunk in range(begin, tl.minimum(begin + chunks_per_split, K // 64)):
-        packed = tl.load(packed_at)
         low_at = chunk * 64 // GROUP * N + safe_n
         high_at = (chunk * 64 + 32) // GROUP * N + safe_n
-        low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
-        if zeros_ptr is not None:
-            low -= tl.load(zeros_ptr + low_at).to(tl.float32)[None, :]
-            high -= tl.load(zeros_ptr + high_at).to(tl.float32)[None, :]
-        else:
-            low -= 8.0
-            high -= 8.0
-        low *= tl.load(scales_ptr + low_at).to(tl.float32)[None, :]
-        high *= tl.load(scales_ptr + high_at).to(tl.float32)[None, :]
+        low, high = int4_halves(tl.load(packed_at), scales_ptr, zeros_ptr, low_at, high_at)
         a = tl.load(a_at)
         acc = tl.dot(a, low.to(a.dtype), acc)
         a = tl.load(a_at + 32)
