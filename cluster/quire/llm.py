@@ -113,6 +113,8 @@ class LLM:
         outputs: list[RequestOutput] = []
         choices: dict[int, _Choice] = {}
         for prompt, wanted in zip(batch, each, strict=True):
+            if not isinstance(prompt, str | list):
+                raise InvalidParameter(f"a prompt is a text or a list of token ids, not {prompt!r:.80}", "prompts")
             tokens = (
                 self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
                 if isinstance(prompt, str)

@@ -9,7 +9,7 @@ import ray
 import torch
 from quire import LLM, SamplingParams
 from quire_cluster.local_ray import start_private_cluster
-from quire_engine.errors import ModelError
+from quire_engine.errors import InvalidParameter, ModelError
 from transformers import AutoModelForCausalLM
 
 Make = Callable[[str], Path]
@@ -94,4 +94,10 @@ def test_vocabularies_need_not_divide(tmp_path: Path) -> None:
     with LLM(str(folder), tensor_parallel_size=2, kv_cache_memory_bytes=1 << 20) as llm:
         params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
         [output] = llm.generate([[300, 5, 6]], params, use_tqdm=False)
+        for wrong, named in (
+            ([301], "token id 301"),
+            ({"prompt": "w5"}, "a text or a list of token ids, not {'prompt'"),
+        ):
+            with pytest.raises(InvalidParameter, match=named):
+                llm.generate([wrong], params, use_tqdm=False)
     assert output.outputs[0].token_ids == truth(folder, [300, 5, 6])[0]

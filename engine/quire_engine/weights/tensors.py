@@ -159,8 +159,7 @@ class TensorReader:
                 f"tensor {name} has shape {list(lazy.shape)}, the config asks for {list(shape)}; "
                 "config and weights do not belong together"
             )
-        self._unread.discard(name)
-        self.progress()
+        self._note(name)
         # A copy, always: a view would keep the whole file mapped, and its pages in memory beside the weights.
         part = lazy.read(rows, columns, depths)
         exact = dtype is not None and (dtype.itemsize == 1 or not dtype.is_floating_point)
@@ -171,10 +170,15 @@ class TensorReader:
     def take_all(self, name: str) -> Tensor:
         """A small tensor of any shape, whole: fp32 on the rank's device, integers as they are."""
         lazy = self._checkpoint.tensor(name)
-        self._unread.discard(name)
-        self.progress()
+        self._note(name)
         whole = lazy.read()
         return whole.to(self.device, torch.float32 if whole.is_floating_point() else whole.dtype, copy=True)
+
+    def _note(self, name: str) -> None:
+        """Progress is in tensors, of which some are read in parts."""
+        if name in self._unread:
+            self._unread.discard(name)
+            self.progress()
 
     def check_all_read(self, ignored: Callable[[str], bool]) -> None:
         """Raises ModelError when the checkpoint holds weights that the model did not ask for."""

@@ -248,7 +248,11 @@ def _grouped_matmul(
             w = tl.load(w_at)
         else:
             a = tl.load(a_at, mask=(k < K - step)[None, :], other=0.0)
-            w = tl.load(w_at, mask=(byte < row_length - step * held // TILE_K)[None, :], other=0)
+            held_in = (byte < row_length - step * held // TILE_K)[None, :]
+            if SCALES == 4:
+                w = tl.load(w_at, mask=held_in, other=0)
+            else:
+                w = tl.load(w_at, mask=held_in, other=0.0)
         if SCALES == 4:
             exponents = tl.load(w_scale_ptr + groups_at, mask=(group < (K - step) // 32)[None, :], other=127)
             w = _from_mxfp4(w, exponents, TILE_N, TILE_K, a.dtype)
