@@ -436,7 +436,7 @@ class Scheduler:
         """Whether all its tokens so far find pages, with one to spare for each running request (against thrashing)."""
         needed = -(-len(request.tokens) // self.limits.block_size) - len(hits)
         needed += sum(self.pool.is_idle(page) for page in hits)
-        if self.states is not None and not self.states.room_for(request.block_hashes[len(hits) - 1] if hits else None):
+        if self.states is not None and not self.states.has_room:
             return False
         spare = len(self.running)
         return needed + spare <= self.pool.num_free

@@ -347,3 +347,18 @@ def test_waste_stays_within_the_last_page() -> None:
         assert unused <= 15 * running
     assert running == 8
     assert unused / allocated < 0.04
+
+
+def test_one_state_for_all() -> None:
+    """A request goes on from the only state there is, in its place."""
+    bounds = limits(num_states=1)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    requests = []
+    for number, prompt in enumerate(([1, 2, 3, 0], [1, 2, 3, 0, 2, 2])):
+        requests.append(Request(number, prompt, len(prompt), EngineSampling(max_tokens=1)))
+        scheduler.add(requests[-1])
+        while scheduler.has_work:
+            step(scheduler, model, 1.0)
+            scheduler.check_integrity()
+    assert [request.finish_reason for request in requests] == ["length", "length"]
+    assert requests[1].num_cached == 4

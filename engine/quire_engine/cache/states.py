@@ -19,14 +19,15 @@ class StatePages:
         self._named: list[tuple[int, bytes]] = []  # written by that plan: nobody may read them in the same step
 
     def advance(self, request: Request) -> tuple[int, int]:
-        """The pages that the request's next step reads (-1: none) and writes. One is free for it, or it has its own."""
+        """The pages that the request's next step reads (-1: none) and writes. One is free, or it has its own: a state
+        that it left is lost to others where there is no other page."""
         page = request.state_page
         if page >= 0 and not self.pool.is_named(page):
             return page, page
         fresh = self.pool.allocate()
         if fresh is None:
             assert page >= 0, "an admitted request found no state"
-            self.pool.forget(page)  # there is no room to leave it
+            self.pool.forget(page)
             return page, page
         if page >= 0:
             self._read.append(page)
@@ -59,7 +60,7 @@ class StatePages:
             self.pool.release((request.state_page,))
         request.state_page, request.left_state = -1, b""
 
-    def room_for(self, found: bytes | None) -> bool:
-        """Whether a request can be admitted, starting from the state of that hash."""
-        page = None if found is None else self.pool.knows(found)
-        return self.pool.num_free >= 1 + (page is not None and self.pool.is_idle(page))
+    @property
+    def has_room(self) -> bool:
+        """Whether a request can be admitted. The page of a state that it goes on from will do, if nobody holds it."""
+        return self.pool.num_free > 0

@@ -24,6 +24,7 @@ from quire_engine.execution.group import ParallelGroup
 from quire_engine.execution.pending import PendingStep
 from quire_engine.execution.plan import NewRow, StepPlan, StepResult
 from quire_engine.layers.caches import empty_caches
+from quire_engine.layers.experts import cuts_blocks
 from quire_engine.layers.linear import Builder
 from quire_engine.layers.pooler import PooledStates
 from quire_engine.models.decoder import Decoder, Model
@@ -94,10 +95,12 @@ class ModelRunner:
                 "kv_cache_dtype",
             )
         backend = choose_backend(config, self.device, dtype, quantized=quantization.name != "none")
-        if self.spec.experts is not None and quantization.in_4_bits and not backend.packed_experts:
-            log.warning(
-                "a CPU has no product for %s: experts are kept as what they mean, in %s", quantization.name, dtype
-            )
+        if (experts := self.spec.experts) is not None and quantization.in_4_bits and group.draws:
+            what = f"experts in {quantization.name} are kept as what they mean, in {dtype}"
+            if not backend.packed_experts:
+                log.warning("%s: the %s kernels have no product for them", what, backend.name)
+            elif experts.stacked and cuts_blocks(experts, group):
+                log.warning("%s: ranks cut blocks of 32; use fewer (-tp), or --enable-expert-parallel", what)
         started = time.monotonic()
         quantized_cache = config.kv_cache_dtype == "fp8"
         self._model: Model

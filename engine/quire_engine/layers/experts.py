@@ -11,6 +11,7 @@ from quire_kernels.quantized_matmul import Int4Weight
 from torch import Tensor
 
 from quire_engine.errors import ModelError
+from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.feed_forward import FeedForward
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.models.spec import DecoderSpec, ExpertsSpec, joined
@@ -161,10 +162,16 @@ class _Pile:
             target.copy_(part)
 
 
+def cuts_blocks(spec: ExpertsSpec, group: ParallelGroup) -> bool:
+    """Whether a rank's share of an expert's inner size cuts MXFP4's blocks of 32, which cannot be kept packed then."""
+    return not group.experts_apart and spec.intermediate_size // group.size % 32 != 0
+
+
 def _stacked_experts(
     build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str, held: range, part: slice
 ) -> Experts:
-    weights, hidden, inner, count = build.weights, decoder.hidden_size, spec.intermediate_size, spec.num_experts
+    weights, group, hidden = build.weights, build.group, decoder.hidden_size
+    inner, count = spec.intermediate_size, spec.num_experts
     rows = slice(held.start, held.stop)
     mine = slice(*part.indices(inner)[:2])
     scheme = build.quantization.scheme_of(f"{at}.{spec.up}")
@@ -190,7 +197,7 @@ def _stacked_experts(
         return torch.cat((read(mine), read(slice(inner + mine.start, inner + mine.stop))), 1)
 
     gate_up_scale = down_scale = None
-    if isinstance(scheme, MXFP4) and build.ops.packed_experts and mine.start % 32 == mine.stop % 32 == 0:
+    if isinstance(scheme, MXFP4) and build.ops.packed_experts and not cuts_blocks(spec, group):
         up, up_shape = f"{at}.{spec.up}", (count, 2 * inner, hidden)
         gate_up = both(lambda columns: MXFP4.read_codes(weights, up, up_shape, rows, columns, WHOLE))
         gate_up_scale = both(lambda columns: MXFP4.read_exponents(weights, up, up_shape, rows, columns, WHOLE))
@@ -210,7 +217,7 @@ def _stacked_experts(
         gate_up_scale=gate_up_scale,
         down_scale=down_scale,
         gate_up_bias=gate_up_bias,
-        down_bias=down_bias if part == WHOLE or build.group.rank == 0 else None,  # once in the sum over the ranks
+        down_bias=down_bias if part == WHOLE or group.rank == 0 else None,  # once in the sum over the ranks
         first=held.start,
         partial=len(held) < count,
     )
