@@ -87,7 +87,7 @@ class Compiled:
 
 
 def _specialize(kernel: JITFunction, case: Case, arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
-    """As triton.runtime.jit specializes a launch."""
+    """As triton.runtime.jit specializes a launch: it compiles anew wherever this differs."""
     options = tuple((name, named.pop(name)) for name in ("num_warps", "num_stages") if name in named)
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | named
     signature: dict[str, str] = {}
@@ -99,14 +99,15 @@ def _specialize(kernel: JITFunction, case: Case, arguments: tuple[Any, ...], nam
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + _TYPES[value.dtype]
-            aligned.append(index)
+            if value.storage_offset() * value.element_size() % 16 == 0:  # what allocators give is aligned
+                aligned.append(index)
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
-        elif value == 1:
+        elif value == 1 and not parameter.do_not_specialize:
             signature[parameter.name], constants[parameter.name] = "constexpr", 1
         else:
             signature[parameter.name] = "i64" if "int64" in str(parameter.annotation) or value >= 2**31 else "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(index)
     return Launch(case, kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
 
