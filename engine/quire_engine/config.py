@@ -125,3 +125,13 @@ class SchedulerLimits:
     whole_prompts: bool = False  # a prompt is computed in one step
     num_states: int = 0  # pages of recurrent states, one for a request that runs; 0: the model has none
     steps_in_flight: int = 1  # 2: a step is planned while the one before it runs
+
+    @property
+    def most_draws(self) -> int:
+        """How many requests of a step draw a token, at most."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens a step has, at most."""
+        return min(self.max_num_batched_tokens, self.max_num_seqs * self.max_model_len)

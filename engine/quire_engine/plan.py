@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from quire_kernels.hardware import CHIPS, hardware
 
-from quire_engine.config import EngineConfig
+from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.execution.dry_run import DryGroup, allocated
-from quire_engine.execution.graphs import MIXED_TOKENS
+from quire_engine.execution.graphs import captured_shapes
 from quire_engine.layers.caches import page_bytes, state_bytes
 from quire_engine.models.decoder import layers_of
 from quire_engine.models.spec import DecoderSpec
@@ -24,7 +24,9 @@ _CPU_CACHE_BYTES = 560 << 20
 _STATES_PER_REQUEST = 2  # its own, and one that it left at the end of a block for others to start from
 _MOST_FOR_STATES = 0.5  # of the cache
 _GPU_RESERVE = 640 << 20  # matrix libraries' workspaces, kernels, what the allocator rounds up
-LARGEST_MIXED = MIXED_TOKENS[-1]
+_KERNELS_PER_LAYER = 16  # benchmarks/engine/kernels.md counts 9 to 20
+# 33 MB for 500 kernels, 63 for 1,000 (NVIDIA's developer forum, "Increasing memory footprint with large task graphs").
+_GRAPH_NODE_BYTES = 64 << 10
 _CPU_TOKENS_PER_STEP, _GPU_TOKENS_PER_STEP = 256, 8192
 
 
@@ -141,6 +143,25 @@ def tokens_per_step(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> int:
     return max(least, wanted or (_CPU_TOKENS_PER_STEP if cpu else _GPU_TOKENS_PER_STEP))
 
 
+def dry_limits(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> SchedulerLimits:
+    """How large steps become, before it is known how many pages there are."""
+    return SchedulerLimits(
+        num_pages=0,
+        block_size=config.block_size,
+        max_model_len=resolve_max_model_len(config, spec),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=tokens_per_step(config, spec, cpu),
+        max_num_queued_reqs=0,
+        num_states=1 if spec.recurrent_layers else 0,
+    )
+
+
+def captures_steps(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> bool:
+    """Whether steps are recorded as graphs: not where the host has its hands in a step."""
+    whole = config.pipeline_parallel_size == 1 and config.attention_backend != "torch"
+    return whole and not cpu and not config.enforce_eager and spec.fallback is None and spec.pooling is None
+
+
 def plan_memory(
     config: EngineConfig,
     spec: DecoderSpec,
@@ -156,7 +177,8 @@ def plan_memory(
     Raises OutOfMemory when the weights do not fit, or not one request of the full length beside them.
     """
     cpu = target.kind == "cpu"
-    max_model_len = resolve_max_model_len(config, spec)
+    limits = dry_limits(config, spec, cpu)
+    max_model_len = limits.max_model_len
     group = DryGroup(
         size=config.tensor_parallel_size,
         stage=stage,
@@ -164,26 +186,23 @@ def plan_memory(
         experts_apart=config.enable_expert_parallel,
         dtype=dtype,
     )
-    tokens = tokens_per_step(config, spec, cpu)
-    draws = min(config.max_num_seqs, tokens)
-    steps = [(tokens, draws)]
-    captures = not cpu and not config.enforce_eager
-    if captures:
-        steps.append((min(tokens, max(LARGEST_MIXED, config.max_num_seqs)), draws))
+    captured = captured_shapes(limits) if captures_steps(config, spec, cpu) else []
     found = allocated(
         spec,
         quantization,
         group,
+        limits,
         cpu=cpu,
         fp8=target.fp8,
         dtype=dtype,
-        max_model_len=max_model_len,
-        steps=steps,
+        captured=captured,
         quantized_cache=config.kv_cache_dtype == "fp8",
     )
     weights = found.weights
-    activations = sum(found.steps)  # a graph's memory is its own
-    reserved = 0 if cpu else _GPU_RESERVE
+    activations = found.tables + found.step + found.graphs
+    reserved = 0
+    if not cpu:
+        reserved = _GPU_RESERVE + len(captured) * (spec.num_layers + 1) * _KERNELS_PER_LAYER * _GRAPH_NODE_BYTES
     cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     layers = layers_of(spec, group)
     page = page_bytes(spec, group, layers, config.block_size, cache_dtype)

@@ -217,4 +217,5 @@ class TorchBackend:
         return recurrence_reference.recurrence(q, k, v, dt, beta, gates, states, batch)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
-        return draw(logits, rows)
+        """On the host, wherever the logits are."""
+        return draw(logits.cpu(), rows.cpu()).to(logits.device)

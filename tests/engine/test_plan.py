@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_checkpoint
-from quire_engine.config import EngineConfig
+from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.execution.dry_run import DryGroup, allocated
@@ -139,16 +139,18 @@ def test_published_models(tmp_path: Path, name: str) -> None:
 
 def test_a_plan_of_stages_covers_the_model(tmp_path: Path) -> None:
     facts, size = PUBLISHED["Llama-3.1-8B"]
+    limits = SchedulerLimits(
+        num_pages=0, block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=16, max_num_queued_reqs=0
+    )
     parts = [
         allocated(
             spec_of(facts),
             quantization_of({}, None),
             DryGroup(stage=stage, stages=3, dtype=torch.bfloat16),
+            limits,
             cpu=False,
             fp8=None,
             dtype=torch.bfloat16,
-            max_model_len=128,
-            steps=[(16, 4)],
         ).weights
         for stage in range(3)
     ]

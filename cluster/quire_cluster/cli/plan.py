@@ -4,7 +4,16 @@ import torch
 from quire_engine.config import EngineConfig
 from quire_engine.execution.dry_run import DryGroup, allocated
 from quire_engine.models.families import spec_of
-from quire_engine.plan import GIB, Target, gpu_target, plan_memory, resolve_device, resolve_dtype, usable_bytes
+from quire_engine.plan import (
+    GIB,
+    Target,
+    dry_limits,
+    gpu_target,
+    plan_memory,
+    resolve_device,
+    resolve_dtype,
+    usable_bytes,
+)
 from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import find_model
@@ -32,16 +41,9 @@ def show_plan(config: EngineConfig, gpu: str | None, memory_gib: float | None) -
     stages = range(config.pipeline_parallel_size)
     plans = [plan_memory(config, spec, quantization, target, dtype, free, stage=stage) for stage in stages]
     plan = min(plans, key=lambda plan: plan.num_pages)
-    whole = allocated(
-        spec,
-        quantization,
-        DryGroup(),
-        cpu=target.kind == "cpu",
-        fp8=target.fp8,
-        dtype=dtype,
-        max_model_len=plan.max_model_len,
-        steps=(),
-    )
+    cpu = target.kind == "cpu"
+    limits = dry_limits(config, spec, cpu)
+    whole = allocated(spec, quantization, DryGroup(), limits, cpu=cpu, fp8=target.fp8, dtype=dtype)
     table = Table(title=f"{files.name}, per worker ({config.num_workers} in all)", show_header=False)
     for name, value in (
         ("device, dtype", f"{target.name}, {str(dtype).removeprefix('torch.')}"),

@@ -48,6 +48,8 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
         from quire_kernels.triton_backend import TritonBackend
 
         return TritonBackend(device, deterministic=config.deterministic)
+    if device.type == "cuda":
+        log.warning("the torch kernels are references: every step waits for the host, and none is captured; slow")
     return TorchBackend()
 
 

@@ -1,11 +1,9 @@
 """A step's plan as tensors. T tokens of R requests, S of which draw a token at the end."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from quire_kernels.backends import AttentionBatch
 from quire_kernels.recurrence import StateBatch
 from quire_kernels.sampling import Rows
@@ -14,22 +12,28 @@ from torch import Tensor
 from quire_engine.config import SchedulerLimits
 from quire_engine.execution.plan import StepPlan
 from quire_engine.sampling.sampler import Sampler
+from quire_engine.upload import Array, Upload
 
-Array = NDArray[Any]
-_ALIGNMENT = 16
-_BUFFERS = 4  # pinned ones, used in turn: more than steps are ever in flight
+_STATES = 15  # where the states begin in a batch's arrays
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """What the sampler reads, on the device."""
+
+    rows: Tensor  # [S] int32
+    parameters: Rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:
-    """What the model and the sampler read, on the device."""
+    """What the model reads, on the device, and for whom it draws."""
 
     token_ids: Tensor  # [T] int32; -1: the token drawn last for the row
     token_rows: Tensor  # [T] int32
     attention: AttentionBatch
     draw_places: Tensor | None  # [S] int32, of the tokens whose logits are sampled; None: all
-    draw_rows: Tensor  # [S] int32
-    sampling: Rows
+    draws: Draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,59 +44,6 @@ class Shape:
     requests: int
     draws: int
     longest_query: int  # at most
-
-
-def layout(arrays: list[Array]) -> tuple[list[int], int]:
-    """Where each array starts in a buffer that holds them all, and the buffer's size, in bytes."""
-    starts, at = [], 0
-    for array in arrays:
-        starts.append(at)
-        at += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return starts, at
-
-
-def views(buffer: Tensor, arrays: list[Array]) -> list[Tensor]:
-    """The tensors in a buffer that was filled with such arrays."""
-    return [
-        buffer[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype)
-        for start, array in zip(layout(arrays)[0], arrays, strict=True)
-    ]
-
-
-class Upload:
-    """Host arrays to the device, all of a step's in one copy. On a CPU they stay where they are."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pinned: list[Tensor] = []
-        self._turn = 0
-
-    def __call__(self, arrays: list[Array]) -> list[Tensor]:
-        """The arrays on the device, in memory of their own."""
-        if self._device.type == "cpu":
-            return [torch.from_numpy(array) for array in arrays]
-        buffer = torch.empty(layout(arrays)[1], dtype=torch.uint8, device=self._device)
-        self.into(buffer, arrays)
-        return views(buffer, arrays)
-
-    def into(self, buffer: Tensor, arrays: list[Array]) -> None:
-        """The arrays into given bytes of the device, each in its place of `layout`."""
-        starts, size = layout(arrays)
-        host = self._host_buffer(size)
-        bytes_ = host.numpy()
-        for start, array in zip(starts, arrays, strict=True):
-            bytes_[start : start + array.nbytes].view(array.dtype)[:] = array
-        buffer[:size].copy_(host[:size], non_blocking=True)
-
-    def _host_buffer(self, size: int) -> Tensor:
-        """Free by the time its turn comes again: the step that used it was collected."""
-        self._turn = (self._turn + 1) % _BUFFERS
-        while len(self._pinned) < _BUFFERS:
-            self._pinned.append(torch.empty(0, dtype=torch.uint8))
-        if self._pinned[self._turn].numel() < size:
-            pin = self._device.type != "cpu"
-            self._pinned[self._turn] = torch.empty(2 * size, dtype=torch.uint8, pin_memory=pin)
-        return self._pinned[self._turn]
 
 
 class Batcher:
@@ -133,11 +84,9 @@ class Batcher:
         if shape.requests > requests:
             rows = np.append(rows, np.full(shape.requests - requests, spare, np.int32))
             starts = np.append(starts, np.zeros(shape.requests - requests, np.int32))
-            more = np.zeros(shape.requests - requests, np.int32)
-            if shape.longest_query == 1:
-                more[:] = 1
-            else:
-                more[0] = shape.tokens - tokens
+            share, left = divmod(shape.tokens - tokens, shape.requests - requests)
+            more = np.full(shape.requests - requests, share, np.int32)
+            more[:left] += 1
             counts = np.append(counts, more)
             draws = np.append(draws, np.zeros(shape.requests - requests, np.bool_))
         if shape.tokens > tokens:
@@ -189,10 +138,8 @@ class Batcher:
 
     def assemble(self, uploaded: list[Tensor], shape: Shape, longest_context: int) -> StepBatch:
         """What `upload` made of `arrays`, with the block tables. All on the device, so it can be captured."""
-        (
-            slots, seeds, draw_positions, token_ids, token_rows, positions, query_starts, context_lens, rows,
-            draw_places, draw_rows, temperature, top_k, top_p, min_p, *states,
-        ) = uploaded  # fmt: skip
+        slots, _, _, token_ids, token_rows, positions, query_starts, context_lens, rows, draw_places = uploaded[:10]
+        states = uploaded[_STATES:]
         pages = -(-longest_context // self._block_size)
         attention = AttentionBatch(
             positions=positions,
@@ -216,13 +163,21 @@ class Batcher:
             token_rows=token_rows,
             attention=attention,
             draw_places=None if shape.draws == shape.tokens else draw_places,
-            draw_rows=draw_rows,
-            sampling=Rows(
+            draws=self.draws(uploaded),
+        )
+
+    @staticmethod
+    def draws(uploaded: list[Tensor]) -> Draws:
+        """The sampler's part of the same."""
+        temperature, top_k, top_p, min_p = uploaded[11:_STATES]
+        return Draws(
+            rows=uploaded[10],
+            parameters=Rows(
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 min_p=min_p,
-                seeds=seeds,
-                positions=draw_positions,
+                seeds=uploaded[1],
+                positions=uploaded[2],
             ),
         )

@@ -8,8 +8,10 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from quire_kernels.activation import Activation
 from quire_kernels.backends import AttentionBatch, Matmul, QuantizedMatmul
@@ -24,13 +26,18 @@ from quire_kernels.sampling import Rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quire_engine.config import SchedulerLimits
+from quire_engine.execution.batch import Batcher, Draws, Shape
 from quire_engine.execution.group import ParallelGroup
+from quire_engine.execution.plan import NewRow, StepPlan
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
 from quire_engine.models.decoder import Decoder, Layer, Model, layers_of
 from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.quantization.config import Quantization
+from quire_engine.sampling.params import EngineSampling
+from quire_engine.sampling.sampler import Sampler
 from quire_engine.weights.random import RandomWeights
 
 META = torch.device("meta")
@@ -239,35 +246,48 @@ class Allocated:
 
     parameters: int  # numbers in the weights
     weights: int  # bytes
-    steps: list[int]  # bytes that each step takes beside them, at most
+    tables: int  # bytes that are held for all steps, on a GPU: block tables, what penalties remember, graphs' logits
+    step: int  # bytes that a step takes beside them, at most
+    graphs: int  # the same of the steps that are captured, in memory of their own
 
 
 def allocated(
     spec: DecoderSpec,
     quantization: Quantization,
     group: DryGroup,
+    limits: SchedulerLimits,
     *,
     cpu: bool,
     fp8: torch.dtype | None,
     dtype: torch.dtype,
-    max_model_len: int,
-    steps: Sequence[tuple[int, int]],
+    captured: Sequence[Shape] = (),
     quantized_cache: bool = False,
 ) -> Allocated:
-    """What one rank of a model takes; a step is a number of tokens and one of rows that draw."""
+    """What one rank of a model takes, when a step is as large as `limits` allow and every row draws.
+
+    On a GPU, where memory that runs out in a step ends all that is served, each row asks for all that costs memory.
+    """
     with AllocatedBytes() as counter, torch.inference_mode():
         source = RandomWeights(dtype, META)
         build = Builder(source, group, DryBackend(cpu, fp8), quantization)
-        model, repeated = _one_of_each(build, spec, max_model_len, quantized_cache, counter)
-        weights = counter.now + repeated.bytes
+        model, repeated = _one_of_each(build, spec, limits.max_model_len, quantized_cache, counter)
         source.num_parameters += repeated.parameters
         built = counter.now
-        peaks = []
-        for tokens, draws in steps:
+        steps = _Steps(build, model, spec, limits, everything=not cpu)
+        logits = None
+        if captured and group.draws:
+            logits = torch.empty((limits.most_draws, spec.vocab_size), dtype=torch.float32, device=META)
+        tables = counter.now - built
+
+        def most_of(step: Callable[[], object]) -> int:
             counter.most = counter.now
-            _step(model, spec, group, dtype, tokens, draws, build.ops.draw)
-            peaks.append(counter.most - built)
-    return Allocated(source.num_parameters, weights, peaks)
+            step()
+            return counter.most - built - tables
+
+        largest = Shape(limits.most_tokens, limits.most_draws, limits.most_draws, limits.most_tokens)
+        step = most_of(lambda: steps.run(largest))
+        graphs = max((most_of(partial(steps.forward, shape, logits)) for shape in captured), default=0)
+    return Allocated(source.num_parameters, built + repeated.bytes, 0 if cpu else tables, step, graphs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,47 +327,57 @@ def _one_of_each(
     )
 
 
-def _step(
-    model: Model,
-    spec: DecoderSpec,
-    group: ParallelGroup,
-    dtype: torch.dtype,
-    tokens: int,
-    draws: int,
-    draw: Callable[[Tensor, Rows, bool], Tensor],
-) -> None:
-    def ints(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, device=META)
+_EVERYTHING = EngineSampling(
+    temperature=1.0,
+    top_p=0.9,
+    repetition_penalty=1.1,
+    allowed_token_ids=(0,),
+    bad_words=((0, 1),),
+    logit_bias={0: 1.0},
+    logprobs=20,
+)
 
-    batch = AttentionBatch(
-        positions=ints(tokens),
-        slots=ints(2 * tokens),
-        block_tables=torch.empty((draws, 1), dtype=torch.int32, device=META),
-        query_starts=ints(draws + 1),
-        longest_query=tokens,
-        context_lens=ints(draws),
-        states=StateBatch(
-            reads=ints(draws),
-            writes=ints(draws),
-            query_starts=ints(draws + 1),
-            requests=ints(tokens),
-            longest_query=tokens,
-        ),
-    )
-    caches = empty_caches(
-        spec, group, model.layers, num_pages=0, block_size=1, num_states=-1, dtype=dtype, cache_dtype=dtype, device=META
-    )
-    hidden = model(ints(tokens), batch, caches)
-    if hidden is None:
-        return
-    logits = model.logits(hidden.index_select(0, ints(draws)))
-    if logits is not None:
-        rows = Rows(
-            temperature=ints(draws),
-            top_k=ints(draws),
-            top_p=ints(draws),
-            min_p=ints(draws),
-            seeds=ints(draws),
-            positions=ints(draws),
+
+class _Steps:
+    """Runs steps as the model runner does."""
+
+    def __init__(
+        self, build: Builder, model: Model, spec: DecoderSpec, limits: SchedulerLimits, *, everything: bool
+    ) -> None:
+        """`everything`: each row asks for all that costs memory."""
+        ops, group, dtype = build.ops, build.group, build.weights.dtype
+        self._model = model
+        self._sampler = Sampler(limits.max_num_seqs + 1, spec.vocab_size, META, ops)
+        self._batcher = Batcher(limits, META, self._sampler)
+        self._longest = limits.max_model_len
+        params = _EVERYTHING if everything else EngineSampling(temperature=1.0, top_p=0.9)
+        if group.draws and spec.pooling is None:
+            for row in range(limits.most_draws):
+                self._sampler.set_row(NewRow(row, params, 1, [0, 0]), 2)
+        self._caches = empty_caches(
+            spec,
+            group,
+            model.layers,
+            num_pages=0,
+            block_size=1,
+            num_states=-1,
+            dtype=dtype,
+            cache_dtype=dtype,
+            device=META,
         )
-        draw(logits, rows, True)
+
+    def forward(self, shape: Shape, out: Tensor | None = None) -> tuple[Draws, Tensor | None]:
+        """The logits, if any are this rank's."""
+        arrays = self._batcher.arrays(StepPlan.empty(), shape)
+        batch = self._batcher.assemble(self._batcher.upload(arrays), shape, self._longest)
+        hidden = self._model(batch.token_ids, batch.attention, self._caches)
+        if hidden is None:
+            return batch.draws, None
+        drawing = hidden if batch.draw_places is None else hidden.index_select(0, batch.draw_places)
+        return batch.draws, self._model.logits(drawing, None if out is None else out[: shape.draws])
+
+    def run(self, shape: Shape) -> None:
+        """The whole step."""
+        draws, logits = self.forward(shape)
+        if logits is not None:
+            self._sampler.draw(logits, np.arange(shape.draws, dtype=np.int32), draws.parameters)

@@ -2,7 +2,8 @@
 
 A step of few tokens is over before Python has launched its kernels one by one. Decoding is captured at a ladder of
 batch sizes; small steps that mix prompts with decoding at a ladder of token counts. The largest is captured first, so
-that all the others fit into the memory it took (one pool).
+that all the others fit into the memory it took (one pool). Nothing that a graph makes outlives it but the logits, which
+all of them write to the same buffer: a step's are drawn from before the next step's are there.
 """
 
 import bisect
@@ -12,14 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quire_engine.execution.batch import Batcher, Shape, StepBatch, layout, views
+from quire_engine.config import SchedulerLimits
+from quire_engine.execution.batch import Batcher, Draws, Shape, StepBatch
 from quire_engine.execution.plan import StepPlan
+from quire_engine.upload import layout, views
 
-Forward = Callable[[StepBatch], Tensor | None]  # → logits [S, V] on the rank that draws
-Recorded = tuple[StepBatch, Tensor | None]
-Record = Callable[[Callable[[], Recorded]], tuple[Recorded, Callable[[], None]]]  # a step → its outputs, its replay
+Forward = Callable[[StepBatch], None]  # to logits, which it knows a place for
+Record = Callable[[Callable[[], None]], Callable[[], None]]  # a step → its replay
 MIXED_TOKENS = (16, 32, 64, 128, 256, 512)
-_MIXED_REQUESTS = 32
+_MIXED_REQUESTS = (32, 128, 256)
 
 
 def decode_ladder(most: int) -> list[int]:
@@ -36,16 +38,27 @@ def mixed_ladder(most_tokens: int, most_requests: int) -> list[Shape]:
 
     `most_tokens`: no more than a request may have, for the padding may be all.
     """
-    requests = min(_MIXED_REQUESTS, most_requests)
-    return [Shape(tokens, requests + 1, requests, tokens) for tokens in MIXED_TOKENS if tokens <= most_tokens]
+    return [
+        Shape(tokens, requests + 1, requests, tokens)
+        for tokens in MIXED_TOKENS
+        if tokens <= most_tokens
+        for requests in sorted({min(size, most_requests) for size in _MIXED_REQUESTS})
+        if requests < tokens or requests <= _MIXED_REQUESTS[0]
+    ]
+
+
+def captured_shapes(limits: SchedulerLimits) -> list[Shape]:
+    """All that are captured, the one that takes most first."""
+    decoding = [Shape(size, size, size, 1) for size in decode_ladder(limits.most_draws)]
+    mixed = mixed_ladder(min(limits.max_num_batched_tokens, limits.max_model_len), limits.most_draws)
+    return sorted(decoding + mixed, key=lambda shape: (-shape.tokens, -shape.requests))
 
 
 @dataclass(slots=True)
 class _Captured:
     shape: Shape
     inputs: Tensor  # bytes; every array of a step has its place in them
-    batch: StepBatch
-    logits: Tensor | None
+    draws: Draws  # views of the inputs
     replay: Callable[[], None]
 
 
@@ -54,15 +67,15 @@ def graph_recorder(device: torch.device) -> Record:
     stream = torch.cuda.Stream(device)
     pool = torch.cuda.graph_pool_handle()
 
-    def record(step: Callable[[], Recorded]) -> tuple[Recorded, Callable[[], None]]:
+    def record(step: Callable[[], None]) -> Callable[[], None]:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
-            recorded = step()
-        return recorded, graph.replay
+            step()
+        return graph.replay
 
     return record
 
@@ -83,23 +96,24 @@ class StepGraphs:
         self._decode_sizes: list[int] = []
 
     def capture(self, shapes: list[Shape]) -> None:
-        """Runs each shape once (which compiles what it needs), then records it."""
-        for shape in sorted(shapes, key=lambda shape: -shape.tokens):
+        """Runs each shape once (which compiles what it needs), then records it; in the order given."""
+        for shape in shapes:
             captured = self._capture_one(shape)
             if shape.longest_query == 1:
                 self._decode[shape.tokens] = captured
             else:
-                self._mixed.insert(0, captured)
+                self._mixed.append(captured)
         self._decode_sizes = sorted(self._decode)
+        self._mixed.sort(key=lambda captured: (captured.shape.tokens, captured.shape.requests))
 
-    def replay(self, plan: StepPlan) -> tuple[StepBatch, Tensor | None] | None:
-        """The step by a captured graph, its logits still padded; None where none fits."""
+    def replay(self, plan: StepPlan) -> Draws | None:
+        """The step by a captured graph, up to its logits, which are padded; None where no shape fits."""
         captured = self._fitting(self._batcher.shape(plan))
         if captured is None:
             return None
         self._batcher.upload.into(captured.inputs, self._batcher.arrays(plan, captured.shape))
         captured.replay()
-        return captured.batch, captured.logits
+        return captured.draws
 
     def _fitting(self, shape: Shape) -> _Captured | None:
         if shape.longest_query == 1 and shape.draws == shape.tokens:
@@ -117,9 +131,7 @@ class StepGraphs:
         self._batcher.upload.into(inputs, arrays)
         uploaded = views(inputs, arrays)
 
-        def step() -> Recorded:
-            batch = self._batcher.assemble(uploaded, shape, self._longest_context)
-            return batch, self._forward(batch)
+        def step() -> None:
+            self._forward(self._batcher.assemble(uploaded, shape, self._longest_context))
 
-        (batch, logits), replay = self._record(step)
-        return _Captured(shape, inputs, batch, logits, replay)
+        return _Captured(shape, inputs, self._batcher.draws(uploaded), self._record(step))

@@ -18,11 +18,11 @@ from quire_engine import allocator
 from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import InvalidParameter
 from quire_engine.execution.backend import choose_backend
-from quire_engine.execution.batch import Batcher, Shape, StepBatch
-from quire_engine.execution.graphs import Record, StepGraphs, decode_ladder, graph_recorder, mixed_ladder
+from quire_engine.execution.batch import Batcher, Draws, Shape, StepBatch
+from quire_engine.execution.graphs import Record, StepGraphs, captured_shapes, graph_recorder
 from quire_engine.execution.group import ParallelGroup
 from quire_engine.execution.pending import PendingStep
-from quire_engine.execution.plan import NewRow, StepPlan, StepResult
+from quire_engine.execution.plan import Ints, NewRow, StepPlan, StepResult
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.experts import cuts_blocks
 from quire_engine.layers.linear import Builder
@@ -33,6 +33,7 @@ from quire_engine.models.families import spec_of
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.plan import (
     Target,
+    captures_steps,
     plan_memory,
     resolve_device,
     resolve_dtype,
@@ -41,13 +42,27 @@ from quire_engine.plan import (
 )
 from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
+from quire_engine.sampling.params import EngineSampling
 from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
 from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.resolve import ModelFiles
 from quire_engine.weights.tensors import TensorReader, Weights
 
 log = logging.getLogger(__name__)
+_PromptScores = dict[int, tuple[list[TokenScores], int]]  # row → parts, how many likeliest tokens were asked for
 _PROMPT_LOGPROB_ROWS = 128  # positions whose logits are held at once
+_EDITS: dict[str, Any] = {
+    "logit_bias": {0: 1.0},
+    "allowed_token_ids": (0, 1),
+    "bad_words": ((2,), (2, 3)),
+    "repetition_penalty": 1.1,
+}
+_EVERY_DRAW = (  # the ways in which a step draws
+    EngineSampling(temperature=0.0),
+    EngineSampling(temperature=1.0),
+    EngineSampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.1),
+    EngineSampling(temperature=0.0, logprobs=1, **_EDITS),
+)
 
 
 class ModelRunner:
@@ -150,9 +165,11 @@ class ModelRunner:
         self._prompt_logprobs: dict[int, NewRow] = {}
         self._mark: Callable[[], None] = lambda: None
         self._graphs: StepGraphs | None = None
-        plain = self.spec.fallback is None and pooling is None
-        if self.device.type != "cpu" and not config.enforce_eager and group.stages == 1 and plain:
+        self._graph_logits: Tensor | None = None  # [most that draw, vocabulary], for all graphs
+        if captures_steps(config, self.spec, self.device.type == "cpu"):
             self.capture_graphs(graph_recorder(self.device))
+        if backend.name == "triton" and self.device.type != "cpu":
+            self.warm_up()
         log.info(
             "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s%s, loaded in %.1f s",
             files.name,
@@ -190,36 +207,39 @@ class ModelRunner:
         self._batcher.set_pages(plan)
         if self._states is not None:
             return self._pool(plan, self._states)
-        replayed = self._graphs.replay(plan) if self._graphs is not None and not self._prompt_logprobs else None
-        prompt_scores: dict[int, tuple[list[TokenScores], int]] = {}
-        if replayed is not None:
-            batch, logits = replayed
-        else:
-            batch = self._eager_batch(plan)
-            hidden = self._hidden(batch)
-            if self._prompt_logprobs and hidden is not None:
-                prompt_scores = self._prompt_scores(plan, hidden)
-            logits = self._logits(hidden, batch) if hidden is not None and plan.draws.any() else None
-        drawn = self._draw(plan, batch, logits) if plan.draws.any() else None
+        scored = any(row in self._prompt_logprobs for row in plan.rows.tolist()) if self._prompt_logprobs else False
+        draws = self._graphs.replay(plan) if self._graphs is not None and not scored else None
+        prompt_scores: _PromptScores = {}
+        logits = self._graph_logits
+        if draws is None:
+            draws, logits, prompt_scores = self._launch(plan, scored)
+        drawn = self._draw(plan.rows[plan.draws], draws, logits) if plan.draws.any() else None
         return PendingStep(plan, drawn, prompt_scores, self.device) if self._group.draws else None
+
+    def _launch(self, plan: StepPlan, scored: bool) -> tuple[Draws, Tensor | None, _PromptScores]:
+        """Kernel by kernel, up to the logits. `scored`: prompts in it want log-probabilities."""
+        batch = self._eager_batch(plan)
+        hidden = self._hidden(batch)
+        prompt_scores = self._prompt_scores(plan, hidden) if scored else {}
+        logits = self._logits(hidden, batch) if hidden is not None and plan.draws.any() else None
+        return batch.draws, logits, prompt_scores
 
     def _pool(self, plan: StepPlan, states: PooledStates) -> PendingStep | None:
         """A step of a model that gives vectors or scores."""
         hidden = self._hidden(self._eager_batch(plan))
         if hidden is None:
             return None
-        rows, starts, counts, draws = (
-            torch.from_numpy(column).to(self.device) for column in (plan.rows, plan.starts, plan.counts, plan.draws)
-        )
-        pooled = states.take(hidden, rows.long(), starts, counts, draws)
+        pooled = states.take(hidden, plan.rows, plan.starts, plan.counts, plan.draws)
         assert isinstance(self._model, Decoder)
         vectors = self._model.pooled(pooled)
         return PendingStep(plan, None, {}, self.device, vectors) if self._group.draws else None
 
     def _eager_batch(self, plan: StepPlan) -> StepBatch:
-        shape = self._batcher.shape(plan)
+        return self._batch_of(plan, self._batcher.shape(plan), int((plan.starts + plan.counts).max()))
+
+    def _batch_of(self, plan: StepPlan, shape: Shape, longest_context: int) -> StepBatch:
         uploaded = self._batcher.upload(self._batcher.arrays(plan, shape))
-        return self._batcher.assemble(uploaded, shape, int((plan.starts + plan.counts).max()))
+        return self._batcher.assemble(uploaded, shape, longest_context)
 
     def _hidden(self, batch: StepBatch) -> Tensor | None:
         """[T, hidden] on the last stage: of the plan's tokens or, where it leaves them open, of those drawn last."""
@@ -227,21 +247,24 @@ class ModelRunner:
         token_ids = torch.where(known < 0, self._last_tokens.index_select(0, batch.token_rows), known)
         return self._model(token_ids, batch.attention, self._caches)
 
-    def _logits(self, hidden: Tensor, batch: StepBatch) -> Tensor | None:
+    def _logits(self, hidden: Tensor, batch: StepBatch, out: Tensor | None = None) -> Tensor | None:
         drawing = hidden if batch.draw_places is None else hidden.index_select(0, batch.draw_places)
-        return self._model.logits(drawing)
+        return self._model.logits(drawing, out)
 
-    def _draw(self, plan: StepPlan, batch: StepBatch, logits: Tensor | None) -> Drawn | None:
-        """Draws on one rank; where the next plan may leave these tokens open, every rank keeps them."""
-        rows = plan.rows[plan.draws]
+    def _draw(self, rows: Ints, draws: Draws, logits: Tensor | None) -> Drawn | None:
+        """Draws on one rank; where the next plan may leave these tokens open, every rank keeps them.
+
+        Where none could be drawn (-1) the next step computes something that nobody will see.
+        """
         drawn = None
         if self._group.draws:
             assert logits is not None, "the rank that draws has the logits"
-            drawn = self._sampler.draw(logits[: len(rows)], rows, batch.sampling.first(len(rows)))
+            drawn = self._sampler.draw(logits[: len(rows)], rows, draws.parameters.first(len(rows)))
         if self.limits.steps_in_flight > 1:
             tokens = drawn.tokens if drawn is not None else self._last_tokens.new_empty(len(rows))
             self._group.share_drawn(tokens)
-            self._last_tokens.index_copy_(0, batch.draw_rows[: len(rows)].long(), tokens)
+            kept = tokens.clamp(0, self.spec.vocab_size - 1)
+            self._last_tokens.index_copy_(0, draws.rows[: len(rows)].long(), kept)
         return drawn
 
     @torch.inference_mode()
@@ -249,32 +272,66 @@ class ModelRunner:
         """Captures the shapes of decoding and of small mixed steps."""
         started = time.monotonic()
         limits = self.limits
+        out = None
+        if self._group.draws:
+            shape = (limits.most_draws, self.spec.vocab_size)
+            out = self._graph_logits = torch.empty(shape, dtype=torch.float32, device=self.device)
 
-        def forward(batch: StepBatch) -> Tensor | None:
+        def forward(batch: StepBatch) -> None:
             hidden = self._hidden(batch)
             assert hidden is not None, "stages are not captured"
-            return self._logits(hidden, batch)
+            self._logits(hidden, batch, None if out is None else out[: len(batch.draws.rows)])
 
         self._graphs = StepGraphs(self._batcher, forward, record, self.device, limits.max_model_len)
-        shapes = [Shape(size, size, size, 1) for size in decode_ladder(limits.max_num_seqs)]
-        most = min(limits.max_num_batched_tokens, limits.max_model_len)  # padding is a request like others
-        shapes += mixed_ladder(most, limits.max_num_seqs)
+        shapes = captured_shapes(limits)
         self._graphs.capture(shapes)
-        full = Shape(most, 1, 1, most)  # compiles what only large steps use
-        forward(self._batcher.assemble(self._batcher.upload(self._batcher.arrays(StepPlan.empty(), full)), full, most))
         log.info("%d step shapes captured in %.1f s", len(shapes), time.monotonic() - started)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Launches what serving can launch: kernels are compiled, and libraries loaded, before a request waits for it.
+
+        How many tokens and requests a step has, and how long they are, decides which of a kernel's few shapes runs;
+        powers of two on either side of 1 reach them all.
+        """
+        started = time.monotonic()
+        limits = self.limits
+        shapes = [Shape(size, size, size, 1) for size in _powers(limits.most_draws)]
+        for tokens in _powers(limits.most_tokens):
+            fewest = -(-tokens // limits.max_model_len)
+            shapes += [
+                Shape(tokens, requests, requests, tokens)
+                for requests in {fewest, max(2, fewest)}  # a prompt alone, and beside a decoding request
+                if requests <= limits.most_draws
+            ]
+        for shape in shapes:
+            for longest in sorted({min(shape.longest_query, limits.max_model_len), limits.max_model_len}):
+                batch = self._batch_of(StepPlan.empty(), shape, longest)
+                hidden = self._hidden(batch)
+                if hidden is not None and self._states is None:
+                    logits = self._logits(hidden, batch)
+        if self._states is None:
+            batch = self._batch_of(StepPlan.empty(), Shape(1, 1, 1, 1), 1)
+            for params in _EVERY_DRAW:
+                if self._group.draws:
+                    self._sampler.set_row(NewRow(0, params, 1, [0, 0]), 2)
+                logits = self._logits(hidden[:1], batch) if hidden is not None else None
+                self._draw(np.zeros(1, np.int32), batch.draws, logits)
+            self._sampler.set_row(NewRow(0, EngineSampling(temperature=0.0), 1, []), 1)
+        log.info("warmed up in %.1f s", time.monotonic() - started)
 
     def _take_row(self, new: NewRow, plan: StepPlan) -> None:
         place = int(np.flatnonzero(plan.rows == new.row)[-1])
         computed = int(plan.starts[place] + plan.counts[place])
-        self._sampler.set_row(new, len(new.tokens) or computed)
+        if self._group.draws:
+            self._sampler.set_row(new, len(new.tokens) or computed)
         self._prompt_logprobs.pop(new.row, None)
         if new.params.prompt_logprobs is not None:
             self._prompt_logprobs[new.row] = new
 
-    def _prompt_scores(self, plan: StepPlan, hidden: Tensor) -> dict[int, tuple[list[TokenScores], int]]:
+    def _prompt_scores(self, plan: StepPlan, hidden: Tensor | None) -> _PromptScores:
         """Log-probabilities of the prompt's tokens that follow those computed now; row → parts, width."""
-        found: dict[int, tuple[list[TokenScores], int]] = {}
+        found: _PromptScores = {}
         first_places = np.cumsum(plan.counts) - plan.counts
         for place, row in enumerate(plan.rows.tolist()):
             new = self._prompt_logprobs.get(row)
@@ -282,6 +339,10 @@ class ModelRunner:
                 continue
             start = int(plan.starts[place])
             stop = min(start + int(plan.counts[place]), new.num_prompt - 1)
+            if stop == new.num_prompt - 1:
+                del self._prompt_logprobs[row]  # its steps can be replayed from here on
+            if hidden is None:
+                continue
             width = new.params.prompt_logprobs or 0
             parts = []
             for at in range(start, stop, _PROMPT_LOGPROB_ROWS):
@@ -289,7 +350,7 @@ class ModelRunner:
                 flat = int(first_places[place]) - start
                 logits = self._model.logits(hidden[flat + at : flat + end])
                 if logits is not None:
-                    targets = torch.tensor(new.tokens[at + 1 : end + 1], device=self.device)
+                    [targets] = self._batcher.upload([np.array(new.tokens[at + 1 : end + 1], np.int64)])
                     parts.append(token_scores(logits, targets, width))
             if parts:
                 found[row] = (parts, width)
@@ -376,6 +437,11 @@ def cache_dtype_of(backend: Backend) -> torch.dtype:
     if backend.fp8 is None:
         raise InvalidParameter("kv_cache_dtype is fp8, which this GPU does not have; leave it out", "kv_cache_dtype")
     return backend.fp8
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, ... and the number itself."""
+    return sorted({1 << exponent for exponent in range(most.bit_length())} | {most})
 
 
 def _cores() -> int:

@@ -46,6 +46,9 @@ class OutputHead:
         self._group = build.group
         self._matmul = build.ops.linear(table, bias)
 
-    def __call__(self, hidden: Tensor) -> Tensor | None:
+    def __call__(self, hidden: Tensor, out: Tensor | None) -> Tensor | None:
         logits = self._group.gather_columns(self._matmul(hidden))
-        return logits[:, : self._vocab_size].to(torch.float32) if logits is not None else None
+        if logits is None:
+            return None
+        logits = logits[:, : self._vocab_size]
+        return logits.to(torch.float32) if out is None else out.copy_(logits)

@@ -1,12 +1,15 @@
 """From hidden states to what clients get of a model that does not generate."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire_engine.layers.linear import Builder
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.pooling import Pooling
+from quire_engine.upload import Upload
 
 
 class Pooler:
@@ -38,15 +41,27 @@ class PooledStates:
 
     def __init__(self, pooling: Pooling, rows: int, hidden: int, device: torch.device) -> None:
         self._kind = pooling.kind
+        self._upload = Upload(device)
         self._sums = torch.zeros((rows if self._kind == "mean" else 0, hidden), device=device)
 
-    def take(self, hidden: Tensor, rows: Tensor, starts: Tensor, counts: Tensor, draws: Tensor) -> Tensor:
+    def take(
+        self,
+        hidden: Tensor,
+        rows: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        counts: NDArray[np.int32],
+        draws: NDArray[np.bool_],
+    ) -> Tensor:
         """A step's states [T, hidden] of requests whose part begins at `starts` → the pooled ones of `draws` [S]."""
-        ends = counts.cumsum(0)
-        if self._kind == "last":
-            return hidden[ends[draws] - 1]
-        if self._kind == "cls":  # such models compute a text at once
-            return hidden[(ends - counts)[draws]]
-        self._sums[rows[starts == 0]] = 0.0
-        self._sums.index_add_(0, torch.repeat_interleave(rows, counts, output_size=hidden.shape[0]), hidden.float())
-        return self._sums[rows[draws]] / (starts + counts)[draws, None]
+        ends = counts.cumsum()
+        if self._kind != "mean":  # models whose first token stands for the text compute it at once
+            places = ends - 1 if self._kind == "last" else ends - counts
+            [drawn] = self._upload([places[draws].astype(np.int64)])
+            return hidden.index_select(0, drawn)
+        wide = rows.astype(np.int64)
+        fresh, token_rows, drawn, lengths = self._upload(
+            [wide[starts == 0], np.repeat(wide, counts), wide[draws], (starts + counts)[draws].astype(np.float32)]
+        )
+        self._sums.index_fill_(0, fresh, 0.0)
+        self._sums.index_add_(0, token_rows, hidden.float())
+        return self._sums.index_select(0, drawn) / lengths[:, None]

@@ -45,7 +45,7 @@ class Model(Protocol):
 
     def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache]) -> Tensor | None: ...
 
-    def logits(self, hidden: Tensor) -> Tensor | None: ...
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor | None: ...
 
 
 class Layer:
@@ -262,9 +262,9 @@ class Decoder:
         assert self._pooler is not None, "the model generates"
         return self._pooler(states)
 
-    def logits(self, hidden: Tensor) -> Tensor | None:
-        """[S, hidden] → fp32 [S, vocabulary] on the last stage's rank 0."""
-        logits = self._head(hidden) if self._head is not None else None
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor | None:
+        """[S, hidden] → fp32 [S, vocabulary] on the last stage's rank 0, in `out` where that is given."""
+        logits = self._head(hidden, out) if self._head is not None else None
         if logits is None:
             return None
         if self.spec.logits_scale != 1.0:

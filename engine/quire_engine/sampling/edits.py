@@ -1,9 +1,11 @@
 """What requests change in their logits before a token is drawn: allowed tokens, bad words, biases, penalties.
 
-All rows of a step together: how many operations the device runs does not depend on how many rows ask for changes. V
-vocabulary, n rows that do.
+All rows of a step together: how many operations the device runs does not depend on how many rows ask for changes. And
+nothing here waits for the device: what the changes depend on that the host does not know yet (the tokens of steps in
+flight) is kept there. V vocabulary, R rows, n rows or entries that a step changes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from quire_engine.execution.plan import NewRow
 from quire_engine.sampling.params import EngineSampling
+from quire_engine.upload import Array, Upload
 
 _FIRST_SLOTS = 8
+_ANY = -1  # in a bad word's beginning: whatever stands there
 
 
 @dataclass(slots=True)
@@ -24,23 +28,30 @@ class _Row:
     params: EngineSampling
     num_prompt: int
     length: int  # of the whole log, in tokens
-    tokens: list[int]  # the log; kept up to date where bad words have several tokens
-    slot: int = -1  # of the tables of tokens that appeared, where it has penalties
+    slot: int = -1  # of the tables, where it has penalties or may draw from some tokens alone
     bias: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
-    allowed: Tensor | None = None  # [V] 0 where allowed, -inf elsewhere
     bans: list[int] = field(default_factory=list)  # bad words of one token
+    words: list[tuple[int, ...]] = field(default_factory=list)  # of several
+
+    @property
+    def banned(self) -> list[int]:
+        """Tokens that must not come next whatever came before, and what would end the text too early."""
+        early = self.length - self.num_prompt < self.params.min_tokens
+        return self.bans + list(self.params.stop_token_ids) if early else self.bans
 
 
 class LogitEdits:
     """The rows that change their logits, and which tokens appeared in those that are penalized for it."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
-        self._device = device
+        self._upload = Upload(device)
         self._rows: dict[int, _Row] = {}
         self._free: list[int] = []
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)  # how often it was generated
         self._seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)  # in the prompt or the output
+        self._allowed = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self._last = torch.zeros((num_rows, 0), dtype=torch.int32, device=device)  # tokens: as many as words begin with
 
     def __contains__(self, row: int) -> bool:
         return row in self._rows
@@ -56,53 +67,92 @@ class LogitEdits:
         params = new.params
         if not params.edits_logits:
             return
-        row = self._rows[new.row] = _Row(params, new.num_prompt, length, list(new.tokens))
+        row = self._rows[new.row] = _Row(params, new.num_prompt, length)
         row.bans = [word[0] for word in params.bad_words if len(word) == 1]
+        row.words = [word for word in params.bad_words if len(word) > 1]
         if params.logit_bias:
             ids, values = list(params.logit_bias), list(params.logit_bias.values())
             row.bias = np.array(ids, np.int64), np.array(values, np.float32)
-        if params.allowed_token_ids:
-            row.allowed = torch.full((self._vocab_size,), float("-inf"), device=self._device)
-            row.allowed[list(params.allowed_token_ids)] = 0.0
-        if params.penalized:
+        if params.penalized or params.allowed_token_ids:
             row.slot = self._take_slot()
-            log = torch.tensor(new.tokens, dtype=torch.int64, device=self._device)
-            self._counts[row.slot] = torch.bincount(log[new.num_prompt :], minlength=self._vocab_size)
-            self._seen[row.slot] = False
-            self._seen[row.slot, log] = True
+            log = np.array(new.tokens if params.penalized else (), np.int64)
+            seen, generated, allowed = self._upload([log, log[new.num_prompt :], _ints(params.allowed_token_ids)])
+            self._seen[row.slot].zero_().index_fill_(0, seen, True)
+            self._counts[row.slot].zero_().index_add_(0, generated, self._counts.new_ones(len(generated)))
+            self._allowed[row.slot].fill_(not params.allowed_token_ids).index_fill_(0, allowed, True)
+        if row.words:
+            width = max(self._last.shape[1], *(len(word) - 1 for word in row.words))
+            if width > self._last.shape[1]:
+                more = self._last.new_full((len(self._last), width - self._last.shape[1]), _ANY)
+                self._last = torch.cat((more, self._last), 1)
+            [last] = self._upload([np.array(([_ANY] * width + new.tokens)[-width:], np.int32)])
+            self._last[new.row].copy_(last)
 
     def _take_slot(self) -> int:
         if not self._free:
             held = len(self._counts)
             more = max(_FIRST_SLOTS, held)
-            self._counts = torch.cat((self._counts, self._counts.new_zeros((more, self._vocab_size))))
-            self._seen = torch.cat((self._seen, self._seen.new_zeros((more, self._vocab_size))))
+            self._counts, self._seen, self._allowed = (
+                torch.cat((table, table.new_zeros((more, self._vocab_size))))
+                for table in (self._counts, self._seen, self._allowed)
+            )
             self._free = list(range(held + more - 1, held - 1, -1))
         return self._free.pop()
 
-    def apply(self, logits: Tensor, places: dict[int, int]) -> None:
-        """Everything before temperature, in place. logits [S, V]; `places`: row → its place among them."""
-        rows = [(place, self._rows[number]) for number, place in places.items() if number in self._rows]
-        if masked := [(place, row.allowed) for place, row in rows if row.allowed is not None]:
-            masks = torch.stack([mask for _, mask in masked])
-            logits.index_add_(0, self._upload([place for place, _ in masked]), masks)
-        banned = [(place, token) for place, row in rows for token in _banned(row)]
-        if banned:
-            where, tokens = self._upload([place for place, _ in banned]), self._upload([token for _, token in banned])
-            logits.index_put_((where, tokens), logits.new_full((), float("-inf")))
-        if biased := [(place, *row.bias) for place, row in rows if row.bias is not None]:
-            where = self._upload(np.repeat([place for place, _, _ in biased], [len(ids) for _, ids, _ in biased]))
-            tokens = self._upload(np.concatenate([ids for _, ids, _ in biased]))
-            values = torch.from_numpy(np.concatenate([values for _, _, values in biased])).to(self._device)
-            logits.index_put_((where, tokens), values, accumulate=True)
-        if penalized := [(place, row) for place, row in rows if row.slot >= 0]:
-            self._penalize(logits, penalized)
+    def arrays(self, places: Mapping[int, int]) -> dict[str, Array]:
+        """What `apply` and `remember` take, on the host. `places`: row → its place among those that draw."""
+        rows = [(place, number, self._rows[number]) for number, place in places.items() if number in self._rows]
+        found: dict[str, Array] = {}
+        if limited := [(place, row.slot) for place, _, row in rows if row.params.allowed_token_ids]:
+            found["limited"], found["limited_slots"] = _columns(limited)
+        if banned := [(place, token) for place, _, row in rows for token in row.banned]:
+            found["banned"], found["banned_tokens"] = _columns(banned)
+        if words := [(place, number, word) for place, number, row in rows for word in row.words]:
+            width = self._last.shape[1]
+            found["worded"], found["worded_rows"] = _columns([(place, number) for place, number, _ in words])
+            found["beginnings"] = np.array([([_ANY] * width + list(word[:-1]))[-width:] for _, _, word in words])
+            found["ends"] = _ints([word[-1] for _, _, word in words])
+            kept = [(place, number) for place, number, row in rows if row.words]
+            found["kept"], found["kept_rows"] = _columns(kept)
+        if biased := [(place, *row.bias) for place, _, row in rows if row.bias is not None]:
+            found["biased"] = np.repeat(_ints([place for place, _, _ in biased]), [len(ids) for _, ids, _ in biased])
+            found["biased_tokens"] = np.concatenate([ids for _, ids, _ in biased])
+            found["biases"] = np.concatenate([values for _, _, values in biased])
+        if penalized := [(place, row) for place, _, row in rows if row.params.penalized]:
+            found["penalized"], found["slots"] = _columns([(place, row.slot) for place, row in penalized])
+            each = [row.params for _, row in penalized]
+            found["factors"] = np.array(
+                [
+                    [p.repetition_penalty for p in each],
+                    [p.frequency_penalty for p in each],
+                    [p.presence_penalty for p in each],
+                ],
+                np.float32,
+            )
+        for _, _, row in rows:
+            row.length += 1
+        return found
 
-    def _penalize(self, logits: Tensor, rows: list[tuple[int, _Row]]) -> None:
-        where, slots = self._upload([place for place, _ in rows]), self._upload([row.slot for _, row in rows])
-        each = [row.params for _, row in rows]
-        factors = np.array([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in each], np.float32)
-        repetition, frequency, presence = torch.from_numpy(factors).to(self._device)[:, :, None].unbind(1)  # [n, 1]
+    def apply(self, logits: Tensor, step: Mapping[str, Tensor]) -> None:
+        """Everything before temperature, in place. logits [S, V]; `step`: `arrays` on the device."""
+        impossible = logits.new_full((), float("-inf"))
+        if "limited" in step:
+            x = logits.index_select(0, step["limited"])
+            x.masked_fill_(~self._allowed.index_select(0, step["limited_slots"]), float("-inf"))
+            logits.index_copy_(0, step["limited"], x)
+        if "banned" in step:
+            logits.index_put_((step["banned"], step["banned_tokens"]), impossible)
+        if "worded" in step:
+            begun = step["beginnings"]
+            stands = ((self._last.index_select(0, step["worded_rows"]) == begun) | (begun == _ANY)).all(1)
+            logits.index_put_((step["worded"], step["ends"]), torch.where(stands, impossible, 0.0), accumulate=True)
+        if "biased" in step:
+            logits.index_put_((step["biased"], step["biased_tokens"]), step["biases"], accumulate=True)
+        if "penalized" in step:
+            self._penalize(logits, step["penalized"], step["slots"], step["factors"])
+
+    def _penalize(self, logits: Tensor, where: Tensor, slots: Tensor, factors: Tensor) -> None:
+        repetition, frequency, presence = factors[:, :, None].unbind(0)  # [n, 1]
         x = logits.index_select(0, where)
         seen, counts = self._seen.index_select(0, slots), self._counts.index_select(0, slots)
         x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
@@ -110,27 +160,22 @@ class LogitEdits:
         x -= presence * (counts > 0)
         logits.index_copy_(0, where, x)
 
-    def remember(self, tokens: Tensor, places: dict[int, int]) -> None:
+    def remember(self, tokens: Tensor, step: Mapping[str, Tensor]) -> None:
         """The tokens [S] that were drawn, -1 where none could be: such a row ends, so it does not matter."""
-        rows = [(place, self._rows[number]) for number, place in places.items() if number in self._rows]
-        for place, row in rows:
-            row.length += 1
-            if any(len(word) > 1 for word in row.params.bad_words):
-                row.tokens.append(int(tokens[place].item()))
-        if penalized := [(place, row.slot) for place, row in rows if row.slot >= 0]:
-            drawn = tokens.index_select(0, self._upload([place for place, _ in penalized])).clamp(min=0).long()
-            slots = self._upload([slot for _, slot in penalized])
+        if "penalized" in step:
+            drawn, slots = tokens.index_select(0, step["penalized"]).clamp(min=0).long(), step["slots"]
             self._counts.index_put_((slots, drawn), self._counts.new_ones(()), accumulate=True)
             self._seen.index_put_((slots, drawn), self._seen.new_ones(()))
+        if "kept" in step:
+            rows, drawn = step["kept_rows"], tokens.index_select(0, step["kept"])
+            last = self._last.index_select(0, rows)
+            self._last.index_copy_(0, rows, torch.cat((last[:, 1:], drawn[:, None]), 1))
 
-    def _upload(self, numbers: list[int] | NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.asarray(numbers, np.int64)).to(self._device, non_blocking=True)
+
+def _ints(numbers: list[int] | tuple[int, ...]) -> NDArray[np.int64]:
+    return np.array(numbers, np.int64)
 
 
-def _banned(row: _Row) -> list[int]:
-    """Tokens that must not come next: of bad words whose beginning stands, and what would end the text too early."""
-    words = [word for word in row.params.bad_words if len(word) > 1]
-    banned = row.bans + [word[-1] for word in words if tuple(row.tokens[1 - len(word) :]) == word[:-1]]
-    if row.length - row.num_prompt < row.params.min_tokens:
-        banned += row.params.stop_token_ids
-    return banned
+def _columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    first, second = np.array(pairs, np.int64).T
+    return np.ascontiguousarray(first), np.ascontiguousarray(second)

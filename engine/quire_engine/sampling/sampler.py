@@ -2,7 +2,7 @@
 
 Order, as in the field: log-probabilities are of the raw logits; then allowed tokens, bad words, logit bias,
 min_tokens and penalties; then greedy, or temperature, min-p, top-k, top-p and a draw by inversion of the cumulative
-distribution. Nothing here waits for the device, but for bad words of several tokens.
+distribution. Nothing here waits for the device.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quire_engine.execution.plan import NewRow, TokenLogprobs
 from quire_engine.sampling.edits import LogitEdits
+from quire_engine.upload import Upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Sampler:
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device, ops: Backend) -> None:
         self._vocab_size = vocab_size
-        self._device = device
+        self._upload = Upload(device)
         self._ops = ops
         self._temperature = np.zeros(num_rows, np.float32)  # 0: greedy
         self._top_p = np.ones(num_rows, np.float32)
@@ -66,7 +67,7 @@ class Sampler:
         self._seed = np.zeros(num_rows, np.int64)
         self._filters = np.zeros(num_rows, np.bool_)
         self._logprobs: dict[int, int] = {}
-        self._edits = LogitEdits(vocab_size, device)
+        self._edits = LogitEdits(num_rows, vocab_size, device)
 
     def set_row(self, new: NewRow, length: int) -> None:
         """A request with `length` tokens in its log takes the row."""
@@ -88,18 +89,25 @@ class Sampler:
 
     def draw(self, logits: Tensor, rows: NDArray[np.int32], parameters: Rows) -> Drawn:
         """One token per row. logits [S, V] fp32 (changed in place)."""
+        filtered = bool(self._filters[rows].any())
         places = {int(row): place for place, row in enumerate(rows)} if self._logprobs or self._edits else {}
         scored = [(row, self._logprobs[row]) for row in places if row in self._logprobs]
-        raw = logits[[places[row] for row, _ in scored]] if scored else None
         edited = any(row in self._edits for row in places)
-        if edited:
-            self._edits.apply(logits, places)
-        tokens = self._ops.draw(logits, parameters, filtered=bool(self._filters[rows].any()))
-        if edited:
-            self._edits.remember(tokens, places)
-        if raw is None:
+        if not scored and not edited:
+            return Drawn(self._ops.draw(logits, parameters, filtered), None, [])
+        arrays = self._edits.arrays(places)
+        if scored:
+            arrays["scored"] = np.array([places[row] for row, _ in scored], np.int64)
+        step = dict(zip(arrays, self._upload(list(arrays.values())), strict=True))
+        raw = logits
+        if scored and (edited or len(scored) < len(rows)):
+            raw = logits.index_select(0, step["scored"])
+        self._edits.apply(logits, step)
+        tokens = self._ops.draw(logits, parameters, filtered)
+        self._edits.remember(tokens, step)
+        if not scored:
             return Drawn(tokens, None, [])
-        chosen = tokens[[places[row] for row, _ in scored]]
+        chosen = tokens.index_select(0, step["scored"])
         return Drawn(tokens, token_scores(raw, chosen.clamp(min=0), max(width for _, width in scored)), scored)
 
 

@@ -13,7 +13,9 @@ position); -1 where no token is possible.
 `token_logprobs(logits, tokens)` → log-probabilities [S] and ranks [S] (1: the most likely) of the raw logits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -35,15 +37,18 @@ class Rows:
 
     def first(self, count: int) -> "Rows":
         """The parameters of the first rows."""
-        return Rows(
-            temperature=self.temperature[:count],
-            top_k=self.top_k[:count],
-            top_p=self.top_p[:count],
-            min_p=self.min_p[:count],
-            seeds=self.seeds[:count],
-            positions=self.positions[:count],
-            masks=None if self.masks is None else self.masks[:count],
-        )
+        return self._each(lambda tensor: tensor[:count])
+
+    def cpu(self) -> "Rows":
+        """The same on the host."""
+        return self._each(Tensor.cpu)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+        changed: dict[str, Any] = {}
+        for name in Rows.__slots__:
+            part: Tensor | None = getattr(self, name)
+            changed[name] = None if part is None else change(part)
+        return Rows(**changed)
 
 
 @dataclass(frozen=True, slots=True)
