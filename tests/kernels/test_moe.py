@@ -56,7 +56,11 @@ def test_routing_is_deepseeks() -> None:
     assert_close(got_weights.gather(1, order.indices), weights.gather(1, expected_order.indices))
 
 
-@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 8, 2), (63, 60, 4), (1000, 128, 8), (700, 3, 1)])
+# By one program, of one block of pairs or of several; by many programs, of one block each or of several.
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k"),
+    [(1, 8, 2), (9, 1, 1), (63, 60, 4), (40, 128, 8), (700, 3, 1), (1000, 128, 8), (1100, 250, 8)],
+)
 @pytest.mark.parametrize("tile", [16, 64])
 def test_align(tokens: int, experts: int, k: int, tile: int) -> None:
     chosen = torch.rand(tokens, experts).topk(k).indices.int()

@@ -8,13 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.hardware import hardware
-from quire_kernels.matmul.triton import MatrixTiles, tile_of_program
+from quire_kernels.matmul.triton import MatrixTiles
 from quire_kernels.moe import Alignment
+from quire_kernels.moe.triton import rows_of_tile, store_pairs
 from quire_kernels.quantized_matmul import INT4_CHUNK, Int4Weight
 from quire_kernels.quantized_matmul.triton import int4_halves
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "tiles_m"])
 def _grouped_int4(
     a_ptr,
     packed_ptr,
@@ -34,13 +35,11 @@ def _grouped_int4(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
-    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, TILE_N), 8)
-    expert = tl.load(tile_experts_ptr + tile_m).to(tl.int64)
+    expert, pair, row, n = rows_of_tile(
+        pairs_ptr, tile_experts_ptr, num_pairs, tiles_m, N, PAIRS_PER_ROW, TILE_M, TILE_N
+    )
     if expert < 0:
         return
-    pair = tl.load(pairs_ptr + tile_m * TILE_M + tl.arange(0, TILE_M))
-    row = tl.minimum(pair, num_pairs - 1) // PAIRS_PER_ROW  # padding computes the last pair again and is not stored
-    n = tile_n * TILE_N + tl.arange(0, TILE_N)
     safe_n = tl.minimum(n, N - 1)
     half = tl.arange(0, 32)
     a_at = a_ptr + row.to(tl.int64)[:, None] * a_stride + half[None, :]
@@ -55,10 +54,7 @@ def _grouped_int4(
         acc = tl.dot(tl.load(a_at + 32), high.to(a_ptr.dtype.element_ty), acc, input_precision="ieee")
         a_at += 64
         packed_at += N.to(tl.int64) * 32
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + expert * N + safe_n).to(tl.float32)[None, :]
-    inside = (pair < num_pairs)[:, None] & (n < N)[None, :]
-    tl.store(out_ptr + pair.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    store_pairs(acc, out_ptr, bias_ptr, expert, pair, n, num_pairs, N)
 
 
 def grouped_int4_matmul(

@@ -12,7 +12,7 @@ from quire_kernels.matmul.triton import MatrixTiles, tile_of_program
 from quire_kernels.moe import Alignment, Routing, aligned_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route(
     logits_ptr,
     bias_ptr,
@@ -114,77 +114,126 @@ def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _count(experts_ptr, counts_ptr, num_pairs, E: tl.constexpr, E_PADDED: tl.constexpr, CHUNK: tl.constexpr):
-    """How many pairs of each chunk go to each expert: counts [chunks, E]."""
-    chunk = tl.program_id(0)
-    pair = chunk * CHUNK + tl.arange(0, CHUNK)
-    mine = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=E_PADDED)
-    expert = tl.arange(0, E_PADDED)
-    counts = tl.sum((mine[:, None] == expert[None, :]).to(tl.int32), 0)
-    tl.store(counts_ptr + chunk * E + expert, counts, mask=expert < E)
+def _expert_of(experts_ptr, pair, end, E: tl.constexpr):
+    """-1 for pairs of no expert, and from `end` on."""
+    expert = tl.load(experts_ptr + pair, mask=pair < end, other=E)
+    return tl.where(expert < E, expert, -1)
 
 
 @triton.jit
-def _offsets(
-    counts_ptr, tile_experts_ptr, chunks, tiles, E: tl.constexpr, E_PADDED: tl.constexpr, TILE: tl.constexpr,
-    CHUNKS: tl.constexpr,
+def _histogram(experts_ptr, begin, end, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of the pairs begin : end go to each expert."""
+    expert = tl.arange(0, E_PADDED)
+    counts = tl.zeros([E_PADDED], tl.int32)
+    for start in range(begin, end, BLOCK):
+        mine = _expert_of(experts_ptr, start + tl.arange(0, BLOCK), end, E)
+        counts += tl.sum((mine[:, None] == expert[None, :]).to(tl.int32), 0)
+    return counts
+
+
+@triton.jit(do_not_specialize=["num_pairs", "chunk_size"])
+def _count(
+    experts_ptr, counts_ptr, num_pairs, chunk_size, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """counts [chunks, E_PADDED]."""
+    chunk = tl.program_id(0)
+    end = tl.minimum((chunk + 1) * chunk_size, num_pairs)
+    counts = _histogram(experts_ptr, chunk * chunk_size, end, E, E_PADDED, BLOCK)
+    tl.store(counts_ptr + chunk * E_PADDED + tl.arange(0, E_PADDED), counts)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "chunk_size", "tiles"])
+def _place(
+    experts_ptr, counts_ptr, pairs_ptr, tile_experts_ptr, num_pairs, chunk_size, tiles, E: tl.constexpr,
+    E_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """counts become the row where each chunk's pairs of each expert begin; names every tile's expert. One program."""
+    """Each program writes the rows of its chunk's pairs; the tiles' experts and padding are shared out among all."""
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
     expert = tl.arange(0, E_PADDED)
     total = tl.zeros([E_PADDED], tl.int32)
-    for begin in range(0, chunks, CHUNKS):
-        chunk = begin + tl.arange(0, CHUNKS)
-        inside = (chunk < chunks)[:, None] & (expert < E)[None, :]
-        total += tl.sum(tl.load(counts_ptr + chunk[:, None] * E + expert[None, :], mask=inside, other=0), 0)
+    before = tl.zeros([E_PADDED], tl.int32)  # in the chunks that precede this one
+    if chunks == 1:  # nothing was counted beforehand
+        total += _histogram(experts_ptr, 0, num_pairs, E, E_PADDED, BLOCK)
+    else:
+        for start in range(0, chunks, CHUNKS):
+            other = start + tl.arange(0, CHUNKS)
+            at = counts_ptr + other[:, None] * E_PADDED + expert[None, :]
+            counts = tl.load(at, mask=(other < chunks)[:, None], other=0)
+            total += tl.sum(counts, 0)
+            before += tl.sum(tl.where((other < chunk)[:, None], counts, 0), 0)
     padded = (total + TILE - 1) // TILE * TILE
     last = tl.cumsum(padded, 0)
-    at = last - padded
-    for begin in range(0, chunks, CHUNKS):
-        chunk = begin + tl.arange(0, CHUNKS)
-        inside = (chunk < chunks)[:, None] & (expert < E)[None, :]
-        place = counts_ptr + chunk[:, None] * E + expert[None, :]
-        counts = tl.load(place, mask=inside, other=0)
-        tl.store(place, at[None, :] + tl.cumsum(counts, 0) - counts, mask=inside)
-        at += tl.sum(counts, 0)
-    for tile in range(tiles):
-        mine = tl.sum((last <= tile * TILE).to(tl.int32), 0)  # the first expert whose rows end past the tile's start
-        tl.store(tile_experts_ptr + tile, tl.where(mine < E, mine, -1))
+    first = last - padded  # each expert's rows are first : last, of which first : first + total hold pairs
+
+    next_row = first + before
+    end = tl.minimum((chunk + 1) * chunk_size, num_pairs)
+    for start in range(chunk * chunk_size, end, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
+        mine = _expert_of(experts_ptr, pair, end, E)
+        same = (mine[:, None] == expert[None, :]).to(tl.int32)
+        row = tl.sum(same * (next_row[None, :] + tl.cumsum(same, 0)), 1) - 1
+        tl.store(pairs_ptr + row, pair, mask=mine >= 0)
+        next_row += tl.sum(same, 0)
+
+    for start in range(chunk * TILES, tiles, chunks * TILES):
+        tile = start + tl.arange(0, TILES)
+        inside = tile < tiles
+        # The first expert whose rows end past the tile's start; E_PADDED where the tile holds nothing.
+        mine = tl.sum((last[None, :] <= tile[:, None] * TILE).to(tl.int32), 1)
+        tl.store(tile_experts_ptr + tile, tl.where(mine < E_PADDED, mine, -1), mask=inside)
+        filled = tl.sum(tl.where(mine[:, None] == expert[None, :], (first + total)[None, :], 0), 1)
+        row = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        padding = inside[:, None] & (row >= filled[:, None])
+        tl.store(pairs_ptr + row, tl.zeros([TILES, TILE], tl.int32) + num_pairs, mask=padding)
 
 
-@triton.jit
-def _place(
-    experts_ptr, offsets_ptr, pairs_ptr, num_pairs, E: tl.constexpr, E_PADDED: tl.constexpr, CHUNK: tl.constexpr
-):
-    chunk = tl.program_id(0)
-    pair = chunk * CHUNK + tl.arange(0, CHUNK)
-    mine = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=E_PADDED)
-    same = (mine[:, None] == tl.arange(0, E_PADDED)[None, :]).to(tl.int32)
-    rank = tl.sum(same * tl.cumsum(same, 0), 1) - 1  # among the chunk's pairs of the same expert
-    placed = mine < E  # who goes to no expert has no row
-    row = tl.load(offsets_ptr + chunk * E + mine, mask=placed, other=0) + rank
-    tl.store(pairs_ptr + row, pair, mask=placed)
+_MOST_CHUNKS = 128  # each program reads the counts of all
 
 
 def align(experts: Tensor, num_experts: int, tile: int) -> Alignment:
     """See the package's contract. experts [T, k] int32, contiguous."""
     device, num_pairs = experts.device, experts.numel()
     padded = triton.next_power_of_2(num_experts)
-    chunk = max(16, 16384 // padded)
+    block = max(16, 16384 // padded)
+    blocks = triton.cdiv(num_pairs, block)
+    chunk = block * (blocks if blocks <= 4 else triton.cdiv(blocks, _MOST_CHUNKS))  # few pairs: all by one program
     chunks = triton.cdiv(num_pairs, chunk)
     rows = aligned_rows(num_pairs, num_experts, tile)
-    pairs = torch.full((rows,), num_pairs, dtype=torch.int32, device=device)
+    pairs = torch.empty((rows,), dtype=torch.int32, device=device)
     tile_experts = torch.empty((rows // tile,), dtype=torch.int32, device=device)
-    counts = torch.empty((chunks, num_experts), dtype=torch.int32, device=device)
-    count: Any = _count
-    offsets: Any = _offsets
+    counts = torch.empty((chunks, padded), dtype=torch.int32, device=device)
+    sizes = {"E": num_experts, "E_PADDED": padded, "BLOCK": block}
+    if chunks > 1:
+        count: Any = _count
+        count[(chunks,)](experts, counts, num_pairs, chunk, **sizes, num_warps=4)
     place: Any = _place
-    sizes = {"E": num_experts, "E_PADDED": padded}
-    count[(chunks,)](experts, counts, num_pairs, **sizes, CHUNK=chunk, num_warps=4)
-    offsets[(1,)](
-        counts, tile_experts, chunks, rows // tile, **sizes, TILE=tile, CHUNKS=max(1, 4096 // padded), num_warps=4
-    )
-    place[(chunks,)](experts, counts, pairs, num_pairs, **sizes, CHUNK=chunk, num_warps=4)
+    place[(chunks,)](
+        experts, counts, pairs, tile_experts, num_pairs, chunk, rows // tile, **sizes,
+        CHUNKS=max(1, 4096 // padded), TILE=tile, TILES=max(1, 4096 // max(padded, tile)), num_warps=8,
+    )  # fmt: skip
     return Alignment(pairs, tile_experts, tile, num_pairs)
+
+
+@triton.jit
+def rows_of_tile(
+    pairs_ptr, tile_experts_ptr, num_pairs, tiles_m, N, PAIRS_PER_ROW: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):  # fmt: skip
+    """Of this program's tile of a product: the expert (-1: nothing to do), the pairs, their rows of a, the columns."""
+    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, TILE_N), 8)
+    expert = tl.load(tile_experts_ptr + tile_m).to(tl.int64)
+    pair = tl.load(pairs_ptr + tile_m * TILE_M + tl.arange(0, TILE_M))
+    row = tl.minimum(pair, num_pairs - 1) // PAIRS_PER_ROW  # padding computes the last pair again and is not stored
+    return expert, pair, row, tile_n * TILE_N + tl.arange(0, TILE_N)
+
+
+@triton.jit
+def store_pairs(acc, out_ptr, bias_ptr, expert, pair, n, num_pairs, N):
+    """acc [tile m, tile n] + bias [E, N] → out [T * k, N]."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + expert * N + tl.minimum(n, N - 1)).to(tl.float32)[None, :]
+    inside = (pair < num_pairs)[:, None] & (n < N)[None, :]
+    tl.store(out_ptr + pair.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -199,7 +248,7 @@ def _from_mxfp4(packed, exponents, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DT
     return tl.reshape(scaled, [ROWS, COLUMNS]).to(DTYPE)  # exact: four bits of it are not 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "tiles_m", "a_scale_step"])
 def _grouped_matmul(
     a_ptr,
     a_scale_ptr,
@@ -214,8 +263,8 @@ def _grouped_matmul(
     N,
     K,
     a_stride: tl.int64,
+    a_scale_step,
     SCALES: tl.constexpr,
-    A_PER_ROW: tl.constexpr,
     W_PER_COLUMN: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -223,14 +272,13 @@ def _grouped_matmul(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """SCALES: 0 none, 1 per tensor, row or column, 3 per block of 128, 4 MXFP4's exponents."""
-    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, TILE_N), 8)
-    expert = tl.load(tile_experts_ptr + tile_m).to(tl.int64)
+    """SCALES: 0 none, 1 per tensor, row or column, 3 per block of 128, 4 MXFP4's exponents. a's are a step apart from
+    row to row, 0 where there is one for all."""
+    expert, pair, row, n = rows_of_tile(
+        pairs_ptr, tile_experts_ptr, num_pairs, tiles_m, N, PAIRS_PER_ROW, TILE_M, TILE_N
+    )
     if expert < 0:
         return
-    pair = tl.load(pairs_ptr + tile_m * TILE_M + tl.arange(0, TILE_M))
-    row = tl.minimum(pair, num_pairs - 1) // PAIRS_PER_ROW  # padding computes the last pair again and is not stored
-    n = tile_n * TILE_N + tl.arange(0, TILE_N)
     safe_n = tl.minimum(n, N - 1)
     k = tl.arange(0, TILE_K)
     a_at = a_ptr + row.to(tl.int64)[:, None] * a_stride + k[None, :]
@@ -269,18 +317,12 @@ def _grouped_matmul(
         a_at += TILE_K
         w_at += held
     if SCALES == 1:
-        if A_PER_ROW:
-            acc *= tl.load(a_scale_ptr + row)[:, None]
-        else:
-            acc *= tl.load(a_scale_ptr)
+        acc *= tl.load(a_scale_ptr + row * a_scale_step)[:, None]
         if W_PER_COLUMN:
             acc *= tl.load(w_scale_ptr + expert * N + safe_n)[None, :]
         else:
             acc *= tl.load(w_scale_ptr + expert)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + expert * N + safe_n).to(tl.float32)[None, :]
-    inside = (pair < num_pairs)[:, None] & (n < N)[None, :]
-    tl.store(out_ptr + pair.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    store_pairs(acc, out_ptr, bias_ptr, expert, pair, n, num_pairs, N)
 
 
 def rows_per_tile(num_pairs: int, num_experts: int) -> int:
@@ -333,8 +375,8 @@ def grouped_matmul(
         columns,
         k,
         a.stride(0),
+        int(a_scale is not None and a_scale.numel() > 1),
         SCALES=4 if packed else 0 if w_scale is None else 3 if blocks else 1,
-        A_PER_ROW=a_scale is not None and a_scale.numel() > 1,
         W_PER_COLUMN=w_scale is not None and w_scale.ndim == 2,
         PAIRS_PER_ROW=pairs_per_row,
         EVEN_K=k % tiles.k == 0,
