@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,8 @@ _MATRIX = r"\b(HGMMA|QGMMA|IGMMA|UTC\w*MMA|HMMA|QMMA|IMMA|v_mfma_\w+)"
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with the values that it would be launched with."""
+    """One kernel as it would be specialized: what it is compiled for, and no more."""
 
-    case: Case
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -86,7 +86,7 @@ class Compiled:
     wide_loads: int  # loads of 16 bytes
 
 
-def _specialize(kernel: JITFunction, case: Case, arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
+def _specialize(kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
     """As triton.runtime.jit specializes a launch: it compiles anew wherever this differs."""
     options = tuple((name, named.pop(name)) for name in ("num_warps", "num_stages") if name in named)
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | named
@@ -109,24 +109,25 @@ def _specialize(kernel: JITFunction, case: Case, arguments: tuple[Any, ...], nam
             signature[parameter.name] = "i64" if "int64" in str(parameter.annotation) or value >= 2**31 else "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(index)
-    return Launch(case, kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
+    return Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
 
 
-def launches(case: Case, chip: Hardware) -> Iterator[Launch]:
-    """What the case launches on the chip, the same kernel in the same specialization once."""
-    recorded: list[Launch] = []
+@contextmanager
+def recorded(chip: Hardware) -> Iterator[dict[Launch, None]]:
+    """Within, meta tensors stand for tensors on the chip, and what would be launched is put into the dictionary, the
+    same kernel in the same specialization once."""
+    found: dict[Launch, None] = {}
     plain = JITFunction.run
 
     def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        recorded.append(_specialize(self, case, arguments, named))
+        found[_specialize(self, arguments, named)] = None
 
     JITFunction.run = record
     try:
         with stands_for(chip):
-            case.build(torch.device("meta"), chip.fp8 or torch.bfloat16).run()
+            yield found
     finally:
         JITFunction.run = plain
-    yield from dict.fromkeys(recorded)
 
 
 def _inspect_nvidia(binary: bytes) -> tuple[int, int, str, int]:
@@ -153,7 +154,7 @@ def _inspect_amd(code: str) -> tuple[int, int, str, int]:
     return registers, spills, matrix[1] if matrix else "", wide
 
 
-def compile_launch(launch: Launch, target: str) -> Compiled:
+def compile_launch(launch: Launch, case: Case, target: str) -> Compiled:
     """Down to machine code."""
     source = ASTSource(
         fn=launch.kernel,
@@ -168,7 +169,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     constants = dict(launch.constants)
     return Compiled(
         kernel=launch.kernel.__name__.removeprefix("_"),
-        case=launch.case.name,
+        case=case.name,
         target=target,
         warps=compiled.metadata.num_warps,
         stages=compiled.metadata.num_stages,
@@ -179,7 +180,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         multiplies="tt.dot" in compiled.asm["ttir"],
         rows=constants.get("TILE_M", constants.get("M", 0)),
         matrix=matrix,
-        streams=launch.case.streams,
+        streams=case.streams,
         wide_loads=wide,
     )
 
@@ -188,7 +189,10 @@ def compile_case(work: tuple[int, str]) -> list[Compiled]:
     """All launches of a case (by its place) for a target."""
     index, target = work
     torch.set_num_threads(1)
-    return [compile_launch(launch, target) for launch in launches(CASES[index], CHIPS[target])]
+    case, chip = CASES[index], CHIPS[target]
+    with recorded(chip) as launches:
+        case.build(torch.device("meta"), chip.fp8 or torch.bfloat16).run()
+    return [compile_launch(launch, case, target) for launch in launches]
 
 
 def compile_all(targets: list[str]) -> Iterator[Compiled]:

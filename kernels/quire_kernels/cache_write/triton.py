@@ -47,7 +47,7 @@ def _head_weight(q_weight_ptr, k_weight_ptr, dims, dims_in, is_q, UNIT_OFFSET: t
     return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rope_cache_write(
     qkv_ptr,
     key_ptr,

@@ -12,7 +12,7 @@ from quire_kernels.matmul.triton import num_splits
 from quire_kernels.moe import Alignment
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _shrink(
     x_ptr, a_ptr, parts_ptr, tokens_ptr, tile_adapters_ptr, num_tokens, K, x_stride: tl.int64, k_per_split,
     R: tl.constexpr, R_PADDED: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
@@ -37,10 +37,10 @@ def _shrink(
     tl.store(parts_ptr + at, acc, mask=(token < num_tokens)[:, None] & (rank < R)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "splits"])
 def _expand(
-    parts_ptr, b_ptr, out_ptr, tokens_ptr, tile_adapters_ptr, num_tokens, N, offset, out_stride: tl.int64,
-    SPLITS: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    parts_ptr, b_ptr, out_ptr, tokens_ptr, tile_adapters_ptr, num_tokens, splits, N, offset,
+    out_stride: tl.int64, R: tl.constexpr, R_PADDED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """out += (sum of the parts) b^T."""
     tile = tl.program_id(0)
@@ -52,7 +52,7 @@ def _expand(
     rank = tl.arange(0, R_PADDED)
     inside = alive[:, None] & (rank < R)[None, :]
     small = tl.zeros([TILE_M, R_PADDED], tl.float32)
-    for split in tl.static_range(SPLITS):
+    for split in range(splits):
         at = (split * num_tokens + token).to(tl.int64)[:, None] * R + rank[None, :]
         small += tl.load(parts_ptr + at, mask=inside, other=0.0)
     n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
@@ -83,6 +83,6 @@ def add_lora(out: Tensor, x: Tensor, a: Tensor, b: Tensor, alignment: Alignment,
     )  # fmt: skip
     kernel = _expand
     kernel[(tiles, triton.cdiv(columns, 128))](
-        parts, b, out, alignment.pairs, alignment.tile_experts, tokens, columns, offset, out.stride(0),
-        SPLITS=splits, R=rank, R_PADDED=padded, TILE_M=alignment.tile, TILE_N=128, num_warps=4, num_stages=1,
+        parts, b, out, alignment.pairs, alignment.tile_experts, tokens, splits, columns, offset,
+        out.stride(0), R=rank, R_PADDED=padded, TILE_M=alignment.tile, TILE_N=128, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -47,16 +47,16 @@ def tile_of_program(program, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N, SPLITS: tl.constexpr):
-    """acc [tile m, tile n] fp32 → out [M, N], or parts [SPLITS, M, N], to which `reduce_splits` adds the bias."""
+def store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N):
+    """acc [tile m, tile n] fp32 → out [M, N], or parts [splits, M, N], which come without a bias."""
     inside = (m < M)[:, None] & (n < N)[None, :]
     at = (split * M + m).to(tl.int64)[:, None] * N + n[None, :]
-    if (bias_ptr is not None) & (SPLITS == 1):
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _reduce_splits(parts_ptr, bias_ptr, out_ptr, rows, width, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -87,7 +87,7 @@ def reduce_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _matmul(
     a_ptr,
     w_ptr,
@@ -100,7 +100,6 @@ def _matmul(
     w_stride: tl.int64,
     k_per_split,
     EVEN_K: tl.constexpr,
-    SPLITS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -126,7 +125,7 @@ def _matmul(
         acc = tl.dot(a, w.T, acc, input_precision="ieee")
         a_at += TILE_K
         w_at += TILE_K
-    store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N, SPLITS)
+    store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N)
 
 
 def matmul(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -148,7 +147,7 @@ def matmul(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     kernel[(triton.cdiv(rows, tiles.m) * tiles_n, splits)](
         a,
         w,
-        bias,
+        bias if splits == 1 else None,
         parts,
         rows,
         columns,
@@ -157,7 +156,6 @@ def matmul(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         w.stride(0),
         per_split,
         EVEN_K=k == per_split * splits,
-        SPLITS=splits,
         TILE_M=tiles.m,
         TILE_N=tiles.n,
         TILE_K=tiles.k,

@@ -13,7 +13,7 @@ from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantize.triton import store_quantized
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm(
     x_ptr,
     delta_ptr,

@@ -19,7 +19,7 @@ from quire_kernels.matmul.triton import (
 from quire_kernels.quantized_matmul import INT4_CHUNK, Int4Weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "a_scale_step"])
 def _scaled_matmul(
     a_ptr,
     a_scale_ptr,
@@ -31,16 +31,16 @@ def _scaled_matmul(
     N,
     K,
     k_per_split,
-    A_SCALES: tl.constexpr,
-    W_SCALES: tl.constexpr,
+    a_scale_step,
+    w_scale_step,
+    BLOCKS: tl.constexpr,
     INTEGER: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SPLITS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """A_SCALES and W_SCALES: 1 for the tensor, 2 per row, 3 per block of 128."""
+    """Scales are per block of 128 (BLOCKS), or a step apart from row to row: 0 where there is one for all."""
     tile_m, tile_n = tile_of_program(tl.program_id(0), tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N), 8)
     split = tl.program_id(1)
     m = tile_m * TILE_M + tl.arange(0, TILE_M)
@@ -60,7 +60,7 @@ def _scaled_matmul(
             present = (k < K - step)[None, :]
             a = tl.load(a_at, mask=present, other=0.0)
             w = tl.load(w_at, mask=present, other=0.0)
-        if A_SCALES == 3:
+        if BLOCKS:
             block = tl.minimum((begin + step) // 128, blocks - 1)
             scale = tl.load(a_scale_ptr + safe_m * blocks + block)[:, None]
             scale = scale * tl.load(w_scale_ptr + safe_n // 128 * blocks + block)[None, :]
@@ -72,21 +72,10 @@ def _scaled_matmul(
         a_at += TILE_K
         w_at += TILE_K
     acc = acc.to(tl.float32)
-    if A_SCALES == 1:
-        acc *= tl.load(a_scale_ptr)
-    elif A_SCALES == 2:
-        acc *= tl.load(a_scale_ptr + safe_m)[:, None]
-    if W_SCALES == 1:
-        acc *= tl.load(w_scale_ptr)
-    elif W_SCALES == 2:
-        acc *= tl.load(w_scale_ptr + safe_n)[None, :]
-    store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N, SPLITS)
-
-
-def _scale_kind(scale: Tensor, rows: int) -> int:
-    if scale.ndim == 2:
-        return 3
-    return 2 if scale.shape[0] == rows and rows > 1 else 1
+    if not BLOCKS:
+        acc *= tl.load(a_scale_ptr + safe_m * a_scale_step)[:, None]
+        acc *= tl.load(w_scale_ptr + safe_n * w_scale_step)[None, :]
+    store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N)
 
 
 def _tiles(chip: Hardware, rows: int, blocks: bool) -> MatrixTiles:
@@ -109,9 +98,9 @@ def scaled_matmul(
     assert a.is_contiguous()
     assert w.is_contiguous()
     assert (a_scale.ndim == 2) == (w_scale.ndim == 2), "blocks go with blocks"
-    chip = hardware(a.device)
+    chip, blocks = hardware(a.device), a_scale.ndim == 2
     (rows, k), columns = a.shape, w.shape[0]
-    tiles = _tiles(chip, rows, a_scale.ndim == 2).fits(chip, 1, 1)
+    tiles = _tiles(chip, rows, blocks).fits(chip, 1, 1)
     tiles_m, tiles_n = triton.cdiv(rows, tiles.m), triton.cdiv(columns, tiles.n)
     steps = triton.cdiv(k, tiles.k)
     splits = num_splits(chip, tiles_m * tiles_n, steps) if tiles_m == 1 else 1
@@ -124,17 +113,17 @@ def scaled_matmul(
         a_scale,
         w,
         w_scale,
-        bias,
+        bias if splits == 1 else None,
         parts,
         rows,
         columns,
         k,
         per_split,
-        A_SCALES=_scale_kind(a_scale, rows),
-        W_SCALES=_scale_kind(w_scale, columns),
+        int(a_scale.numel() > 1),
+        int(w_scale.numel() > 1),
+        BLOCKS=blocks,
         INTEGER=a.dtype == torch.int8,
         EVEN_K=k == per_split * splits,
-        SPLITS=splits,
         TILE_M=tiles.m,
         TILE_N=tiles.n,
         TILE_K=tiles.k,
@@ -160,7 +149,7 @@ def int4_halves(packed, scales_ptr, zeros_ptr, low_at, high_at):
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunks_per_split"])
 def _int4_matmul(
     a_ptr,
     packed_ptr,
@@ -174,7 +163,6 @@ def _int4_matmul(
     a_stride: tl.int64,
     chunks_per_split,
     GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
@@ -198,7 +186,7 @@ def _int4_matmul(
         acc = tl.dot(a, high.to(a.dtype), acc)
         a_at += 64
         packed_at += N.to(tl.int64) * 32
-    store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N, SPLITS)
+    store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N)
 
 
 def int4_matmul(a: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
@@ -221,7 +209,7 @@ def int4_matmul(a: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
         weight.packed,
         weight.scales,
         weight.zeros,
-        bias,
+        bias if splits == 1 else None,
         parts,
         rows,
         columns,
@@ -229,7 +217,6 @@ def int4_matmul(a: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
         a.stride(0),
         triton.cdiv(chunks, splits),
         GROUP=weight.group,
-        SPLITS=splits,
         TILE_M=tiles.m,
         TILE_N=tiles.n,
         num_warps=tiles.warps,

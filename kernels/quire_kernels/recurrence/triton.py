@@ -15,7 +15,7 @@ _TOKENS = 16  # of one tile of the convolution
 _CHUNK = 16  # the least that a product of matrices takes; the triangular system in it is as long
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _convolve(
     x_ptr,
     weight_ptr,
