@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from quire_kernels.sampling import Biases, Penalties, Prepared, Rows, reference
+from quire_kernels.sampling import Biases, Penalties, Prepared, Rows, host, reference
 from quire_kernels.sampling.triton import add_bias, draw, penalize, prepare, token_logprobs
 from quire_kernels.verification import reference as verification_reference
 from quire_kernels.verification.triton import verify
@@ -88,6 +88,21 @@ def test_nothing_possible_is_said() -> None:
     tokens = draw(logits, rows, prepare(logits, rows))
     assert tokens[1] == -1
     assert (tokens[[0, 2]] >= 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.01}], ids=["all", "top_p", "top_k"])
+def test_a_broken_row_draws_nothing(temperature: float, filters: dict[str, float]) -> None:
+    """A logit that is no number, or infinite, wherever it stands: as on a CPU, and never a token past the last."""
+    logits = torch.randn(5, 5000)
+    logits[1, 4999] = logits[2, 17] = math.nan
+    logits[3] = math.nan
+    logits[4, 4096] = math.inf
+    rows = make_rows(5, **filters)
+    rows.temperature.fill_(temperature)
+    tokens = draw(logits, rows, prepare(logits, rows, filtered=bool(filters)))
+    assert tokens[1:].tolist() == [-1] * 4
+    assert tokens.tolist() == host.draw(logits, rows).tolist()
 
 
 def repeated(prepared: Prepared, times: int) -> Prepared:

@@ -83,6 +83,8 @@ class DryGroup(ParallelGroup):
         return x
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
+        if self.size == 1:
+            return x
         return x.new_empty((x.shape[0], x.shape[1] * self.size)) if self.rank == 0 else None
 
     def share_drawn(self, tokens: Tensor) -> None:

@@ -8,7 +8,7 @@ It reads the logits once, and again only where candidates stand; nothing is sort
 
 `draw(logits, rows, prepared)` → tokens [S] int32: the most likely one where the temperature is 0, else by inversion of
 the cumulative distribution in the order of token ids, at the number of the counter-based generator for (seed,
-position); -1 where no token is possible.
+position); -1 where no token is possible, or a logit is not a number or plus infinity.
 
 `token_logprobs(logits, tokens)` → log-probabilities [S] and ranks [S] (1: the most likely) of the raw logits.
 """

@@ -77,10 +77,12 @@ def _chunk_stats(
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     x = _scaled(logits_ptr, masks_ptr, temperature_ptr, row, ids, V, stride, words)
+    broken = (x != x) | (x == float("inf"))
+    x = tl.where(broken, float("-inf"), x)
     best = tl.max(x, 0)
     total = tl.sum(tl.exp(x - tl.where(best == float("-inf"), 0.0, best)), 0)
     at = row * tl.num_programs(1) + chunk
-    tl.store(max_ptr + at, best)
+    tl.store(max_ptr + at, tl.where(tl.max(broken.to(tl.int32), 0) > 0, float("inf"), best))
     tl.store(sum_ptr + at, total)
     tl.store(arg_ptr + at, chunk * CHUNK + tl.argmax(x, 0))
 
@@ -142,12 +144,13 @@ def _candidates(
     at = row * chunks + chunk
     maxima = tl.load(max_ptr + at, mask=chunk < chunks, other=float("-inf"))
     best = tl.max(maxima, 0)
-    possible = best > float("-inf")
+    possible = (best > float("-inf")) & (best < float("inf"))  # infinity: some logit is none
     token = tl.load(arg_ptr + row * chunks + tl.argmax(maxima, 0))
     tl.store(best_ptr + row, tl.where(possible, token, -1))
     best = tl.where(possible, best, 0.0)
     sums = tl.load(sum_ptr + at, mask=chunk < chunks, other=0.0)
-    tl.store(log_mass_ptr + row, best + tl.log(tl.sum(sums * tl.exp(maxima - best), 0)))
+    shares = tl.exp(tl.where(possible, maxima - best, 0.0))
+    tl.store(log_mass_ptr + row, best + tl.log(tl.sum(sums * shares, 0)))
 
     top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     top_k = tl.where((top_k <= 0) | (top_k >= V), 0, top_k)
