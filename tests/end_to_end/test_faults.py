@@ -117,6 +117,27 @@ def test_a_killed_process_costs_no_token(two_replicas: RunningServer, kind: str)
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_a_request_that_allows_no_token_fails_alone(two_replicas: RunningServer) -> None:
+    """The next step is planned before it is known that nothing could be drawn: it must harm nobody."""
+    server = two_replicas
+    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    undisturbed = asyncio.run(run_streams(server))
+    before = processes(server, "Worker")
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        impossible = {"model": "tiny", "prompt": [5, 6, 7], "allowed_token_ids": [5], "bad_words": ["w5"]}
+        for temperature in (0, 1, 0, 1):
+            answers.append(
+                httpx.post(f"{server.url}/v1/completions", json=impossible | {"temperature": temperature}, timeout=60)
+            )
+
+    assert asyncio.run(run_streams(server, ask)) == undisturbed
+    assert [answer.status_code for answer in answers] == [500] * 4
+    assert all("no token has a finite logit" in answer.text for answer in answers)
+    assert processes(server, "Worker") == before
+
+
 def test_a_worker_that_hangs_is_found_and_costs_no_token(two_replicas: RunningServer) -> None:
     """Stopped, not killed: nobody tells, and its lease runs out."""
     server = two_replicas
