@@ -23,8 +23,8 @@ from quire_engine.plan import GPUS, Target
 from quire_engine.weights.resolve import find_model
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
-from compile_ahead import Launch, recorded  # noqa: E402
-from quire_kernels.hardware import CHIPS  # noqa: E402
+from compile_ahead import Launch, recorded
+from quire_kernels.hardware import CHIPS
 
 CARD = "H100"
 

@@ -54,8 +54,9 @@ class EngineConfig:
     device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     attention_backend: str = option(
         "auto",
-        "auto: native (C) on a CPU in float32, triton on a GPU, else torch",
-        choices=("auto", "native", "torch", "triton"),
+        "auto: native (C) on a CPU in float32; triton on a GPU, or flash (the same with FlashAttention 3 for long "
+        "prompts) on Hopper where it is installed; else torch",
+        choices=("auto", "native", "torch", "triton", "flash"),
     )
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's)")
     tensor_parallel_size: int = option(1, "workers that share every layer", flags=("-tp",))

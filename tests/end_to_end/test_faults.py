@@ -127,10 +127,10 @@ def test_a_request_that_allows_no_token_fails_alone(two_replicas: RunningServer)
 
     def ask() -> None:
         impossible = {"model": "tiny", "prompt": [5, 6, 7], "allowed_token_ids": [5], "bad_words": ["w5"]}
-        for temperature in (0, 1, 0, 1):
-            answers.append(
-                httpx.post(f"{server.url}/v1/completions", json=impossible | {"temperature": temperature}, timeout=60)
-            )
+        answers.extend(
+            httpx.post(f"{server.url}/v1/completions", json=impossible | {"temperature": temperature}, timeout=60)
+            for temperature in (0, 1, 0, 1)
+        )
 
     assert asyncio.run(run_streams(server, ask)) == undisturbed
     assert [answer.status_code for answer in answers] == [500] * 4

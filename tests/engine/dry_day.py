@@ -18,18 +18,19 @@ import numpy as np
 import torch
 import transformers
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks" / "engine"), str(Path(__file__).parents[1])]
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "engine"))
+sys.path.append(str(Path(__file__).parents[1]))
 
 from dry_gpu import CARD, dry_runner
+from families import FAMILIES, TINY
 from quire_engine.engine import Engine
-from quire_engine.execution.dry_run import META, AllocatedBytes, DryGroup, allocated
+from quire_engine.execution.dry_run import AllocatedBytes, DryGroup, allocated
 from quire_engine.execution.graphs import StepGraphs, captured_shapes
 from quire_engine.plan import GPUS
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.upload import Upload
 from quire_kernels.hardware import CHIPS
-from families import FAMILIES, TINY
 from shapes import SHAPES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,12 +1,16 @@
 """Which kernels a worker calls: decided once, at start."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from quire_kernels.backends import Backend
+from quire_kernels.hardware import hardware
 from quire_kernels.native.backend import NativeBackend
 from quire_kernels.native.build import NativeBuildError
+from quire_kernels.paged_attention import flash
 from quire_kernels.torch_backend import TorchBackend
+from torch import Tensor
 
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
@@ -21,6 +25,9 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
         _check_deterministic(config, device, dtype, quantized)
     native_fits = device.type == "cpu" and dtype == torch.float32 and config.kv_cache_dtype == "auto"
     if wanted == "auto":
+        flashes = device.type == "cuda" and not config.deterministic and hardware(device).target in flash.CHIPS
+        if flashes and (function := flash.load()) is not None:
+            return _flash(device, function)
         wanted = "triton" if device.type == "cuda" else "native" if native_fits else "torch"
         if wanted == "native":
             try:
@@ -48,9 +55,31 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
         from quire_kernels.triton_backend import TritonBackend
 
         return TritonBackend(device, deterministic=config.deterministic)
+    if wanted == "flash":
+        return _flash(device, _installed(config, device))
     if device.type == "cuda":
         log.warning("the torch kernels are references: every step waits for the host, and none is captured; slow")
     return TorchBackend()
+
+
+def _flash(device: torch.device, function: Callable[..., Tensor]) -> Backend:
+    from quire_kernels.flash_backend import FlashBackend
+
+    log.info("prompts of %d tokens and more: FlashAttention 3; else Triton", flash.LEAST_TOKENS)
+    return FlashBackend(device, function)
+
+
+def _installed(config: EngineConfig, device: torch.device) -> Callable[..., Tensor]:
+    """The library's function. Raises InvalidParameter where it cannot be had."""
+    if config.deterministic:
+        why = "its bits depend on how a prompt is cut up, and deterministic is asked for"
+    elif device.type != "cuda" or hardware(device).target not in flash.CHIPS:
+        why = f"it runs on {', '.join(flash.CHIPS)}, not here"
+    elif (function := flash.load()) is not None:
+        return function
+    else:
+        why = f"it is not installed (no module {flash.MODULE})"
+    raise InvalidParameter(f"attention_backend is flash, FlashAttention 3: {why}; leave it out", "attention_backend")
 
 
 def _check_deterministic(config: EngineConfig, device: torch.device, dtype: torch.dtype, quantized: bool) -> None:

@@ -168,7 +168,7 @@ class ModelRunner:
         self._graph_logits: Tensor | None = None  # [most that draw, vocabulary], for all graphs
         if captures_steps(config, self.spec, self.device.type == "cpu"):
             self.capture_graphs(graph_recorder(self.device))
-        if backend.name == "triton" and self.device.type != "cpu":
+        if backend.name != "torch" and self.device.type != "cpu":
             self.warm_up()
         log.info(
             "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s%s, loaded in %.1f s",

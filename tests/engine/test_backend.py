@@ -1,0 +1,46 @@
+"""Which kernels a worker calls, and whether its steps are captured."""
+
+import pytest
+import torch
+from quire_engine.config import EngineConfig
+from quire_engine.errors import InvalidParameter
+from quire_engine.execution.backend import choose_backend
+from quire_engine.models.families import spec_of
+from quire_engine.models.spec import DecoderSpec
+from quire_engine.plan import captures_steps
+
+
+def config_of(**options: object) -> EngineConfig:
+    return EngineConfig(model="-", **options)
+
+
+@pytest.fixture
+def spec() -> DecoderSpec:
+    return spec_of(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 300,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+        }
+    )
+
+
+def test_flash_is_refused_where_it_cannot_be() -> None:
+    for options in ({}, {"deterministic": True, "device": "cpu"}):
+        with pytest.raises(InvalidParameter, match="leave it out"):
+            config = config_of(attention_backend="flash", **options)
+            choose_backend(config, torch.device("cpu"), torch.float32, quantized=False)
+
+
+def test_what_is_captured(spec: DecoderSpec) -> None:
+    """Not on CPUs, nor where the host has its hands in a step: torch's references read values, stages send."""
+    assert captures_steps(config_of(), spec, cpu=False)
+    assert captures_steps(config_of(attention_backend="triton", tensor_parallel_size=2), spec, cpu=False)
+    assert not captures_steps(config_of(), spec, cpu=True)
+    for options in ({"enforce_eager": True}, {"attention_backend": "torch"}, {"pipeline_parallel_size": 2}):
+        assert not captures_steps(config_of(**options), spec, cpu=False)
