@@ -12,7 +12,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+from quire_engine.execution.one_shot import SYMMETRIC_BYTES, OneShot, one_shot
+
+_MEETING = timedelta(minutes=5)  # ranks import torch at their own speed,
+_LOADING = timedelta(hours=1)  # and read their weights so; a rank that fails is told by its worker, not by a timeout
 _FOREVER = timedelta(days=365)  # idle engines wait for plans
+COMMUNICATOR_BYTES = 704 << 20
+"""What NCCL takes of a GPU for one communicator: 544 MiB of two A100s and 688 of four were seen (its issue 964), in
+buffers of 4 MiB (NCCL_BUFFSIZE) and those of two low-latency protocols, for each channel and neighbour."""
+
+
+def group_bytes(size: int, stages: int) -> int:
+    """What the groups of `size` tensor-parallel ranks of `stages` stages take of each GPU."""
+    if size * stages == 1:
+        return 0
+    communicators = 2 if size > 1 and stages > 1 else 1
+    return communicators * COMMUNICATOR_BYTES + (SYMMETRIC_BYTES if size > 1 else 0)
 
 
 class ParallelGroup:
@@ -44,6 +59,7 @@ class ParallelGroup:
         self._world = world
         self._control = control
         self._dtype = dtype
+        self._one_shot: OneShot | None = None
 
     @staticmethod
     def join(
@@ -60,34 +76,51 @@ class ParallelGroup:
         across_hosts: bool = False,
     ) -> "ParallelGroup":
         """Meets the other ranks at rank 0's store (see `host_store`): NCCL on GPUs, gloo on CPUs. With `across_hosts`
-        there is a group for messages between hosts besides (`control`)."""
+        there is a group for messages between hosts besides (`control`). Returns once all have spoken."""
         everyone = size * stages
         if everyone == 1:
             return ParallelGroup()
         if address == "127.0.0.1":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = TCPStore(address, port, everyone, False, timeout=timedelta(seconds=60))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=everyone)
+        store = TCPStore(address, port, everyone, False, timeout=_MEETING)
+        on_gpus = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpus else "gloo",
+            store=store,
+            rank=rank,
+            world_size=everyone,
+            timeout=_LOADING,
+            device_id=device if on_gpus else None,
+        )
         stage, own = divmod(rank, size)
-        groups = [dist.new_group([other * size + i for i in range(size)]) for other in range(stages)]
-        return ParallelGroup(
+        tensor_group = dist.group.WORLD
+        if stages > 1:  # else the ranks of the stage are all there are
+            groups = [
+                dist.new_group([other * size + i for i in range(size)], timeout=_LOADING)
+                for other in range(stages if size > 1 else 0)
+            ]
+            tensor_group = groups[stage] if groups else None
+        group = ParallelGroup(
             own,
             size,
             stage=stage,
             stages=stages,
             experts_apart=experts_apart,
             deterministic=deterministic,
-            tensor_group=groups[stage] if size > 1 else None,
+            tensor_group=tensor_group,
             world=dist.group.WORLD,
             control=dist.new_group(backend="gloo", timeout=_FOREVER) if across_hosts else None,
             dtype=dtype,
         )
+        group.minimum(0)  # what is broken between the ranks shows before they have loaded
+        if on_gpus and tensor_group is not None and not deterministic:
+            group._one_shot = one_shot(tensor_group, dtype, device, group.minimum)
+        return group
 
     @staticmethod
     def host_store(size: int) -> TCPStore:
         """The rendezvous the ranks meet at; keep it while they join. Its `port` is chosen by the system."""
-        return TCPStore("0.0.0.0", 0, size, True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        return TCPStore("0.0.0.0", 0, size, True, wait_for_workers=False, timeout=_MEETING)
 
     @property
     def first(self) -> bool:
@@ -121,15 +154,20 @@ class ParallelGroup:
         return self.size * self.stages
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks of the stage, in place. A library adds in an order that depends on the size."""
-        if self.size > 1 and self._deterministic:
+        """The sum over the ranks of the stage, in place or in a tensor of its own. A library adds in an order that
+        depends on the size."""
+        if self.size == 1:
+            return x
+        if self._deterministic:
             parts = [torch.empty_like(x) for _ in range(self.size)]
             dist.all_gather(parts, x.contiguous(), group=self._tensor_group)
             x.copy_(parts[0])
             for part in parts[1:]:
                 x += part
-        elif self.size > 1:
-            dist.all_reduce(x, group=self._tensor_group)
+            return x
+        if self._one_shot is not None and self._one_shot.takes(x):
+            return self._one_shot(x)
+        dist.all_reduce(x, group=self._tensor_group)
         return x
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
