@@ -26,7 +26,7 @@ from quire_cluster.controller import Controller, RoutingTable
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
-from quire_cluster.local_ray import PrivateCluster, start_private_cluster
+from quire_cluster.local_ray import PrivateCluster, start_private_cluster, workers_on_gpus
 
 log = logging.getLogger(__name__)
 _WATCH_RETRY = 0.5
@@ -153,9 +153,7 @@ class Server:
     async def _start_controller(self) -> None:
         config, serve = self._engine, self._serve
         total = config.num_workers * serve.data_parallel_size
-        on_gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
-        if config.device == "cuda" and not on_gpu:
-            raise InvalidParameter("device is 'cuda', but the Ray cluster has no GPU", "device")
+        on_gpu = workers_on_gpus(config.device, total, may_grow=self._cluster is None)
         threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // total)
         host = "127.0.0.1" if self._cluster is not None else None
         self._controller = (

@@ -9,6 +9,8 @@ from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_cluster.channel import ChannelClosed, StepChannel, parent_lives
 from quire_cluster.relay import RelayingChannel, RemoteChannel
 
+log = logging.getLogger(__name__)
+
 
 class Worker:
     """Its methods are called by the replica that made it: `host_store` (rank 0), `load`, then `run` until the end."""
@@ -53,8 +55,11 @@ class Worker:
         from quire_engine.execution.runner import ModelRunner
         from quire_engine.plan import resolve_device, resolve_dtype
         from quire_engine.weights.resolve import find_model
+        from ray import get_gpu_ids
         from ray.experimental import tqdm_ray
 
+        if gpus := get_gpu_ids():
+            log.info("rank %d has GPU %s", self._rank, gpus[0])
         files = find_model(config)
         device = resolve_device(config)
         group = ParallelGroup.join(
