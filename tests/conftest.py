@@ -116,6 +116,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-tables", action="store_true", help="write docs/families.md anew")
 
 
+def processes(server: "RunningServer | int", kind: str) -> list[int]:
+    """Ids of the actors of a class below a server or a process, by their titles."""
+    root = server if isinstance(server, int) else server.process.pid
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if title.startswith(f"ray::{kind}") and root in ancestors(int(folder.name)):
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def ancestors(pid: int) -> set[int]:
+    found: set[int] = set()
+    while pid > 1:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            break
+        parent = re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)
+        assert parent
+        pid = int(parent[1])
+        found.add(pid)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.1)
+
+
 class RunningServer:
     """`quire serve` as a process of its own."""
 

@@ -23,13 +23,14 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire_cluster.replica import Replica
-from quire_cluster.workers import root_cause
+from quire_cluster.workers import Hang, root_cause
 
 log = logging.getLogger(__name__)
 Key = tuple[int, int, str]  # slot, epoch, address: a controller that was started again counts its epochs anew
 _BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0)  # seconds before the next attempt, by failures in a row
 _ATTEMPTS = 3  # to start a replica that never served and whose process dies
 _STEADY = 30.0  # seconds of service after which a failure counts as the first
+_FORGOTTEN = 86400.0  # seconds of service after which it is forgotten that workers seemed to hang; no step takes a day
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class _Slot:
     entry: ReplicaEntry | None = None
     epoch: int = 0
     failures: int = 0
+    patience: float = 1.0  # of the workers' lease
     served: bool = False
 
 
@@ -137,6 +139,8 @@ class Controller:
                 cause = root_cause(error)
                 log.error("replica %d (epoch %d) is gone: %s", index, slot.epoch, cause)
             self._remove(slot)
+            if isinstance(cause, Hang):
+                slot.patience = 2.0 * (slot.patience if time.monotonic() - started < _FORGOTTEN else 1.0)
             slot.failures = 1 if time.monotonic() - started > _STEADY else slot.failures + 1
             if not slot.served and (slot.failures == _ATTEMPTS or not isinstance(cause, EngineFailure)):
                 await self._publish(failure=str(cause))  # what cannot be loaded now will not be loadable later
@@ -159,7 +163,9 @@ class Controller:
             .remote(f"replica-{index}")
         )
         host = self._host or await _address_of(slot.placement)
-        address, max_model_len = await slot.actor.start.remote(self._config, self._threads, slot.placement, host)
+        address, max_model_len = await slot.actor.start.remote(
+            self._config, self._threads, slot.placement, host, slot.patience
+        )
         slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len)
         slot.served = True
         await self._publish()

@@ -304,12 +304,23 @@ class Replica:
         self._name = name
         self._ended: asyncio.Future[None] | None = None
 
-    async def start(self, config: EngineConfig, threads: int, placement: PlacementGroup, host: str) -> tuple[str, int]:
-        """Starts the workers and the session service; returns its address and the engine's context length."""
+    async def start(
+        self, config: EngineConfig, threads: int, placement: PlacementGroup, host: str, patience: float
+    ) -> tuple[str, int]:
+        """Starts the workers (`patience`: of their lease) and the session service; returns its address and the engine's
+        context length."""
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
         self._workers = await loop.run_in_executor(
-            None, lambda: Workers(config, threads=threads, placement=placement, on_death=self._worker_died)
+            None,
+            lambda: Workers(
+                config,
+                threads=threads,
+                placement=placement,
+                gpus="GPU" in placement.bundle_specs[0],
+                patience=patience,
+                on_death=self._worker_died,
+            ),
         )
         self._engine = EngineThread(self._workers, loop, self._failed)
         self._service = EngineService(self._engine)

@@ -3,35 +3,73 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
 import ray
 from quire_engine.config import EngineConfig, SchedulerLimits
-from quire_engine.errors import EngineFailure, ModelError, OutOfMemory, QuireError
+from quire_engine.errors import EngineFailure, ModelError, OutOfMemory, QuireError, ServerError
 from quire_engine.execution.plan import StepPlan, StepResult
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire_cluster.channel import ChannelClosed, StepChannel
-from quire_cluster.local_ray import start_private_cluster
+from quire_cluster.local_ray import start_private_cluster, workers_on_gpus
 from quire_cluster.policies.lease import StepLease
 from quire_cluster.worker import Worker
+
+_LAST_WORDS = 2.0  # seconds that the other ranks have to say what they met, where one lost its connection to them
+
+
+class Hang(EngineFailure):
+    """The workers showed no life for as long as their lease lasted."""
+
+
+def _cause(error: BaseException) -> BaseException:
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    return error
 
 
 def root_cause(error: BaseException) -> QuireError:
     """What a user should read of an error that came through Ray: the cause and its mend, not the way it took."""
-    cause: BaseException = error
-    while isinstance(cause, RayTaskError) and cause.cause is not None:
-        cause = cause.cause
+    cause = _cause(error)
     if isinstance(cause, QuireError):
         return cause
     if isinstance(cause, RayActorError):
         return EngineFailure("a worker process died")
-    if isinstance(cause, MemoryError):
+    if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":  # torch's own
         return OutOfMemory(str(cause) or "out of memory")
     return ModelError(f"{type(cause).__name__}: {cause}")
+
+
+def first_failure(loading: Sequence["Future[Any]"]) -> QuireError | None:
+    """Waits until every rank has loaded, or one has failed: why, and which. The ranks that lose their connection to one
+    that dies may be heard first; theirs is not the cause."""
+    wait(loading, return_when=FIRST_EXCEPTION)
+    failed = _failed(loading)
+    if failed and all(_lost_connection(error) for _, error in failed):
+        wait(loading, timeout=_LAST_WORDS)
+        failed = _failed(loading)
+    if not failed:
+        return None
+    rank, error = min(failed, key=lambda one: _lost_connection(one[1]))
+    cause = root_cause(error)
+    if len(loading) == 1 or not isinstance(cause, ServerError):
+        return cause
+    return type(cause)(f"rank {rank}: {cause}")
+
+
+def _failed(loading: Sequence["Future[Any]"]) -> list[tuple[int, BaseException]]:
+    done = [(rank, future.exception()) for rank, future in enumerate(loading) if future.done()]
+    return [(rank, error) for rank, error in done if error is not None]
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether this may be how gloo or NCCL report that another rank is gone."""
+    return type(_cause(error)).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 class Workers:
@@ -43,15 +81,17 @@ class Workers:
         *,
         threads: int,
         placement: PlacementGroup | None = None,
+        gpus: bool = False,
+        patience: float = 1.0,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
+        """`gpus`: each worker gets one of Ray's. `patience`: of the step lease (`StepLease`)."""
         size, ranks = config.num_workers, config.tensor_parallel_size
         self._dead = threading.Event()
         self._cause: BaseException | None = None
         self._on_death = on_death
         self._closing = False
-        self._lease = StepLease()
-        gpus = 1 if placement is not None and "GPU" in placement.bundle_specs[0] else 0
+        self._lease = StepLease(patience)
         self._actors: list[Any] = []
         for rank in range(size):
             strategy = (
@@ -59,7 +99,7 @@ class Workers:
                 if placement
                 else "DEFAULT"
             )
-            options = {"num_cpus": 1 if placement else 0, "num_gpus": gpus, "max_concurrency": 2}
+            options = {"num_cpus": 1 if placement else 0, "num_gpus": int(gpus), "max_concurrency": 2}
             self._actors.append(
                 ray.remote(Worker)
                 .options(scheduling_strategy=strategy, runtime_env=_worker_environment(threads), **options)
@@ -72,12 +112,17 @@ class Workers:
             self._remote = [rank for rank, (node, _) in enumerate(hosts) if node != here]
             port = self._actors[0].host_store.remote(size).future().result() if size > 1 else 0
             address = hosts[0][1] if self._remote else "127.0.0.1"
-            loading = [actor.load.remote(config, threads, f"{address}:{port}", self._remote) for actor in self._actors]
-            loaded = [reference.future().result() for reference in loading]
+            loading = [
+                actor.load.remote(config, threads, f"{address}:{port}", self._remote).future() for actor in self._actors
+            ]
+            failure = first_failure(loading)
         except Exception as error:
             self._kill()
             raise root_cause(error) from error
-        self.limits: SchedulerLimits = loaded[0]
+        if failure is not None:
+            self._kill()
+            raise failure
+        self.limits: SchedulerLimits = loading[0].result()
         for rank, actor in enumerate(self._actors):
             path = None if rank in self._remote else self._channel.path
             loop = actor.run.remote(path, os.getpid())
@@ -102,14 +147,16 @@ class Workers:
 
     def submit(self, plan: StepPlan) -> None:
         """Hands a step to the workers, which may still be at the one before it."""
+        counts = plan.counts.astype(int)
+        self._lease.submit(time.monotonic(), int(counts.sum()), int(counts @ (plan.starts + plan.counts)))
         self._channel.send_plan(plan)
 
     def collect(self) -> StepResult:
         """The oldest result that is due. Raises EngineFailure within 0.1 s of a worker's death."""
-        self._lease.begin(time.monotonic())
+        self._lease.begin()
         try:
             result: StepResult = self._channel.receive_result(self._alive)
-            self._lease.end()
+            self._lease.end(time.monotonic())
         except ChannelClosed as error:
             raise self.failure or EngineFailure("the step channel was closed") from error
         return result
@@ -122,7 +169,7 @@ class Workers:
         behind = self._lease.check(time.monotonic(), progress)
         if behind is not None:
             elsewhere = f" (ranks {self._remote} are on other hosts)" if self._remote else ""
-            raise EngineFailure(
+            raise Hang(
                 f"the workers made no progress for {self._lease.seconds:.0f} s; rank {behind} is furthest "
                 f"behind{elsewhere}"
             )
@@ -147,12 +194,17 @@ class LocalWorkers(Workers):
     """For offline use: workers in a private cluster of this machine, started if none is running in this process."""
 
     def __init__(self, config: EngineConfig) -> None:
+        """Raises InvalidParameter where there are GPUs, and fewer than workers."""
         self._own_cluster = None
         if not ray.is_initialized():
             self._own_cluster = start_private_cluster(num_workers=config.num_workers)
         cores = len(os.sched_getaffinity(0))
         try:
-            super().__init__(config, threads=config.cpu_threads or max(1, cores // config.num_workers))
+            super().__init__(
+                config,
+                threads=config.cpu_threads or max(1, cores // config.num_workers),
+                gpus=workers_on_gpus(config.device, config.num_workers),
+            )
         except BaseException:
             self._stop_cluster()
             raise

@@ -1,15 +1,23 @@
 """Several ranks over gloo and the step channel equal transformers."""
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
+from conftest import processes, wait_until
 from quire import LLM, SamplingParams
 from quire_cluster.local_ray import start_private_cluster
-from quire_engine.errors import InvalidParameter, ModelError
+from quire_cluster.workers import Workers
+from quire_engine.config import EngineConfig
+from quire_engine.errors import EngineFailure, InvalidParameter, ModelError, OutOfMemory
+from ray.util.placement_group import placement_group, remove_placement_group
 from transformers import AutoModelForCausalLM
 
 Make = Callable[[str], Path]
@@ -18,7 +26,10 @@ PROMPTS = [[7, 8, 9], list(range(20, 60)), [5] * 17, [11], [12, 13], [14], list(
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    running = start_private_cluster(num_workers=4)
+    """Of a machine with four GPUs, as far as Ray knows; torch finds none and computes on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 4)
+        running = start_private_cluster(num_workers=4)
     yield
     running.stop()
     assert not ray.is_initialized()
@@ -84,6 +95,73 @@ def test_what_cannot_be_split_is_refused_with_what_can(checkpoint: Make) -> None
         LLM(str(checkpoint("llama")), tensor_parallel_size=3)
     with pytest.raises(ModelError, match="3 layers cannot be split over 4 stages"):
         LLM(str(checkpoint("llama")), pipeline_parallel_size=4)
+
+
+def visible_gpus(workers: Workers) -> list[str]:
+    """What each rank's process may see: it takes the first of them."""
+    ask = [
+        actor.__ray_call__.remote(lambda worker: os.environ.get("CUDA_VISIBLE_DEVICES")) for actor in workers._actors
+    ]
+    return ray.get(ask)
+
+
+def test_each_rank_takes_a_gpu_of_its_own(checkpoint: Make) -> None:
+    """Offline, and placed as a replica is: two of them, so that one has others than the first two."""
+    options: dict[str, Any] = {"model": str(checkpoint("llama")), "kv_cache_memory_bytes": 1 << 20}
+    with LLM(**options, tensor_parallel_size=2) as llm:
+        assert isinstance(llm._executor, Workers)
+        offline = visible_gpus(llm._executor)
+    assert len(set(offline)) == 2
+    assert set(offline) <= {"0", "1", "2", "3"}
+    config = EngineConfig(**options, tensor_parallel_size=2)
+    replicas = []
+    for _ in range(2):
+        placement = placement_group([{"CPU": 2.0, "GPU": 2.0}])
+        replicas.append((placement, Workers(config, threads=1, placement=placement, gpus=True)))
+    try:
+        assert sorted(visible_gpus(replicas[0][1]) + visible_gpus(replicas[1][1])) == ["0", "1", "2", "3"]
+    finally:
+        for placement, workers in replicas:
+            workers.close()
+            remove_placement_group(placement)
+
+
+def test_fewer_gpus_than_ranks_are_refused_with_the_mend(checkpoint: Make) -> None:
+    with pytest.raises(InvalidParameter, match=r"6 workers .* take a GPU each, .* has 4: use fewer, or --device cpu"):
+        LLM(str(checkpoint("llama")), tensor_parallel_size=2, pipeline_parallel_size=3)
+
+
+def test_what_one_rank_meets_in_loading_is_told_at_once(checkpoint: Make) -> None:
+    """The second stage alone has attention here, and no room for its cache; the first waits for it with its states."""
+    with pytest.raises(OutOfMemory, match=r"^rank 1: one request of 512 tokens takes .* of cache"):
+        LLM(str(checkpoint("nemotron_h")), pipeline_parallel_size=2, kv_cache_memory_bytes=160 << 10)
+
+
+def while_it_loads(folder: Path, disturb: Callable[[int], None]) -> "Future[LLM]":
+    """An engine of two ranks that is being opened, one of its processes disturbed before it has loaded."""
+    with ThreadPoolExecutor(1) as opening:
+        opened = opening.submit(LLM, str(folder), tensor_parallel_size=2, kv_cache_memory_bytes=1 << 20)
+        wait_until(lambda: len(processes(os.getpid(), "Worker.load")) == 2)
+        disturb(processes(os.getpid(), "Worker.load")[1])
+    return opened
+
+
+def test_a_rank_that_dies_in_loading_is_the_cause(checkpoint: Make) -> None:
+    """And not what its neighbour says of the lost connection."""
+    failed = while_it_loads(checkpoint("llama"), lambda pid: os.kill(pid, signal.SIGKILL))
+    with pytest.raises(EngineFailure, match=r"^rank [01]: a worker process died$"):
+        failed.result()
+
+
+def test_a_rank_may_load_slowly(checkpoint: Make) -> None:
+    def hold_up(pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(pid, signal.SIGCONT)
+
+    with while_it_loads(checkpoint("llama"), hold_up).result() as llm:
+        [output] = llm.generate([[7, 8, 9]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    assert output.outputs[0].token_ids == truth(checkpoint("llama"), [7, 8, 9])[0][:4]
 
 
 def test_vocabularies_need_not_divide(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The parts between processes, each by itself."""
 
+import math
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from quire_cluster.channel import ChannelClosed, StepChannel
 from quire_cluster.convert import logprobs_from_proto, logprobs_to_proto, request_from_proto, sampling_to_proto
-from quire_cluster.policies.lease import LEAST, StepLease
+from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease
 from quire_cluster.policies.routing import ReplicaLoad, choose_replica
 from quire_engine.execution.plan import TokenLogprobs
 from quire_engine.sampling.params import EngineSampling
@@ -110,32 +111,91 @@ def test_routing() -> None:
     assert stale.requests == 5
 
 
+class Clock:
+    """A lease, and workers of which each step shows signs of life at given times; the lease is asked every 50 ms."""
+
+    def __init__(self, patience: float = 1.0) -> None:
+        self.lease = StepLease(patience)
+        self.now = 0.0
+        self.signs = [0, 0]
+
+    def step(self, tokens: int, context: int, pauses: list[float], *, answers: bool = True) -> float:
+        """A step in which signs of life come after each of the pauses, and the result after the last (or never).
+        Returns the seconds until the second rank was said to hang; 0: it came back."""
+        self.lease.submit(self.now, tokens, tokens * context)
+        self.lease.begin()
+        begun = self.now
+        self.signs[0] += 1  # the other rank is behind until the end
+        for number, pause in enumerate(pauses):
+            until = self.now + pause if answers or number < len(pauses) - 1 else math.inf
+            while self.now < until:
+                if (behind := self.lease.check(self.now, self.signs)) is not None:
+                    assert behind == 1
+                    return self.now - begun
+                self.now = min(self.now + 0.05, until)
+            self.signs[0] += 1
+        self.signs[1] = self.signs[0]
+        self.lease.end(self.now)
+        return 0.0
+
+    def hang(self, tokens: int, context: int) -> float:
+        """Seconds until a step that never comes back is said to hang."""
+        return self.step(tokens, context, [0.0], answers=False)
+
+
 def test_a_lease_runs_out_when_nothing_moves() -> None:
-    lease = StepLease()
-    lease.begin(0.0)
-    assert lease.check(0.0, [0, 0]) is None
-    assert lease.check(50.0, [0, 0]) is None, "the first step may compile and page in"
-    assert lease.check(55.0, [1, 1]) is None
-    lease.end()
-    lease.begin(100.0)
-    for at in range(20):
-        assert lease.check(100.0 + at * 0.1, [2 + at, 2 + at]) is None
-    lease.end()
-    assert lease.seconds == LEAST < 5
-    lease.begin(1000.0)  # idle in between
-    assert lease.check(1000.1, [22, 22]) is None
-    assert lease.check(1000.2, [23, 22]) is None
-    assert lease.check(1004.1, [23, 22]) is None
-    assert lease.check(1004.3, [23, 22]) == 1
+    clock = Clock()
+    assert clock.step(100, 50, [50.0]) == 0, "the first step may compile and page in"
+    for number in range(30):
+        assert clock.step(1, 100 + number, [0.01]) == 0
+    clock.now += 1000.0  # idle
+    assert LEAST <= clock.hang(1, 130) < LEAST + 0.1
+
+
+def test_a_hang_in_the_first_step_is_found() -> None:
+    assert UNKNOWN <= Clock().hang(8192, 4096) < UNKNOWN + 0.1
+
+
+def test_a_pause_to_compile_is_soon_forgotten() -> None:
+    clock = Clock()
+    assert clock.step(1, 100, [55.0]) == 0
+    for _ in range(20):
+        assert clock.step(1, 100, [0.01]) == 0
+    assert clock.hang(1, 100) < LEAST + 0.1
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 100, 160])
+@pytest.mark.parametrize("pause", [0.01, 3.0])
+def test_a_larger_step_may_take_as_much_longer(tokens: int, pause: float) -> None:
+    """50 times the tokens, the context, or both; a device that shows no life between launch and result."""
+    for times_tokens, times_context in ((50, 1), (1, 50), (50, 50), (8, 8)):
+        clock = Clock()
+        for _ in range(20):
+            assert clock.step(tokens, 90, [pause]) == 0
+        larger = tokens * times_tokens, 90 * times_context
+        cost = times_tokens * times_context
+        assert clock.step(*larger, [pause * cost]) == 0
+        assert clock.step(*larger, [pause * cost]) == 0
+        assert clock.hang(tokens, 90) < max(LEAST + 0.1, 21 * pause), "what is found in a usual step is so still"
+
+
+def test_a_smaller_step_than_any_is_nothing_unknown() -> None:
+    clock = Clock()
+    assert clock.step(64, 100, [0.1]) == 0
+    assert clock.hang(5, 20) < LEAST + 0.1
 
 
 def test_slow_layers_have_a_longer_lease() -> None:
-    lease = StepLease()
-    lease.begin(0.0)
-    lease.end()
-    lease.begin(0.0)
-    for layer in range(60):
-        assert lease.check(layer * 1.5, [layer]) is None
-    assert 29 < lease.seconds < 30
-    assert lease.check(59 * 1.5 + 29.0, [59]) is None
-    assert lease.check(59 * 1.5 + 31.0, [59]) == 0
+    """On a CPU, where each layer is a sign of life, it is the layer's time that counts and not the step's."""
+    clock = Clock()
+    for _ in range(3):
+        assert clock.step(256, 300, [1.5] * 60) == 0
+    assert 30 <= clock.hang(256, 300) < 33
+
+
+def test_one_that_was_wrong_becomes_more_patient() -> None:
+    """However long a step takes, starting again ends."""
+    patience, wrong = 1.0, 0
+    while Clock(patience).step(8192, 8192, [2000.0]):
+        patience, wrong = 2 * patience, wrong + 1
+    assert wrong == 6

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import RunningServer
+from conftest import RunningServer, ancestors, processes, wait_until
 from quire import AsyncClient
 
 NUM_STREAMS = 16
@@ -57,42 +56,6 @@ async def run_streams(server: RunningServer, disturb: Callable[[], None] | None 
         if disturb is not None:
             disturb()
         return await asyncio.gather(*streams)
-
-
-def processes(server: RunningServer | int, kind: str) -> list[int]:
-    """Ids of the actors of a class below a server or a process, by their titles."""
-    root = server if isinstance(server, int) else server.process.pid
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                title = (folder / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if title.startswith(f"ray::{kind}") and root in ancestors(int(folder.name)):
-                found.append(int(folder.name))
-    return sorted(found)
-
-
-def ancestors(pid: int) -> set[int]:
-    found: set[int] = set()
-    while pid > 1:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            break
-        parent = re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)
-        assert parent
-        pid = int(parent[1])
-        found.add(pid)
-    return found
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
-    until = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def engines(server: RunningServer) -> int:
@@ -202,8 +165,9 @@ def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:
 
 
 @contextmanager
-def ray_cluster(*cpus: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A cluster of one node for each number of CPUs, all on this machine: its address and the nodes' processes."""
+def ray_cluster(*cpus: int, gpus: int = 0) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A cluster of one node for each number of CPUs, all on this machine: its address and the nodes' processes. The
+    first is said to have `gpus` GPUs."""
     ray = str(Path(sys.executable).with_name("ray"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -223,7 +187,10 @@ def ray_cluster(*cpus: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # pytest's own path is too long for a socket
         try:
             port = address.rpartition(":")[2]
-            start(f"--head --port {port} --num-cpus {cpus[0]} --include-dashboard false --temp-dir {folder}")
+            start(
+                f"--head --port {port} --num-cpus {cpus[0]} --num-gpus {gpus} --include-dashboard false "
+                f"--temp-dir {folder}"
+            )
             wait_until(lambda: num_nodes() == 1)
             for count in cpus[1:]:
                 start(f"--address {address} --num-cpus {count}")
@@ -237,11 +204,13 @@ def ray_cluster(*cpus: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]
 
 
 def test_a_running_cluster_is_joined_and_left_as_it_was(checkpoint: Callable[[str], Path]) -> None:
-    with ray_cluster(2) as (address, (head,)):
+    """Its GPUs are not real, but Ray gives each worker one of them."""
+    with ray_cluster(2, gpus=2) as (address, (head,)):
         for _ in range(2):  # what the first one left behind would be in the second one's way
             server = RunningServer(str(checkpoint("llama")), "-dp", "2", "--ray-address", address)
             answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "w5", "max_tokens": 3})
             assert answer.status_code == 200
+            wait_until(lambda: len(set(re.findall(r"rank 0 has GPU \d", server.log))) == 2)
             assert server.stop() == 0, server.log
             assert head.poll() is None
         nobody = RunningServer(str(checkpoint("llama")), "--ray-address", "127.0.0.1:1", wait=False)

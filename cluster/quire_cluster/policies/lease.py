@@ -1,47 +1,72 @@
-"""The step lease: workers that make no progress while a step is due have lost it."""
+"""The step lease: workers that show no life while a step is due have lost it."""
 
+from collections import deque
 from collections.abc import Sequence
 
 LEAST = 4.0  # seconds
+UNKNOWN = 60.0  # at least, for a step larger than all before: it may compile
 _PATIENCE = 20  # times a usual pause
-_WEIGHT = 0.1  # of the latest pause in what is usual
-_UNKNOWN = 60.0  # until a step has shown what is usual
+_MARGIN = 4  # times the pause of a step larger than all before, were it to grow with the size
+_WEIGHT = 0.3  # of the latest pause in what is usual
+_Size = tuple[int, int]  # binary digits of a step's tokens, and of the pairs of tokens that attend to each other
 
 
 class StepLease:
-    """Fed with each rank's count of signs of life (a step begun, a layer done, a result sent); asked who stalls.
+    """Fed with each rank's count of signs of life (a step begun, a layer launched, a result sent); asked who stalls.
 
-    A model whose layers take long has a longer lease: what counts is how long its pauses usually are.
+    On a CPU layers are done when the next one is launched; a GPU is silent from a step's launch to its result. So what
+    a lease has to last is the longest pause in a step, which grows with the step. It is remembered by the step's size;
+    a larger step is allowed what that pause comes to in proportion. A step's time is at most proportional to the larger
+    of its tokens and its pairs, as some of it does not grow at all.
+
+    A replica whose lease ran out is started again with twice the `patience`. It may so be wrong about a slow step a few
+    times, and not for ever.
     """
 
-    def __init__(self) -> None:
-        self._seen: tuple[int, ...] = ()
+    def __init__(self, patience: float = 1.0) -> None:
+        self._patience = patience
+        self._due: deque[tuple[_Size, float]] = deque()  # steps under way, when they were submitted
+        self._size: _Size = (0, 0)  # of the step that is waited for
+        self._usual: dict[_Size, float] = {}  # seconds of the longest pause
+        self._signs: tuple[int, ...] = ()
         self._since = 0.0
-        self._usual_pause = _UNKNOWN / _PATIENCE
-        self._known = False
+        self._pause = 0.0
+        self._ended = 0.0
 
     @property
     def seconds(self) -> float:
-        """How long a pause may be."""
-        return max(LEAST, _PATIENCE * self._usual_pause)
+        """How long a pause may be in the step that is waited for."""
+        tokens, pairs = self._size
+        usual = self._usual.get(self._size)
+        if usual is None:
+            usual = min((s for (t, p), s in self._usual.items() if t >= tokens and p >= pairs), default=None)
+        if usual is not None:
+            return self._patience * max(LEAST, _PATIENCE * usual)
+        grown = (s * 2.0 ** max(tokens - t, pairs - p) for (t, p), s in self._usual.items())
+        return self._patience * max(UNKNOWN, _MARGIN * min(grown, default=0.0))
 
-    def begin(self, now: float) -> None:
-        """A step is due from now on."""
-        self._since = now
+    def submit(self, now: float, tokens: int, pairs: int) -> None:
+        """A step is handed out: it computes `tokens` tokens, and `pairs` is the sum of what each attends to."""
+        self._due.append(((tokens.bit_length(), pairs.bit_length()), now))
 
-    def end(self) -> None:
-        """The step came back; from the first one on it is known what is usual."""
-        if not self._known:
-            self._known = True
-            self._usual_pause = 0.0
+    def begin(self) -> None:
+        """The oldest step is waited for. Its time counts from when it was submitted, or the one before came back."""
+        self._size, submitted = self._due.popleft()
+        self._since, self._pause = max(submitted, self._ended), 0.0
 
-    def check(self, now: float, progress: Sequence[int]) -> int | None:
+    def end(self, now: float) -> None:
+        """It came back."""
+        pause = max(self._pause, now - self._since)
+        usual = self._usual.get(self._size, pause)
+        self._usual[self._size] = usual + _WEIGHT * (pause - usual)
+        self._ended = now
+
+    def check(self, now: float, signs: Sequence[int]) -> int | None:
         """The rank that is furthest behind, if the lease has run out; else None."""
-        current = tuple(progress)
-        if current != self._seen:
-            if self._known:
-                self._usual_pause += _WEIGHT * (now - self._since - self._usual_pause)
-            self._seen, self._since = current, now
+        current = tuple(signs)
+        if current != self._signs:
+            self._pause = max(self._pause, now - self._since)
+            self._signs, self._since = current, now
             return None
         if now - self._since < self.seconds:
             return None
