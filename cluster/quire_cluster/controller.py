@@ -22,6 +22,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from quire_cluster.policies.lease import more_patience
 from quire_cluster.replica import Replica
 from quire_cluster.workers import Hang, root_cause
 
@@ -30,7 +31,6 @@ Key = tuple[int, int, str]  # slot, epoch, address: a controller that was starte
 _BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0)  # seconds before the next attempt, by failures in a row
 _ATTEMPTS = 3  # to start a replica that never served and whose process dies
 _STEADY = 30.0  # seconds of service after which a failure counts as the first
-_FORGOTTEN = 86400.0  # seconds of service after which it is forgotten that workers seemed to hang; no step takes a day
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ class Controller:
                 log.error("replica %d (epoch %d) is gone: %s", index, slot.epoch, cause)
             self._remove(slot)
             if isinstance(cause, Hang):
-                slot.patience = 2.0 * (slot.patience if time.monotonic() - started < _FORGOTTEN else 1.0)
+                slot.patience = more_patience(slot.patience, time.monotonic() - started)
+                log.warning("its workers get %g times as long from now on", slot.patience)
             slot.failures = 1 if time.monotonic() - started > _STEADY else slot.failures + 1
             if not slot.served and (slot.failures == _ATTEMPTS or not isinstance(cause, EngineFailure)):
                 await self._publish(failure=str(cause))  # what cannot be loaded now will not be loadable later

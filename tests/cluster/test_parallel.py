@@ -159,7 +159,14 @@ def test_a_rank_may_load_slowly(checkpoint: Make) -> None:
         time.sleep(3)
         os.kill(pid, signal.SIGCONT)
 
+    def patience(worker: Any) -> float:
+        everyone = torch.distributed.group.WORLD
+        assert worker._group._tensor_group is everyone, "one stage needs no second group"
+        return everyone._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
     with while_it_loads(checkpoint("llama"), hold_up).result() as llm:
+        assert isinstance(llm._executor, Workers)
+        assert ray.get([actor.__ray_call__.remote(patience) for actor in llm._executor._actors]) == [3600.0] * 2
         [output] = llm.generate([[7, 8, 9]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     assert output.outputs[0].token_ids == truth(checkpoint("llama"), [7, 8, 9])[0][:4]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from quire_cluster.channel import ChannelClosed, StepChannel
 from quire_cluster.convert import logprobs_from_proto, logprobs_to_proto, request_from_proto, sampling_to_proto
-from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease
+from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patience
 from quire_cluster.policies.routing import ReplicaLoad, choose_replica
 from quire_engine.execution.plan import TokenLogprobs
 from quire_engine.sampling.params import EngineSampling
@@ -194,8 +194,9 @@ def test_slow_layers_have_a_longer_lease() -> None:
 
 
 def test_one_that_was_wrong_becomes_more_patient() -> None:
-    """However long a step takes, starting again ends."""
+    """However long a step takes, starting again ends; what once hung is found quickly a day later."""
     patience, wrong = 1.0, 0
-    while Clock(patience).step(8192, 8192, [2000.0]):
-        patience, wrong = 2 * patience, wrong + 1
+    while lasted := Clock(patience).step(8192, 8192, [2000.0]):
+        patience, wrong = more_patience(patience, lasted), wrong + 1
     assert wrong == 6
+    assert more_patience(patience, 3e5) == 2

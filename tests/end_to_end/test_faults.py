@@ -109,6 +109,7 @@ def test_a_worker_that_hangs_is_found_and_costs_no_token(two_replicas: RunningSe
     victim = processes(server, "Worker")[0]
     assert asyncio.run(run_streams(server, lambda: os.kill(victim, signal.SIGSTOP))) == undisturbed
     assert "made no progress for 4 s; rank 0 is furthest behind" in server.log
+    assert "its workers get 2 times as long" in server.log
     wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
     assert victim not in processes(server, "Worker"), "the stopped process was replaced"
 

@@ -8,6 +8,7 @@ UNKNOWN = 60.0  # at least, for a step larger than all before: it may compile
 _PATIENCE = 20  # times a usual pause
 _MARGIN = 4  # times the pause of a step larger than all before, were it to grow with the size
 _WEIGHT = 0.3  # of the latest pause in what is usual
+_FORGOTTEN = 86400.0  # seconds of service after which a lease that ran out is forgotten; no step takes a day
 _Size = tuple[int, int]  # binary digits of a step's tokens, and of the pairs of tokens that attend to each other
 
 
@@ -19,8 +20,8 @@ class StepLease:
     a larger step is allowed what that pause comes to in proportion. A step's time is at most proportional to the larger
     of its tokens and its pairs, as some of it does not grow at all.
 
-    A replica whose lease ran out is started again with twice the `patience`. It may so be wrong about a slow step a few
-    times, and not for ever.
+    What ran out once is started again with more `patience` (`more_patience`), and so may be wrong about a slow step a
+    few times, but not for ever.
     """
 
     def __init__(self, patience: float = 1.0) -> None:
@@ -71,3 +72,8 @@ class StepLease:
         if now - self._since < self.seconds:
             return None
         return min(range(len(current)), key=current.__getitem__)
+
+
+def more_patience(patience: float, served: float) -> float:
+    """Of the next lease, after one with `patience` ran out, of a replica that had run for `served` seconds."""
+    return 2.0 * (patience if served < _FORGOTTEN else 1.0)
