@@ -14,6 +14,7 @@ from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.execution.dry_run import DryGroup, allocated
 from quire_engine.execution.graphs import captured_shapes
+from quire_engine.execution.group import group_bytes
 from quire_engine.layers.caches import page_bytes, state_bytes
 from quire_engine.models.decoder import layers_of
 from quire_engine.models.spec import DecoderSpec
@@ -24,7 +25,6 @@ _CPU_CACHE_BYTES = 560 << 20
 _STATES_PER_REQUEST = 2  # its own, and one that it left at the end of a block for others to start from
 _MOST_FOR_STATES = 0.5  # of the cache
 _GPU_RESERVE = 640 << 20  # matrix libraries' workspaces, kernels, what the allocator rounds up
-_KERNELS_PER_LAYER = 16  # benchmarks/engine/kernels.md counts 9 to 20
 # 33 MB for 500 kernels, 63 for 1,000 (NVIDIA's developer forum, "Increasing memory footprint with large task graphs").
 _GRAPH_NODE_BYTES = 64 << 10
 _CPU_TOKENS_PER_STEP, _GPU_TOKENS_PER_STEP = 256, 8192
@@ -143,6 +143,11 @@ def tokens_per_step(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> int:
     return max(least, wanted or (_CPU_TOKENS_PER_STEP if cpu else _GPU_TOKENS_PER_STEP))
 
 
+def _kernels_per_layer(spec: DecoderSpec) -> int:
+    """At most, as benchmarks/engine/kernels.md counts them."""
+    return 20 if spec.experts is not None or spec.recurrent_layers or spec.latent is not None else 14
+
+
 def dry_limits(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> SchedulerLimits:
     """How large steps become, before it is known how many pages there are."""
     return SchedulerLimits(
@@ -202,7 +207,9 @@ def plan_memory(
     activations = found.tables + found.step + found.graphs
     reserved = 0
     if not cpu:
-        reserved = _GPU_RESERVE + len(captured) * (spec.num_layers + 1) * _KERNELS_PER_LAYER * _GRAPH_NODE_BYTES
+        kernels = len(captured) * (spec.num_layers + 1) * _kernels_per_layer(spec)
+        reserved = _GPU_RESERVE + kernels * _GRAPH_NODE_BYTES
+        reserved += group_bytes(config.tensor_parallel_size, config.pipeline_parallel_size)
     cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     layers = layers_of(spec, group)
     page = page_bytes(spec, group, layers, config.block_size, cache_dtype)
