@@ -64,6 +64,7 @@ def make_requests(lengths: tuple[int, ...], new_tokens: int, first: int = 0) -> 
         ("mistral", {"quantization": "int8"}),
         ("qwen3", {"quantization": "fp8"}),
         ("qwen3_moe", {}),
+        ("qwen2_moe", {}),  # experts that all tokens share, behind a gate
         ("qwen3_5", {}),
         ("lfm2", {}),
     ],

@@ -60,6 +60,7 @@ def test_int8_result(kind: Activation) -> None:
         (Activation.GELU, "gelu"),
         (Activation.GELU_TANH, "gelu_pytorch_tanh"),
         (Activation.RELU_SQUARED, "relu2"),
+        (Activation.SIGMOID, "sigmoid"),
     ],
 )
 def test_the_reference_is_transformers(kind: Activation, name: str) -> None:

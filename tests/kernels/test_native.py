@@ -99,3 +99,13 @@ def test_norm_and_activation(tokens: int, width: int, norm: Norm) -> None:
     gates = torch.randn(tokens, 2 * width) * 30
     ours, theirs = (backend.activate(gates, Activation.SILU, True) for backend in (native, torch_backend))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    ours, theirs = (backend.activate(gates, Activation.SIGMOID, False) for backend in (native, torch_backend))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_a_gate_has_the_same_bits_in_any_batch() -> None:
+    """One number a token, so that their number decides which of them fill a vector."""
+    gates, backend = torch.randn(50, 1) * 4, NativeBackend()
+    whole = backend.activate(gates, Activation.SIGMOID, False)
+    for count in range(1, 50):
+        assert torch.equal(backend.activate(gates[:count], Activation.SIGMOID, False), whole[:count])

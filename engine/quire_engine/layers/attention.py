@@ -86,7 +86,7 @@ class Attention:
         attended = ops.paged_attention(heads[:, : self._num_heads], keys, values, batch, self._scale, options)
         flat = attended.reshape(qkv.shape[0], -1)
         if self._gate is not None:
-            flat = flat * torch.sigmoid(self._gate(x))
+            flat = flat * unquantized(ops.activate(self._gate(x), Activation.SIGMOID, False))
         wanted = self._output.input
         return self._output(flat if wanted is None else ops.activate(flat, Activation.IDENTITY, False, wanted))
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from quire_kernels.activation import Activation
-from quire_kernels.backends import unquantized
+from quire_kernels.backends import Matmul, unquantized
 from quire_kernels.moe import Experts, Routing
 from quire_kernels.quantize import Quantized
 from quire_kernels.quantized_matmul import Int4Weight
@@ -47,7 +47,7 @@ class MixtureOfExperts:
         )
         self._experts = _experts(build, decoder, spec, joined(at, spec.experts))
         self._shared: FeedForward | None = None
-        self._shared_gate: Tensor | None = None
+        self._shared_gate: Matmul | None = None
         if spec.shared_size:
             base = layer if spec.shared_beside else at
             names = (spec.gate, spec.up, spec.down)
@@ -55,7 +55,7 @@ class MixtureOfExperts:
                 names = (decoder.names.gate, decoder.names.up, decoder.names.down)
             self._shared = FeedForward(build, decoder, f"{base}.{spec.shared}", spec.shared_size, names, summed=False)
             if spec.shared_gate:
-                self._shared_gate = weights.take(f"{base}.{spec.shared_gate}.weight", (1, hidden))
+                self._shared_gate = ops.linear(weights.take(f"{base}.{spec.shared_gate}.weight", (1, hidden)), None)
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         x = unquantized(x)
@@ -64,7 +64,7 @@ class MixtureOfExperts:
             wanted = self._shared.input
             shared = self._shared(x if wanted is None else self._ops.activate(x, Activation.IDENTITY, False, wanted))
             if self._shared_gate is not None:
-                shared *= torch.sigmoid(torch.nn.functional.linear(x, self._shared_gate))
+                shared *= unquantized(self._ops.activate(self._shared_gate(x), Activation.SIGMOID, False))
             out += shared
         return self._group.all_reduce(out)
 

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from quire_kernels.activation import Activation
+from quire_kernels.backends import Matmul, unquantized
 from torch import Tensor
 
 from quire_engine.layers.linear import Builder
@@ -16,8 +18,9 @@ class Pooler:
     """Pooled states [S, hidden] → fp32 [S, hidden] vectors, or [S, 1] scores."""
 
     def __init__(self, build: Builder, spec: DecoderSpec, pooling: Pooling) -> None:
+        self._ops = build.ops
         self._pooling = pooling
-        self._layers: list[tuple[Tensor, Tensor | None]] = []
+        self._layers: list[Matmul] = []
         if pooling.scores:
             *inner, last = spec.names.classifier
             for name, outputs in (*((name, spec.hidden_size) for name in inner), (last, 1)):
@@ -25,14 +28,14 @@ class Pooler:
                 bias = None
                 if spec.classifier_bias:
                     bias = build.weights.take(f"{name}.bias", (outputs,), dtype=torch.float32)
-                self._layers.append((weight, bias))
+                self._layers.append(build.ops.linear(weight, bias))
 
     def __call__(self, states: Tensor) -> Tensor:
         x = states.float()
-        for number, (weight, bias) in enumerate(self._layers):
-            x = F.linear(x if number == 0 else torch.tanh(x), weight, bias)
+        for number, layer in enumerate(self._layers):
+            x = layer(x if number == 0 else torch.tanh(x))
         if self._pooling.scores:
-            return torch.sigmoid(x)
+            return unquantized(self._ops.activate(x, Activation.SIGMOID, False))
         return F.normalize(x, dim=-1) if self._pooling.normalize else x
 
 

@@ -16,6 +16,7 @@ class Activation(IntEnum):
     GELU_TANH = 3  # its approximation with tanh
     RELU_SQUARED = 4  # max(x, 0)^2 (So et al. 2021)
     RELU = 6  # max(x, 0)
+    SIGMOID = 7  # 1 / (1 + e^-x)
     SWIGLU_CLAMPED = 5  # gpt-oss, gated alone: gate <= 7, |up| <= 7; gate * sigmoid(1.702 gate) * (up + 1)
 
 

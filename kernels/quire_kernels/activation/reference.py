@@ -17,6 +17,7 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
     Activation.RELU_SQUARED: lambda x: F.relu(x).square(),
     Activation.RELU: F.relu,
+    Activation.SIGMOID: torch.sigmoid,
 }
 
 

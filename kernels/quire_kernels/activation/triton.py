@@ -35,6 +35,8 @@ def activation_of(x, KIND: tl.constexpr):
         x = x * x
     elif KIND == 6:
         x = tl.maximum(x, 0.0)
+    elif KIND == 7:
+        x = _sigmoid(x)
     return x
 
 

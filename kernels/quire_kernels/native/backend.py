@@ -153,6 +153,8 @@ class NativeBackend(TorchBackend):
     def activate(
         self, x: Tensor, kind: Activation, gated: bool, output: QuantizedOutput | None = None
     ) -> Tensor | Quantized:
+        if kind is Activation.SIGMOID and not gated and output is None:
+            return 1.0 / (1.0 + torch.exp(-x))  # torch.sigmoid has other bits where elements fill no whole vector
         if kind is not Activation.SILU or not gated or output is not None:
             return super().activate(x, kind, gated, output)
         out = torch.empty(x.shape[0], x.shape[1] // 2)
