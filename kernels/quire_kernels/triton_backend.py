@@ -21,6 +21,7 @@ from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.paged_attention.triton import paged_attention
 from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantized_matmul import Int4Weight
+from quire_kernels.quantized_matmul.library import fewest_rows, library_matmul
 from quire_kernels.quantized_matmul.triton import int4_matmul, scaled_matmul
 from quire_kernels.recurrence import Gates, StateBatch
 from quire_kernels.recurrence.triton import recurrence, short_convolution
@@ -40,7 +41,8 @@ class TritonBackend:
     def __init__(self, device: torch.device, *, deterministic: bool = False) -> None:
         """`deterministic`: a token's bits do not depend on what else is in the batch, nor on how it came there."""
         self._deterministic = deterministic
-        self.fp8 = hardware(device).fp8  # refuses what the kernels do not run on
+        self._chip = hardware(device)  # refuses what the kernels do not run on
+        self.fp8 = self._chip.fp8
 
     def paged_attention(
         self,
@@ -103,7 +105,15 @@ class TritonBackend:
         return lambda x: F.linear(x, weight, bias)
 
     def scaled_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantizedMatmul:
-        return lambda x: scaled_matmul(x.values, x.scale, weight, scale, dtype, bias)
+        """torch's for many rows where it has one, else ours."""
+        fewest = None if self._deterministic else fewest_rows(self._chip, weight, scale, dtype)
+
+        def multiply(x: Quantized) -> Tensor:
+            many = fewest is not None and x.values.shape[0] >= fewest
+            product = library_matmul if many else scaled_matmul
+            return product(x.values, x.scale, weight, scale, dtype, bias)
+
+        return multiply
 
     def int4_linear(self, weight: Int4Weight, bias: Tensor | None) -> Matmul:
         return lambda x: int4_matmul(x, weight, bias)

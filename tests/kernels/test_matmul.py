@@ -4,13 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from quire_kernels import triton_backend
+from quire_kernels.hardware import CHIPS, stands_for
 from quire_kernels.matmul import reference as plain
 from quire_kernels.matmul.triton import matmul
-from quire_kernels.quantize import QuantizedOutput, Scales
+from quire_kernels.quantize import Quantized, QuantizedOutput, Scales
 from quire_kernels.quantize.reference import quantize
 from quire_kernels.quantized_matmul import reference
 from quire_kernels.quantized_matmul.int4 import from_awq, from_gptq, pack, unpack
+from quire_kernels.quantized_matmul.library import library_matmul
 from quire_kernels.quantized_matmul.triton import int4_matmul, scaled_matmul
+from quire_kernels.triton_backend import TritonBackend
 from tolerance import FP8, assert_close
 
 
@@ -53,6 +57,56 @@ def test_fp8(m: int, n: int, k: int, a_scales: int, w_scales: int, dtype: torch.
     got = scaled_matmul(a.values, a.scale, w, w_scale, torch.bfloat16, bias)
     expected = reference.scaled_matmul(a.values, a.scale, w, w_scale, torch.bfloat16, bias)
     assert_close(got, expected, k**0.5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("a_scales", "w_scales"), [(130, 48), (1, 48), (130, 1), (1, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fp8_by_the_library(device: str, a_scales: int, w_scales: int, bias: bool) -> None:
+    """torch's own product of a CPU; on "meta" it checks what a GPU's is given."""
+    m, n, k = 130, 48, 256
+    a, w = (torch.randn(rows, k).to(torch.float8_e4m3fn) for rows in (m, n))
+    a_scale, w_scale = torch.rand(a_scales) + 0.1, torch.rand(w_scales) + 0.1
+    shift = torch.randn(n).bfloat16() if bias else None
+    given = [None if x is None else x.to(device) for x in (a, a_scale, w, w_scale, shift)]
+    got = library_matmul(*given[:4], torch.bfloat16, given[4])
+    expected = reference.scaled_matmul(a, a_scale, w, w_scale, torch.bfloat16, shift)
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    if device == "cpu":
+        assert_close(got, expected, k**0.5)
+
+
+def test_whose_fp8_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's where there is one for the chip, the type, the scales and the sizes, and there are many rows."""
+    meta, fp8 = torch.device("meta"), torch.float8_e4m3fn
+    ours: list[int] = []
+    monkeypatch.setattr(triton_backend, "scaled_matmul", lambda a, *_: ours.append(a.shape[0]))
+
+    def rows_of_ours(
+        chip: str, n: int = 64, k: int = 256, kind: torch.dtype = fp8, scale: tuple[int, ...] = (64,),
+        dtype: torch.dtype = torch.bfloat16, deterministic: bool = False,
+    ) -> list[int]:  # fmt: skip
+        ours.clear()
+        with stands_for(CHIPS[chip]):
+            backend = TritonBackend(meta, deterministic=deterministic)
+            weight = torch.empty(n, k, dtype=kind, device=meta)
+            multiply = backend.scaled_linear(weight, torch.empty(scale, device=meta), None, dtype)
+            for rows in (1, 127, 128, 4096):
+                x = torch.empty(rows, k, dtype=kind, device=meta)
+                multiply(Quantized(x, torch.empty(rows, device=meta)))
+        return ours
+
+    every = [1, 127, 128, 4096]
+    for chip in ("sm_89", "sm_90", "sm_100"):
+        assert rows_of_ours(chip) == [1, 127]
+    for chip in ("sm_120", "gfx942", "gfx950"):
+        assert rows_of_ours(chip) == every
+    assert rows_of_ours("sm_90", deterministic=True) == every
+    assert rows_of_ours("sm_90", kind=torch.int8) == every
+    assert rows_of_ours("sm_90", dtype=torch.float16) == every
+    assert rows_of_ours("sm_90", scale=(1, 2)) == every
+    assert rows_of_ours("sm_90", n=72, scale=(72,)) == every
+    assert rows_of_ours("sm_90", k=264) == every
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 63, 1152), (63, 300, 64), (130, 136, 700)])

@@ -2,7 +2,8 @@
 
 `scaled_matmul`: a [M, K] and w [N, K], both fp8 or both int8, with fp32 scales → [M, N]. a's scale is [1], [M] (per
 token) or [M, K / 128]; w's is [1], [N] (per channel) or [N / 128, K / 128] (rounded up); blocks go with blocks. A sum
-of 128 products at most is taken before it is added up in fp32 (int8: all in int32).
+of 128 products at most is taken before it is added up in fp32 (int8: all in int32). `library_matmul` is torch's own,
+for fp8 without blocks.
 
 `int4_matmul`: a [M, K] in bf16 or fp16 and an `Int4Weight` (AWQ, Lin et al. 2023; GPTQ, Frantar et al. 2022).
 """
