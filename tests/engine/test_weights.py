@@ -18,6 +18,7 @@ from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
 from quire_engine.weights.gguf.file import READABLE, GGUFFile
+from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.resolve import resolve
 from quire_engine.weights.tensors import SafetensorsCheckpoint
 from safetensors.torch import load_file, save_file
@@ -255,3 +256,22 @@ def test_broken_gguf(checkpoint: Make, tmp_path: Path) -> None:
         except ModelError:
             continue
         assert checkpoint_.names()
+
+
+def test_random_weights_are_those_of_their_name() -> None:
+    """Whatever was read before, and whichever part: ranks and devices agree."""
+    shapes = {"a": (300, 70), "b": (300, 70), "c": (4, 30, 50), "d": (1600000,)}
+    cpu, slice_of = torch.device("cpu"), (slice(2, 4), slice(10, 30), slice(5, 6))
+    one, other = RandomWeights(torch.bfloat16, cpu), RandomWeights(torch.bfloat16, cpu)
+    found = {name: one.take(name, shape) for name, shape in shapes.items()}
+    for name, shape in reversed(shapes.items()):
+        for dtype in (torch.bfloat16, torch.int32, torch.uint8, torch.float8_e4m3fn):
+            whole = one.take(name, shape, dtype=dtype).float()
+            cut = slice_of[: len(shape)]
+            assert torch.equal(other.take(name, shape, *cut, dtype=dtype).float(), whole[cut])
+        assert torch.equal(other.take(name, shape), found[name])
+        assert 0.0399 < found[name].float().abs().max() < 0.0401
+        assert abs(found[name].float().mean()) < 1e-3
+    assert not torch.equal(found["a"], found["b"])
+    rows = found["a"].unique(dim=0)
+    assert rows.shape[0] == 300
