@@ -43,11 +43,11 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_structure.py
 
-# Needs a GPU with torch, triton and transformers; nothing is installed, so the paths say where everything is. Kernels
-# first, then the engine; each takes its own arguments and writes JSON to $OUT.
+# Needs a GPU with torch, triton and transformers; nothing is installed, so the paths say where everything is.
+# STAGE=a runs one of a, b, c, d; ARGS=--rehearse goes through them without a GPU.
+CHECK_PATHS := engine:kernels:tests/kernels:benchmarks/engine:benchmarks/kernels:benchmarks/gpu
 gpu-check:
-	@PYTHONPATH=kernels:tests/kernels:$$PYTHONPATH $(PYTHON) benchmarks/kernels/gpu_check.py $(ARGS)
-	@PYTHONPATH=engine:kernels:$$PYTHONPATH $(PYTHON) benchmarks/engine/engine_check.py $(ENGINE_ARGS)
+	@PYTHONPATH=$(CHECK_PATHS):$$PYTHONPATH $(PYTHON) benchmarks/gpu/check.py $(STAGE) $(ARGS)
 
 kernel-table: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernels/compile_ahead.py --table

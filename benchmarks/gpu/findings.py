@@ -21,9 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-_PATHS = ("engine", "kernels", "tests/kernels", "benchmarks/engine", "benchmarks/kernels", "benchmarks/gpu")
-
 
 def tell(what: str, right: bool | None, why: str = "", **figures: Any) -> None:
     """A finding of this process."""
@@ -90,14 +87,10 @@ class Stage:
             ran.why = "left out: the stage's time is over"
             return ran
         end = min(time.monotonic() + seconds, self._end)
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([*(str(ROOT / path) for path in _PATHS), os.environ.get("PYTHONPATH", "")]),
-            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(ROOT / "build" / "triton")),
-        }
-        command = [sys.executable, str(Path(__file__).with_name(script)), json.dumps(options)]
+        command = [sys.executable, str(Path(__file__).parent / script), json.dumps(options)]
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
             )
             try:
                 for line in _lines(process, end, silence):

@@ -20,7 +20,7 @@ from models import add, prompts, runner_of
 from quire_engine.config import SchedulerLimits
 from quire_engine.engine import Engine
 from quire_engine.execution.dry_run import DryGroup, allocated
-from quire_engine.execution.plan import StepPlan, StepResult
+from quire_engine.execution.plan import StepResult
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
