@@ -50,6 +50,7 @@ class Sizes:
     model: str
     concurrency: tuple[int, ...]
     load: dict[str, int]
+    other_concurrency: tuple[int, ...]
     cases: tuple[str, ...]
     others: tuple[Model, ...]
     options: dict[str, Any] = field(default_factory=dict)  # of every engine
@@ -65,6 +66,7 @@ GPU = Sizes(
     model="Llama-3.1-8B",
     concurrency=(1, 8, 64, 256),
     load={"prompt": 1024, "new_tokens": 128},
+    other_concurrency=(1, 64),
     cases=("cases_attention", "cases_rows", "cases_matrix", "cases_recurrence"),
     others=(
         Model("Qwen3-30B-A3B"),
@@ -84,6 +86,7 @@ REHEARSAL = Sizes(
     model="tiny dense",
     concurrency=(1, 2),
     load={"prompt": 16, "new_tokens": 8},
+    other_concurrency=(1, 2),
     cases=("cases_rows",),
     others=(Model("tiny latent"), Model("tiny MXFP4", expert_bytes=17 / 32)),
     options={"kv_cache_memory_bytes": 16 << 20},
@@ -118,7 +121,7 @@ def tokens(stage: Stage, sizes: Sizes, rates: Rates) -> None:
 def model(stage: Stage, sizes: Sizes, rates: Rates) -> None:
     """Stage b: the second start finds what the first compiled."""
     common = {"shape": sizes.model, "concurrency": sizes.concurrency, **sizes.load}
-    mine = {"device": sizes.device, "rates": rates} | sizes.options
+    mine = {"device": sizes.device, "rates": rates, "max_num_seqs": sizes.concurrency[-1]} | sizes.options
     stage.measure(sizes.model, "speed.py", 240, **common, **mine)
     again = common | {"concurrency": sizes.concurrency[:1]}
     stage.measure("the second start", "speed.py", 90, name=f"{sizes.model}, again", **again, **mine)
@@ -161,7 +164,7 @@ def others(stage: Stage, sizes: Sizes, rates: Rates) -> None:
         name = one.name or one.shape
         stage.measure(
             name, "speed.py", 120, shape=one.shape, name=name, expert_bytes=one.expert_bytes,
-            concurrency=(1, sizes.concurrency[-2]), **sizes.load, **mine, **one.options, **sizes.options,
+            concurrency=sizes.other_concurrency, max_num_seqs=sizes.other_concurrency[-1], **sizes.load, **mine, **one.options, **sizes.options,
         )  # fmt: skip
     if sizes.device == "cuda":
         verifying = [case.name for case in cases_of(list(sizes.cases)) if case.name.startswith("verify")]

@@ -219,7 +219,6 @@ def main(
         TimedRunner,
         dtype="bfloat16",
         max_model_len=2 * (prompt + new_tokens),
-        max_num_seqs=max(concurrency),
         **options,
     )
     assert isinstance(runner, TimedRunner)

@@ -11,6 +11,7 @@ import pytest
 import triton
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "kernels"
+GPU_CHECK = BENCHMARKS.parent / "gpu"
 WARPGROUP = {"HGMMA", "QGMMA", "IGMMA"}
 
 
@@ -66,3 +67,57 @@ def fresh_table(lines: str, environment: dict[str, str]) -> str:
     )
     command = [sys.executable, "-c", code, str(BENCHMARKS)]
     return subprocess.run(command, input=lines, capture_output=True, text=True, env=environment, check=True).stdout
+
+
+LAUNCH_AFTER_COMPILING = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:]
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+import cases_attention, cases_matrix, cases_recurrence, cases_rows
+from operations import compile_case
+from quire_kernels.hardware import CHIPS
+
+class Driver:  # of a GPU that is not here
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+os.environ["TRITON_INTERPRET"] = "1"  # gives the CPU a chip; the kernels are imported, and compiled, already
+names = ["RMSNorm + add 64 x 4096", "head norms 8k x 32 x 128", "sample top-p 256 x 128k", "invariant 1 x 4096 x 4096",
+         "route Qwen3-30B-A3B, 4096 tokens", "short convolution decode 64 x 8k"]
+every = cases_attention.CASES + cases_rows.CASES + cases_matrix.CASES + cases_recurrence.CASES
+cases = [case for case in every if case.name in names]
+assert len(cases) == len(names)
+for case in cases:
+    compile_case(case, CHIPS["interpreter"])
+compiled = set(os.listdir(os.environ["TRITON_CACHE_DIR"]))
+assert len(compiled) >= len(names), compiled
+plain, launched = JITFunction.run, []
+def launch(self, *arguments, grid, warmup, **named):  # all of it but the launch
+    launched.append(self.__name__)
+    return plain(self, *arguments, grid=grid, warmup=True, **named)
+JITFunction.run = launch
+for kernel in {id(k): k for m in list(sys.modules.values()) for k in vars(m).values() if isinstance(k, JITFunction)}.values():
+    kernel.device_caches.clear()  # a process that finds nothing but the folder
+for case in cases:
+    case.build(torch.device("cpu"), CHIPS["interpreter"].fp8).run()
+assert len(launched) >= len(compiled)
+fresh = set(os.listdir(os.environ["TRITON_CACHE_DIR"])) - compiled
+assert not fresh, (fresh, launched)
+"""
+
+
+def test_gpu_check_compiles_what_it_will_launch(tmp_path: Path) -> None:
+    """From meta tensors: launches with real ones find all of it in Triton's cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    paths = [str(path) for path in (BENCHMARKS, GPU_CHECK, Path(__file__).parent)]
+    command = [sys.executable, "-c", LAUNCH_AFTER_COMPILING, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
