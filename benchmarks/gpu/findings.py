@@ -99,7 +99,7 @@ class Stage:
                         self.findings.add(ran.found[-1])
                 if process.wait(timeout=30):
                     ran.why = f"ended with status {process.returncode}"
-            except TimeoutError as error:
+            except (TimeoutError, subprocess.TimeoutExpired) as error:
                 ran.why = str(error)
             finally:  # with all that it has started
                 with contextlib.suppress(ProcessLookupError):

@@ -59,7 +59,7 @@ class Stopwatch:
         return float(start.elapsed_time(end)) / 1e3
 
 
-def rates(device: str) -> dict[str, float]:
+def rates(device: str) -> dict[str, Any]:
     """Bytes/s of a copy (read and written), operations/s of cuBLAS in bf16 and, where there is fp8, in fp8."""
     watch = Stopwatch(device)
     size, n = (1 << 30, 8192) if device == "cuda" else (1 << 24, 256)

@@ -1,7 +1,7 @@
 """A kernel at a real shape: how to run it, what it should give, what it costs at least, and who else can do it.
 
 The same cases are compiled ahead of time for chips that are not here (on "meta" tensors, `compile_ahead.py`) and run
-and timed where there is a GPU (`gpu_check.py`).
+and timed where there is a GPU (`make gpu-check`).
 """
 
 from collections.abc import Callable

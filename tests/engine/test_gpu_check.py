@@ -18,7 +18,7 @@ Finding = dict[str, Any]
 def rehearse(out: Path, *arguments: str) -> tuple[int, list[Finding], str]:
     """Its exit status, what it kept and what it printed."""
     paths = os.pathsep.join([*PATHS, str(ROOT / "engine"), str(ROOT / "kernels")])
-    environment = os.environ | {"PYTHONPATH": paths, "OUT": str(out), "TRITON_INTERPRET": "1"}
+    environment = os.environ | {"PYTHONPATH": paths, "OUT": str(out)}
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "check.py"), "--rehearse", *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (out / "gpu-check.jsonl").exists(), ran.stderr[-3000:]
@@ -54,10 +54,12 @@ def test_engine_stages(tmp_path: Path) -> None:
 
 def test_kernels_that_are_wrong_or_worse(tmp_path: Path) -> None:
     """None is called right, and none keeps the others from being tried."""
-    status, findings, printed = rehearse(tmp_path, "c", "--cases", "cases_rehearsed")
+    status, findings, printed = rehearse(tmp_path, "c", "--cases", "cases_rehearsed", "cases_wrong")
     assert status == 1
     right = {finding["what"]: finding["right"] for finding in findings if finding["stage"] == "c"}
     assert right == {
+        "a product": True,
+        "a product, not timed": True,
         "a right product": True,
         "a wrong product": False,
         "a kernel that fails": False,

@@ -103,8 +103,10 @@ def launch(self, *arguments, grid, warmup, **named):  # all of it but the launch
     launched.append(self.__name__)
     return plain(self, *arguments, grid=grid, warmup=True, **named)
 JITFunction.run = launch
-for kernel in {id(k): k for m in list(sys.modules.values()) for k in vars(m).values() if isinstance(k, JITFunction)}.values():
-    kernel.device_caches.clear()  # a process that finds nothing but the folder
+for module in list(sys.modules.values()):
+    for kernel in vars(module).values():
+        if isinstance(kernel, JITFunction):
+            kernel.device_caches.clear()  # as in a process that finds nothing but the folder
 for case in cases:
     case.build(torch.device("cpu"), CHIPS["interpreter"].fp8).run()
 assert len(launched) >= len(compiled)
