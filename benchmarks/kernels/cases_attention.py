@@ -14,7 +14,7 @@ from quire_kernels.cache_write.triton import copy_pages, rope_cache_write
 from quire_kernels.mla import reference as mla_reference
 from quire_kernels.mla.triton import latent_attention, latent_cache_write
 from quire_kernels.paged_attention import PLAIN, AttentionOptions, reference
-from quire_kernels.paged_attention.triton import merge, paged_attention
+from quire_kernels.paged_attention.triton import paged_attention
 from torch import Tensor
 
 
@@ -146,7 +146,7 @@ def _latent(heads: int, queries: list[int], contexts: list[int]) -> Callable[[to
         q = normal(device, starts[-1], heads, 576)
         pairs = sum(n * (c - (n - 1) / 2) for n, c in zip(queries, contexts, strict=True))
         return Built(
-            run=lambda: latent_attention(q, cache, tables, *on_device, max(queries), 576**-0.5, 512),
+            run=lambda: latent_attention(q, cache, tables, *on_device, 576**-0.5, 512),
             expected=lambda: mla_reference.latent_attention(q.float(), cache, tables, *on_device, 576**-0.5, 512)[0],
             bytes=sum(contexts) * 576 * 2 + size(q) * (1 + 512 / 576),
             operations=2 * pairs * heads * (576 + 512),
@@ -234,13 +234,6 @@ def _copy_pages(device: torch.device, fp8: torch.dtype) -> Built:
     return Built(run=run, expected=expected, bytes=size(cache))
 
 
-def _merge(device: torch.device, fp8: torch.dtype) -> Built:
-    parts, lse = normal(device, 16, 256, 32, 128, dtype=torch.float32), torch.randn(16, 256, 32, device=device)
-    return Built(
-        run=lambda: merge(parts, lse), expected=lambda: reference.merge(parts, lse), bytes=size(parts) * 17 / 16
-    )
-
-
 def _decode(heads: Heads, requests: int, context: int, block: int = 64, **more: Any) -> Any:
     return _attention(heads, [1] * requests, [context] * requests, block, **more)
 
@@ -281,7 +274,6 @@ CASES = [
     Case(name="prefill hd 96, ALiBi", build=_prefill(Heads(32, 32, 96), 1024, options=_alibi), timed=False),
     Case(name="prefill hd 192", build=_prefill(Heads(16, 16, 192), 1024), timed=False),
     Case(name="prefill image spans", build=_prefill(Heads(8, 4, 256), 1024, options=_spans), timed=False),
-    Case(name="merge 16 segments", build=_merge),
     Case(name="MLA decode DeepSeek-V3/8 64 x 4k", build=_latent(16, [1] * 64, [4096] * 64), streams=True),
     Case(name="MLA decode DeepSeek-V3 8 x 4k", build=_latent(128, [1] * 8, [4096] * 8)),
     Case(name="MLA prefill DeepSeek-V3/8 2k", build=_latent(16, [2048], [2048])),

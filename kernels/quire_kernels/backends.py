@@ -1,6 +1,6 @@
 """A backend is the set of kernels one worker calls. It is chosen once, at start; nothing is dispatched in a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -43,6 +43,11 @@ class AttentionBatch:
     def tiles(self) -> Tensor:
         """[tiles, 3] int32: request, first flat token, tokens (at most ATTENTION_TILE). For the C kernel."""
         return torch.from_numpy(attention_tiles(self.query_starts.numpy()))
+
+    @cached_property
+    def cuts(self) -> dict[Hashable, Tensor]:
+        """How the step's first layer cut long contexts, for the others: see `paged_attention.pieces`."""
+        return {}
 
 
 def unquantized(x: Tensor | Quantized) -> Tensor:

@@ -64,6 +64,7 @@ class TritonBackend:
             scale,
             options,
             invariant=self._deterministic,
+            cuts=batch.cuts,
         )
 
     def rope_cache_write(
@@ -156,9 +157,9 @@ class TritonBackend:
             batch.block_tables,
             batch.query_starts,
             batch.context_lens,
-            batch.longest_query,
             scale,
             latent,
+            cuts=batch.cuts,
         )
 
     def latent_cache_write(

@@ -23,8 +23,7 @@ def test_latent_attention(
     lse = torch.full(q.shape[:2], float("nan"))
     scale = (latent + turned) ** -0.5
     got = latent_attention(
-        q, cache, batch.block_tables, batch.query_starts, batch.context_lens, batch.longest_query,
-        scale, latent, lse,
+        q, cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, latent, lse,
     )  # fmt: skip
     expected, expected_lse = reference.latent_attention(
         q.float(), cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, latent
@@ -68,5 +67,5 @@ def test_absorbed_weights_give_the_same_attention() -> None:
         is_causal=True, scale=0.3,
     ).transpose(0, 1)  # fmt: skip
     q = torch.cat((torch.einsum("thn,hnl->thl", q_nope, up_key), q_turned), -1)
-    got = latent_attention(q, cache, batch.block_tables, batch.query_starts, batch.context_lens, tokens, 0.3, latent)
+    got = latent_attention(q, cache, batch.block_tables, batch.query_starts, batch.context_lens, 0.3, latent)
     assert_close(torch.einsum("thl,hvl->thv", got, up_value), full, 4.0)

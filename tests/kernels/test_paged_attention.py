@@ -9,7 +9,7 @@ from paging import make_batch, poisoned
 from quire_kernels.backends import AttentionBatch
 from quire_kernels.hardware import CHIPS
 from quire_kernels.paged_attention import PLAIN, AttentionOptions, reference
-from quire_kernels.paged_attention.triton import merge, num_segments, paged_attention
+from quire_kernels.paged_attention.triton import paged_attention
 from tolerance import FP8, assert_close
 
 CASES = [  # new tokens, context

@@ -3,6 +3,7 @@
 Legend: M query rows (tokens times heads), N key tokens, L latent and E rotated dimensions.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -11,16 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.hardware import Hardware, hardware
-from quire_kernels.paged_attention.triton import (
-    LN2,
-    LOG2E,
-    Tiles,
-    launch_merge,
-    num_segments,
-    online_softmax,
-    request_of_block,
-    slots_of,
-)
+from quire_kernels.paged_attention.pieces import LN2, LOG2E, Tiling, bytes_of_parts, cut, keys_of_tile, merge, pick, tiling
+from quire_kernels.paged_attention.triton import Tiles, online_softmax, slots_of
 
 
 @triton.jit
@@ -50,22 +43,21 @@ def _attend(
     return acc, best, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_requests", "most"])
 def _latent_attention(
-    q_ptr, out_ptr, lse_ptr, cache_ptr, tables_ptr, query_starts_ptr, context_lens_ptr,
-    q_stride: tl.int64, table_stride: tl.int64, num_requests, num_rows, scale,
+    q_ptr, out_ptr, lse_ptr, parts_ptr, part_lse_ptr, list_ptr, cache_ptr, tables_ptr, query_starts_ptr,
+    context_lens_ptr, q_stride: tl.int64, table_stride: tl.int64, num_requests, most, scale,
     HEADS: tl.constexpr, L: tl.constexpr, E: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_TOKENS: tl.constexpr,
-    SEGMENTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    NARROW_TOKENS: tl.constexpr, NARROW: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Heads that do not fit into M go to programs of their own, in the second dimension of the grid."""
-    request, tile = request_of_block(
-        query_starts_ptr, tl.num_programs(0) - 1 - tl.program_id(0), num_requests, TILE_TOKENS
+    work, request, tile, piece, pieces = pick(
+        list_ptr, most, query_starts_ptr, context_lens_ptr, num_requests, TILE_TOKENS, NARROW_TOKENS, NARROW, WINDOW
     )
-    segment = tl.program_id(2)
+    if not work:
+        return
     first = tl.load(query_starts_ptr + request)
     count = tl.load(query_starts_ptr + request + 1) - first
-    if tile * TILE_TOKENS >= count:
-        return
     context = tl.load(context_lens_ptr + request)
     tables_ptr += request * table_stride
     rows = tl.arange(0, M)
@@ -78,13 +70,11 @@ def _latent_attention(
     q = tl.load(row + tl.arange(0, L)[None, :], mask=alive[:, None], other=0.0)
     q_turned = tl.load(row + L + tl.arange(0, E)[None, :], mask=alive[:, None], other=0.0)
 
-    begin = 0
-    end = tl.minimum(context, context - count + (tile + 1) * TILE_TOKENS)
+    _, end = keys_of_tile(context, count, tile, TILE_TOKENS, WINDOW)
     full_end = (context - count + tile * TILE_TOKENS + 1) // N * N  # every row sees the keys before it
-    if SEGMENTS > 1:
-        length = tl.cdiv(tl.cdiv(end, N), SEGMENTS) * N
-        begin = segment * length
-        end = tl.minimum(end, begin + length)
+    blocks = tl.cdiv(end, N)
+    begin = piece * blocks // pieces * N
+    end = tl.minimum(end, (piece + 1) * blocks // pieces * N)
     full_end = tl.minimum(tl.maximum(full_end, begin), end)
     best = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -97,14 +87,21 @@ def _latent_attention(
         acc, best, total, q, q_turned, full_end, end, end, position, scale * LOG2E, cache_ptr, tables_ptr, True,
         L, E, BLOCK_SIZE, N,
     )  # fmt: skip
-    to = ((segment * num_rows + flat) * HEADS + head).to(tl.int64)
-    tl.store(
-        out_ptr + to[:, None] * L + tl.arange(0, L)[None, :],
-        (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty),
-        mask=alive[:, None],
-    )
-    if lse_ptr is not None:
-        tl.store(lse_ptr + to, (best + tl.math.log2(total)) * LN2, mask=alive)
+    acc /= tl.where(total > 0, total, 1.0)[:, None]
+    lse = (best + tl.math.log2(total)) * LN2
+    row = flat * HEADS + head
+    if pieces > 1:
+        part = (tl.program_id(0) * TILE_TOKENS + rows // (M // TILE_TOKENS)).to(tl.int64) * HEADS + head
+        tl.store(parts_ptr + part[:, None] * L + tl.arange(0, L)[None, :], acc, mask=alive[:, None])
+        tl.store(part_lse_ptr + part, lse, mask=alive)
+    else:
+        tl.store(
+            out_ptr + row[:, None] * L + tl.arange(0, L)[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=alive[:, None],
+        )
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row, lse, mask=alive)
 
 
 def _tiles(chip: Hardware, heads: int, element_bytes: int) -> Tiles:
@@ -116,45 +113,56 @@ def _tiles(chip: Hardware, heads: int, element_bytes: int) -> Tiles:
     return Tiles(32, 32, 8, 2)
 
 
+def _launch(chip: Hardware, q: Tensor, cache: Tensor, block_tables: Tensor) -> tuple[Tiles, int, Tiling]:
+    """→ (tiles, tiles over the heads, their tokens). By shapes alone, never by contexts."""
+    tokens, heads = q.shape[:2]
+    requests, width = block_tables.shape
+    tiles = _tiles(chip, heads, q.element_size())
+    of_token = min(tiles.rows, triton.next_power_of_2(heads))
+    tile_tokens = tiles.rows // of_token
+    head_tiles = triton.cdiv(heads, of_token)
+    programs = max(requests, triton.cdiv(2 * chip.multiprocessors, head_tiles))
+    launch = tiling(
+        tokens // tile_tokens + requests, tile_tokens, 0, False, 0, programs, width * cache.shape[1], False
+    )
+    return tiles, head_tiles, launch
+
+
+def parts_bytes(chip: Hardware, q: Tensor, cache: Tensor, block_tables: Tensor, latent: int) -> int:
+    """What `latent_attention` allocates on a chip beside its result. By shapes alone."""
+    return bytes_of_parts(_launch(chip, q, cache, block_tables)[2], q.shape[1], latent)
+
+
 def latent_attention(
     q: Tensor,
     cache: Tensor,
     block_tables: Tensor,
     query_starts: Tensor,
     context_lens: Tensor,
-    longest_query: int,
     scale: float,
     latent: int,
     lse: Tensor | None = None,
+    cuts: dict[Hashable, Tensor] | None = None,
 ) -> Tensor:
-    """See the package's contract; `query_starts` [R + 1] and `context_lens` [R] are int32 on the device."""
+    """See the package's contract; `query_starts` [R + 1] and `context_lens` [R] are int32 on the device.
+
+    `cuts` keeps, for all layers of a step, how long contexts are cut.
+    """
     chip = hardware(q.device)
     tokens, heads, width = q.shape
-    requests, block_size = context_lens.shape[0], cache.shape[1]
     assert q.stride(1) == width, "heads of a token are consecutive"
     out = torch.empty((tokens, heads, latent), dtype=q.dtype, device=q.device)
-    tiles = _tiles(chip, heads, q.element_size())
-    of_token = min(tiles.rows, triton.next_power_of_2(heads))
-    tile_tokens = tiles.rows // of_token
-    head_tiles = triton.cdiv(heads, of_token)
-    blocks = tokens // tile_tokens + requests
-    segments = 1
-    if longest_query <= tile_tokens:  # decode: the reading of the cache is what takes time
-        segments = num_segments(chip, requests * head_tiles, block_tables.shape[1] * block_size)
-    parts, part_lse = out, lse
-    if segments > 1:
-        parts = torch.empty((segments, tokens, heads, latent), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((segments, tokens, heads), dtype=torch.float32, device=q.device)
+    tiles, head_tiles, launch = _launch(chip, q, cache, block_tables)
+    pieces = cut(launch, query_starts, context_lens, heads, latent, {} if cuts is None else cuts)
+    assert pieces is not None, "there is no window"
     kernel: Any = _latent_attention
-    kernel[(blocks, head_tiles, segments)](
-        q, parts, part_lse, cache, block_tables, query_starts, context_lens, q.stride(0), block_tables.stride(0),
-        requests, tokens, scale, HEADS=heads, L=latent, E=width - latent, BLOCK_SIZE=block_size,
-        TILE_TOKENS=tile_tokens, SEGMENTS=segments, M=tiles.rows, N=tiles.keys,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+    kernel[(pieces.parts.shape[0] + launch.tiles, head_tiles)](
+        q, out, lse, pieces.parts, pieces.lse, pieces.listed, cache, block_tables, query_starts, context_lens,
+        q.stride(0), block_tables.stride(0), context_lens.shape[0], pieces.parts.shape[0], scale,
+        **launch.kernel(), HEADS=heads, L=latent, E=width - latent, BLOCK_SIZE=cache.shape[1],
+        M=tiles.rows, N=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    if segments > 1:
-        assert part_lse is not None
-        launch_merge(parts, part_lse, out, lse, None, 1)
+    merge(pieces, query_starts, out, lse)
     return out
 
 

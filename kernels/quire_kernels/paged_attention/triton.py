@@ -1,15 +1,15 @@
 """Paged attention in Triton: one entry for prefill, chunked prefill and decode mixed in a batch.
 
-Legend: M query rows of a tile (query tokens times the heads of a group), N key tokens of a tile, D head dim, S
-segments. The heads of a group are packed into M, so that a page is read once per group (as FlashInfer and vLLM's
-unified kernel do). Softmax is online (FlashAttention, Dao et al. 2022) in base 2.
+Legend: M query rows of a tile (query tokens times the heads of a group), N key tokens of a tile, D head dim. The heads
+of a group are packed into M, so that a page is read once per group (as FlashInfer and vLLM's unified kernel do).
+Softmax is online (FlashAttention, Dao et al. 2022) in base 2.
 
 A batch takes at most two launches. The narrow one (few rows) is for requests with few new tokens, whose time is the
-reading of the cache: it splits their keys into a static number of segments (Flash-Decoding), so that one long request
-fills the chip and a captured graph stays valid; `merge` joins them. The wide one (rows for wgmma) is for the rest,
-whose time is the arithmetic. Each leaves out the requests of the other by looking at their lengths.
+reading of the cache; the wide one (rows for wgmma) is for the rest, whose time is the arithmetic. Each leaves out the
+requests of the other by looking at their lengths, and cuts the longest of its own into pieces: see `pieces`.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,25 +20,19 @@ from torch import Tensor
 
 from quire_kernels.hardware import Hardware, hardware
 from quire_kernels.paged_attention import PLAIN, AttentionOptions
+from quire_kernels.paged_attention.pieces import (
+    LN2,
+    LOG2E,
+    Tiling,
+    bytes_of_parts,
+    cut,
+    keys_of_tile,
+    merge,
+    pick,
+    tiling,
+)
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 _NARROW_ROWS = 64  # a batch whose requests all fit so many rows takes the narrow launch alone
-_SEGMENT_TOKENS = 512  # a segment shorter than this costs more in merging than it wins
-
-
-@triton.jit
-def request_of_block(starts_ptr, block, num_requests, TILE_TOKENS: tl.constexpr):
-    """Request r owns the blocks from query_starts[r] // TILE_TOKENS + r on; returns (r, its tile)."""
-    low = 0
-    high = num_requests
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if tl.load(starts_ptr + middle) // TILE_TOKENS + middle <= block:
-            low = middle
-        else:
-            high = middle
-    return low, block - (tl.load(starts_ptr + low) // TILE_TOKENS + low)
 
 
 @triton.jit
@@ -128,11 +122,14 @@ def _attend(
     return acc, best, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_requests", "most"])
 def _paged_attention(
     q_ptr,
     out_ptr,
     lse_ptr,
+    parts_ptr,
+    part_lse_ptr,
+    list_ptr,
     key_ptr,
     value_ptr,
     tables_ptr,
@@ -144,9 +141,9 @@ def _paged_attention(
     key_scale_ptr,
     value_scale_ptr,
     q_stride: tl.int64,
-    out_stride: tl.int64,
     table_stride: tl.int64,
     num_requests,
+    most,
     scale,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -158,26 +155,17 @@ def _paged_attention(
     TILE_TOKENS: tl.constexpr,
     NARROW_TOKENS: tl.constexpr,
     NARROW: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
     head = tl.program_id(1)
-    segment = tl.program_id(2)
-    if NARROW:
-        request = tl.program_id(0)
-        tile = 0
-    else:  # the last tiles have the most keys: they start first
-        request, tile = request_of_block(
-            query_starts_ptr, tl.num_programs(0) - 1 - tl.program_id(0), num_requests, TILE_TOKENS
-        )
+    work, request, tile, piece, pieces = pick(
+        list_ptr, most, query_starts_ptr, context_lens_ptr, num_requests, TILE_TOKENS, NARROW_TOKENS, NARROW, WINDOW
+    )
+    if not work:
+        return
     first = tl.load(query_starts_ptr + request)
     count = tl.load(query_starts_ptr + request + 1) - first
-    if NARROW:
-        if (count == 0) | (count > NARROW_TOKENS):
-            return
-    elif (tile * TILE_TOKENS >= count) | (count <= NARROW_TOKENS):
-        return
     context = tl.load(context_lens_ptr + request)
     tables_ptr += request * table_stride
 
@@ -195,13 +183,10 @@ def _paged_attention(
     )  # [M, D]
 
     oldest_position = context - count + tile * TILE_TOKENS
-    newest_position = tl.minimum(context - 1, oldest_position + TILE_TOKENS - 1)
-    begin = 0
+    begin, end = keys_of_tile(context, count, tile, TILE_TOKENS, WINDOW)
     full_begin = 0  # every row sees the keys from here
     if WINDOW > 0:
-        begin = tl.maximum(oldest_position - WINDOW + 1, 0)
-        full_begin = tl.cdiv(tl.maximum(newest_position - WINDOW + 1, 0), N) * N
-    end = newest_position + 1
+        full_begin = tl.cdiv(tl.maximum(end - WINDOW, 0), N) * N
     span_begin = position
     span_end = position
     if spans_ptr is not None:
@@ -211,10 +196,10 @@ def _paged_attention(
         begin = tl.minimum(begin, tl.min(tl.where(span_begin < span_end, span_begin, context), 0))
     begin = begin // N * N
     full_end = (oldest_position + 1) // N * N  # ... up to here
-    if SEGMENTS > 1:
-        length = tl.cdiv(tl.cdiv(end - begin, N), SEGMENTS) * N
-        begin += segment * length
-        end = tl.minimum(end, begin + length)
+    if list_ptr is not None:
+        blocks = tl.cdiv(end - begin, N)
+        end = tl.minimum(end, begin + (piece + 1) * blocks // pieces * N)
+        begin += piece * blocks // pieces * N
     full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
     full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
 
@@ -230,10 +215,10 @@ def _paged_attention(
         slope = tl.load(slopes_ptr + query_head, mask=alive, other=0.0) * LOG2E
     best = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    if sinks_ptr is not None:  # in the first segment alone
+    if sinks_ptr is not None:  # in the first piece alone
         sink = tl.load(sinks_ptr + query_head, mask=alive, other=0.0) * LOG2E
-        best = tl.where(segment == 0, sink, best)
-        total += tl.where(segment == 0, 1.0, 0.0)
+        best = tl.where(piece == 0, sink, best)
+        total += tl.where(piece == 0, 1.0, 0.0)
     acc = tl.zeros([M, D_PADDED], tl.float32)
     if (WINDOW > 0) | (spans_ptr is not None):
         acc, best, total = _attend(
@@ -255,102 +240,18 @@ def _paged_attention(
     norm = 1.0 / tl.where(total > 0, total, 1.0)
     if value_scale_ptr is not None:
         norm *= tl.load(value_scale_ptr + head)
-    if SEGMENTS > 1:  # parts [S, R * NARROW_TOKENS, H, D]
-        flat = ((segment * num_requests + request) * NARROW_TOKENS + token).to(tl.int64)
-    tl.store(
-        out_ptr + flat[:, None] * out_stride + query_head[:, None] * D + dims[None, :],
-        (acc * norm[:, None]).to(out_ptr.dtype.element_ty),
-        mask=alive[:, None] & (dims < D)[None, :],
-    )
-    if lse_ptr is not None:
-        tl.store(
-            lse_ptr + flat * (KV_HEADS * GROUP) + query_head,
-            (best + tl.math.log2(total)) * LN2,
-            mask=alive,
-        )
-
-
-@triton.jit
-def _merge(
-    parts_ptr,
-    part_lse_ptr,
-    out_ptr,
-    lse_ptr,
-    query_starts_ptr,
-    out_stride: tl.int64,
-    num_rows,
-    HEADS: tl.constexpr,
-    NARROW_TOKENS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    S_PADDED: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-):
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    flat = row
-    if query_starts_ptr is not None:
-        request = row // NARROW_TOKENS
-        token = row % NARROW_TOKENS
-        first = tl.load(query_starts_ptr + request)
-        count = tl.load(query_starts_ptr + request + 1) - first
-        if (token >= count) | (count > NARROW_TOKENS):
-            return
-        flat = first + token
-    segments = tl.arange(0, S_PADDED)
-    lse = tl.load(
-        part_lse_ptr + (segments * num_rows + row) * HEADS + head, mask=segments < SEGMENTS, other=float("-inf")
-    )
-    best = tl.max(lse, 0)
-    best = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.sum(tl.math.exp2((lse - best) * LOG2E), 0)
-    dims = tl.arange(0, D_PADDED)
-    acc = tl.zeros([D_PADDED], tl.float32)
-    for segment in range(SEGMENTS):
-        at = (segment * num_rows + row).to(tl.int64) * HEADS + head
-        one = tl.load(part_lse_ptr + at)
-        if one > float("-inf"):
-            part = tl.load(parts_ptr + at * D + dims, mask=dims < D, other=0.0).to(tl.float32)
-            acc += part * tl.math.exp2((one - best) * LOG2E)
-    acc = tl.where(total > 0, acc / total, 0.0)
-    tl.store(
-        out_ptr + flat.to(tl.int64) * out_stride + head * D + dims, acc.to(out_ptr.dtype.element_ty), mask=dims < D
-    )
-    if lse_ptr is not None:
-        tl.store(lse_ptr + flat.to(tl.int64) * HEADS + head, best + tl.math.log2(total) * LN2)
-
-
-def launch_merge(
-    parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None, query_starts: Tensor | None, narrow_tokens: int
-) -> None:
-    """parts [S, rows, H, D] → out [T, H, D]; with `query_starts` row r * narrow_tokens + t is request r's token t."""
-    segments, num_rows, heads, head_dim = parts.shape
-    kernel: Any = _merge
-    kernel[(num_rows, heads)](
-        parts,
-        part_lse,
-        out,
-        lse,
-        query_starts,
-        out.stride(0),
-        num_rows,
-        HEADS=heads,
-        NARROW_TOKENS=narrow_tokens,
-        SEGMENTS=segments,
-        S_PADDED=triton.next_power_of_2(segments),
-        D=head_dim,
-        D_PADDED=triton.next_power_of_2(head_dim),
-        num_warps=1 if head_dim <= 128 else 2,
-        num_stages=1,
-    )
-
-
-def merge(parts: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """See the reference: [S, T, H, D] and [S, T, H] → [T, H, D] and [T, H]."""
-    out = torch.empty_like(parts[0])
-    total = torch.empty_like(lse[0])
-    launch_merge(parts, lse, out, total, None, 1)
-    return out, total
+    acc *= norm[:, None]
+    row = flat * (KV_HEADS * GROUP) + query_head
+    stored = alive[:, None] & (dims < D)[None, :]
+    lse = (best + tl.math.log2(total)) * LN2
+    if pieces > 1:
+        part = (tl.program_id(0) * TILE_TOKENS + rows // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + query_head
+        tl.store(parts_ptr + part[:, None] * D + dims[None, :], acc, mask=stored)
+        tl.store(part_lse_ptr + part, lse, mask=alive)
+    else:
+        tl.store(out_ptr + row[:, None] * D + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=stored)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row, lse, mask=alive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,12 +285,42 @@ def wide_tiles(chip: Hardware, group: int, head_dim: int, element_bytes: int) ->
     return Tiles(rows, keys, warps, stages)
 
 
-def num_segments(chip: Hardware, programs: int, capacity: int) -> int:
-    """Into how many segments keys are cut so that about two programs run on every multiprocessor.
+def _launches(
+    chip: Hardware, q: Tensor, key_cache: Tensor, block_tables: Tensor, longest_query: int, window: int, invariant: bool
+) -> list[tuple[Tiles, Tiling]]:
+    """By shapes alone, never by contexts. Rows of the narrow launch are a power of two of at most _NARROW_ROWS."""
+    kv_heads, block_size, head_dim = key_cache.shape[1:]
+    tokens, heads = q.shape[:2]
+    requests, width = block_tables.shape
+    group = heads // kv_heads
+    alone = longest_query * group <= max(_NARROW_ROWS, group) and not invariant
+    rows = max(16, triton.next_power_of_2(group * longest_query if alone else group))
+    narrow_tokens = 0 if invariant else rows // group
+    fill = triton.cdiv(2 * chip.multiprocessors, kv_heads)  # about two programs run on every multiprocessor
+    launches = []
+    if not invariant:
+        narrow = narrow_tiles(chip, rows, head_dim, key_cache.element_size())
+        of_requests = tiling(
+            requests, narrow_tokens, narrow_tokens, True, window, max(requests, fill), width * block_size, False
+        )
+        launches.append((narrow, of_requests))
+    if not alone:
+        wide = wide_tiles(chip, group, head_dim, q.element_size())
+        tile_tokens = wide.rows // group
+        of_tokens = tiling(
+            tokens // tile_tokens + requests, tile_tokens, narrow_tokens, False, window, fill, width * block_size,
+            invariant,
+        )  # fmt: skip
+        launches.append((wide, of_tokens))
+    return launches
 
-    Depends on shapes alone, never on the contexts, so a captured graph stays valid.
-    """
-    return max(1, min(2 * chip.multiprocessors // programs, triton.cdiv(capacity, _SEGMENT_TOKENS), 64))
+
+def parts_bytes(
+    chip: Hardware, q: Tensor, key_cache: Tensor, block_tables: Tensor, longest_query: int, options: AttentionOptions
+) -> int:
+    """What `paged_attention` allocates on a chip beside its result. By shapes alone."""
+    launches = _launches(chip, q, key_cache, block_tables, longest_query, options.window, False)
+    return max(bytes_of_parts(launch, q.shape[1], q.shape[2]) for _, launch in launches)
 
 
 def paged_attention(
@@ -404,33 +335,30 @@ def paged_attention(
     options: AttentionOptions = PLAIN,
     lse: Tensor | None = None,
     invariant: bool = False,
+    cuts: dict[Hashable, Tensor] | None = None,
 ) -> Tensor:
     """See the package's contract; `query_starts` [R + 1] and `context_lens` [R] are int32 on the device.
 
     `longest_query` may be more than any request has. `lse` [T, H] fp32 is filled where given. `invariant`: one launch
     and one order of keys for all, so that a token's bits do not depend on its neighbours or on the chunk it came in.
+    `cuts` keeps, for all layers of a step, how long contexts are cut.
     """
     chip = hardware(q.device)
     kv_heads, block_size, head_dim = key_cache.shape[1:]
-    requests, heads = context_lens.shape[0], q.shape[1]
-    group = heads // kv_heads
+    heads = q.shape[1]
     assert q.stride(1) == head_dim, "heads of a token are consecutive"
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    alone = longest_query * group <= max(_NARROW_ROWS, group)
-    rows = max(16, triton.next_power_of_2(group * longest_query if alone else group))
-    narrow = narrow_tiles(chip, rows, head_dim, key_cache.element_size())
-    narrow_tokens = rows // group
-    capacity = block_tables.shape[1] * block_size
-    if options.window > 0:
-        capacity = min(capacity, options.window)
-    segments = num_segments(chip, requests * kv_heads, capacity)
-
-    def launch(tiles: Tiles, grid: tuple[int, ...], to: Tensor, to_lse: Tensor | None, is_narrow: bool) -> None:
-        kernel: Any = _paged_attention
-        kernel[grid](
+    cuts = {} if cuts is None else cuts
+    kernel: Any = _paged_attention
+    for tiles, launch in _launches(chip, q, key_cache, block_tables, longest_query, options.window, invariant):
+        pieces = cut(launch, query_starts, context_lens, heads, head_dim, cuts)
+        kernel[((launch.most or 0) + launch.tiles, kv_heads)](
             q,
-            to,
-            to_lse,
+            out,
+            lse,
+            None if pieces is None else pieces.parts,
+            None if pieces is None else pieces.lse,
+            None if pieces is None else pieces.listed,
             key_cache,
             value_cache,
             block_tables,
@@ -442,39 +370,22 @@ def paged_attention(
             options.key_scale,
             options.value_scale,
             q.stride(0),
-            to.stride(-3),
             block_tables.stride(0),
-            requests,
+            context_lens.shape[0],
+            launch.most or 0,
             scale,
-            WINDOW=options.window,
+            **launch.kernel(),
             SOFT_CAP=options.soft_cap,
             KV_HEADS=kv_heads,
-            GROUP=group,
+            GROUP=heads // kv_heads,
             D=head_dim,
             D_PADDED=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_SIZE=block_size,
-            TILE_TOKENS=tiles.rows // group,
-            NARROW_TOKENS=0 if invariant else narrow_tokens,
-            NARROW=is_narrow,
-            SEGMENTS=grid[2],
             M=tiles.rows,
             N=tiles.keys,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-
-    if invariant:
-        alone = False
-    elif segments == 1:
-        launch(narrow, (requests, kv_heads, 1), out, lse, True)
-    else:
-        shape = (segments, requests * narrow_tokens, heads)
-        parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        launch(narrow, (requests, kv_heads, segments), parts, part_lse, True)
-        launch_merge(parts, part_lse, out, lse, query_starts, narrow_tokens)
-    if not alone:
-        wide = wide_tiles(chip, group, head_dim, q.element_size())
-        blocks = q.shape[0] // (wide.rows // group) + requests
-        launch(wide, (blocks, kv_heads, 1), out, lse, False)
+        if pieces is not None:
+            merge(pieces, query_starts, out, lse)
     return out
