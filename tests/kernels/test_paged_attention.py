@@ -1,5 +1,6 @@
 """Paged attention in Triton against its reference, and the reference against softmax written out."""
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -7,15 +8,15 @@ import pytest
 import torch
 from paging import make_batch, poisoned
 from quire_kernels.backends import AttentionBatch
-from quire_kernels.hardware import CHIPS
 from quire_kernels.paged_attention import PLAIN, AttentionOptions, reference
+from quire_kernels.paged_attention.pieces import Pieces, merge
 from quire_kernels.paged_attention.triton import paged_attention
 from tolerance import FP8, assert_close
 
 CASES = [  # new tokens, context
     ([1], [1]),
     ([1, 1, 1], [1, 64, 63]),
-    ([1], [1500]),  # split into segments
+    ([1], [1500]),  # cut into pieces
     ([5, 1, 0, 17], [20, 33, 4, 17]),  # mixed: a narrow and a wide launch; one request has nothing new
     ([63], [63]),
     ([140, 1], [200, 130]),
@@ -31,6 +32,7 @@ def both(
     options: AttentionOptions = PLAIN,
     dtype: torch.dtype = torch.float32,
     cache_dtype: torch.dtype | None = None,
+    cuts: dict[Hashable, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kernel's result and log-sum-exp, then the reference's in fp32."""
     shape = (sum(-(-c // block_size) for c in batch.context_lens.tolist()) + 2, kv_heads, block_size, dim)
@@ -40,7 +42,7 @@ def both(
     lse = torch.full(q.shape[:2], float("nan"))
     got = paged_attention(
         q, keys, values, batch.block_tables, batch.query_starts, batch.context_lens,
-        batch.longest_query, dim**-0.5, options, lse,
+        batch.longest_query, dim**-0.5, options, lse, cuts=cuts,
     )  # fmt: skip
     expected, expected_lse = reference.attention_with_lse(
         q.float(), keys, values, batch.block_tables, batch.query_starts, batch.context_lens, dim**-0.5, options
@@ -117,28 +119,92 @@ def test_tokens_of_an_image_see_each_other(window: int) -> None:
     assert not torch.equal(with_spans[4:29], without[4:29])
 
 
+CUT = ([1, 1, 9, 0, 30, 3], [2600, 60, 40, 9, 1700, 700])  # on the interpreter's 4 multiprocessors
+CUT_SPANS = torch.zeros(sum(CUT[0]), 2, dtype=torch.int32)
+CUT_SPANS[15:25] = torch.tensor([1600, 1700])  # of the fifth request, which sees tokens behind its own
+CUT_SPANS[40] = torch.tensor([5, 9])  # an image outside of its window
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"options": AttentionOptions(window=900)},
+        {"options": AttentionOptions(window=1100, sinks=torch.randn(8), soft_cap=1.5, alibi_slopes=torch.rand(8))},
+        {"options": AttentionOptions(sinks=torch.randn(8) + 5)},
+        {"options": AttentionOptions(spans=CUT_SPANS)},
+        {"options": AttentionOptions(spans=CUT_SPANS, window=900)},
+        {"dtype": torch.bfloat16},
+        {
+            "dtype": torch.bfloat16,
+            "cache_dtype": torch.float8_e4m3fn,
+            "options": AttentionOptions(key_scale=torch.rand(2) + 0.5, value_scale=torch.rand(2) + 0.5),
+        },
+    ],
+    ids=["plain", "window", "all", "sinks", "spans", "spans in a window", "bf16", "fp8 cache"],
+)
+def test_long_contexts_are_cut(more: dict[str, Any]) -> None:
+    """In both launches, some tiles whole and some in pieces, whose parts are NaN where none was written."""
+    cuts: dict[Hashable, torch.Tensor] = {}
+    check(*CUT, 16, 8, 2, 64, cuts=cuts, **more)
+    assert len(cuts) == 2
+    for listed in cuts.values():
+        assert 1 < listed[0, 1] < len(listed)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 80), (4, 4, 256), (16, 1, 128)])
+def test_cut_at_other_sizes(heads: int, kv_heads: int, dim: int) -> None:
+    cuts: dict[Hashable, torch.Tensor] = {}
+    check([1, 1, 18], [1900, 20, 1600], 64, heads, kv_heads, dim, cuts=cuts)
+    assert all(listed[0, 1] > 1 for listed in cuts.values())
+
+
+def test_a_step_is_cut_once() -> None:
+    batch = make_batch(*CUT, 16, sum(-(-c // 16) for c in CUT[1]) + 2)
+    cuts: dict[Hashable, torch.Tensor] = {}
+    for window in (0, 0, 900, 900):
+        both(batch, 8, 2, 64, 16, AttentionOptions(window=window), cuts=cuts)
+    assert len(cuts) == 4  # narrow and wide, for each window
+    listed = [kept.clone() for kept in cuts.values()]
+    for kept in cuts.values():
+        kept[0, 1] = 0  # a layer that made its own list would not miss these pieces
+    got, _, expected, _ = both(batch, 8, 2, 64, 16, cuts=cuts)
+    assert got.isnan().any() and not expected.isnan().any()
+    assert all(kept[0, 1] == 0 and old[0, 1] > 1 for kept, old in zip(cuts.values(), listed, strict=True))
+
+
 def test_merge_joins_disjoint_keys() -> None:
-    parts, lse = torch.randn(5, 7, 3, 80), torch.randn(5, 7, 3) * 3
-    lse[1, 2] = float("-inf")
-    parts[1, 2] = float("nan")  # a part that saw no key holds nothing
-    for got, expected in zip(merge(parts, lse), reference.merge(parts, lse), strict=True):
-        assert torch.isfinite(expected).all()
-        assert_close(got, expected)
+    """The parts of two tiles, of 7 and 3 live tokens; between them tokens of requests that were not cut."""
+    tile_tokens, heads, dim = 7, 3, 80
+    query_starts = torch.tensor([0, 2, 16, 19], dtype=torch.int32)
+    tiles = [(1, 1, 5, slice(9, 16)), (2, 0, 2, slice(16, 19))]  # request, tile, pieces, the tokens of the result
+    rows = [[512, 7, 0, 0], *([r, tile, i, n] for r, tile, n, _ in tiles for i in range(n))]
+    listed = torch.cat((torch.tensor(rows, dtype=torch.int32), torch.empty(4, 4, dtype=torch.int32)))
+    parts, part_lse = torch.randn(11, tile_tokens, heads, dim), torch.randn(11, tile_tokens, heads) * 3
+    part_lse[1, 2] = float("-inf")
+    parts[5:7, 3:], part_lse[5:7, 3:] = float("nan"), float("nan")  # past the second request's tokens
+    out, lse = torch.zeros(19, heads, dim), torch.zeros(19, heads)
+    merge(Pieces(listed, parts, part_lse), query_starts, out, lse)
+    at = 0
+    for _, _, pieces, to in tiles:
+        live = to.stop - to.start
+        expected = reference.merge(parts[at : at + pieces, :live], part_lse[at : at + pieces, :live])
+        for got, wanted in zip((out[to], lse[to]), expected, strict=True):
+            assert torch.isfinite(wanted).all()
+            assert_close(got, wanted)
+        at += pieces
+    assert not out[:9].any() and not lse[:9].any()
+
+
+def test_the_reference_of_merging_is_attention() -> None:
     q, k, v = torch.randn(7, 16), torch.randn(50, 16), torch.randn(50, 16)
     scores = q @ k.T
     halves = [scores[:, :20], scores[:, 20:]]
     outs = torch.stack([h.softmax(-1) @ v[s] for h, s in zip(halves, (slice(20), slice(20, None)), strict=True)])
     lses = torch.stack([h.logsumexp(-1) for h in halves])
-    whole, whole_lse = merge(outs[:, :, None], lses[:, :, None])
+    whole, whole_lse = reference.merge(outs[:, :, None], lses[:, :, None])
     assert_close(whole[:, 0], scores.softmax(-1) @ v)
     assert_close(whole_lse[:, 0], scores.logsumexp(-1))
-
-
-def test_segments_depend_on_shapes_alone_and_fill_the_chip() -> None:
-    chip = CHIPS["sm_90"]
-    assert num_segments(chip, 8, 32768) == 33  # one request, eight heads: two programs on each of 132
-    assert num_segments(chip, 256 * 8, 32768) == 1
-    assert num_segments(chip, 8, 400) == 1
 
 
 def test_the_reference_is_attention() -> None:

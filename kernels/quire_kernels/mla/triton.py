@@ -12,8 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.hardware import Hardware, hardware
-from quire_kernels.paged_attention.pieces import LN2, LOG2E, Tiling, bytes_of_parts, cut, keys_of_tile, merge, pick, tiling
-from quire_kernels.paged_attention.triton import Tiles, online_softmax, slots_of
+from quire_kernels.paged_attention.pieces import (
+    LN2,
+    LOG2E,
+    Tiling,
+    bytes_of_parts,
+    cut,
+    keys_of_tile,
+    merge,
+    pick,
+    tiling,
+)
+from quire_kernels.paged_attention.triton import Tiles, online_softmax, slots_of, store_rows
 
 
 @triton.jit
@@ -61,12 +71,15 @@ def _latent_attention(
     context = tl.load(context_lens_ptr + request)
     tables_ptr += request * table_stride
     rows = tl.arange(0, M)
-    token = tile * TILE_TOKENS + rows // (M // TILE_TOKENS)
-    head = tl.program_id(1) * (M // TILE_TOKENS) + rows % (M // TILE_TOKENS)
-    alive = (token < count) & (head < HEADS)
-    position = context - count + token
-    flat = (first + token).to(tl.int64)
-    row = q_ptr + flat[:, None] * q_stride + head[:, None] * (L + E)
+    token = rows // (
+        M // TILE_TOKENS
+    )  # of the tile; of the rows' addresses scalars hold what they can: it saves spills
+    head = rows % (M // TILE_TOKENS)
+    first_head = tl.program_id(1) * (M // TILE_TOKENS)
+    alive = (tile * TILE_TOKENS + token < count) & (first_head + head < HEADS)
+    position = context - count + tile * TILE_TOKENS + token
+    first = (first + tile * TILE_TOKENS).to(tl.int64)
+    row = q_ptr + first * q_stride + first_head * (L + E) + token[:, None] * q_stride + head[:, None] * (L + E)
     q = tl.load(row + tl.arange(0, L)[None, :], mask=alive[:, None], other=0.0)
     q_turned = tl.load(row + L + tl.arange(0, E)[None, :], mask=alive[:, None], other=0.0)
 
@@ -89,19 +102,12 @@ def _latent_attention(
     )  # fmt: skip
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     lse = (best + tl.math.log2(total)) * LN2
-    row = flat * HEADS + head
-    if pieces > 1:
-        part = (tl.program_id(0) * TILE_TOKENS + rows // (M // TILE_TOKENS)).to(tl.int64) * HEADS + head
-        tl.store(parts_ptr + part[:, None] * L + tl.arange(0, L)[None, :], acc, mask=alive[:, None])
-        tl.store(part_lse_ptr + part, lse, mask=alive)
+    row = token * HEADS + head
+    if pieces == 1:
+        store_rows(out_ptr, lse_ptr, first * HEADS + first_head, row, acc, lse, alive, L, L)
     else:
-        tl.store(
-            out_ptr + row[:, None] * L + tl.arange(0, L)[None, :],
-            acc.to(out_ptr.dtype.element_ty),
-            mask=alive[:, None],
-        )
-        if lse_ptr is not None:
-            tl.store(lse_ptr + row, lse, mask=alive)
+        start = tl.program_id(0).to(tl.int64) * (TILE_TOKENS * HEADS) + first_head
+        store_rows(parts_ptr, part_lse_ptr, start, row, acc, lse, alive, L, L)
 
 
 def _tiles(chip: Hardware, heads: int, element_bytes: int) -> Tiles:
@@ -122,9 +128,7 @@ def _launch(chip: Hardware, q: Tensor, cache: Tensor, block_tables: Tensor) -> t
     tile_tokens = tiles.rows // of_token
     head_tiles = triton.cdiv(heads, of_token)
     programs = max(requests, triton.cdiv(2 * chip.multiprocessors, head_tiles))
-    launch = tiling(
-        tokens // tile_tokens + requests, tile_tokens, 0, False, 0, programs, width * cache.shape[1], False
-    )
+    launch = tiling(tokens // tile_tokens + requests, tile_tokens, 0, False, 0, programs, width * cache.shape[1], False)
     return tiles, head_tiles, launch
 
 

@@ -122,6 +122,19 @@ def _attend(
     return acc, best, total
 
 
+@triton.jit
+def store_rows(out_ptr, lse_ptr, start, row, acc, lse, alive, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """acc [M, D] and lse [M] to rows `start` + row."""
+    dims = tl.arange(0, D_PADDED)
+    tl.store(
+        out_ptr + start * D + row[:, None] * D + dims[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=alive[:, None] & (dims < D)[None, :],
+    )
+    if lse_ptr is not None:
+        tl.store(lse_ptr + start + row, lse, mask=alive)
+
+
 @triton.jit(do_not_specialize=["table_stride", "num_requests", "most"])
 def _paged_attention(
     q_ptr,
@@ -241,17 +254,17 @@ def _paged_attention(
     if value_scale_ptr is not None:
         norm *= tl.load(value_scale_ptr + head)
     acc *= norm[:, None]
-    row = flat * (KV_HEADS * GROUP) + query_head
-    stored = alive[:, None] & (dims < D)[None, :]
     lse = (best + tl.math.log2(total)) * LN2
-    if pieces > 1:
-        part = (tl.program_id(0) * TILE_TOKENS + rows // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-        tl.store(parts_ptr + part[:, None] * D + dims[None, :], acc, mask=stored)
-        tl.store(part_lse_ptr + part, lse, mask=alive)
+    row = rows // GROUP * (KV_HEADS * GROUP) + rows % GROUP
+    start = (first + tile * TILE_TOKENS).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
+    if list_ptr is not None:
+        if pieces > 1:
+            start = (tl.program_id(0) * TILE_TOKENS).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
+            store_rows(parts_ptr, part_lse_ptr, start, row, acc, lse, alive, D, D_PADDED)
+        else:
+            store_rows(out_ptr, lse_ptr, start, row, acc, lse, alive, D, D_PADDED)
     else:
-        tl.store(out_ptr + row[:, None] * D + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=stored)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + row, lse, mask=alive)
+        store_rows(out_ptr, lse_ptr, start, row, acc, lse, alive, D, D_PADDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +298,7 @@ def wide_tiles(chip: Hardware, group: int, head_dim: int, element_bytes: int) ->
     return Tiles(rows, keys, warps, stages)
 
 
-def _launches(
+def launches(
     chip: Hardware, q: Tensor, key_cache: Tensor, block_tables: Tensor, longest_query: int, window: int, invariant: bool
 ) -> list[tuple[Tiles, Tiling]]:
     """By shapes alone, never by contexts. Rows of the narrow launch are a power of two of at most _NARROW_ROWS."""
@@ -297,13 +310,13 @@ def _launches(
     rows = max(16, triton.next_power_of_2(group * longest_query if alone else group))
     narrow_tokens = 0 if invariant else rows // group
     fill = triton.cdiv(2 * chip.multiprocessors, kv_heads)  # about two programs run on every multiprocessor
-    launches = []
+    found = []
     if not invariant:
         narrow = narrow_tiles(chip, rows, head_dim, key_cache.element_size())
         of_requests = tiling(
             requests, narrow_tokens, narrow_tokens, True, window, max(requests, fill), width * block_size, False
         )
-        launches.append((narrow, of_requests))
+        found.append((narrow, of_requests))
     if not alone:
         wide = wide_tiles(chip, group, head_dim, q.element_size())
         tile_tokens = wide.rows // group
@@ -311,16 +324,16 @@ def _launches(
             tokens // tile_tokens + requests, tile_tokens, narrow_tokens, False, window, fill, width * block_size,
             invariant,
         )  # fmt: skip
-        launches.append((wide, of_tokens))
-    return launches
+        found.append((wide, of_tokens))
+    return found
 
 
 def parts_bytes(
     chip: Hardware, q: Tensor, key_cache: Tensor, block_tables: Tensor, longest_query: int, options: AttentionOptions
 ) -> int:
     """What `paged_attention` allocates on a chip beside its result. By shapes alone."""
-    launches = _launches(chip, q, key_cache, block_tables, longest_query, options.window, False)
-    return max(bytes_of_parts(launch, q.shape[1], q.shape[2]) for _, launch in launches)
+    each = launches(chip, q, key_cache, block_tables, longest_query, options.window, False)
+    return max(bytes_of_parts(launch, q.shape[1], q.shape[2]) for _, launch in each)
 
 
 def paged_attention(
@@ -350,7 +363,7 @@ def paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cuts = {} if cuts is None else cuts
     kernel: Any = _paged_attention
-    for tiles, launch in _launches(chip, q, key_cache, block_tables, longest_query, options.window, invariant):
+    for tiles, launch in launches(chip, q, key_cache, block_tables, longest_query, options.window, invariant):
         pieces = cut(launch, query_starts, context_lens, heads, head_dim, cuts)
         kernel[((launch.most or 0) + launch.tiles, kv_heads)](
             q,
