@@ -18,6 +18,7 @@ from quire_kernels.paged_attention.pieces import (
     Tiling,
     bytes_of_parts,
     cut,
+    enough_programs,
     keys_of_tile,
     merge,
     pick,
@@ -60,9 +61,21 @@ def _latent_attention(
     HEADS: tl.constexpr, L: tl.constexpr, E: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_TOKENS: tl.constexpr,
     NARROW_TOKENS: tl.constexpr, NARROW: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Heads that do not fit into M go to programs of their own, in the second dimension of the grid."""
+    """Heads that do not fit into M go to programs of their own, which follow one another: they read the same pages."""
+    head_tiles = tl.cdiv(HEADS, M // TILE_TOKENS)
+    program = tl.program_id(0) // head_tiles
     work, request, tile, piece, pieces = pick(
-        list_ptr, most, query_starts_ptr, context_lens_ptr, num_requests, TILE_TOKENS, NARROW_TOKENS, NARROW, WINDOW
+        program,
+        tl.num_programs(0) // head_tiles,
+        list_ptr,
+        most,
+        query_starts_ptr,
+        context_lens_ptr,
+        num_requests,
+        TILE_TOKENS,
+        NARROW_TOKENS,
+        NARROW,
+        WINDOW,
     )
     if not work:
         return
@@ -75,7 +88,7 @@ def _latent_attention(
         M // TILE_TOKENS
     )  # of the tile; of the rows' addresses scalars hold what they can: it saves spills
     head = rows % (M // TILE_TOKENS)
-    first_head = tl.program_id(1) * (M // TILE_TOKENS)
+    first_head = tl.program_id(0) % head_tiles * (M // TILE_TOKENS)
     alive = (tile * TILE_TOKENS + token < count) & (first_head + head < HEADS)
     position = context - count + tile * TILE_TOKENS + token
     first = (first + tile * TILE_TOKENS).to(tl.int64)
@@ -106,7 +119,7 @@ def _latent_attention(
     if pieces == 1:
         store_rows(out_ptr, lse_ptr, first * HEADS + first_head, row, acc, lse, alive, L, L)
     else:
-        start = tl.program_id(0).to(tl.int64) * (TILE_TOKENS * HEADS) + first_head
+        start = program.to(tl.int64) * (TILE_TOKENS * HEADS) + first_head
         store_rows(parts_ptr, part_lse_ptr, start, row, acc, lse, alive, L, L)
 
 
@@ -119,7 +132,7 @@ def _tiles(chip: Hardware, heads: int, element_bytes: int) -> Tiles:
     return Tiles(32, 32, 8, 2)
 
 
-def _launch(chip: Hardware, q: Tensor, cache: Tensor, block_tables: Tensor) -> tuple[Tiles, int, Tiling]:
+def launch_of(chip: Hardware, q: Tensor, cache: Tensor, block_tables: Tensor) -> tuple[Tiles, int, Tiling]:
     """→ (tiles, tiles over the heads, their tokens). By shapes alone, never by contexts."""
     tokens, heads = q.shape[:2]
     requests, width = block_tables.shape
@@ -127,14 +140,14 @@ def _launch(chip: Hardware, q: Tensor, cache: Tensor, block_tables: Tensor) -> t
     of_token = min(tiles.rows, triton.next_power_of_2(heads))
     tile_tokens = tiles.rows // of_token
     head_tiles = triton.cdiv(heads, of_token)
-    programs = max(requests, triton.cdiv(2 * chip.multiprocessors, head_tiles))
+    programs = max(requests, enough_programs(chip, head_tiles))
     launch = tiling(tokens // tile_tokens + requests, tile_tokens, 0, False, 0, programs, width * cache.shape[1], False)
     return tiles, head_tiles, launch
 
 
 def parts_bytes(chip: Hardware, q: Tensor, cache: Tensor, block_tables: Tensor, latent: int) -> int:
     """What `latent_attention` allocates on a chip beside its result. By shapes alone."""
-    return bytes_of_parts(_launch(chip, q, cache, block_tables)[2], q.shape[1], latent)
+    return bytes_of_parts(launch_of(chip, q, cache, block_tables)[2], q.shape[1], latent)
 
 
 def latent_attention(
@@ -156,11 +169,11 @@ def latent_attention(
     tokens, heads, width = q.shape
     assert q.stride(1) == width, "heads of a token are consecutive"
     out = torch.empty((tokens, heads, latent), dtype=q.dtype, device=q.device)
-    tiles, head_tiles, launch = _launch(chip, q, cache, block_tables)
+    tiles, head_tiles, launch = launch_of(chip, q, cache, block_tables)
     pieces = cut(launch, query_starts, context_lens, heads, latent, {} if cuts is None else cuts)
     assert pieces is not None, "there is no window"
     kernel: Any = _latent_attention
-    kernel[(pieces.parts.shape[0] + launch.tiles, head_tiles)](
+    kernel[((pieces.parts.shape[0] + launch.tiles) * head_tiles,)](
         q, out, lse, pieces.parts, pieces.lse, pieces.listed, cache, block_tables, query_starts, context_lens,
         q.stride(0), block_tables.stride(0), context_lens.shape[0], pieces.parts.shape[0], scale,
         **launch.kernel(), HEADS=heads, L=latent, E=width - latent, BLOCK_SIZE=cache.shape[1],

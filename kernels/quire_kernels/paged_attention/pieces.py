@@ -19,9 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels.hardware import Hardware
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 PIECE_KEYS = 512  # a piece of fewer costs more in merging than it wins
+_PROGRAMS = 4  # for each multiprocessor: it runs one or two at a time, and the last wave is seldom full
 _BLOCK, _PIECES = 128, 32  # tiles, and pieces of each, that the list is made of at a time
 _MERGED = 8192  # numbers that a program of `merge` holds at a time
 
@@ -77,15 +80,14 @@ def _look(
 
 @triton.jit
 def pick(
-    list_ptr, most, query_starts_ptr, context_lens_ptr, num_requests,
+    program, programs, list_ptr, most, query_starts_ptr, context_lens_ptr, num_requests,
     TILE_TOKENS: tl.constexpr, NARROW_TOKENS: tl.constexpr, NARROW: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """This program's work in a grid of `most` pieces and then the tiles: (whether any, request, its tile, piece,
-    pieces). The last tiles have the most keys: they start first. No list: no tile is cut."""
-    program = tl.program_id(0)
+    """A program's work among `programs`, of which `most` are for pieces and then one is for each tile: (whether any,
+    request, its tile, piece, pieces). The last tiles have the most keys: they start first. No list: none is cut."""
     if list_ptr is None:
         request, tile, keys = _look(
-            query_starts_ptr, context_lens_ptr, tl.num_programs(0) - 1 - program, num_requests,
+            query_starts_ptr, context_lens_ptr, programs - 1 - program, num_requests,
             TILE_TOKENS, NARROW_TOKENS, NARROW, WINDOW,
         )  # fmt: skip
         work = keys > 0
@@ -101,7 +103,7 @@ def pick(
             pieces = tl.load(entry + 3, mask=work, other=1)
         else:
             request, tile, keys = _look(
-                query_starts_ptr, context_lens_ptr, tl.num_programs(0) - 1 - program, num_requests,
+                query_starts_ptr, context_lens_ptr, programs - 1 - program, num_requests,
                 TILE_TOKENS, NARROW_TOKENS, NARROW, WINDOW,
             )  # fmt: skip
             work = (keys > 0) & (_pieces_of(keys, tl.load(list_ptr)) == 1)
@@ -218,6 +220,11 @@ class Tiling:
             "NARROW": self.narrow,
             "WINDOW": self.window,
         }
+
+
+def enough_programs(chip: Hardware, heads: int) -> int:
+    """For every head, so that the whole chip works."""
+    return triton.cdiv(_PROGRAMS * chip.multiprocessors, heads)
 
 
 def tiling(

@@ -26,6 +26,7 @@ from quire_kernels.paged_attention.pieces import (
     Tiling,
     bytes_of_parts,
     cut,
+    enough_programs,
     keys_of_tile,
     merge,
     pick,
@@ -172,8 +173,19 @@ def _paged_attention(
     N: tl.constexpr,
 ):
     head = tl.program_id(1)
+    program = tl.program_id(0)
     work, request, tile, piece, pieces = pick(
-        list_ptr, most, query_starts_ptr, context_lens_ptr, num_requests, TILE_TOKENS, NARROW_TOKENS, NARROW, WINDOW
+        program,
+        tl.num_programs(0),
+        list_ptr,
+        most,
+        query_starts_ptr,
+        context_lens_ptr,
+        num_requests,
+        TILE_TOKENS,
+        NARROW_TOKENS,
+        NARROW,
+        WINDOW,
     )
     if not work:
         return
@@ -259,7 +271,7 @@ def _paged_attention(
     start = (first + tile * TILE_TOKENS).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
     if list_ptr is not None:
         if pieces > 1:
-            start = (tl.program_id(0) * TILE_TOKENS).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
+            start = (program * TILE_TOKENS).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
             store_rows(parts_ptr, part_lse_ptr, start, row, acc, lse, alive, D, D_PADDED)
         else:
             store_rows(out_ptr, lse_ptr, start, row, acc, lse, alive, D, D_PADDED)
@@ -309,19 +321,19 @@ def launches(
     alone = longest_query * group <= max(_NARROW_ROWS, group) and not invariant
     rows = max(16, triton.next_power_of_2(group * longest_query if alone else group))
     narrow_tokens = 0 if invariant else rows // group
-    fill = triton.cdiv(2 * chip.multiprocessors, kv_heads)  # about two programs run on every multiprocessor
+    enough = enough_programs(chip, kv_heads)
     found = []
     if not invariant:
         narrow = narrow_tiles(chip, rows, head_dim, key_cache.element_size())
         of_requests = tiling(
-            requests, narrow_tokens, narrow_tokens, True, window, max(requests, fill), width * block_size, False
+            requests, narrow_tokens, narrow_tokens, True, window, max(requests, enough), width * block_size, False
         )
         found.append((narrow, of_requests))
     if not alone:
         wide = wide_tiles(chip, group, head_dim, q.element_size())
         tile_tokens = wide.rows // group
         of_tokens = tiling(
-            tokens // tile_tokens + requests, tile_tokens, narrow_tokens, False, window, fill, width * block_size,
+            tokens // tile_tokens + requests, tile_tokens, narrow_tokens, False, window, enough, width * block_size,
             invariant,
         )  # fmt: skip
         found.append((wide, of_tokens))
