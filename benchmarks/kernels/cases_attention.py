@@ -1,6 +1,7 @@
 """Attention and what writes its cache."""
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,8 +28,16 @@ class Heads:
     dim: int = 128
 
 
+_PEAK = 2.0  # how much queries are scaled up: scores of a standard deviation of 1 make all keys of a context alike
 LLAMA_8B, LLAMA_70B_TP8, QWEN3_30B = Heads(32, 8), Heads(8, 1), Heads(32, 4)
 Options = Callable[[torch.device, Heads, int], AttentionOptions]
+
+
+def _size_of_result(queries: list[int], contexts: list[int], window: int) -> float:
+    """Root mean square of what attention gives where keys are fewest: tolerances follow it, or at a long context a
+    part of the keys could be lost unseen. Weights are exponentials of normal scores, values normal."""
+    keys = min(c - n + 1 for n, c in zip(queries, contexts, strict=True))
+    return min(1.0, math.sqrt(math.exp(_PEAK**2) / (min(keys, window) if window else keys)))
 
 
 def _attention(
@@ -48,10 +57,10 @@ def _attention(
         tables = torch.randperm(pages, device=device).view(len(contexts), width).int()
         starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
         on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, contexts)]
-        q = normal(device, starts[-1], heads.query, heads.dim)
+        q = normal(device, starts[-1], heads.query, heads.dim, scale=_PEAK)
         chosen = options(device, heads, starts[-1])
         if fp8_cache:
-            scales = torch.rand(2, heads.kv, device=device) + 0.5
+            scales = torch.rand(2, heads.kv, device=device) / 2 + 0.5
             chosen = replace(chosen, key_scale=scales[0], value_scale=scales[1])
         scale = heads.dim**-0.5
         seen = [min(c, chosen.window + n) if chosen.window else c for n, c in zip(queries, contexts, strict=True)]
@@ -68,6 +77,7 @@ def _attention(
             ],
             bytes=2 * sum(seen) * heads.kv * heads.dim * keys.element_size() + 2 * size(q),
             operations=4 * pairs * heads.query * heads.dim,
+            terms=_size_of_result(queries, contexts, chosen.window),
             peers=peers,
         )
 
@@ -143,13 +153,14 @@ def _latent(heads: int, queries: list[int], contexts: list[int]) -> Callable[[to
         tables = torch.randperm(pages, device=device).view(len(contexts), width).int()
         starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
         on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, contexts)]
-        q = normal(device, starts[-1], heads, 576)
+        q = normal(device, starts[-1], heads, 576, scale=_PEAK)
         pairs = sum(n * (c - (n - 1) / 2) for n, c in zip(queries, contexts, strict=True))
         return Built(
             run=lambda: latent_attention(q, cache, tables, *on_device, 576**-0.5, 512),
             expected=lambda: mla_reference.latent_attention(q.float(), cache, tables, *on_device, 576**-0.5, 512)[0],
             bytes=sum(contexts) * 576 * 2 + size(q) * (1 + 512 / 576),
             operations=2 * pairs * heads * (576 + 512),
+            terms=_size_of_result(queries, contexts, 0),
         )
 
     return build
@@ -252,6 +263,11 @@ CASES = [
     ),
     Case(name="decode Llama-3-8B 64 x 4k, batch-invariant", build=_decode(LLAMA_8B, 64, 4096, invariant=True)),
     Case(name="decode Llama-3-8B 1 x 32k", build=_decode(LLAMA_8B, 1, 32768), streams=True),
+    Case(
+        name="decode Llama-3-8B 1 x 100k + 63 x 1k",
+        build=_attention(LLAMA_8B, [1] * 64, [100_000] + [1024] * 63, 64),
+        streams=True,
+    ),
     Case(name="decode Llama-3-70B/8 64 x 4k", build=_decode(LLAMA_70B_TP8, 64, 4096), streams=True),
     Case(name="decode Qwen3-30B-A3B 64 x 4k", build=_decode(QWEN3_30B, 64, 4096), streams=True),
     Case(name="verify 5 tokens Llama-3-8B 16 x 4k", build=_attention(LLAMA_8B, [5] * 16, [4096] * 16, 64)),
@@ -261,6 +277,7 @@ CASES = [
         name="chunk of 2k beside 32 decoding, Llama-3-8B",
         build=_attention(LLAMA_8B, [2048] + [1] * 32, [6144] + [2048] * 32, 64),
     ),
+    Case(name="suffix of 128 on 32k, Llama-3-8B", build=_attention(LLAMA_8B, [128], [32768], 64)),
     Case(name="prefill 2k, fp8 cache", build=_prefill(LLAMA_8B, 2048, fp8_cache=True), needs_fp8=True, timed=False),
     Case(
         name="prefill hd 256, soft-cap, window", build=_prefill(Heads(16, 8, 256), 2048, options=_gemma2), timed=False
@@ -276,6 +293,7 @@ CASES = [
     Case(name="prefill image spans", build=_prefill(Heads(8, 4, 256), 1024, options=_spans), timed=False),
     Case(name="MLA decode DeepSeek-V3/8 64 x 4k", build=_latent(16, [1] * 64, [4096] * 64), streams=True),
     Case(name="MLA decode DeepSeek-V3 8 x 4k", build=_latent(128, [1] * 8, [4096] * 8)),
+    Case(name="MLA suffix of 32 on 16k, DeepSeek-V3", build=_latent(128, [32], [16384])),
     Case(name="MLA prefill DeepSeek-V3/8 2k", build=_latent(16, [2048], [2048])),
     Case(name="cache write Llama-3-8B 8k", build=_cache_write(LLAMA_8B, 8192), streams=True),
     Case(

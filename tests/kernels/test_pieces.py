@@ -1,7 +1,12 @@
 """Who does what in attention's grids on a chip of 132 multiprocessors: the kernels' own choice, its balance counted."""
 
 import heapq
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from quire_kernels.hardware import CHIPS
-from quire_kernels.mla.triton import launch_of
-from quire_kernels.paged_attention.pieces import PIECE_KEYS, Tiling, cut, pick
-from quire_kernels.paged_attention.triton import launches
+from quire_kernels.mla.tiling import launch_of
+from quire_kernels.paged_attention.pieces import cut, pick
+from quire_kernels.paged_attention.tiling import PIECE_KEYS, Tiling, launches
 
 H100 = CHIPS["sm_90"]
 META = torch.device("meta")
@@ -212,3 +217,19 @@ def test_random_batches_stay_within_their_lists() -> None:
         queries[0] = 1
         for found in grids(queries.tolist(), contexts.tolist(), 32, 8, int(generator.choice([0, 3000]))):
             check_coverage(found)
+
+
+def test_no_step_of_a_day_compiles_anew() -> None:
+    """After one step of each kind; and the plan knows what each step allocates (checked over there)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("attention_day.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert {name: kinds["few"] for name, kinds in found.items()} == {
+        "plain": 12,  # list, attention, merging: three narrow ones and the wide one
+        "window of 128": 4,  # attention alone
+        "window of 4096": 12,
+        "latent": 3,
+    }
+    assert not [kernel for kinds in found.values() for kernel in kinds["more"]]

@@ -16,9 +16,11 @@ import torch
 from quire_kernels.activation import Activation
 from quire_kernels.backends import AttentionBatch, Matmul, QuantizedMatmul
 from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
+from quire_kernels.hardware import CHIPS
+from quire_kernels.mla import tiling as latent_tiling
 from quire_kernels.moe import Experts, Routing
 from quire_kernels.norm import Norm
-from quire_kernels.paged_attention import AttentionOptions
+from quire_kernels.paged_attention import AttentionOptions, tiling
 from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.quantized_matmul import Int4Weight
 from quire_kernels.recurrence import Gates, StateBatch
@@ -116,7 +118,11 @@ class DryBackend:
         scale: float,
         options: AttentionOptions,
     ) -> Tensor:
-        return q.new_empty(q.shape)
+        out = q.new_empty(q.shape)
+        if not self._cpu:
+            rest = (q, key_cache, batch.block_tables, batch.longest_query, options)
+            self._bytes(max(tiling.parts_bytes(chip, *rest) for chip in CHIPS.values()))
+        return out
 
     def rope_cache_write(
         self,
@@ -192,6 +198,11 @@ class DryBackend:
         return matmul
 
     @staticmethod
+    def _bytes(count: int) -> None:
+        """As many that are gone before the result is returned."""
+        torch.empty(count, dtype=torch.uint8, device=META)
+
+    @staticmethod
     def _scratch(shape: tuple[int, ...], count: int) -> None:
         """fp32 tensors that are gone before the result is returned."""
         del [torch.empty(shape, dtype=torch.float32, device=META) for _ in range(count)][:]
@@ -205,7 +216,11 @@ class DryBackend:
         return each.new_empty(x.shape)
 
     def latent_attention(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, latent: int) -> Tensor:
-        return q.new_empty((*q.shape[:2], latent))
+        out = q.new_empty((*q.shape[:2], latent))
+        if not self._cpu:
+            rest = (q, cache, batch.block_tables, latent)
+            self._bytes(max(latent_tiling.parts_bytes(chip, *rest) for chip in CHIPS.values()))
+        return out
 
     def latent_cache_write(
         self,
@@ -361,7 +376,7 @@ class _Steps:
             group,
             model.layers,
             num_pages=0,
-            block_size=1,
+            block_size=limits.block_size,
             num_states=-1,
             dtype=dtype,
             cache_dtype=dtype,

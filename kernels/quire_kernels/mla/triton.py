@@ -11,20 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels.hardware import Hardware, hardware
-from quire_kernels.paged_attention.pieces import (
-    LN2,
-    LOG2E,
-    Tiling,
-    bytes_of_parts,
-    cut,
-    enough_programs,
-    keys_of_tile,
-    merge,
-    pick,
-    tiling,
-)
-from quire_kernels.paged_attention.triton import Tiles, online_softmax, slots_of, store_rows
+from quire_kernels.hardware import hardware
+from quire_kernels.mla.tiling import launch_of
+from quire_kernels.paged_attention.pieces import LN2, LOG2E, cut, keys_of_tile, merge, pick
+from quire_kernels.paged_attention.triton import online_softmax, slots_of, store_rows
 
 
 @triton.jit
@@ -121,33 +111,6 @@ def _latent_attention(
     else:
         start = program.to(tl.int64) * (TILE_TOKENS * HEADS) + first_head
         store_rows(parts_ptr, part_lse_ptr, start, row, acc, lse, alive, L, L)
-
-
-def _tiles(chip: Hardware, heads: int, element_bytes: int) -> Tiles:
-    """The accumulator [rows, 512] takes half of the registers; keys are few so that the rest does not spill."""
-    if chip.amd or element_bytes == 4 or heads <= 16:
-        return Tiles(16, 16 if chip.amd else 32, 4, 1 if chip.amd else 2)
-    if chip.warpgroup_matrices and heads > 32:
-        return Tiles(64, 16, 8, 2)
-    return Tiles(32, 32, 8, 2)
-
-
-def launch_of(chip: Hardware, q: Tensor, cache: Tensor, block_tables: Tensor) -> tuple[Tiles, int, Tiling]:
-    """→ (tiles, tiles over the heads, their tokens). By shapes alone, never by contexts."""
-    tokens, heads = q.shape[:2]
-    requests, width = block_tables.shape
-    tiles = _tiles(chip, heads, q.element_size())
-    of_token = min(tiles.rows, triton.next_power_of_2(heads))
-    tile_tokens = tiles.rows // of_token
-    head_tiles = triton.cdiv(heads, of_token)
-    programs = max(requests, enough_programs(chip, head_tiles))
-    launch = tiling(tokens // tile_tokens + requests, tile_tokens, 0, False, 0, programs, width * cache.shape[1], False)
-    return tiles, head_tiles, launch
-
-
-def parts_bytes(chip: Hardware, q: Tensor, cache: Tensor, block_tables: Tensor, latent: int) -> int:
-    """What `latent_attention` allocates on a chip beside its result. By shapes alone."""
-    return bytes_of_parts(launch_of(chip, q, cache, block_tables)[2], q.shape[1], latent)
 
 
 def latent_attention(

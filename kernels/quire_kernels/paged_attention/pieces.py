@@ -19,12 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels.hardware import Hardware
+from quire_kernels.paged_attention.tiling import PIECE_KEYS, Tiling
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-PIECE_KEYS = 512  # a piece of fewer costs more in merging than it wins
-_PROGRAMS = 4  # for each multiprocessor: it runs one or two at a time, and the last wave is seldom full
 _BLOCK, _PIECES = 128, 32  # tiles, and pieces of each, that the list is made of at a time
 _MERGED = 8192  # numbers that a program of `merge` holds at a time
 
@@ -198,55 +196,6 @@ def _merge(
         )
         if lse_ptr is not None:
             tl.store(lse_ptr + flat, best + tl.math.log2(total) * LN2, mask=token < live)
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """What is known of a launch without its numbers. A step cuts launches that are equal here once."""
-
-    tiles: int
-    tile_tokens: int
-    narrow_tokens: int  # a request with no more belongs to the narrow launch
-    narrow: bool  # a tile is a request
-    window: int
-    programs: int  # that the keys are to be dealt to, at least: 4/3 as many are the most pieces
-    most: int | None  # pieces of tiles that are cut; None: no tile ever is, whatever the contexts
-
-    def kernel(self) -> dict[str, Any]:
-        """The constants of kernels that call `pick`."""
-        return {
-            "TILE_TOKENS": self.tile_tokens,
-            "NARROW_TOKENS": self.narrow_tokens,
-            "NARROW": self.narrow,
-            "WINDOW": self.window,
-        }
-
-
-def enough_programs(chip: Hardware, heads: int) -> int:
-    """For every head, so that the whole chip works."""
-    return triton.cdiv(_PROGRAMS * chip.multiprocessors, heads)
-
-
-def tiling(
-    tiles: int, tile_tokens: int, narrow_tokens: int, narrow: bool, window: int, programs: int, capacity: int,
-    invariant: bool,
-) -> Tiling:  # fmt: skip
-    """`capacity`: keys that a request has at most. `invariant`: every tile is read by one program."""
-    seen = window + tile_tokens - 1
-    most: int | None = None
-    if not invariant and (window == 0 or _most_of(seen) > 1):
-        of_tile = _most_of(min(capacity, seen) if window else capacity)
-        most = min(4 * programs // 3, tiles * of_tile) if of_tile > 1 else 0
-    return Tiling(tiles, tile_tokens, narrow_tokens, narrow, window, programs, most)
-
-
-def _most_of(keys: int) -> int:
-    return (keys + PIECE_KEYS // 2) // PIECE_KEYS
-
-
-def bytes_of_parts(launch: Tiling, heads: int, head_dim: int) -> int:
-    """What `cut` allocates for a launch, but for the list."""
-    return (launch.most or 0) * launch.tile_tokens * heads * (head_dim + 1) * 4
 
 
 @dataclass(frozen=True, slots=True)

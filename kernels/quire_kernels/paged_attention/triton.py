@@ -10,7 +10,6 @@ requests of the other by looking at their lengths, and cuts the longest of its o
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,22 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels.hardware import Hardware, hardware
+from quire_kernels.hardware import hardware
 from quire_kernels.paged_attention import PLAIN, AttentionOptions
-from quire_kernels.paged_attention.pieces import (
-    LN2,
-    LOG2E,
-    Tiling,
-    bytes_of_parts,
-    cut,
-    enough_programs,
-    keys_of_tile,
-    merge,
-    pick,
-    tiling,
-)
-
-_NARROW_ROWS = 64  # a batch whose requests all fit so many rows takes the narrow launch alone
+from quire_kernels.paged_attention.pieces import LN2, LOG2E, cut, keys_of_tile, merge, pick
+from quire_kernels.paged_attention.tiling import launches
 
 
 @triton.jit
@@ -277,75 +264,6 @@ def _paged_attention(
             store_rows(out_ptr, lse_ptr, start, row, acc, lse, alive, D, D_PADDED)
     else:
         store_rows(out_ptr, lse_ptr, start, row, acc, lse, alive, D, D_PADDED)
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How one launch is cut."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def narrow_tiles(chip: Hardware, rows: int, head_dim: int, cache_bytes: int) -> Tiles:
-    """Few rows: the more bytes in flight the better, within half of the shared memory, for two programs at a time."""
-    keys = 64 if head_dim <= 128 else 32
-    tile = 2 * keys * triton.next_power_of_2(head_dim) * cache_bytes
-    stages = 1 if chip.amd else max(1, min(4, chip.shared_bytes // 2 // tile))
-    return Tiles(rows, keys, 4, stages)
-
-
-def wide_tiles(chip: Hardware, group: int, head_dim: int, element_bytes: int) -> Tiles:
-    """Many rows: 128 for two warpgroups; half where fp32 or a wide head would not fit the registers."""
-    padded = triton.next_power_of_2(head_dim)
-    rows = 128 if padded * element_bytes <= 256 else 64
-    rows = max(rows, triton.next_power_of_2(group))
-    keys = 64 if padded <= 128 else 32
-    warps = 8 if (rows >= 128 or padded >= 256) and not chip.amd else 4
-    tile = 2 * keys * padded * element_bytes
-    spare = chip.shared_bytes - rows * padded * element_bytes - rows * keys * element_bytes
-    stages = 1 if chip.amd else max(1, min(3, spare // tile))
-    return Tiles(rows, keys, warps, stages)
-
-
-def launches(
-    chip: Hardware, q: Tensor, key_cache: Tensor, block_tables: Tensor, longest_query: int, window: int, invariant: bool
-) -> list[tuple[Tiles, Tiling]]:
-    """By shapes alone, never by contexts. Rows of the narrow launch are a power of two of at most _NARROW_ROWS."""
-    kv_heads, block_size, head_dim = key_cache.shape[1:]
-    tokens, heads = q.shape[:2]
-    requests, width = block_tables.shape
-    group = heads // kv_heads
-    alone = longest_query * group <= max(_NARROW_ROWS, group) and not invariant
-    rows = max(16, triton.next_power_of_2(group * longest_query if alone else group))
-    narrow_tokens = 0 if invariant else rows // group
-    enough = enough_programs(chip, kv_heads)
-    found = []
-    if not invariant:
-        narrow = narrow_tiles(chip, rows, head_dim, key_cache.element_size())
-        of_requests = tiling(
-            requests, narrow_tokens, narrow_tokens, True, window, max(requests, enough), width * block_size, False
-        )
-        found.append((narrow, of_requests))
-    if not alone:
-        wide = wide_tiles(chip, group, head_dim, q.element_size())
-        tile_tokens = wide.rows // group
-        of_tokens = tiling(
-            tokens // tile_tokens + requests, tile_tokens, narrow_tokens, False, window, enough, width * block_size,
-            invariant,
-        )  # fmt: skip
-        found.append((wide, of_tokens))
-    return found
-
-
-def parts_bytes(
-    chip: Hardware, q: Tensor, key_cache: Tensor, block_tables: Tensor, longest_query: int, options: AttentionOptions
-) -> int:
-    """What `paged_attention` allocates on a chip beside its result. By shapes alone."""
-    each = launches(chip, q, key_cache, block_tables, longest_query, options.window, False)
-    return max(bytes_of_parts(launch, q.shape[1], q.shape[2]) for _, launch in each)
 
 
 def paged_attention(
