@@ -67,7 +67,7 @@ def dry_runner(folder: Path, facts: dict[str, Any], **options: Any) -> Iterator[
     with ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(runner_module, name, value))
-        stack.enter_context(mock.patch.object(Target, "of", lambda device: Target("cuda", CARD, CHIPS[chip].fp8)))
+        stack.enter_context(mock.patch.object(Target, "of", lambda device: Target("cuda", CARD, CHIPS[chip])))
         launches = stack.enter_context(recorded(CHIPS[chip]))
         runner = ModelRunner(config, find_model(config))
         yield runner, launches

@@ -24,6 +24,7 @@ from quire_engine.execution.plan import StepResult
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
+from quire_kernels.hardware import hardware
 from shapes import SHAPES
 
 PROFILED = 8  # steps
@@ -80,11 +81,9 @@ class Work:
             spec,
             quantization_of(SHAPES[shape], options.get("quantization")),
             DryGroup(dtype=torch.bfloat16),
-            cpu=runner.device.type == "cpu",
-            fp8=torch.float8_e4m3fn,
+            runner.limits,
+            chip=None if runner.device.type == "cpu" else hardware(runner.device),
             dtype=torch.bfloat16,
-            max_model_len=runner.limits.max_model_len,
-            steps=(),
         )
         experts, inner, held, top_k = spec.experts, 0, 1, 1
         if experts is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from quire_kernels.hardware import CHIPS, hardware
+from quire_kernels.hardware import CHIPS, Hardware, hardware
 
 from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import InvalidParameter, OutOfMemory
@@ -36,14 +36,14 @@ class Target:
 
     kind: str  # cpu or cuda
     name: str
-    fp8: torch.dtype | None = torch.float8_e4m3fn
+    chip: Hardware | None = None  # of a GPU
 
     @staticmethod
     def of(device: torch.device) -> "Target":
         """The device itself."""
         if device.type == "cpu":
             return Target("cpu", "cpu")
-        return Target("cuda", torch.cuda.get_device_name(device), hardware(device).fp8)
+        return Target("cuda", torch.cuda.get_device_name(device), hardware(device))
 
 
 # Name → memory in MiB as its driver reports it, and the chip as the kernels know it.
@@ -69,7 +69,7 @@ def gpu_target(name: str) -> tuple[Target, int]:
     if found is None:
         raise InvalidParameter(f"gpu is {name!r}; known are {', '.join(GPUS)}; or give --memory-gib", "gpu")
     mebibytes, chip = GPUS[found]
-    return Target("cuda", found, CHIPS[chip].fp8), mebibytes << 20
+    return Target("cuda", found, CHIPS[chip]), mebibytes << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +197,7 @@ def plan_memory(
         quantization,
         group,
         limits,
-        cpu=cpu,
-        fp8=target.fp8,
+        chip=target.chip,
         dtype=dtype,
         captured=captured,
         quantized_cache=config.kv_cache_dtype == "fp8",

@@ -139,9 +139,9 @@ def day(model: str, **options: Any) -> dict[str, Any]:
         runner, launches = stack.enter_context(dry_runner(folder, facts_of(model), **options))
         warm = len(launches)
         engine = Engine(runner)
-        before = counter.most = counter.now
+        counter.most = counter.now
         fill(engine)
-        taken["steps"] = counter.most - before
+        most = counter.most
         with copies:
             live(engine, 0, 300, runner.limits.max_model_len)
         found = list(launches)[warm:]
@@ -150,11 +150,12 @@ def day(model: str, **options: Any) -> dict[str, Any]:
             runner.quantization,
             DryGroup(),
             runner.limits,
-            cpu=False,
-            fp8=CHIPS[GPUS[CARD][1]].fp8,
+            chip=CHIPS[GPUS[CARD][1]],
             dtype=torch.bfloat16,
             captured=captured_shapes(runner.limits),
         )
+        caches = sum(part.nbytes for cache in runner._caches for part in cache)
+        taken["steps"] = most - planned.weights - caches
     return {
         "model": model,
         "warm": warm,

@@ -19,6 +19,7 @@ from quire_engine.quantization.config import quantization_of
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.weights.resolve import find_model
+from quire_kernels.hardware import CHIPS
 from torch.profiler import ProfilerActivity, profile
 
 ROWS = 32
@@ -148,8 +149,7 @@ def test_a_plan_of_stages_covers_the_model(tmp_path: Path) -> None:
             quantization_of({}, None),
             DryGroup(stage=stage, stages=3, dtype=torch.bfloat16),
             limits,
-            cpu=False,
-            fp8=None,
+            chip=CHIPS["sm_90"],
             dtype=torch.bfloat16,
         ).weights
         for stage in range(3)

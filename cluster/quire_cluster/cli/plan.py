@@ -41,9 +41,8 @@ def show_plan(config: EngineConfig, gpu: str | None, memory_gib: float | None) -
     stages = range(config.pipeline_parallel_size)
     plans = [plan_memory(config, spec, quantization, target, dtype, free, stage=stage) for stage in stages]
     plan = min(plans, key=lambda plan: plan.num_pages)
-    cpu = target.kind == "cpu"
-    limits = dry_limits(config, spec, cpu)
-    whole = allocated(spec, quantization, DryGroup(), limits, cpu=cpu, fp8=target.fp8, dtype=dtype)
+    limits = dry_limits(config, spec, target.kind == "cpu")
+    whole = allocated(spec, quantization, DryGroup(), limits, chip=target.chip, dtype=dtype)
     table = Table(title=f"{files.name}, per worker ({config.num_workers} in all)", show_header=False)
     for name, value in (
         ("device, dtype", f"{target.name}, {str(dtype).removeprefix('torch.')}"),

@@ -16,7 +16,7 @@ import torch
 from quire_kernels.activation import Activation
 from quire_kernels.backends import AttentionBatch, Matmul, QuantizedMatmul
 from quire_kernels.cache_write import CacheScales, HeadNorm, Rope
-from quire_kernels.hardware import CHIPS
+from quire_kernels.hardware import Hardware
 from quire_kernels.mla import tiling as latent_tiling
 from quire_kernels.moe import Experts, Routing
 from quire_kernels.norm import Norm
@@ -100,14 +100,16 @@ class DryGroup(ParallelGroup):
 
 
 class DryBackend:
-    """Results without values. `cpu`: as the CPU's backends hold weights and intermediate results, else the GPU's."""
+    """Results without values, and the memory that the Triton kernels of a chip take beside them; without a chip as the
+    CPU's backends hold weights and intermediate results."""
 
     name = "dry"
 
-    def __init__(self, cpu: bool, fp8: torch.dtype | None) -> None:
-        self._cpu = cpu
-        self.fp8 = fp8
-        self.packed_experts = not cpu
+    def __init__(self, chip: Hardware | None) -> None:
+        self._chip = chip
+        self._cpu = chip is None
+        self.fp8 = torch.float8_e4m3fn if chip is None else chip.fp8
+        self.packed_experts = chip is not None
 
     def paged_attention(
         self,
@@ -119,9 +121,9 @@ class DryBackend:
         options: AttentionOptions,
     ) -> Tensor:
         out = q.new_empty(q.shape)
-        if not self._cpu:
+        if self._chip is not None:
             rest = (q, key_cache, batch.block_tables, batch.longest_query, options)
-            self._bytes(max(tiling.parts_bytes(chip, *rest) for chip in CHIPS.values()))
+            self._bytes(tiling.parts_bytes(self._chip, *rest))
         return out
 
     def rope_cache_write(
@@ -217,9 +219,8 @@ class DryBackend:
 
     def latent_attention(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, latent: int) -> Tensor:
         out = q.new_empty((*q.shape[:2], latent))
-        if not self._cpu:
-            rest = (q, cache, batch.block_tables, latent)
-            self._bytes(max(latent_tiling.parts_bytes(chip, *rest) for chip in CHIPS.values()))
+        if self._chip is not None:
+            self._bytes(latent_tiling.parts_bytes(self._chip, q, cache, batch.block_tables, latent))
         return out
 
     def latent_cache_write(
@@ -274,23 +275,23 @@ def allocated(
     group: DryGroup,
     limits: SchedulerLimits,
     *,
-    cpu: bool,
-    fp8: torch.dtype | None,
+    chip: Hardware | None,
     dtype: torch.dtype,
     captured: Sequence[Shape] = (),
     quantized_cache: bool = False,
 ) -> Allocated:
-    """What one rank of a model takes, when a step is as large as `limits` allow and every row draws.
+    """What one rank of a model takes on a chip (None: the CPU), when a step is as large as `limits` allow and every row
+    draws.
 
     On a GPU, where memory that runs out in a step ends all that is served, each row asks for all that costs memory.
     """
     with AllocatedBytes() as counter, torch.inference_mode():
         source = RandomWeights(dtype, META)
-        build = Builder(source, group, DryBackend(cpu, fp8), quantization)
+        build = Builder(source, group, DryBackend(chip), quantization)
         model, repeated = _one_of_each(build, spec, limits.max_model_len, quantized_cache, counter)
         source.num_parameters += repeated.parameters
         built = counter.now
-        steps = _Steps(build, model, spec, limits, everything=not cpu)
+        steps = _Steps(build, model, spec, limits, everything=chip is not None)
         logits = None
         if captured and group.draws:
             logits = torch.empty((limits.most_draws, spec.vocab_size), dtype=torch.float32, device=META)
@@ -304,7 +305,7 @@ def allocated(
         largest = Shape(limits.most_tokens, limits.most_draws, limits.most_draws, limits.most_tokens)
         step = most_of(lambda: steps.run(largest))
         graphs = max((most_of(partial(steps.forward, shape, logits)) for shape in captured), default=0)
-    return Allocated(source.num_parameters, built + repeated.bytes, 0 if cpu else tables, step, graphs)
+    return Allocated(source.num_parameters, built + repeated.bytes, 0 if chip is None else tables, step, graphs)
 
 
 @dataclass(frozen=True, slots=True)
