@@ -171,8 +171,8 @@ def _route(tokens: int, experts: int, routing: Routing) -> Build:
     def build(device: torch.device, fp8: torch.dtype) -> Built:
         logits = normal(device, tokens, experts, dtype=torch.float32)
         return Built(
-            run=lambda: route(logits, routing)[0],
-            expected=lambda: moe_reference.route(logits, routing)[0],
+            run=lambda: route(logits, routing, range(experts))[0],
+            expected=lambda: moe_reference.route(logits, routing, range(experts))[0],
             bytes=size(logits) + tokens * routing.top_k * 8,
             peers={"torch": lambda: logits.softmax(-1).topk(routing.top_k)},
         )

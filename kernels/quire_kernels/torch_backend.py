@@ -154,20 +154,18 @@ class TorchBackend:
 
     def experts(self, x: Tensor, router_logits: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """One expert after the other, over the tokens that chose it."""
-        weights, chosen = moe_reference.route(router_logits, routing)
+        held = range(experts.first, experts.first + experts.held)
+        weights, chosen = moe_reference.route(router_logits, routing, held)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in chosen.unique().tolist():
-            local = expert - experts.first
-            if not 0 <= local < experts.held:
-                continue
+        for expert in chosen[chosen < len(held)].unique().tolist():
             token, choice = (chosen == expert).nonzero(as_tuple=True)
-            inner = self._expert_product(x[token], experts.gate_up, experts.gate_up_scale, local, experts)
+            inner = self._expert_product(x[token], experts.gate_up, experts.gate_up_scale, expert, experts)
             if experts.gate_up_bias is not None:
-                inner = inner + experts.gate_up_bias[local]
+                inner = inner + experts.gate_up_bias[expert]
             activated = unquantized(activation_reference.activate(inner, experts.activation, gated=True))
-            result = self._expert_product(activated, experts.down, experts.down_scale, local, experts)
+            result = self._expert_product(activated, experts.down, experts.down_scale, expert, experts)
             if experts.down_bias is not None:
-                result = result + experts.down_bias[local]
+                result = result + experts.down_bias[expert]
             out.index_add_(0, token, result.float() * weights[token, choice, None])
         return out.to(x.dtype)
 

@@ -122,11 +122,8 @@ class TritonBackend:
     def experts(self, x: Tensor, router_logits: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """Two grouped products over all the tokens' choices. Choices of experts held elsewhere take no part."""
         held = experts.held
-        weights, chosen = route(router_logits, routing)
-        if experts.partial:
-            local = chosen - experts.first
-            chosen = torch.where((local >= 0) & (local < held), local, held)
-        tile = INVARIANT_TILE if self._deterministic else rows_per_tile(chosen.numel(), held)
+        weights, chosen = route(router_logits, routing, range(experts.first, experts.first + held))
+        tile = INVARIANT_TILE if self._deterministic else rows_per_tile(chosen.numel(), router_logits.shape[1])
         alignment = align(chosen, held, tile)
         values, scale = self._narrow(x, Activation.IDENTITY, False, experts)
 
@@ -138,10 +135,7 @@ class TritonBackend:
         up, down = (experts.gate_up_scale, experts.gate_up_bias), (experts.down_scale, experts.down_bias)
         inner = product(values, scale, experts.gate_up, up, routing.top_k)
         values, scale = self._narrow(inner, experts.activation, True, experts)
-        out = product(values, scale, experts.down, down, 1)
-        if experts.partial:  # rows of no expert were not written
-            out.masked_fill_((chosen == held).view(-1, 1), 0.0)
-        return combine(out, weights)
+        return combine(product(values, scale, experts.down, down, 1), weights)
 
     @staticmethod
     def _narrow(x: Tensor, kind: Activation, gated: bool, experts: Experts) -> tuple[Tensor, Tensor | None]:

@@ -32,7 +32,7 @@ from quire_kernels.verification.triton import verify
 from torch import Tensor
 
 META = torch.device("meta")
-WARM_TOKENS, WARM_ROWS = (1, 32, 128, 256, 1024, 8192), (1,)
+WARM_TOKENS, WARM_ROWS = (1, 32, 128, 256, 1024, 4096, 8192), (1,)
 VOCABULARY = 128256
 Operation = Callable[[int], object]  # of so many tokens, or rows
 
@@ -79,7 +79,7 @@ def experts(chip: Hardware, backend: TritonBackend) -> Iterator[tuple[str, Opera
         gate_up, down = (e, 2 * inner, hidden), (e, hidden, inner)
         weights = {
             "bf16": Experts(gate_up=new(*gate_up), down=new(*down)),
-            "part": Experts(gate_up=new(*gate_up), down=new(*down), first=e, partial=True),
+            "part": Experts(gate_up=new(*gate_up), down=new(*down), first=e),
             "int4": Experts(gate_up=int4(e, n=2 * inner, k=hidden), down=int4(e, n=hidden, k=inner)),
             "mxfp4": Experts(
                 gate_up=new(e, 2 * inner, hidden // 2, dtype=torch.uint8),
@@ -98,7 +98,7 @@ def experts(chip: Hardware, backend: TritonBackend) -> Iterator[tuple[str, Opera
                 inputs=QuantizedOutput(scales, chip.fp8, floats(1)),
             )
         for name, held in weights.items():
-            routed = 2 * e if held.partial else e
+            routed = held.first + e
             yield (
                 f"{e} experts {name}",
                 lambda t, w=held, r=routed, k=k, h=hidden: backend.experts(

@@ -25,9 +25,8 @@ def expert_weights(count: int, kind: str, first: int = 0, held: int | None = Non
     down = torch.randn(count, 128, 64, generator=generator) * 0.1
     part = slice(first, first + (held or count))
     gate_up, down = gate_up[part].contiguous(), down[part].contiguous()
-    facts = {"first": first, "partial": held is not None}
     if kind == "plain":
-        return Experts(gate_up=gate_up, down=down, **facts)
+        return Experts(gate_up=gate_up, down=down, first=first)
     narrow = [[quantize(w, QuantizedOutput(Scales.TOKEN, E4M3)) for w in weights] for weights in (gate_up, down)]
     values = [torch.stack([one.values.view(torch.uint8) for one in ones]).view(E4M3) for ones in narrow]
     scales = [torch.stack([one.scale for one in ones]) for ones in narrow]
@@ -37,7 +36,7 @@ def expert_weights(count: int, kind: str, first: int = 0, held: int | None = Non
         gate_up_scale=scales[0],
         down_scale=scales[1],
         inputs=QuantizedOutput(Scales.TOKEN, E4M3),
-        **facts,
+        first=first,
     )
 
 

@@ -26,10 +26,22 @@ ROUTINGS = [
 def test_route(tokens: int, experts: int, routing: Routing, dtype: torch.dtype) -> None:
     # Exact in bf16 and no two alike, or rounding would choose among equals.
     logits = (torch.rand(tokens, experts).argsort(-1) / 32).to(dtype)
-    weights, chosen = route(logits, routing)
-    expected_weights, expected = reference.route(logits, routing)
-    assert torch.equal(chosen, expected)
-    assert_close(weights, expected_weights)
+    for held in (range(experts), range(experts // 2, experts)):
+        weights, chosen = route(logits, routing, held)
+        expected_weights, expected = reference.route(logits, routing, held)
+        assert torch.equal(chosen, expected)
+        assert_close(weights, expected_weights)
+
+
+def test_experts_held_elsewhere_weigh_nothing() -> None:
+    logits, routing = torch.randn(50, 8), Routing(top_k=3, scale=2.0)
+    weights, chosen = reference.route(logits, routing, range(8))
+    parts = torch.zeros(50, 8).scatter_(1, chosen.long(), weights)
+    for held in (range(3), range(3, 8)):
+        weights, chosen = reference.route(logits, routing, held)
+        spread = torch.zeros(50, len(held) + 1).scatter_add_(1, chosen.long(), weights)
+        assert torch.equal(spread[:, :-1], parts[:, held.start : held.stop])
+        assert (spread[:, -1] == 0).all()
 
 
 def test_routing_is_deepseeks() -> None:
@@ -50,7 +62,7 @@ def test_routing_is_deepseeks() -> None:
         top_groups=3,
         scale=2.5,
     )
-    got_weights, got = reference.route(logits, routing)
+    got_weights, got = reference.route(logits, routing, range(64))
     order, expected_order = got.sort(1), experts.sort(1)
     assert torch.equal(order.values.long(), expected_order.values)
     assert_close(got_weights.gather(1, order.indices), weights.gather(1, expected_order.indices))
@@ -142,6 +154,10 @@ def test_combine(tokens: int, k: int, width: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, weights = torch.randn(tokens * k, width).to(dtype), torch.rand(tokens, k)
         assert_close(combine(x, weights), reference.combine(x, weights))
+        weights[::2, 1], x[1 :: 2 * k] = 0.0, float("nan")  # what weighs nothing is not read
+        expected = (x.nan_to_num().float().unflatten(0, weights.shape) * weights[..., None]).sum(1).to(dtype)
+        for combined in (combine, reference.combine):
+            assert_close(combined(x, weights), expected)
 
 
 def test_a_layer_of_experts_is_transformers() -> None:
@@ -158,7 +174,7 @@ def test_a_layer_of_experts_is_transformers() -> None:
     with torch.no_grad():
         expected = block(x)
         expected = (expected[0] if isinstance(expected, tuple) else expected)[0]
-        weights, chosen = route(x[0] @ block.gate.weight.T, Routing(top_k=2))
+        weights, chosen = route(x[0] @ block.gate.weight.T, Routing(top_k=2), range(8))
         alignment = align(chosen, 8, 16)
         inner = grouped_matmul(x[0], block.experts.gate_up_proj.data, alignment, 2, torch.float32)
         gate, up = inner.chunk(2, -1)

@@ -78,7 +78,6 @@ def _experts(build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str) -
     else:
         held = range(spec.num_experts)
         part = shard(inner, group)
-    partial = len(held) < spec.num_experts
     if spec.stacked:
         return _stacked_experts(build, decoder, spec, at, held, part)
     scheme = build.quantization.scheme_of(f"{at}.0.{spec.gate}")
@@ -109,7 +108,6 @@ def _experts(build: Builder, decoder: DecoderSpec, spec: ExpertsSpec, at: str) -
         down_scale=piles["down_scale"].all,
         inputs=scheme.expert_inputs(input_scales, ops),
         first=held.start,
-        partial=partial,
     )
 
 
@@ -138,7 +136,6 @@ def _int4_experts(
         down=stacked(downs),
         activation=decoder.activation,
         first=held.start,
-        partial=len(held) < spec.num_experts,
     )
 
 
@@ -219,5 +216,4 @@ def _stacked_experts(
         gate_up_bias=gate_up_bias,
         down_bias=down_bias if part == WHOLE or group.rank == 0 else None,  # once in the sum over the ranks
         first=held.start,
-        partial=len(held) < count,
     )

@@ -1,6 +1,7 @@
 """Mixture of experts (Shazeer et al. 2017): T tokens, E experts, k of them for a token.
 
-`route(logits [T, E], routing)` → weights [T, k] fp32 and experts [T, k] int32, best first.
+`route(logits [T, E], routing, held)` → weights [T, k] fp32 and experts [T, k] int32, best first. Experts are numbered
+from the first of those held here; one that is held elsewhere is len(held), with the weight 0.
 
 `align(experts, E, tile)` sorts the T * k (token, choice) pairs by expert, stably, and pads each expert's to whole
 tiles of rows → `Alignment`. Its sizes depend on shapes alone, so that a captured graph stays valid. A pair whose
@@ -13,6 +14,7 @@ weights' one per expert: [E], [E, N] or [E, N / 128, K / 128]. 16-bit or fp32 a 
 a power of two (less 127) for every 32 of them; or an `Int4Weight` whose tensors are stacked, [E, ...].
 
 `combine(x [T * k, N], weights [T, k])` → [T, N]: the weighted sum over a token's pairs, in the order of its choices.
+What weighs 0 adds nothing, whatever stands in its row.
 """
 
 from dataclasses import dataclass
@@ -53,7 +55,6 @@ class Experts:
     down_scale: Tensor | None = None  # [E, H] or [E, H / 128, I / 128]; MXFP4: [E, H, I / 32]
     inputs: QuantizedOutput | None = None  # how what is multiplied with them is quantized
     first: int = 0
-    partial: bool = False  # there are experts that are not held here
 
     @property
     def held(self) -> int:

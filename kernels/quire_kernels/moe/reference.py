@@ -8,7 +8,7 @@ from quire_kernels.quantized_matmul import Int4Weight
 from quire_kernels.quantized_matmul.reference import dequantize, dequantize_int4
 
 
-def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, routing: Routing, held: range) -> tuple[Tensor, Tensor]:
     """See the package's contract."""
     wide = logits.float()
     scores = wide.softmax(-1) if routing.score == "softmax" else wide.sigmoid()
@@ -22,7 +22,9 @@ def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     weights = scores.gather(1, experts)
     if routing.renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
-    return weights * routing.scale, experts.to(torch.int32)
+    elsewhere = (experts < held.start) | (experts >= held.stop)
+    local = torch.where(elsewhere, len(held), experts - held.start)
+    return (weights * routing.scale).masked_fill(elsewhere, 0.0), local.to(torch.int32)
 
 
 def align(experts: Tensor, num_experts: int, tile: int) -> Alignment:
@@ -83,4 +85,5 @@ def grouped_matmul(
 
 def combine(x: Tensor, weights: Tensor) -> Tensor:
     """See the package's contract."""
-    return (x.float().unflatten(0, weights.shape) * weights[..., None]).sum(1).to(x.dtype)
+    parts = x.float().unflatten(0, weights.shape) * weights[..., None]
+    return parts.masked_fill(weights[..., None] == 0, 0.0).sum(1).to(x.dtype)

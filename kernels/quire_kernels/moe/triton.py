@@ -20,6 +20,8 @@ def _route(
     experts_ptr,
     num_tokens,
     scale,
+    first,
+    held,
     SIGMOID: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
@@ -75,11 +77,12 @@ def _route(
         weights = weights / tl.maximum(tl.sum(weights, 1), 1e-20)[:, None]
     at = token.to(tl.int64)[:, None] * K + places[None, :]
     inside = (token < num_tokens)[:, None] & (places < K)[None, :]
-    tl.store(weights_ptr + at, weights * scale, mask=inside)
-    tl.store(experts_ptr + at, experts, mask=inside)
+    here = (experts >= first) & (experts < first + held)
+    tl.store(weights_ptr + at, tl.where(here, weights * scale, 0.0), mask=inside)
+    tl.store(experts_ptr + at, tl.where(here, experts - first, held), mask=inside)
 
 
-def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, routing: Routing, held: range) -> tuple[Tensor, Tensor]:
     """See the package's contract. logits are contiguous."""
     tokens, experts = logits.shape
     hardware(logits.device)
@@ -97,6 +100,8 @@ def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         chosen,
         tokens,
         routing.scale,
+        held.start,
+        len(held),
         SIGMOID=routing.score == "sigmoid",
         GROUPS=routing.groups,
         TOP_GROUPS=routing.top_groups,
@@ -397,7 +402,9 @@ def _combine(x_ptr, weights_ptr, out_ptr, width, K: tl.constexpr, COLUMNS: tl.co
     total = tl.zeros([COLUMNS], tl.float32)
     for i in tl.static_range(K):
         weight = tl.load(weights_ptr + token * K + i)
-        total += weight * tl.load(x_ptr + (token * K + i) * width + columns, mask=inside, other=0.0).to(tl.float32)
+        weighed = columns < tl.where(weight != 0, width, 0)
+        part = tl.load(x_ptr + (token * K + i) * width + columns, mask=weighed, other=0.0)
+        total += weight * part.to(tl.float32)
     tl.store(out_ptr + token * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
