@@ -147,7 +147,6 @@ def while_it_loads(folder: Path, disturb: Callable[[int], None]) -> "Future[LLM]
 
 
 def test_a_rank_that_dies_in_loading_is_the_cause(checkpoint: Make) -> None:
-    """And not what its neighbour says of the lost connection."""
     failed = while_it_loads(checkpoint("llama"), lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(EngineFailure, match=r"^rank [01]: a worker process died$"):
         failed.result()

@@ -4,16 +4,22 @@ import math
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from quire_cluster.channel import ChannelClosed, StepChannel
 from quire_cluster.convert import logprobs_from_proto, logprobs_to_proto, request_from_proto, sampling_to_proto
 from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patience
 from quire_cluster.policies.routing import ReplicaLoad, choose_replica
+from quire_cluster.workers import first_failure
+from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.execution.plan import TokenLogprobs
 from quire_engine.sampling.params import EngineSampling
 from quire_protos.v1 import engine_pb2 as pb
+from ray.exceptions import ActorDiedError
 
 
 def test_the_channel_between_two_processes() -> None:
@@ -200,3 +206,32 @@ def test_one_that_was_wrong_becomes_more_patient() -> None:
         patience, wrong = more_patience(patience, lasted), wrong + 1
     assert wrong == 6
     assert more_patience(patience, 3e5) == 2
+
+
+def test_of_ranks_that_fail_the_first_cause_is_told() -> None:
+    """The others may be waiting for it, or be told first that the connection is gone."""
+
+    def ranks(*errors: BaseException | None) -> list[Future[Any]]:
+        futures: list[Future[Any]] = [Future() for _ in errors]
+        for future, error in zip(futures, errors, strict=True):
+            if error is not None:
+                future.set_exception(error)
+        return futures
+
+    lost = RuntimeError("Connection closed by peer")
+    full = OutOfMemory("the weights do not fit")
+    failure = first_failure(ranks(None, full))
+    assert (type(failure), str(failure)) == (OutOfMemory, "rank 1: the weights do not fit")
+    assert str(first_failure(ranks(lost, None, full))) == "rank 2: the weights do not fit"
+    assert str(first_failure(ranks(full))) == "the weights do not fit", "there is but one rank"
+    wrong = InvalidParameter("block_size is 0", "block_size")
+    assert first_failure(ranks(None, wrong)) is wrong, "whoever called is to read what is wrong with the call"
+    assert isinstance(first_failure(ranks(None, torch.OutOfMemoryError("CUDA out of memory"))), OutOfMemory)
+    assert "rank 0: RuntimeError: Connection closed" in str(first_failure(ranks(lost, None)))
+    late = ranks(lost, None)
+    threading.Timer(0.3, late[1].set_exception, [ActorDiedError()]).start()
+    assert str(first_failure(late)) == "rank 1: a worker process died"
+    loaded = ranks(None, None)
+    for future in loaded:
+        future.set_result(None)
+    assert first_failure(loaded) is None
