@@ -133,8 +133,9 @@ class TritonBackend:
             return grouped_matmul(a, w, alignment, per_row, x.dtype, scale, *rest)
 
         up, down = (experts.gate_up_scale, experts.gate_up_bias), (experts.down_scale, experts.down_bias)
-        inner = product(values, scale, experts.gate_up, up, routing.top_k)
-        values, scale = self._narrow(inner, experts.activation, True, experts)
+        values, scale = self._narrow(
+            product(values, scale, experts.gate_up, up, routing.top_k), experts.activation, True, experts
+        )
         return combine(product(values, scale, experts.down, down, 1), weights)
 
     @staticmethod

@@ -152,7 +152,7 @@ def day(model: str, **options: Any) -> dict[str, Any]:
             runner.limits,
             chip=CHIPS[GPUS[CARD][1]],
             dtype=torch.bfloat16,
-            captured=captured_shapes(runner.limits),
+            captured=[] if options.get("enforce_eager") else captured_shapes(runner.limits),
         )
         caches = sum(part.nbytes for cache in runner._caches for part in cache)
         taken["steps"] = most - planned.weights - caches

@@ -211,11 +211,14 @@ class DryBackend:
 
     def experts(self, x: Tensor, router_logits: Tensor, routing: Routing, experts: Experts) -> Tensor:
         pairs = x.shape[0] * routing.top_k
+        chosen = [torch.empty((pairs,), dtype=torch.float32, device=META) for _ in range(3)]  # weights, experts, rows
         inner = x.new_empty((pairs, experts.inner))
         activated = self.activate(inner, experts.activation, True, experts.inputs)
+        del inner
         each = x.new_empty((pairs, x.shape[1]))
-        del inner, activated
-        return each.new_empty(x.shape)
+        out = x.new_empty(x.shape)
+        del chosen, activated, each
+        return out
 
     def latent_attention(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, latent: int) -> Tensor:
         out = q.new_empty((*q.shape[:2], latent))
@@ -319,22 +322,21 @@ class _Repeated:
 def _one_of_each(
     build: Builder, spec: DecoderSpec, max_model_len: int, quantized_cache: bool, counter: AllocatedBytes
 ) -> tuple[Model, _Repeated]:
-    """The stage with a layer of each kind, or two where there is one kind, and what the others add."""
+    """The stage with its first layer and the last of each kind, and what the others add: what a layer gives lives on in
+    the next one, so none is seen at its largest as the first."""
     if spec.fallback is not None:
         whole = TransformersDecoder(spec, build.group, build.ops, build.weights.dtype, META, None)
         return whole, _Repeated(0, whole.num_parameters)
     source = build.weights
     assert isinstance(source, RandomWeights)
     layers = layers_of(spec, build.group)
-    first_of = {spec.kind_of(layer): layer for layer in reversed(layers)}
-    chosen = sorted(first_of.values())
-    if len(chosen) == 1:  # what a layer gives lives on in the next one
-        chosen = list(layers[:2])
+    last_of = {spec.kind_of(layer): layer for layer in layers}
+    chosen = sorted({layers[0], *last_of.values()})
     left = Counter(spec.kind_of(layer) for layer in layers) - Counter(spec.kind_of(layer) for layer in chosen)
     size = parameters = 0
     for kind, count in left.items():
         bytes_before, parameters_before = counter.now, source.num_parameters
-        layer = Layer(build, spec, first_of[kind], quantized_cache)
+        layer = Layer(build, spec, last_of[kind], quantized_cache)
         size += count * (counter.now - bytes_before)
         parameters += count * (source.num_parameters - parameters_before)
         source.num_parameters = parameters_before

@@ -181,9 +181,9 @@ def _int4_matmul(
         high_at = (chunk * 64 + 32) // GROUP * N + safe_n
         low, high = int4_halves(tl.load(packed_at), scales_ptr, zeros_ptr, low_at, high_at)
         a = tl.load(a_at)
-        acc = tl.dot(a, low.to(a.dtype), acc)
+        acc = tl.dot(a, low.to(a.dtype), acc, input_precision="ieee")
         a = tl.load(a_at + 32)
-        acc = tl.dot(a, high.to(a.dtype), acc)
+        acc = tl.dot(a, high.to(a.dtype), acc, input_precision="ieee")
         a_at += 64
         packed_at += N.to(tl.int64) * 32
     store_tile(acc, out_ptr, bias_ptr, split, m, n, M, N)
