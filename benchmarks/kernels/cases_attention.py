@@ -40,6 +40,16 @@ def _size_of_result(queries: list[int], contexts: list[int], window: int) -> flo
     return min(1.0, math.sqrt(math.exp(_PEAK**2) / (min(keys, window) if window else keys)))
 
 
+def _pages(device: torch.device, contexts: list[int], block: int) -> tuple[int, Tensor]:
+    """How many pages there are, and block tables of random ones."""
+    counts = [-(-context // block) for context in contexts]
+    tables = torch.zeros(len(contexts), max(counts), dtype=torch.int32, device=device)
+    order = torch.randperm(sum(counts), dtype=torch.int32, device=device)
+    for row, found in zip(tables, order.split(counts), strict=True):
+        row[: len(found)] = found
+    return sum(counts), tables
+
+
 def _attention(
     heads: Heads,
     queries: list[int],
@@ -50,11 +60,9 @@ def _attention(
     options: Options = lambda *_: PLAIN,
 ) -> Callable[[torch.device, torch.dtype], Built]:
     def build(device: torch.device, fp8: torch.dtype) -> Built:
-        width = -(-max(contexts) // block)
-        pages = len(contexts) * width
+        pages, tables = _pages(device, contexts, block)
         shape, dtype = (pages, heads.kv, block, heads.dim), fp8 if fp8_cache else torch.bfloat16
         keys, values = normal(device, *shape, dtype=dtype), normal(device, *shape, dtype=dtype)
-        tables = torch.randperm(pages, device=device).view(len(contexts), width).int()
         starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
         on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, contexts)]
         q = normal(device, starts[-1], heads.query, heads.dim, scale=_PEAK)
@@ -147,10 +155,8 @@ def _gemma2(device: torch.device, heads: Heads, tokens: int) -> AttentionOptions
 
 def _latent(heads: int, queries: list[int], contexts: list[int]) -> Callable[[torch.device, torch.dtype], Built]:
     def build(device: torch.device, fp8: torch.dtype) -> Built:
-        width = -(-max(contexts) // 64)
-        pages = len(contexts) * width
+        pages, tables = _pages(device, contexts, 64)
         cache = normal(device, pages, 64, 576)
-        tables = torch.randperm(pages, device=device).view(len(contexts), width).int()
         starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
         on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, contexts)]
         q = normal(device, starts[-1], heads, 576, scale=_PEAK)

@@ -1,5 +1,7 @@
 """Latent attention in Triton against its reference, and absorption against attention over full keys and values."""
 
+from collections.abc import Hashable
+
 import pytest
 import torch
 from paging import make_batch, poisoned
@@ -11,7 +13,8 @@ from tolerance import assert_close
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("latent", "turned", "heads", "block_size"), [(512, 64, 16, 64), (64, 16, 3, 16)])
 @pytest.mark.parametrize(
-    ("queries", "contexts"), [([1], [1]), ([1, 1], [70, 1100]), ([5, 1, 0, 17], [20, 33, 4, 17]), ([63], [90])]
+    ("queries", "contexts"),
+    [([1], [1]), ([1, 1], [70, 1100]), ([5, 1, 0, 17], [20, 33, 4, 17]), ([63], [90]), ([4, 1, 1], [1500, 2600, 9])],
 )
 def test_latent_attention(
     queries: list[int], contexts: list[int], latent: int, turned: int, heads: int, block_size: int, dtype: torch.dtype
@@ -22,12 +25,15 @@ def test_latent_attention(
     q = torch.randn(sum(queries), heads, latent + turned).to(dtype)
     lse = torch.full(q.shape[:2], float("nan"))
     scale = (latent + turned) ** -0.5
+    cuts: dict[Hashable, torch.Tensor] = {}
     got = latent_attention(
-        q, cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, latent, lse,
-    )  # fmt: skip
+        q, cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, latent, lse, cuts
+    )
     expected, expected_lse = reference.latent_attention(
         q.float(), cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, latent
     )
+    (listed,) = cuts.values()
+    assert (listed[0, 1] > 1) == (max(contexts) > 1000)  # long ones are cut
     assert torch.isfinite(expected).all()
     assert_close(got, expected)
     torch.testing.assert_close(lse, expected_lse, atol=2e-2 if dtype != torch.float32 else 2e-5, rtol=1e-5)
