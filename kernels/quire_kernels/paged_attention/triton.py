@@ -188,8 +188,13 @@ def _paged_attention(
     position = context - count + token
     dims = tl.arange(0, D_PADDED)
     flat = (first + token).to(tl.int64)
-    q = tl.load(
-        q_ptr + flat[:, None] * q_stride + query_head[:, None] * D + dims[None, :],
+    q = tl.load(  # of the rows' addresses scalars hold what they can, here and below: it saves spills
+        q_ptr
+        + (first + tile * TILE_TOKENS).to(tl.int64) * q_stride
+        + head * (GROUP * D)
+        + (rows // GROUP)[:, None] * q_stride
+        + (rows % GROUP)[:, None] * D
+        + dims[None, :],
         mask=alive[:, None] & (dims < D)[None, :],
         other=0.0,
     )  # [M, D]
