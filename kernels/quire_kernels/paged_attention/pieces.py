@@ -24,7 +24,7 @@ from quire_kernels.paged_attention.tiling import PIECE_KEYS, Tiling
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _BLOCK, _PIECES = 128, 32  # tiles, and pieces of each, that the list is made of at a time
-_MERGED = 8192  # numbers that a program of `merge` holds at a time
+_MERGED = 4096  # numbers that a program of `merge` holds at a time; twice as many spill
 
 
 @triton.jit
