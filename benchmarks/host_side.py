@@ -1,22 +1,26 @@
 """What the host costs: its share of a step without a device, and the whole stack around a model of width 64.
 
 python benchmarks/host_side.py scheduler
+python benchmarks/host_side.py steps
 python benchmarks/host_side.py streams [--streams 1,64,256]
 """
 
 import argparse
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from quire_engine.config import SchedulerLimits
+from quire_engine.engine import Engine
 from quire_engine.execution.batch import Batcher
 from quire_engine.execution.plan import StepResult
 from quire_engine.request import Request
@@ -69,6 +73,36 @@ def host_share(running: int, steps: int = 200) -> dict[str, float]:
         times["schedule"].append(planned - begun)
         times["batch"].append(batched - batching)
     return {name: sorted(found)[steps // 2] for name, found in times.items()}
+
+
+def whole_step(requests: int, steps: int = 200) -> float:
+    """Median seconds of an engine's step around a GPU that is not here: schedule, batch, upload, drawing, commit, and
+    Python's way to each launch; neither the driver's share nor the waiting for results."""
+    sys.path.append(str(Path(__file__).parent / "engine"))
+    from dry_gpu import dry_runner
+    from shapes import SHAPES
+    from triton.runtime.jit import JITFunction
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        dry_runner(Path(folder), SHAPES["Llama-3.1-8B"] | {"num_hidden_layers": 1}, max_model_len=2048) as (runner, _),
+    ):
+        engine = Engine(runner)
+        for number in range(requests):
+            params = EngineSampling(temperature=0.0, max_tokens=steps + 64)
+            engine.add(Request(number, [4 + number] * 64, 64, params))
+        while engine.scheduler.num_waiting or engine.steps < 32:
+            engine.step()
+        times = []
+        with (
+            mock.patch.object(JITFunction, "run", lambda *arguments, **named: None),
+            mock.patch.object(torch.Tensor, "clamp", lambda tensor, *limits: tensor),  # on meta it is Python's
+        ):
+            for _ in range(steps):
+                begun = time.perf_counter()
+                engine.step()
+                times.append(time.perf_counter() - begun)
+    return statistics.median(times)
 
 
 def null_checkpoint(folder: Path) -> None:
@@ -126,7 +160,7 @@ def streams(counts: list[int]) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="What the host costs.")
-    parser.add_argument("part", choices=["scheduler", "streams"])
+    parser.add_argument("part", choices=["scheduler", "steps", "streams"])
     parser.add_argument("--streams", type=lambda text: [int(part) for part in text.split(",")], default=[1, 64, 256])
     arguments = parser.parse_args()
     if arguments.part == "scheduler":
@@ -134,6 +168,10 @@ def main() -> None:
             parts = {name: seconds * 1e6 for name, seconds in host_share(running).items()}
             shown = ", ".join(f"{name} {micros:5.0f}" for name, micros in parts.items())
             print(f"{running:5d} running: {sum(parts.values()):6.0f} µs a step ({shown})")
+    elif arguments.part == "steps":
+        torch.set_num_threads(1)
+        for requests in (1, 64, 256):
+            print(f"{requests} requests: {whole_step(requests) * 1e6:.0f} µs")
     else:
         streams(arguments.streams)
 

@@ -1,19 +1,23 @@
-"""How many kernels a layer launches when it decodes, beside the fewest there could be.
+"""How many kernels a layer and a step launch when they decode, beside the fewest there could be, and what a step reads.
 
-The layer runs on the meta device with the Triton backend of an H100: launches are noted instead of made, and so are
-torch's own operators that would launch something. `make kernel-table` writes the result to kernels.md.
+Both run on the meta device with the Triton backend of an H100: launches are noted instead of made, and so are torch's
+own operators that would launch something. `make kernel-table` writes the result to kernels.md.
 
 python benchmarks/engine/kernel_count.py [--write]
 """
 
 import argparse
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from dry_gpu import CARD, dry_runner
 from quire_engine.execution.dry_run import META, DryGroup
+from quire_engine.execution.plan import StepPlan
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
 from quire_engine.models.decoder import Layer
@@ -51,9 +55,10 @@ class Launches(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.__name__.split(".")[0]
-        if name not in _FREE:
+        result = func(*args, **(kwargs or {}))
+        if name not in _FREE and getattr(result, "device", META) == META:
             self.names.append(f"torch {name}")
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 @contextmanager
@@ -117,6 +122,35 @@ def layer_launches(
     return launches.names[1:]  # the clone is not the layer's
 
 
+_CONTEXT = 1024
+_BANDWIDTH = 3.35e12  # bytes/s of an H100 SXM, as NVIDIA publishes it; a copy reaches about 0.9 of it
+_HOST = [  # what `python benchmarks/host_side.py steps` says
+    "one core of an Intel Xeon (AVX-512), 2026-11-26, kernels and captured steps replaced by nothing",
+    "1 request 175 µs, 64 requests 232 µs, 256 requests 379 µs (medians of three runs)",
+    "the driver's share of a launch is not in it; overlapped with the step before, it shows where it is longer than that",
+]
+
+
+def decoding(requests: int) -> StepPlan:
+    """A step in which so many requests, 1,024 tokens long, compute one token more and need no new page."""
+    none, each = np.zeros(0, np.int32), np.ones(requests, np.int32)
+    rows, states = np.arange(requests, dtype=np.int32), np.zeros(0, np.int32)
+    return StepPlan(rows, _CONTEXT * each, each, -each, each.astype(np.bool_), none, none, none, states, states)
+
+
+def step_launches(requests: int, **options: Any) -> tuple[list[str], int]:
+    """What such a step of Llama-3.1-8B launches, and the bytes of weights and contexts that it reads at least."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        dry_runner(Path(folder), SHAPES["Llama-3.1-8B"], max_model_len=8192, **options) as (runner, _),
+        recorded() as launches,
+    ):
+        runner.execute(decoding(requests))
+    spec, memory = runner.spec, runner.memory
+    read = memory.weight_bytes - 2 * spec.vocab_size * spec.hidden_size  # rows of the embedding are looked up
+    return launches.names, read + requests * _CONTEXT * memory.page_bytes // memory.block_size
+
+
 _BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 _TOKENS = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
@@ -129,6 +163,27 @@ ROWS: list[tuple[str, str, dict[str, Any] | None, bool]] = [
     ("Qwen3-30B-A3B", "bf16", None, False),
     ("Qwen3-30B-A3B", "fp8 blocks and fp8 cache", _BLOCKS, False),
 ]
+
+
+def steps() -> list[str]:
+    """The part about whole steps."""
+    lines = [
+        "## A decoding step of Llama-3.1-8B",
+        "",
+        f"Contexts of {_CONTEXT:,} tokens, bf16, greedy. The floor is what is read over the {CARD}'s published",
+        f"{_BANDWIDTH / 1e12:.2f} TB/s. Outside of the graph are the step's upload, drawing, and keeping the tokens.",
+        "",
+        "| requests | launches | of them outside of the graph | read | floor |",
+        "|---|---|---|---|---|",
+    ]
+    for requests in (1, 64):
+        everything, read = step_launches(requests, enforce_eager=True)
+        outside, _ = step_launches(requests)
+        lines.append(
+            f"| {requests} | {len(everything)} | {len(outside)}: {', '.join(outside)} | {read / 1e9:.2f} GB "
+            f"| {read / _BANDWIDTH * 1e3:.2f} ms |"
+        )
+    return [*lines, "", f"Host time of a step ({_HOST[0]}):", "", *(f"- {line}" for line in _HOST[1:])]
 
 
 def table() -> str:
@@ -155,6 +210,7 @@ def table() -> str:
         "",
     ]
     lines += [f"- {kind}: {names}" for kind, names in FEWEST.items()]
+    lines += ["", *steps()]
     return "\n".join(lines) + "\n"
 
 

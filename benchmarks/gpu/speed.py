@@ -31,15 +31,21 @@ PROFILED = 8  # steps
 
 
 class TimedRunner(ModelRunner):
-    """Knows how long capturing took: the rest of its start is loading."""
+    """Knows how long capturing and warming up took: the rest of its start is loading."""
 
-    capture_seconds = 0.0
+    capture_seconds = warm_up_seconds = 0.0
 
     def capture_graphs(self, *arguments: Any) -> None:
         """As the runner's."""
         begun = time.perf_counter()
         super().capture_graphs(*arguments)
         self.capture_seconds = time.perf_counter() - begun
+
+    def warm_up(self) -> None:
+        """As the runner's."""
+        begun = time.perf_counter()
+        super().warm_up()
+        self.warm_up_seconds = time.perf_counter() - begun
 
 
 class Watched:
@@ -222,11 +228,11 @@ def main(
     )
     assert isinstance(runner, TimedRunner)
     whole = time.perf_counter() - begun
-    loading = whole - runner.capture_seconds
-    tell(f"{name}, start", None, seconds=whole, weights_s=loading, capture_s=runner.capture_seconds)
+    parts = {"capture_s": runner.capture_seconds, "warm_up_s": runner.warm_up_seconds}
+    tell(f"{name}, start", None, seconds=whole, weights_s=whole - sum(parts.values()), **parts)
     work = Work.of(shape, runner, options, expert_bytes)
     with found(f"{name}, one prompt of {prompt}") as figures:
-        timed(runner, 1, prompt, 2, seed=1)  # compiles what was not captured
+        timed(runner, 1, prompt, 2, seed=1)  # what the first request alone pays for
         figures["first_token_ms"] = timed(runner, 1, prompt, 1, seed=2)[1] * 1e3
     for wanted in concurrency:
         requests = fitting(runner, wanted, prompt + new_tokens)
