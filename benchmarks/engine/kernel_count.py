@@ -127,7 +127,7 @@ _BANDWIDTH = 3.35e12  # bytes/s of an H100 SXM, as NVIDIA publishes it; a copy r
 _HOST = [  # what `python benchmarks/host_side.py steps` says
     "one core of an Intel Xeon (AVX-512), 2026-11-26, kernels and captured steps replaced by nothing",
     "1 request 175 µs, 64 requests 232 µs, 256 requests 379 µs (medians of three runs)",
-    "the driver's share of a launch is not in it; overlapped with the step before, it shows where it is longer than that",
+    "the driver's share of a launch is not in it; it hides behind the step before, where that is longer",
 ]
 
 
