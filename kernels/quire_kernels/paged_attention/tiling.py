@@ -103,13 +103,15 @@ def wide_tiles(chip: Hardware, group: int, head_dim: int, element_bytes: int) ->
 def launches(
     chip: Hardware, q: Tensor, key_cache: Tensor, block_tables: Tensor, longest_query: int, window: int, invariant: bool
 ) -> list[tuple[Tiles, Tiling]]:
-    """By shapes alone, never by contexts. Rows of the narrow launch are a power of two of at most _NARROW_ROWS."""
+    """By shapes alone, never by contexts. The narrow launch has as few rows as a token of a group takes, or 64."""
     kv_heads, block_size, head_dim = key_cache.shape[1:]
     tokens, heads = q.shape[:2]
     requests, width = block_tables.shape
     group = heads // kv_heads
     alone = longest_query * group <= max(_NARROW_ROWS, group) and not invariant
-    rows = max(16, power_of_2(group * longest_query if alone else group))
+    rows = max(16, power_of_2(group))
+    if alone and group * longest_query > rows:
+        rows = _NARROW_ROWS
     narrow_tokens = 0 if invariant else rows // group
     enough = enough_programs(chip, kv_heads)
     found = []

@@ -182,24 +182,24 @@ def _paged_attention(
     tables_ptr += request * table_stride
 
     rows = tl.arange(0, M)
-    token = tile * TILE_TOKENS + rows // GROUP  # [M]
+    token = rows // GROUP  # [M], of the tile; scalars hold what they can of rows' places: it saves spills
     query_head = head * GROUP + rows % GROUP
-    alive = (rows < TILE_TOKENS * GROUP) & (token < count)
-    position = context - count + token
+    oldest_position = context - count + tile * TILE_TOKENS
+    alive = token < tl.minimum(count - tile * TILE_TOKENS, TILE_TOKENS)
+    position = oldest_position + token
     dims = tl.arange(0, D_PADDED)
-    flat = (first + token).to(tl.int64)
-    q = tl.load(  # of the rows' addresses scalars hold what they can, here and below: it saves spills
+    first = (first + tile * TILE_TOKENS).to(tl.int64)
+    q = tl.load(
         q_ptr
-        + (first + tile * TILE_TOKENS).to(tl.int64) * q_stride
+        + first * q_stride
         + head * (GROUP * D)
-        + (rows // GROUP)[:, None] * q_stride
+        + token[:, None] * q_stride
         + (rows % GROUP)[:, None] * D
         + dims[None, :],
         mask=alive[:, None] & (dims < D)[None, :],
         other=0.0,
     )  # [M, D]
 
-    oldest_position = context - count + tile * TILE_TOKENS
     begin, end = keys_of_tile(context, count, tile, TILE_TOKENS, WINDOW)
     full_begin = 0  # every row sees the keys from here
     if WINDOW > 0:
@@ -207,8 +207,9 @@ def _paged_attention(
     span_begin = position
     span_end = position
     if spans_ptr is not None:
-        span_begin = tl.load(spans_ptr + 2 * flat, mask=alive, other=0)
-        span_end = tl.load(spans_ptr + 2 * flat + 1, mask=alive, other=0)
+        spans_ptr += 2 * first
+        span_begin = tl.load(spans_ptr + 2 * token, mask=alive, other=0)
+        span_end = tl.load(spans_ptr + 2 * token + 1, mask=alive, other=0)
         end = tl.minimum(tl.maximum(end, tl.max(span_end, 0)), context)
         begin = tl.minimum(begin, tl.min(tl.where(span_begin < span_end, span_begin, context), 0))
     begin = begin // N * N
@@ -259,8 +260,8 @@ def _paged_attention(
         norm *= tl.load(value_scale_ptr + head)
     acc *= norm[:, None]
     lse = (best + tl.math.log2(total)) * LN2
-    row = rows // GROUP * (KV_HEADS * GROUP) + rows % GROUP
-    start = (first + tile * TILE_TOKENS).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
+    row = token * (KV_HEADS * GROUP) + rows % GROUP
+    start = first * (KV_HEADS * GROUP) + head * GROUP
     if list_ptr is not None:
         if pieces > 1:
             start = (program * TILE_TOKENS).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP
