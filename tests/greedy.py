@@ -68,7 +68,7 @@ def prompt_logits(engine: Engine, batch: list[list[int]]) -> list[torch.Tensor]:
     model = runner._model
     seen: list[torch.Tensor] = []
     logits_of = model.logits
-    model.logits = lambda hidden: seen.append(logits_of(hidden)) or seen[-1]
+    model.logits = lambda hidden, out: seen.append(logits_of(hidden, out)) or seen[-1]
     found = []
     for number, prompt in enumerate(batch):
         seen.clear()

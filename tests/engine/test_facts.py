@@ -132,7 +132,7 @@ class Checkpoint:
         )
         hidden = decoder(torch.tensor(PROMPT, dtype=torch.int32), batch, caches)
         assert hidden is not None
-        logits = decoder.logits(hidden)
+        logits = decoder.logits(hidden, None)
         assert logits is not None
         return (logits - self.truth).abs().max().item()
 

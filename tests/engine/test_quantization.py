@@ -285,7 +285,7 @@ def runner_for(folder: Path, **options: Any) -> ModelRunner:
 def logits_of(runner: ModelRunner, prompt: list[int]) -> Tensor:
     seen: list[Tensor] = []
     whole = runner._model.logits
-    runner._model.logits = lambda hidden: seen.append(whole(hidden).clone()) or seen[-1].clone()
+    runner._model.logits = lambda hidden, out: seen.append(whole(hidden, out).clone()) or seen[-1].clone()
     engine = Engine(runner)
     engine.add(Request(1, list(prompt), len(prompt), EngineSampling(temperature=0.0, max_tokens=1, prompt_logprobs=0)))
     while engine.has_work:

@@ -348,7 +348,7 @@ class ModelRunner:
             for at in range(start, stop, _PROMPT_LOGPROB_ROWS):
                 end = min(at + _PROMPT_LOGPROB_ROWS, stop)
                 flat = int(first_places[place]) - start
-                logits = self._model.logits(hidden[flat + at : flat + end])
+                logits = self._model.logits(hidden[flat + at : flat + end], None)
                 if logits is not None:
                     [targets] = self._batcher.upload([np.array(new.tokens[at + 1 : end + 1], np.int64)])
                     parts.append(token_scores(logits, targets, width))

@@ -45,7 +45,7 @@ class Model(Protocol):
 
     def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache]) -> Tensor | None: ...
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor | None: ...
+    def logits(self, hidden: Tensor, out: Tensor | None) -> Tensor | None: ...
 
 
 class Layer:
@@ -262,7 +262,7 @@ class Decoder:
         assert self._pooler is not None, "the model generates"
         return self._pooler(states)
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor | None:
+    def logits(self, hidden: Tensor, out: Tensor | None) -> Tensor | None:
         """[S, hidden] → fp32 [S, vocabulary] on the last stage's rank 0, in `out` where that is given."""
         logits = self._head(hidden, out) if self._head is not None else None
         if logits is None:

@@ -335,7 +335,7 @@ class TransformersDecoder:
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor | None:
+    def logits(self, hidden: Tensor, out: Tensor | None) -> Tensor | None:
         """[S, hidden] → fp32 [S, vocabulary] on rank 0: the head, and what the family's code does around it."""
         assert out is None, "what transformers' code computes is not captured"
         base = self._model.base_model
