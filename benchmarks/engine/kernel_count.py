@@ -37,7 +37,7 @@ _FREE = {  # these change how memory is seen, or reserve some
     "empty", "empty_like", "new_empty", "view", "_unsafe_view", "slice", "select", "t", "transpose", "expand",
     "unsqueeze", "squeeze", "detach", "alias", "split", "split_with_sizes", "as_strided", "permute", "unbind",
 }  # fmt: skip
-_ATTENTION = "norm, qkv, rotary + cache, attention, output, norm"
+_ATTENTION = "norm, qkv, rotary + cache, attention, joining its parts, output, norm"
 FEWEST = {  # with one kernel per product of matrices and what must be finished before the next can begin
     "dense": f"{_ATTENTION}, gate + up, activation, down",
     "experts": f"{_ATTENTION}, router + choice, sort, gate + up, activation, down + sum",
