@@ -8,7 +8,7 @@ import pytest
 import torch
 from quire_engine.execution.plan import NewRow
 from quire_engine.sampling.params import EngineSampling
-from quire_engine.sampling.sampler import Sampler
+from quire_engine.sampling.sampler import Sampler, token_scores
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.host import nucleus_edge
 from quire_kernels.sampling.random import philox_uniform
@@ -170,6 +170,20 @@ def test_logprobs_are_raw(logits: torch.Tensor) -> None:
     assert scores.ranks[0] == int((logits > logits[1]).sum()) + 1
     assert scores.top_ids[0].tolist() == truth.topk(5).indices.tolist()
     np.testing.assert_allclose(scores.top_logprobs[0], truth.topk(5).values, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [151936, 50257])
+def test_logprobs_of_a_row_are_the_same_bits_beside_others(vocabulary: int) -> None:
+    logits = 3 * torch.randn((8, vocabulary), generator=torch.Generator().manual_seed(0))
+    chosen = torch.arange(8)
+    together = token_scores(logits, chosen, 2)
+    exact = logits.double().log_softmax(-1)
+    torch.testing.assert_close(together.logprobs.double(), exact[chosen, chosen], rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.top_logprobs.double(), exact.topk(2).values, rtol=0, atol=1e-5)
+    for row in range(8):
+        alone = token_scores(logits[row : row + 1], chosen[row : row + 1], 2)
+        for name in ("logprobs", "ranks", "top_ids", "top_logprobs"):
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[row]), name
 
 
 def test_a_row_without_a_finite_logit_fails_alone(logits: torch.Tensor) -> None:

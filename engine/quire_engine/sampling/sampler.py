@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from quire_kernels.backends import Backend
 from quire_kernels.sampling import Rows
@@ -114,13 +115,15 @@ class Sampler:
 def token_scores(logits: Tensor, chosen: Tensor, width: int) -> TokenScores:
     """Of P positions: logits [P, V] raw, chosen [P]. Rank 1 is the most likely token."""
     ids = chosen.long()[:, None]
-    normalizer = logits.logsumexp(-1, keepdim=True)
-    picked = logits.gather(1, ids)
+    # Softmax goes by rows; a sum (logsumexp's too) is cut up by how many rows there are, and its bits follow. A GPU's
+    # starts at 16 bytes, so the rows have to.
+    aligned = F.pad(logits, (0, missing), value=float("-inf")) if (missing := -logits.shape[1] % 4) else logits
+    logprobs = aligned.log_softmax(-1)
     top = logits.topk(width)
     return TokenScores(
         chosen=chosen,
-        logprobs=(picked - normalizer)[:, 0],
-        ranks=(logits > picked).sum(-1) + 1,
+        logprobs=logprobs.gather(1, ids)[:, 0],
+        ranks=(logits > logits.gather(1, ids)).sum(-1) + 1,
         top_ids=top.indices,
-        top_logprobs=top.values - normalizer,
+        top_logprobs=logprobs.gather(1, top.indices),
     )
