@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quire_engine.layers.caches import LayerCache, kv_heads_of
 from quire_engine.layers.linear import Builder, shard
+from quire_engine.layers.norm import SquaredLength
 from quire_engine.models.spec import DecoderSpec, QKNorm
 from quire_engine.quantization.schemes import Linear, Part
 
@@ -110,6 +111,9 @@ class _Norm:
         else:
             self._weight = weights.take(f"{name}.weight", (heads, head_dim), part)
         self._width = self._weight.numel() * build.group.size  # heads that ranks share are counted by each of them
+        self._squares: SquaredLength | None = None
+        if self._whole and build.group.size > 1:
+            self._squares = SquaredLength(build.ops, self._weight.numel(), weights.device)
 
     def __call__(self, x: Tensor) -> None:
         """x [T, heads, D]."""
@@ -117,10 +121,10 @@ class _Norm:
             self._ops.norm_heads(x, self._weight, None, self._norm)
             return
         flat = x.flatten(1)
-        if self._group.size == 1:
+        if self._squares is None:
             x.copy_(unquantized(self._ops.add_norm(flat, None, self._weight, None, self._norm)).view(x.shape))
             return
-        squares = self._group.all_reduce(flat.float().square().sum(-1, keepdim=True))
+        squares = self._group.all_reduce(self._squares(flat))
         shrink = torch.rsqrt(squares / self._width + self._norm.eps)
         x.copy_((flat * shrink * self._weight).view(x.shape))
 

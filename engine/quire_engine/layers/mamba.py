@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quire_engine.layers.caches import LayerCache
 from quire_engine.layers.linear import Builder, shard
+from quire_engine.layers.norm import SquaredLength
 from quire_engine.layers.short_conv import taps_of
 from quire_engine.models.spec import DecoderSpec, MambaSpec
 from quire_engine.quantization.schemes import Part
@@ -54,6 +55,9 @@ class Mamba:
         )
         self._norm = Norm(spec.norm.eps)
         self._norm_weight = weights.take(f"{at}.norm.weight", (inner,), mine).view(groups.stop - groups.start, -1)
+        self._squares: SquaredLength | None = None
+        if mamba.groups == 1 and group.size > 1:  # the one group is on every rank
+            self._squares = SquaredLength(build.ops, self._inner, weights.device)
         self._out = build.row_parallel(f"{at}.out_proj", hidden, inner, mamba.bias)
 
     @property
@@ -83,9 +87,9 @@ class Mamba:
         return self._out(out if wanted is None else ops.activate(out, Activation.IDENTITY, False, wanted))
 
     def _normalized(self, x: Tensor) -> Tensor:
-        if self._mamba.groups > 1 or self._group.size == 1:
+        if self._squares is None:
             self._ops.norm_heads(x.unflatten(1, (self._norm_weight.shape[0], -1)), self._norm_weight, None, self._norm)
             return x
-        squares = self._group.all_reduce(x.float().square().sum(-1, keepdim=True))  # the one group is on every rank
+        squares = self._group.all_reduce(self._squares(x))
         shrink = torch.rsqrt(squares / (x.shape[1] * self._group.size) + self._norm.eps)
         return (x * shrink * self._norm_weight[0]).to(x.dtype)

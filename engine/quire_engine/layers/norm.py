@@ -1,5 +1,7 @@
 """Norms of a layer's input or result."""
 
+import torch
+from quire_kernels.backends import Backend
 from quire_kernels.quantize import Quantized, QuantizedOutput
 from torch import Tensor
 
@@ -22,3 +24,13 @@ class Normalization:
     ) -> Tensor | Quantized:
         """With `output` the result is quantized so."""
         return self._ops.add_norm(residual, delta, self._weight, self._bias, self._kind, output)
+
+
+class SquaredLength:
+    """x [T, width] → [T, 1] fp32, by the backend's product: a sum of torch's is cut up by T on a GPU."""
+
+    def __init__(self, ops: Backend, width: int, device: torch.device) -> None:
+        self._sum = ops.linear(torch.ones((1, width), device=device), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._sum(x.float().square())

@@ -2,13 +2,13 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from quire_kernels.activation import Activation
 from quire_kernels.backends import Matmul, unquantized
 from torch import Tensor
 
 from quire_engine.layers.linear import Builder
+from quire_engine.layers.norm import SquaredLength
 from quire_engine.models.spec import DecoderSpec
 from quire_engine.pooling import Pooling
 from quire_engine.upload import Upload
@@ -21,6 +21,9 @@ class Pooler:
         self._ops = build.ops
         self._pooling = pooling
         self._layers: list[Matmul] = []
+        self._squares: SquaredLength | None = None
+        if pooling.normalize:
+            self._squares = SquaredLength(build.ops, spec.hidden_size, build.weights.device)
         if pooling.scores:
             *inner, last = spec.names.classifier
             for name, outputs in (*((name, spec.hidden_size) for name in inner), (last, 1)):
@@ -36,7 +39,7 @@ class Pooler:
             x = layer(x if number == 0 else torch.tanh(x))
         if self._pooling.scores:
             return unquantized(self._ops.activate(x, Activation.SIGMOID, False))
-        return F.normalize(x, dim=-1) if self._pooling.normalize else x
+        return x if self._squares is None else x * self._squares(x).clamp(min=1e-24).rsqrt()
 
 
 class PooledStates:
