@@ -43,11 +43,13 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_structure.py
 
-# Needs a GPU with torch, triton and transformers; nothing is installed, so the paths say where everything is.
+# Needs a GPU with torch, triton and transformers; nothing is installed: the paths say where everything is, and where
+# there is no .venv the machine's own python3 is what has torch.
 # STAGE=a runs one of a, b, c, d; ARGS=--rehearse goes through them without a GPU.
+CHECK_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 CHECK_PATHS := engine:kernels:tests/kernels:benchmarks/engine:benchmarks/kernels:benchmarks/gpu
 gpu-check:
-	@PYTHONPATH=$(CHECK_PATHS):$$PYTHONPATH $(PYTHON) benchmarks/gpu/check.py $(STAGE) $(ARGS)
+	@PYTHONPATH=$(CHECK_PATHS):$$PYTHONPATH $(CHECK_PYTHON) benchmarks/gpu/check.py $(STAGE) $(ARGS)
 
 kernel-table: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernels/compile_ahead.py --table

@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+_FINDING = '{"what"'  # what a line of one begins with
+
 
 def tell(what: str, right: bool | None, why: str = "", **figures: Any) -> None:
     """A finding of this process."""
@@ -94,9 +96,8 @@ class Stage:
             )
             try:
                 for line in _lines(process, end, silence):
-                    if line.startswith('{"what"'):
-                        ran.found.append(json.loads(line))
-                        self.findings.add(ran.found[-1])
+                    ran.found.append(json.loads(line))
+                    self.findings.add(ran.found[-1])
                 if process.wait(timeout=30):
                     ran.why = f"ended with status {process.returncode}"
             except (TimeoutError, subprocess.TimeoutExpired) as error:
@@ -115,7 +116,7 @@ class Stage:
 
 
 def _lines(process: subprocess.Popen[str], end: float, silence: float | None) -> Iterator[str]:
-    """Of its output, as they come. Raises TimeoutError."""
+    """Its findings, as they come; other lines are what libraries say. Raises TimeoutError."""
     assert process.stdout is not None
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     output = process.stdout
@@ -128,18 +129,19 @@ def _lines(process: subprocess.Popen[str], end: float, silence: float | None) ->
     threading.Thread(target=read, daemon=True).start()
     heard = time.monotonic()
     while True:
+        now = time.monotonic()
+        if now > end:
+            raise TimeoutError("ended from without: it took longer than it may")
+        if silence is not None and now > heard + silence:
+            raise TimeoutError(f"ended from without: it found nothing for {silence:.0f} s")
         try:
             line = lines.get(timeout=1)
         except queue.Empty:
             if process.poll() is not None:  # what it has started may hold its output open
                 return
-            now = time.monotonic()
-            if now > end:
-                raise TimeoutError("ended from without: it took longer than it may") from None
-            if silence is not None and now > heard + silence:
-                raise TimeoutError(f"ended from without: it found nothing for {silence:.0f} s") from None
             continue
         if line is None:
             return
-        heard = time.monotonic()
-        yield line
+        if line.startswith(_FINDING):
+            heard = time.monotonic()
+            yield line

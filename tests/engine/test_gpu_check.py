@@ -81,7 +81,10 @@ def test_what_hangs_is_ended_and_what_it_had_found_is_kept(tmp_path: Path, monke
     from findings import Findings, Stage
 
     script = tmp_path / "hangs.py"
-    script.write_text('import time\nprint(\'{"what": "one", "right": true}\', flush=True)\ntime.sleep(100)\n')
+    script.write_text(  # what its libraries say is no finding
+        'import time\nprint(\'{"what": "one", "right": true}\', flush=True)\n'
+        "for _ in range(500):\n    time.sleep(0.2)\n    print('still compiling', flush=True)\n"
+    )
     stage = Stage(Findings("x", tmp_path / "found.jsonl"), 60)
     begun = time.monotonic()
     ran = stage.run(str(script), 60, silence=3)
