@@ -151,6 +151,14 @@ def test_bad_words_need_their_beginning(logits: torch.Tensor) -> None:
     assert draw(sampler_for(banned, tokens=[9, 2, 1]), logits[None]) == [best]
 
 
+def test_tokens_that_the_model_has_no_logits_of_are_never_drawn_anyway(logits: torch.Tensor) -> None:
+    words, ends = ((V,), (3, V + 2), (V, 4)), (V + 1, 7)
+    sampler = sampler_for(EngineSampling(temperature=0.0, bad_words=words, min_tokens=1, stop_token_ids=ends))
+    best = int(logits.argmax())
+    logits[7] = 9.0
+    assert draw(sampler, logits[None]) == [best]
+
+
 def test_min_tokens_keeps_the_end_away(logits: torch.Tensor) -> None:
     best, second = logits.topk(2).indices.tolist()
     sampler = sampler_for(EngineSampling(temperature=0.0, min_tokens=2, stop_token_ids=(best,)))

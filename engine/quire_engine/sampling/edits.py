@@ -32,12 +32,13 @@ class _Row:
     bias: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
     bans: list[int] = field(default_factory=list)  # bad words of one token
     words: list[tuple[int, ...]] = field(default_factory=list)  # of several
+    ends: list[int] = field(default_factory=list)
 
     @property
     def banned(self) -> list[int]:
         """Tokens that must not come next whatever came before, and what would end the text too early."""
         early = self.length - self.num_prompt < self.params.min_tokens
-        return self.bans + list(self.params.stop_token_ids) if early else self.bans
+        return self.bans + self.ends if early else self.bans
 
 
 class LogitEdits:
@@ -68,8 +69,10 @@ class LogitEdits:
         if not params.edits_logits:
             return
         row = self._rows[new.row] = _Row(params, new.num_prompt, length)
-        row.bans = [word[0] for word in params.bad_words if len(word) == 1]
-        row.words = [word for word in params.bad_words if len(word) > 1]
+        row.ends = [token for token in params.stop_token_ids if token < self._vocab_size]
+        bad = [word for word in params.bad_words if word[-1] < self._vocab_size]  # a tokenizer may know more tokens
+        row.bans = [word[0] for word in bad if len(word) == 1]
+        row.words = [word for word in bad if len(word) > 1]
         if params.logit_bias:
             ids, values = list(params.logit_bias), list(params.logit_bias.values())
             row.bias = np.array(ids, np.int64), np.array(values, np.float32)
