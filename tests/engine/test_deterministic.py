@@ -12,7 +12,8 @@ from conftest import make_checkpoint
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter
-from quire_engine.execution.runner import ModelRunner
+from quire_engine.execution.runner import ModelRunner, _check_pooling
+from quire_engine.pooling import Pooling
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.scheduler import Scheduler
@@ -143,3 +144,5 @@ def test_what_is_not_deterministic_is_refused(checkpoint: Make) -> None:
             engine_for(checkpoint("llama"), **options)
     with pytest.raises(InvalidParameter, match="unquantized"):
         engine_for(checkpoint("llama"), attention_backend="triton", quantization="fp8")
+    with pytest.raises(InvalidParameter, match="any order"):
+        _check_pooling(EngineConfig(model="", deterministic=True), Pooling(kind="mean"), torch.device("cuda"))

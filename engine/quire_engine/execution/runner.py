@@ -40,7 +40,7 @@ from quire_engine.plan import (
     tokens_per_step,
     usable_bytes,
 )
-from quire_engine.pooling import pooling_of
+from quire_engine.pooling import Pooling, pooling_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
@@ -104,6 +104,8 @@ class ModelRunner:
             log.warning("%s: images are not served, but the text part alone", whole)
         if self.spec.latent is not None:
             _check_latent(config, self.device)
+        if pooling is not None:
+            _check_pooling(config, pooling, self.device)
         if config.kv_cache_dtype != "auto" and not self.spec.attending:
             raise InvalidParameter(
                 f"kv_cache_dtype is {config.kv_cache_dtype}, and this family keeps no keys and values: leave it out",
@@ -425,6 +427,16 @@ def _check_latent(config: EngineConfig, device: torch.device) -> None:
         )
     if device.type == "cpu":
         log.warning("latent attention runs on torch's own operators on a CPU: slow for long contexts")
+
+
+def _check_pooling(config: EngineConfig, pooling: Pooling, device: torch.device) -> None:
+    """Raises InvalidParameter for what pooling does not have."""
+    if config.deterministic and pooling.kind == "mean" and device.type != "cpu":
+        raise InvalidParameter(
+            "deterministic is not to be had with a mean of states on a GPU, which adds them up in any order: leave it "
+            "out",
+            "deterministic",
+        )
 
 
 def _shares_prefixes(spec: DecoderSpec) -> bool:
