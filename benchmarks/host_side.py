@@ -60,7 +60,7 @@ def host_share(running: int, steps: int = 200) -> dict[str, float]:
         planned = time.perf_counter()
         assert plan is not None
         for new in plan.new_rows:
-            sampler.set_row(new, 1)
+            sampler.set_row(new)
         batching = time.perf_counter()
         batcher.set_pages(plan)
         batcher.upload.into(inputs, batcher.arrays(plan, batcher.shape(plan)))

@@ -466,7 +466,7 @@ class Scheduler:
             self.stats.prefix_hits += request.num_computed
             self._started.append(request)
         params = request.params
-        needs_log = params.penalized or params.bad_words or params.prompt_logprobs is not None
+        needs_log = params.edits_logits or params.prompt_logprobs is not None
         new_rows.append(NewRow(request.row, params, request.num_prompt, list(request.tokens) if needs_log else []))
         running = self.running
         running.append(request)

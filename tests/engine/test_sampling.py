@@ -22,7 +22,7 @@ def sampler_for(*params: EngineSampling, tokens: list[int] | None = None, num_pr
     sampler = Sampler(len(params), V, torch.device("cpu"), TorchBackend())
     log = tokens if tokens is not None else [1, 2, 3]
     for row, one in enumerate(params):
-        sampler.set_row(NewRow(row, one, num_prompt or len(log), list(log)), len(log))
+        sampler.set_row(NewRow(row, one, num_prompt or len(log), list(log)))
     return sampler
 
 

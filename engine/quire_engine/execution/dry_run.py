@@ -373,7 +373,7 @@ class _Steps:
         params = _EVERYTHING if everything else EngineSampling(temperature=1.0, top_p=0.9)
         if group.draws and spec.pooling is None:
             for row in range(limits.most_draws):
-                self._sampler.set_row(NewRow(row, params, 1, [0, 0]), 2)
+                self._sampler.set_row(NewRow(row, params, 1, [0, 0]))
         self._caches = empty_caches(
             spec,
             group,

@@ -18,7 +18,7 @@ class NewRow:
     row: int
     params: EngineSampling
     num_prompt: int
-    tokens: list[int]  # the log so far; empty where neither penalties, bad words nor prompt log-probabilities need it
+    tokens: list[int]  # the log so far; empty where neither changed logits nor prompt log-probabilities need it
 
 
 @dataclass(slots=True)

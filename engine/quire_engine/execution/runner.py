@@ -205,7 +205,7 @@ class ModelRunner:
         """Launches the plan's step without waiting for it; one rank draws, the others return None."""
         self._mark()
         for new in plan.new_rows:
-            self._take_row(new, plan)
+            self._take_row(new)
         self._batcher.set_pages(plan)
         if self._states is not None:
             return self._pool(plan, self._states)
@@ -316,17 +316,15 @@ class ModelRunner:
             batch = self._batch_of(StepPlan.empty(), Shape(1, 1, 1, 1), 1)
             for params in _EVERY_DRAW:
                 if self._group.draws:
-                    self._sampler.set_row(NewRow(0, params, 1, [0, 0]), 2)
+                    self._sampler.set_row(NewRow(0, params, 1, [0, 0]))
                 logits = self._logits(hidden[:1], batch) if hidden is not None else None
                 self._draw(np.zeros(1, np.int32), batch.draws, logits)
-            self._sampler.set_row(NewRow(0, EngineSampling(temperature=0.0), 1, []), 1)
+            self._sampler.set_row(NewRow(0, EngineSampling(temperature=0.0), 1, []))
         log.info("warmed up in %.1f s", time.monotonic() - started)
 
-    def _take_row(self, new: NewRow, plan: StepPlan) -> None:
-        place = int(np.flatnonzero(plan.rows == new.row)[-1])
-        computed = int(plan.starts[place] + plan.counts[place])
+    def _take_row(self, new: NewRow) -> None:
         if self._group.draws:
-            self._sampler.set_row(new, len(new.tokens) or computed)
+            self._sampler.set_row(new)
         self._prompt_logprobs.pop(new.row, None)
         if new.params.prompt_logprobs is not None:
             self._prompt_logprobs[new.row] = new

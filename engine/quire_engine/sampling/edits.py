@@ -60,15 +60,15 @@ class LogitEdits:
     def __bool__(self) -> bool:
         return bool(self._rows)
 
-    def set_row(self, new: NewRow, length: int) -> None:
-        """A request with `length` tokens in its log takes the row."""
+    def set_row(self, new: NewRow) -> None:
+        """A request takes the row."""
         old = self._rows.pop(new.row, None)
         if old is not None and old.slot >= 0:
             self._free.append(old.slot)
         params = new.params
         if not params.edits_logits:
             return
-        row = self._rows[new.row] = _Row(params, new.num_prompt, length)
+        row = self._rows[new.row] = _Row(params, new.num_prompt, len(new.tokens))
         row.ends = [token for token in params.stop_token_ids if token < self._vocab_size]
         bad = [word for word in params.bad_words if word[-1] < self._vocab_size]  # a tokenizer may know more tokens
         row.bans = [word[0] for word in bad if len(word) == 1]

@@ -70,8 +70,8 @@ class Sampler:
         self._logprobs: dict[int, int] = {}
         self._edits = LogitEdits(num_rows, vocab_size, device)
 
-    def set_row(self, new: NewRow, length: int) -> None:
-        """A request with `length` tokens in its log takes the row."""
+    def set_row(self, new: NewRow) -> None:
+        """A request takes the row."""
         row, params = new.row, new.params
         self._temperature[row] = 0.0 if params.greedy else params.temperature
         self._top_p[row] = params.top_p
@@ -82,7 +82,7 @@ class Sampler:
         self._logprobs.pop(row, None)
         if params.logprobs is not None:
             self._logprobs[row] = params.logprobs
-        self._edits.set_row(new, length)
+        self._edits.set_row(new)
 
     def tables(self, rows: NDArray[np.int32]) -> tuple[NDArray[np.generic], ...]:
         """What `Rows` holds of these rows, on the host: seeds, temperature, top-k, top-p, min-p."""
