@@ -162,7 +162,7 @@ class Batcher:
             token_ids=token_ids,
             token_rows=token_rows,
             attention=attention,
-            draw_places=None if shape.draws == shape.tokens else draw_places,
+            draw_places=None if shape.draws == shape.tokens and shape.longest_query == 1 else draw_places,
             draws=self.draws(uploaded),
         )
 
