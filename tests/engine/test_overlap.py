@@ -151,6 +151,38 @@ def test_replayed_equals_eager(checkpoint: Make, family: str, backend: str, rows
         np.testing.assert_allclose(replayed[number][2], scores, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"max_num_seqs": 1, "max_num_batched_tokens": 300}),
+        ("qwen3_5", {"attention_backend": "torch"}),
+        ("qwen3_5", {"attention_backend": "triton", "max_num_seqs": 2, "max_num_batched_tokens": 3}),
+    ],
+)
+def test_warm_up_leaves_nothing_behind(checkpoint: Make, family: str, options: dict[str, Any]) -> None:
+    def tokens(runner: ModelRunner) -> list[list[int]]:
+        engine = Engine(runner)
+        asked = ({}, {"bad_words": ((5, 6),), "presence_penalty": 1.0}, {"prompt_logprobs": 0, "min_tokens": 3})
+        requests = [
+            Request(n, [5, 6, 7, 5], 4, EngineSampling(temperature=0.0, max_tokens=4, stop_token_ids=(5, 6), **more))
+            for n, more in enumerate(asked)
+        ]
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            engine.step()
+        return [request.tokens for request in requests]
+
+    folder = checkpoint(family)
+    runner = runner_for(folder, **options)
+    clear(runner)
+    runner.warm_up()
+    assert not runner._sampler._edits
+    assert not any(part[:-1].any() for cache in runner._caches for part in cache), "padding writes the last state alone"
+    assert tokens(runner) == tokens(runner_for(folder))
+
+
 def test_the_ladder_covers_every_batch() -> None:
     for most in (1, 5, 8, 256, 1000):
         sizes = decode_ladder(most)

@@ -95,6 +95,7 @@ class Batcher:
         np.cumsum(counts, out=query_starts[1:])
         assert query_starts[-1] == shape.tokens, "padding tokens belong to a padding request"
         if shape.longest_query == 1:
+            assert shape.requests == shape.tokens, "a request without a token has no place among tokens"
             positions, token_rows = starts, rows
         else:
             positions = np.arange(len(token_ids), dtype=np.int32) + np.repeat(starts - query_starts[:-1], counts)

@@ -304,7 +304,7 @@ class ModelRunner:
             shapes += [
                 Shape(tokens, requests, requests, tokens)
                 for requests in {fewest, max(2, fewest)}  # a prompt alone, and beside a decoding request
-                if requests <= limits.most_draws
+                if requests <= min(tokens, limits.most_draws)
             ]
         for shape in shapes:
             for longest in sorted({min(shape.longest_query, limits.max_model_len), limits.max_model_len}):
