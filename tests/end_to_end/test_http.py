@@ -256,6 +256,8 @@ def test_bad_input_leaves_other_streams_alone(two_replicas: RunningServer) -> No
                     {"repetition_penalty": 100, "frequency_penalty": 2, "presence_penalty": -2},
                     {"logit_bias": {str(i): -100 for i in range(300)}},
                     {"temperature": 1000, "min_p": 1},
+                    {"top_k": 1 << 40},
+                    {"min_tokens": 1 << 40, "max_tokens": None},
                     {"prompt_logprobs": 20, "logprobs": 20},
                 )
             ]

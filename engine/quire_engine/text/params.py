@@ -114,12 +114,13 @@ class SamplingParams:
         stops = tuple(self.stop_token_ids or ())
         if not self.ignore_eos:
             stops += end_tokens
+        most = self.max_tokens if self.max_tokens is not None else max(room, 1)
         return EngineSampling(
-            max_tokens=self.max_tokens if self.max_tokens is not None else max(room, 1),
-            min_tokens=self.min_tokens,
+            max_tokens=most,
+            min_tokens=min(self.min_tokens, most),
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=max(self.top_k, 0),
+            top_k=self.top_k if 0 < self.top_k < vocab_size else 0,
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
