@@ -104,8 +104,7 @@ class LLM:
         """
         if self._pooling is not None:
             raise InvalidParameter("this model gives no text; call embed", "prompts")
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[arg-type, list-item]
+        batch = _batch(prompts)
         params = sampling_params or SamplingParams()
         each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
@@ -113,14 +112,8 @@ class LLM:
         outputs: list[RequestOutput] = []
         choices: dict[int, _Choice] = {}
         for prompt, wanted in zip(batch, each, strict=True):
-            if not isinstance(prompt, str | list):
-                raise InvalidParameter(f"a prompt is a text or a list of token ids, not {prompt!r:.80}", "prompts")
-            tokens = (
-                self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-                if isinstance(prompt, str)
-                else prompt
-            )
-            output = RequestOutput(prompt if isinstance(prompt, str) else None, list(tokens))
+            tokens = self._tokens(prompt, "prompts", add_special_tokens=add_special_tokens)
+            output = RequestOutput(prompt if isinstance(prompt, str) else None, tokens)
             outputs.append(output)
             for choice in self._choices(output, wanted):
                 choices[choice.request.id] = choice
@@ -135,17 +128,19 @@ class LLM:
                 self.engine.step()
         return outputs
 
-    def embed(self, texts: str | Sequence[Prompt]) -> list[Floats]:
+    def embed(self, texts: Prompt | Sequence[Prompt]) -> list[Floats]:
         """A vector for each text (or token ids), in their order; of a classifier, its score.
 
-        Raises InvalidParameter for a model that generates, ContextTooLong for a text that does not fit.
+        Raises InvalidParameter for a model that generates or for token ids that it lacks, ContextTooLong for a text
+        that does not fit.
         """
         if self._pooling is None:
             raise InvalidParameter("this model generates; open it with task='embed'", "task")
         context = self._executor.limits.max_model_len - 1
         requests: list[Request] = []
-        for text in [texts] if isinstance(texts, str) else texts:
-            tokens = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        for text in _batch(texts):
+            tokens = self._tokens(text, "texts")
+            self._check_ids(tokens, "texts")
             if not 1 <= len(tokens) <= context:
                 raise ContextTooLong(f"a text has {len(tokens)} tokens; from 1 to {context} fit", "texts")
             sampling = EngineSampling(temperature=0.0, max_tokens=1)
@@ -174,12 +169,20 @@ class LLM:
         """Raises InvalidParameter or ContextTooLong for what `generate` would refuse."""
         if not prompt:
             raise InvalidParameter("the prompt has no tokens", "prompt")
-        if bad := [token for token in prompt if not 0 <= token < self._vocab_size]:
-            raise InvalidParameter(
-                f"the prompt holds token id {bad[0]}; ids go from 0 to {self._vocab_size - 1}", "prompt"
-            )
+        self._check_ids(prompt, "prompt")
         params.check_vocabulary(self._vocab_size)
         check_length(len(prompt), params.max_tokens, self.engine.scheduler.context)
+
+    def _tokens(self, text: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
+        if isinstance(text, str):
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if not isinstance(text, list) or not all(isinstance(token, int) for token in text):
+            raise InvalidParameter(f"{name} holds {text!r:.80}, which is no text and no list of token ids", name)
+        return list(text)
+
+    def _check_ids(self, tokens: list[int], name: str) -> None:
+        if bad := [token for token in tokens if not 0 <= token < self._vocab_size]:
+            raise InvalidParameter(f"{name} holds token id {bad[0]}; ids go from 0 to {self._vocab_size - 1}", name)
 
     def _choices(self, output: RequestOutput, params: SamplingParams) -> list[_Choice]:
         prompt = output.prompt_token_ids
@@ -248,3 +251,9 @@ class LLM:
                     bar.set_postfix_str(
                         f"{generated / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False
                     )
+
+
+def _batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several."""
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if single else list(prompts)  # type: ignore[arg-type, list-item]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import RunningServer
 from quire import LLM, Client
+from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import inference_pb2, inference_pb2_grpc
 from transformers import AutoModel, AutoTokenizer
 
@@ -143,4 +144,9 @@ def test_many_at_once(server: RunningServer, truth: np.ndarray) -> None:
 
 def test_offline(folder: Path, truth: np.ndarray) -> None:
     with LLM(str(folder)) as llm:
+        for odd in ([[5], [1 << 20]], [[-1]], [None], [[5.0]]):
+            with pytest.raises(InvalidParameter, match="texts holds"):
+                llm.embed(odd)
         assert np.abs(np.stack(llm.embed(TEXTS)) - truth).max() < 2e-6
+        [alone] = llm.embed([101, 102])
+        assert (alone == llm.embed([[101, 102]])[0]).all()
