@@ -93,7 +93,7 @@ class MemoryPlan:
     @property
     def full_length_requests(self) -> float:
         """How many requests of the full length the cache holds."""
-        return self.num_pages * self.block_size / self.max_model_len
+        return self.num_pages / -(-self.max_model_len // self.block_size)
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
@@ -216,9 +216,11 @@ def plan_memory(
     one_request = -(-max_model_len // config.block_size)
     left = free_bytes - weights - activations - reserved
     if left <= 0:
+        smaller = "lower --max-num-batched-tokens or --max-num-seqs, " if weights < free_bytes else ""
         raise OutOfMemory(
             f"the weights take {weights / GIB:.2f} GiB and a step's buffers {(activations + reserved) / GIB:.2f} GiB "
-            f"of the {free_bytes / GIB:.2f} GiB there are; use more ranks (-tp), --quantization fp8 or a smaller model"
+            f"of the {free_bytes / GIB:.2f} GiB there are; {smaller}use more ranks (-tp), --quantization fp8 or a "
+            "smaller model"
         )
     wanted = config.kv_cache_memory_bytes
     states_wanted = _STATES_PER_REQUEST * config.max_num_seqs * state

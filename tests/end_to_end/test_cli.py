@@ -75,6 +75,8 @@ def test_plan(checkpoint: Make) -> None:
     plan = quire("plan", folder, "--max-model-len", "256")
     assert plan.returncode == 0, plan.stderr
     assert "256 tokens" in plan.stdout
+    refused = quire("plan", folder, "--memory-gib", "nan")
+    assert refused.stderr == "quire: memory_gib is nan; it must be a number above 0\n"
     tight = quire("plan", folder, "--memory-gib", "0.000001")
     assert tight.returncode == 1
     assert "the weights take" in tight.stderr

@@ -165,5 +165,14 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
         plan_of(EngineConfig(model=str(tmp_path), device="cpu"), target, memory)
     with pytest.raises(OutOfMemory, match="use more ranks"):
         plan_of(EngineConfig(model=str(tmp_path), device="cpu"), target, 8 << 30)
+    with pytest.raises(OutOfMemory, match="lower --max-num-batched-tokens"):
+        plan_of(EngineConfig(model=str(tmp_path), device="cpu", max_num_batched_tokens=1 << 20), target, memory)
     with pytest.raises(InvalidParameter, match="H100, H200"):
         gpu_target("GTX 970")
+
+
+def test_a_request_takes_whole_pages(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Llama-3.1-8B"][0]))
+    for length, pages in ((1, 1), (16, 1), (17, 2), (1600, 100)):
+        plan = plan_of(EngineConfig(model=str(tmp_path), device="cpu", max_model_len=length), *gpu_target("H200"))
+        assert plan.full_length_requests == plan.num_pages / pages

@@ -1,7 +1,10 @@
 """`quire plan`: what a model needs per worker, from its config alone."""
 
+import math
+
 import torch
 from quire_engine.config import EngineConfig
+from quire_engine.errors import InvalidParameter
 from quire_engine.execution.dry_run import DryGroup, allocated
 from quire_engine.models.families import spec_of
 from quire_engine.plan import (
@@ -35,6 +38,8 @@ def show_plan(config: EngineConfig, gpu: str | None, memory_gib: float | None) -
         target, total = gpu_target(gpu)
         device, free = torch.device(target.kind), int(total * config.gpu_memory_utilization)
     if memory_gib is not None:
+        if not 0 < memory_gib < math.inf:
+            raise InvalidParameter(f"memory_gib is {memory_gib}; it must be a number above 0", "memory_gib")
         free = int(memory_gib * GIB)
     dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), device)
     quantization = quantization_of(files.config, config.quantization)
