@@ -107,9 +107,14 @@ def _peers(
     if causal:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, new, context, device="cuda")
-        compiled = torch.compile(flex_attention)
-        peers["flex"] = lambda: compiled(dense_q, *dense, block_mask=mask, scale=scale, enable_gqa=True)
+        compiled, masks = torch.compile(flex_attention), []
+
+        def flex() -> Tensor:
+            if not masks:  # here, where what fails is the peer's failure
+                masks.append(create_block_mask(lambda b, h, i, j: i >= j, None, None, new, context, device="cuda"))
+            return compiled(dense_q, *dense, block_mask=masks[0], scale=scale, enable_gqa=True)
+
+        peers["flex"] = flex
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_func
 
