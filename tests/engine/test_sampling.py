@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from quire_engine.execution.plan import NewRow
+from quire_engine.sampling.edits import LogitEdits
 from quire_engine.sampling.params import EngineSampling
 from quire_engine.sampling.sampler import Sampler, token_scores
 from quire_kernels.sampling import Rows
@@ -24,6 +25,14 @@ def sampler_for(*params: EngineSampling, tokens: list[int] | None = None, num_pr
     for row, one in enumerate(params):
         sampler.set_row(NewRow(row, one, num_prompt or len(log), list(log)))
     return sampler
+
+
+def test_long_words_of_others_cost_nothing() -> None:
+    edits = LogitEdits(2, V, torch.device("cpu"))
+    edits.set_row(NewRow(0, EngineSampling(bad_words=((1, 2), (1, 2, 3))), 1, [1]))
+    alone = {name: array.nbytes for name, array in edits.arrays({0: 0}).items()}
+    edits.set_row(NewRow(1, EngineSampling(bad_words=(tuple([4] * 250),)), 1, [1]))
+    assert {name: array.nbytes for name, array in edits.arrays({0: 0}).items()} == alone
 
 
 def draw(sampler: Sampler, logits: torch.Tensor, positions: list[int] | None = None) -> list[int]:

@@ -18,7 +18,7 @@ from quire_engine.sampling.params import EngineSampling
 from quire_engine.upload import Array, Upload
 
 _FIRST_SLOTS = 8
-_ANY = -1  # in a bad word's beginning: whatever stands there
+_NONE = -1  # before a log's first token
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class _Row:
     slot: int = -1  # of the tables, where it has penalties or may draw from some tokens alone
     bias: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
     bans: list[int] = field(default_factory=list)  # bad words of one token
-    words: list[tuple[int, ...]] = field(default_factory=list)  # of several
+    words: "_Words | None" = None  # of several
     ends: list[int] = field(default_factory=list)
 
     @property
@@ -39,6 +39,27 @@ class _Row:
         """Tokens that must not come next whatever came before, and what would end the text too early."""
         early = self.length - self.num_prompt < self.params.min_tokens
         return self.bans + self.ends if early else self.bans
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """Bad words of several tokens. One has begun where all its tokens but the last stand `back` tokens before the next,
+    which must not be its end then."""
+
+    ends: NDArray[np.int64]  # [words]
+    numbers: NDArray[np.int32]  # of its word, for each token of a beginning
+    tokens: NDArray[np.int32]
+    back: NDArray[np.int32]
+
+    @staticmethod
+    def of(words: list[tuple[int, ...]]) -> "_Words":
+        lengths = _ints([len(word) - 1 for word in words])
+        return _Words(
+            ends=_ints([word[-1] for word in words]),
+            numbers=np.repeat(np.arange(len(words), dtype=np.int32), lengths),
+            tokens=np.array([token for word in words for token in word[:-1]], np.int32),
+            back=np.concatenate([np.arange(length, 0, -1, dtype=np.int32) for length in lengths]),
+        )
 
 
 class LogitEdits:
@@ -72,7 +93,7 @@ class LogitEdits:
         row.ends = [token for token in params.stop_token_ids if token < self._vocab_size]
         bad = [word for word in params.bad_words if word[-1] < self._vocab_size]  # a tokenizer may know more tokens
         row.bans = [word[0] for word in bad if len(word) == 1]
-        row.words = [word for word in bad if len(word) > 1]
+        words = [word for word in bad if len(word) > 1]
         if params.logit_bias:
             ids, values = list(params.logit_bias), list(params.logit_bias.values())
             row.bias = np.array(ids, np.int64), np.array(values, np.float32)
@@ -83,12 +104,13 @@ class LogitEdits:
             self._seen[row.slot].zero_().index_fill_(0, seen, True)
             self._counts[row.slot].zero_().index_add_(0, generated, self._counts.new_ones(len(generated)))
             self._allowed[row.slot].fill_(not params.allowed_token_ids).index_fill_(0, allowed, True)
-        if row.words:
-            width = max(self._last.shape[1], *(len(word) - 1 for word in row.words))
+        if words:
+            row.words = _Words.of(words)
+            width = max(self._last.shape[1], int(row.words.back.max()))
             if width > self._last.shape[1]:
-                more = self._last.new_full((len(self._last), width - self._last.shape[1]), _ANY)
+                more = self._last.new_full((len(self._last), width - self._last.shape[1]), _NONE)
                 self._last = torch.cat((more, self._last), 1)
-            [last] = self._upload([np.array(([_ANY] * width + new.tokens)[-width:], np.int32)])
+            [last] = self._upload([np.array(([_NONE] * width + new.tokens[-width:])[-width:], np.int32)])
             self._last[new.row].copy_(last)
 
     def _take_slot(self) -> int:
@@ -110,13 +132,18 @@ class LogitEdits:
             found["limited"], found["limited_slots"] = _columns(limited)
         if banned := [(place, token) for place, _, row in rows for token in row.banned]:
             found["banned"], found["banned_tokens"] = _columns(banned)
-        if words := [(place, number, word) for place, number, row in rows for word in row.words]:
+        if worded := [(place, number, row.words) for place, number, row in rows if row.words is not None]:
             width = self._last.shape[1]
-            found["worded"], found["worded_rows"] = _columns([(place, number) for place, number, _ in words])
-            found["beginnings"] = np.array([([_ANY] * width + list(word[:-1]))[-width:] for _, _, word in words])
-            found["ends"] = _ints([word[-1] for _, _, word in words])
-            kept = [(place, number) for place, number, row in rows if row.words]
-            found["kept"], found["kept_rows"] = _columns(kept)
+            counts = [len(words.ends) for _, _, words in worded]
+            firsts = np.cumsum([0, *counts[:-1]], dtype=np.int32)
+            found["kept"], found["kept_rows"] = _columns([(place, number) for place, number, _ in worded])
+            found["worded"] = np.repeat(found["kept"], counts)
+            found["ends"] = np.concatenate([words.ends for _, _, words in worded])
+            found["begun"] = np.concatenate([words.tokens for _, _, words in worded])
+            found["begun_words"] = np.concatenate(
+                [first + words.numbers for first, (_, _, words) in zip(firsts, worded, strict=True)]
+            )
+            found["begun_places"] = np.concatenate([(row + 1) * width - words.back for _, row, words in worded])
         if biased := [(place, *row.bias) for place, _, row in rows if row.bias is not None]:
             found["biased"] = np.repeat(_ints([place for place, _, _ in biased]), [len(ids) for _, ids, _ in biased])
             found["biased_tokens"] = np.concatenate([ids for _, ids, _ in biased])
@@ -146,9 +173,10 @@ class LogitEdits:
         if "banned" in step:
             logits.index_put_((step["banned"], step["banned_tokens"]), impossible)
         if "worded" in step:
-            begun = step["beginnings"]
-            stands = ((self._last.index_select(0, step["worded_rows"]) == begun) | (begun == _ANY)).all(1)
-            logits.index_put_((step["worded"], step["ends"]), torch.where(stands, impossible, 0.0), accumulate=True)
+            other = self._last.view(-1).index_select(0, step["begun_places"]) != step["begun"]
+            others = torch.zeros_like(step["ends"], dtype=torch.int32).index_add_(0, step["begun_words"], other.int())
+            stands = torch.where(others == 0, impossible, 0.0)
+            logits.index_put_((step["worded"], step["ends"]), stands, accumulate=True)
         if "biased" in step:
             logits.index_put_((step["biased"], step["biased_tokens"]), step["biases"], accumulate=True)
         if "penalized" in step:
