@@ -11,7 +11,7 @@ import pytest
 import torch
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
-from quire_engine.execution.graphs import decode_ladder
+from quire_engine.execution.graphs import decode_ladder, mixed_ladder
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
@@ -191,6 +191,43 @@ def test_the_ladder_covers_every_batch() -> None:
         assert len(sizes) < 60
         for before, after in itertools.pairwise(sizes):
             assert after <= max(2 * before, before + 8, before * 9 // 8 + 1)
+
+
+def test_small_mixed_steps_are_captured() -> None:
+    """However many requests decode beside a prompt, in steps of up to 512 tokens."""
+    shapes = mixed_ladder(8192, 256)
+    assert len(shapes) < 12
+    for requests in (1, 2, 31, 33, 100, 128, 129, 255, 256):
+        for tokens in (requests + 1, requests + 100, 512):
+            fitting = [s for s in shapes if tokens <= s.tokens and requests < s.requests and requests <= s.draws]
+            assert tokens > 512 or fitting, (tokens, requests)
+
+
+def test_log_probabilities_of_a_prompt_hold_up_no_later_step(checkpoint: Make) -> None:
+    """Steps are replayed again as soon as the prompt is done, whether or not its request goes on."""
+    runner = runner_for(checkpoint("llama"))
+    clear(runner)
+    runner.capture_graphs(replaying)
+    graphs: Any = runner._graphs
+    replayed: list[bool] = []
+    execute = runner.execute
+
+    def noted(plan: Any) -> Any:
+        replayed.append(False)
+        return execute(plan)
+
+    def replay(plan: Any) -> Any:
+        found = type(graphs).replay(graphs, plan)
+        replayed[-1] = found is not None
+        return found
+
+    runner.execute, graphs.replay = noted, replay
+    engine = Engine(runner)
+    prompt = list(range(4, 94))  # three steps of 40 tokens
+    engine.add(Request(1, prompt, 90, EngineSampling(temperature=0.0, max_tokens=9, prompt_logprobs=1)))
+    while engine.has_work:
+        engine.step()
+    assert replayed == [False] * 3 + [True] * 8
 
 
 def test_tokens_stay_on_the_device(checkpoint: Make) -> None:
