@@ -294,7 +294,7 @@ class ModelRunner:
         """Launches what serving can launch: kernels are compiled, and libraries loaded, before a request waits for it.
 
         How many tokens and requests a step has, and how long they are, decides which of a kernel's few shapes runs;
-        powers of two on either side of 1 reach them all.
+        powers of two reach them all.
         """
         started = time.monotonic()
         limits = self.limits
@@ -311,7 +311,7 @@ class ModelRunner:
                 batch = self._batch_of(StepPlan.empty(), shape, longest)
                 hidden = self._hidden(batch)
                 if hidden is not None and self._states is None:
-                    logits = self._logits(hidden, batch)
+                    self._logits(hidden, batch)
         if self._states is None:
             batch = self._batch_of(StepPlan.empty(), Shape(1, 1, 1, 1), 1)
             for params in _EVERY_DRAW:
