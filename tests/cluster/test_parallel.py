@@ -180,7 +180,7 @@ def test_vocabularies_need_not_divide(tmp_path: Path) -> None:
         [output] = llm.generate([[300, 5, 6]], params, use_tqdm=False)
         for wrong, named in (
             ([301], "token id 301"),
-            ({"prompt": "w5"}, "a text or a list of token ids, not {'prompt'"),
+            ({"prompt": "w5"}, "holds {'prompt': 'w5'}, which is no text and no list of token ids"),
         ):
             with pytest.raises(InvalidParameter, match=named):
                 llm.generate([wrong], params, use_tqdm=False)
