@@ -104,7 +104,7 @@ class LLM:
         """
         if self._pooling is not None:
             raise InvalidParameter("this model gives no text; call embed", "prompts")
-        batch = _batch(prompts)
+        batch = _batch(prompts, "prompts")
         params = sampling_params or SamplingParams()
         each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
@@ -138,7 +138,7 @@ class LLM:
             raise InvalidParameter("this model generates; open it with task='embed'", "task")
         context = self._executor.limits.max_model_len - 1
         requests: list[Request] = []
-        for text in _batch(texts):
+        for text in _batch(texts, "texts"):
             tokens = self._tokens(text, "texts")
             self._check_ids(tokens, "texts")
             if not 1 <= len(tokens) <= context:
@@ -253,7 +253,12 @@ class LLM:
                     )
 
 
-def _batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, or several."""
-    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [prompts] if single else list(prompts)  # type: ignore[arg-type, list-item]
+def _batch(prompts: Prompt | Sequence[Prompt], name: str) -> list[Prompt]:
+    """One prompt, or several. Raises InvalidParameter for token ids among prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [one for one in prompts if isinstance(one, int)]
+    several = [one for one in prompts if not isinstance(one, int)]
+    if ids and several:
+        raise InvalidParameter(f"{name} holds token ids and prompts: give a list of either", name)
+    return [ids] if ids else several

@@ -184,4 +184,6 @@ def test_vocabularies_need_not_divide(tmp_path: Path) -> None:
         ):
             with pytest.raises(InvalidParameter, match=named):
                 llm.generate([wrong], params, use_tqdm=False)
+        with pytest.raises(InvalidParameter, match="token ids and prompts"):
+            llm.generate([5, "w5"], params, use_tqdm=False)
     assert output.outputs[0].token_ids == truth(folder, [300, 5, 6])[0]

@@ -31,10 +31,15 @@ def spec() -> DecoderSpec:
 
 
 def test_flash_is_refused_where_it_cannot_be() -> None:
-    for options in ({}, {"deterministic": True, "device": "cpu"}):
-        with pytest.raises(InvalidParameter, match="leave it out"):
+    for options, dtype, why in (
+        ({}, torch.bfloat16, "it runs on sm_90"),
+        ({}, torch.float32, "not with torch.float32"),
+        ({"kv_cache_dtype": "fp8"}, torch.bfloat16, "a cache in fp8"),
+        ({"deterministic": True, "device": "cpu"}, torch.float32, "deterministic is asked for"),
+    ):
+        with pytest.raises(InvalidParameter, match=f"{why}.*leave it out"):
             config = config_of(attention_backend="flash", **options)
-            choose_backend(config, torch.device("cpu"), torch.float32, quantized=False)
+            choose_backend(config, torch.device("cpu"), dtype, quantized=False)
 
 
 def test_what_is_captured(spec: DecoderSpec) -> None:

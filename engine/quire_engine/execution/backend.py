@@ -25,8 +25,7 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
         _check_deterministic(config, device, dtype, quantized)
     native_fits = device.type == "cpu" and dtype == torch.float32 and config.kv_cache_dtype == "auto"
     if wanted == "auto":
-        flashes = device.type == "cuda" and not config.deterministic and hardware(device).target in flash.CHIPS
-        if flashes and (function := flash.load()) is not None:
+        if not _no_flash(config, device, dtype) and (function := flash.load()) is not None:
             return _flash(device, function)
         wanted = "triton" if device.type == "cuda" else "native" if native_fits else "torch"
         if wanted == "native":
@@ -56,7 +55,7 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
 
         return TritonBackend(device, deterministic=config.deterministic)
     if wanted == "flash":
-        return _flash(device, _installed(config, device))
+        return _flash(device, _installed(config, device, dtype))
     if device.type == "cuda":
         log.warning("the torch kernels are references: every step waits for the host, and none is captured; slow")
     return TorchBackend()
@@ -65,20 +64,30 @@ def choose_backend(config: EngineConfig, device: torch.device, dtype: torch.dtyp
 def _flash(device: torch.device, function: Callable[..., Tensor]) -> Backend:
     from quire_kernels.flash_backend import FlashBackend
 
-    log.info("prompts of %d tokens and more: FlashAttention 3; else Triton", flash.LEAST_TOKENS)
+    log.info(
+        "FlashAttention 3 for prompts of %d tokens and more where attention has no sinks, slopes or spans; else Triton",
+        flash.LEAST_TOKENS,
+    )
     return FlashBackend(device, function)
 
 
-def _installed(config: EngineConfig, device: torch.device) -> Callable[..., Tensor]:
-    """The library's function. Raises InvalidParameter where it cannot be had."""
+def _no_flash(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Why FlashAttention 3 would compute nothing, if so."""
     if config.deterministic:
-        why = "its bits depend on how a prompt is cut up, and deterministic is asked for"
-    elif device.type != "cuda" or hardware(device).target not in flash.CHIPS:
-        why = f"it runs on {', '.join(flash.CHIPS)}, not here"
-    elif (function := flash.load()) is not None:
+        return "its bits depend on how a prompt is cut up, and deterministic is asked for"
+    if dtype.itemsize != 2 or config.kv_cache_dtype != "auto":
+        return f"it is used with 16 bits, not with {dtype} and a cache in {config.kv_cache_dtype}"
+    if device.type != "cuda" or hardware(device).target not in flash.CHIPS:
+        return f"it runs on {', '.join(flash.CHIPS)}, not here"
+    return ""
+
+
+def _installed(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The library's function. Raises InvalidParameter where it cannot be had."""
+    why = _no_flash(config, device, dtype)
+    if not why and (function := flash.load()) is not None:
         return function
-    else:
-        why = f"it is not installed (no module {flash.MODULE})"
+    why = why or f"it is not installed (no module {flash.MODULE})"
     raise InvalidParameter(f"attention_backend is flash, FlashAttention 3: {why}; leave it out", "attention_backend")
 
 

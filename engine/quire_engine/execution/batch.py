@@ -14,7 +14,7 @@ from quire_engine.execution.plan import StepPlan
 from quire_engine.sampling.sampler import Sampler
 from quire_engine.upload import Array, Upload
 
-_STATES = 15  # where the states begin in a batch's arrays
+_DRAWS, _STATES = 10, 15  # where what is known of those that draw, and of states, begins in a batch's arrays
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +139,7 @@ class Batcher:
 
     def assemble(self, uploaded: list[Tensor], shape: Shape, longest_context: int) -> StepBatch:
         """What `upload` made of `arrays`, with the block tables. All on the device, so it can be captured."""
-        slots, _, _, token_ids, token_rows, positions, query_starts, context_lens, rows, draw_places = uploaded[:10]
+        slots, _, _, token_ids, token_rows, positions, query_starts, context_lens, rows, draw_places = uploaded[:_DRAWS]
         states = uploaded[_STATES:]
         pages = -(-longest_context // self._block_size)
         attention = AttentionBatch(
@@ -170,15 +170,16 @@ class Batcher:
     @staticmethod
     def draws(uploaded: list[Tensor]) -> Draws:
         """The sampler's part of the same."""
-        temperature, top_k, top_p, min_p = uploaded[11:_STATES]
+        seeds, positions = uploaded[1:3]
+        rows, temperature, top_k, top_p, min_p = uploaded[_DRAWS:_STATES]
         return Draws(
-            rows=uploaded[10],
+            rows=rows,
             parameters=Rows(
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 min_p=min_p,
-                seeds=uploaded[1],
-                positions=uploaded[2],
+                seeds=seeds,
+                positions=positions,
             ),
         )

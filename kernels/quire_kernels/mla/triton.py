@@ -74,9 +74,8 @@ def _latent_attention(
     context = tl.load(context_lens_ptr + request)
     tables_ptr += request * table_stride
     rows = tl.arange(0, M)
-    token = rows // (
-        M // TILE_TOKENS
-    )  # of the tile; of the rows' addresses scalars hold what they can: it saves spills
+    # Of the rows' addresses scalars hold what they can: it saves spills.
+    token = rows // (M // TILE_TOKENS)  # of the tile
     head = rows % (M // TILE_TOKENS)
     first_head = tl.program_id(0) % head_tiles * (M // TILE_TOKENS)
     alive = (tile * TILE_TOKENS + token < count) & (first_head + head < HEADS)
