@@ -131,7 +131,7 @@ def streams(counts: list[int]) -> None:
     """`quire serve` as a process, the load generator as another."""
     with tempfile.TemporaryDirectory() as folder:
         null_checkpoint(Path(folder))
-        command = [sys.executable, "-m", "quire_cluster.cli.main", "serve", folder, "--port", "0", "--grpc-port", "0"]
+        command = [sys.executable, "-m", "quire.cli.main", "serve", folder, "--port", "0", "--grpc-port", "0"]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert server.stdout is not None
         try:

@@ -187,7 +187,7 @@ def main() -> None:
             figures["offline"] = {"quire": ours, "vllm": theirs}
             table("offline", [(name, value, theirs.get(name)) for name, value in ours.items()])
         if "http" in arguments.part:
-            quire = [sys.executable, "-m", "quire_cluster.cli.main", "serve", checkpoint, "--port", "0"]
+            quire = [sys.executable, "-m", "quire.cli.main", "serve", checkpoint, "--port", "0"]
             quire += ["--grpc-port", "0", "--max-model-len", "2048"]
             ours = over_http(quire, r"OpenAI API +(http://\S+)/v1", None)
             theirs = {}

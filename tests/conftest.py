@@ -166,7 +166,7 @@ class RunningServer:
         command = [
             sys.executable,
             "-m",
-            "quire_cluster.cli.main",
+            "quire.cli.main",
             "serve",
             "--port",
             "0",

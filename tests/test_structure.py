@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "quire_protos": set(),
     "quire_kernels": set(),
     "quire_engine": {"quire_kernels"},
-    "quire_cluster": {"quire_protos", "quire_engine", "quire"},
+    "quire_cluster": {"quire_protos", "quire_engine"},
     "quire": {"quire_protos", "quire_engine", "quire_cluster"},
 }
 FORBIDDEN = {"quire_kernels": {"ray", "grpc"}, "quire_engine": {"ray", "grpc"}}

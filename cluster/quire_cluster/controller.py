@@ -24,37 +24,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire_cluster.policies.lease import more_patience
 from quire_cluster.replica import Replica
+from quire_cluster.routing_table import ReplicaEntry, RoutingTable
 from quire_cluster.workers import Hang, root_cause
 
 log = logging.getLogger(__name__)
-Key = tuple[int, int, str]  # slot, epoch, address: a controller that was started again counts its epochs anew
 _BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0)  # seconds before the next attempt, by failures in a row
 _ATTEMPTS = 3  # to start a replica that never served and whose process dies
 _STEADY = 30.0  # seconds of service after which a failure counts as the first
-
-
-@dataclass(frozen=True)
-class ReplicaEntry:
-    """One line of the routing table."""
-
-    slot: int
-    epoch: int
-    address: str
-    max_model_len: int
-
-    @property
-    def key(self) -> Key:
-        """What tells this replica from all others, past and present."""
-        return (self.slot, self.epoch, self.address)
-
-
-@dataclass(frozen=True)
-class RoutingTable:
-    """Where requests can go. `failure`: why no replica could be started at all, for whoever waits for the first."""
-
-    version: int = 0
-    replicas: tuple[ReplicaEntry, ...] = ()
-    failure: str | None = None
 
 
 @dataclass

@@ -9,6 +9,7 @@ from quire_engine.request import Request
 from quire_engine.sampling.params import EngineSampling
 from quire_protos.v1 import engine_pb2 as pb
 
+MESSAGE_BYTES = 64 << 20  # of a session, at most
 _SCALARS = (
     "max_tokens",
     "min_tokens",

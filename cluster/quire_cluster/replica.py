@@ -23,11 +23,10 @@ from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 from ray.util.placement_group import PlacementGroup
 
-from quire_cluster.convert import logprobs_to_proto, request_from_proto
+from quire_cluster.convert import MESSAGE_BYTES, logprobs_to_proto, request_from_proto
 from quire_cluster.workers import Workers
 
 log = logging.getLogger(__name__)
-MESSAGE_BYTES = 64 << 20
 _HEARTBEAT = 0.25  # seconds between load reports, busy or idle
 _FREE_CHECK = 1.0  # seconds an engine is idle before it checks its invariants
 

@@ -21,12 +21,13 @@ from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import ModelFiles, find_model
 
-from quire_cluster.cli.options import ServeConfig
-from quire_cluster.controller import Controller, RoutingTable
+from quire_cluster.config import ServeConfig
+from quire_cluster.controller import Controller
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_cluster.local_ray import PrivateCluster, start_private_cluster, workers_on_gpus
+from quire_cluster.routing_table import RoutingTable
 
 log = logging.getLogger(__name__)
 _WATCH_RETRY = 0.5

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import RunningServer
 from quire import LLM, SamplingParams
-from quire_cluster.cli.main import main
+from quire.cli.main import main
 
 Make = Callable[[str], Path]
 
 
 def quire(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "quire_cluster.cli.main", *arguments]
+    command = [sys.executable, "-m", "quire.cli.main", *arguments]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
 
 

@@ -14,11 +14,10 @@ from quire_engine.errors import DeadlineExceeded, Unavailable
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 
-from quire_cluster.controller import Key, ReplicaEntry, RoutingTable
-from quire_cluster.convert import error_from_proto, logprobs_from_proto
+from quire_cluster.convert import MESSAGE_BYTES, error_from_proto, logprobs_from_proto
 from quire_cluster.gateway.generation import Choice, Generation
 from quire_cluster.policies.routing import ReplicaLoad, choose_replica
-from quire_cluster.replica import MESSAGE_BYTES
+from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
 
 log = logging.getLogger(__name__)
 _REPLICA_WAIT = 120.0  # seconds a request waits while no replica is there (one is being rebuilt)

@@ -23,7 +23,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire_cluster.gateway import pooling
-from quire_cluster.gateway.completions import ChatCompletions, Completions
+from quire_cluster.gateway.chat import ChatCompletions
+from quire_cluster.gateway.completions import Completions
 from quire_cluster.gateway.schema import (
     ChatCompletionRequest,
     CompletionRequest,

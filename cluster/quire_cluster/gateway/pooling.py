@@ -10,7 +10,7 @@ from quire_engine.errors import InvalidParameter
 from quire_engine.execution.plan import Floats
 from starlette.requests import Request
 
-from quire_cluster.gateway.completions import disconnected
+from quire_cluster.gateway.events import disconnected
 from quire_cluster.gateway.generation import Generation
 from quire_cluster.gateway.schema import EmbeddingRequest, RerankRequest, ScoreRequest
 from quire_cluster.gateway.service import Service

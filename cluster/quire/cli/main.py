@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from quire_cluster.config import ServeConfig
 from quire_engine.config import EngineConfig
 from quire_engine.errors import QuireError
 from quire_engine.weights.resolve import DEMO_MODEL
 
-from quire_cluster.cli.options import ServeConfig, add_options, build, read_config_file
+from quire.cli.options import add_options, build, read_config_file
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,19 +97,19 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from quire_cluster.cli.plan import show_plan
+    from quire.cli.plan import show_plan
 
     show_plan(build(EngineConfig, _values(arguments)), arguments.gpu, arguments.memory_gib)
 
 
 def _run_batch(arguments: argparse.Namespace) -> None:
-    from quire_cluster.cli.batch import run_batch
+    from quire.cli.batch import run_batch
 
     run_batch(build(EngineConfig, _values(arguments)), arguments.input, arguments.output)
 
 
 def _talk(arguments: argparse.Namespace) -> None:
-    from quire_cluster.cli.talk import chat, complete
+    from quire.cli.talk import chat, complete
 
     (chat if arguments.command == "chat" else complete)(arguments)
 

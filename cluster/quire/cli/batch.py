@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from quire.llm import LLM, RequestOutput
+from quire_cluster.gateway.http import error_body, http_status, parse
+from quire_cluster.gateway.schema import ChatCompletionRequest, CompletionRequest
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, QuireError
 from quire_engine.text.params import SamplingParams
 
-from quire_cluster.gateway.http import error_body, http_status, parse
-from quire_cluster.gateway.schema import ChatCompletionRequest, CompletionRequest
+from quire.llm import LLM, RequestOutput
 
 _CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
 _UNSUPPORTED = ("stream", "logprobs", "top_logprobs", "prompt_logprobs", "echo", "return_token_ids")

@@ -4,9 +4,10 @@ import argparse
 from typing import Any
 
 import grpc
-from quire.client import Client
 from quire_engine.errors import ServerError
 from rich.console import Console
+
+from quire.client import Client
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""What completions and chat completions share: the way from a body to an answer, whole or as a stream of events."""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import orjson
+from quire_engine.errors import InvalidParameter
+from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.text.params import SamplingParams
+from starlette.requests import Request
+from starlette.responses import Response
+
+from quire_cluster.gateway.events import EventStream, disconnected, stream_error
+from quire_cluster.gateway.generation import Delta, Generation
+from quire_cluster.gateway.service import Service
+
+_REFUSAL_PATIENCE = 0.2  # seconds a stream's headers wait, so that a refusal still gets its HTTP status
+
+
+class Endpoint(ABC):
+    """Starts, follows, and ends the generations of one HTTP request."""
+
+    route: str
+
+    def __init__(self, service: Service, body: Any, request: Request) -> None:
+        self._service = service
+        self._body = body
+        self._request = request
+        self._generations: list[Generation] = []
+        self._created = int(time.time())
+        self._model = body.model or service.names[0]
+        self._params: SamplingParams
+        self._done = False
+
+    # ---- what differs ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def _prompts(self) -> list[list[int]]: ...
+
+    @abstractmethod
+    def _envelope(self, *, chunk: bool) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _opening(self, generation: Generation, index: int) -> dict[str, Any] | None: ...
+
+    @abstractmethod
+    def _whole_choice(self, index: int, generation: Generation, parts: list[Delta]) -> dict[str, Any]: ...
+
+    # ---- the way through ------------------------------------------------------------------------------------------
+
+    async def respond(self) -> Response:
+        """Raises RequestError or ServerError for whatever goes wrong before the first byte."""
+        self._service.check_model(self._body.model)
+        self._service.check_generates()
+        self._params = self._body.sampling()
+        prompts = await self._prompts()
+        if self._body.stream and self._params.prompt_logprobs is not None:
+            raise InvalidParameter("log-probabilities of the prompt are not streamed; set stream = false", "stream")
+        try:
+            for number, prompt in enumerate(prompts):
+                self._generations.append(self._start(prompt, number if len(prompts) > 1 else None))
+            if self._body.stream:
+                for generation in self._generations:
+                    if (refused := await generation.refusal(_REFUSAL_PATIENCE)) is not None:
+                        raise refused
+                return EventStream(self._events())
+            return await self._whole()
+        except BaseException:
+            self._end()
+            raise
+
+    def _start(self, prompt: list[int], number: int | None) -> Generation:
+        body = self._body
+        request_id = body.request_id
+        if request_id is not None and number is not None:
+            request_id = f"{request_id}-{number}"
+        return self._service.start(
+            prompt, self._params, priority=body.priority, cache_salt=body.cache_salt, request_id=request_id
+        )
+
+    def _end(self) -> None:
+        if not self._done:
+            self._done = True
+            for generation in self._generations:
+                self._service.finished(generation, route=self.route, user=self._body.user)
+
+    async def _whole(self) -> Response:
+        collected = asyncio.ensure_future(self._collect())
+        watcher = asyncio.ensure_future(disconnected(self._request.receive))
+        try:
+            await asyncio.wait((collected, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if not collected.done():
+                self._end()
+                return Response(status_code=499)
+            choices = collected.result()
+        finally:
+            watcher.cancel()
+            collected.cancel()
+            self._end()
+        content = self._envelope(chunk=False) | {"choices": choices, "usage": self._usage()}
+        return Response(orjson.dumps(content), media_type="application/json")
+
+    async def _collect(self) -> list[dict[str, Any]]:
+        choices: list[dict[str, Any]] = []
+        for generation in self._generations:
+            parts: list[list[Delta]] = [[] for _ in generation.choices]
+            while deltas := await generation.deltas():
+                for delta in deltas:
+                    if delta.error is not None:
+                        raise delta.error
+                    parts[delta.index].append(delta)
+            choices += [self._whole_choice(len(choices) + i, generation, part) for i, part in enumerate(parts)]
+        return choices
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        """One event per delta. The envelope is encoded once; a token costs one small encoding."""
+        envelope = orjson.dumps(self._envelope(chunk=True))[:-1]
+        options = self._body.stream_options
+        usage = options is not None and options.include_usage
+        running = usage and options is not None and options.continuous_usage_stats
+        per_prompt = self._params.n
+
+        def event(choice: dict[str, Any]) -> bytes:
+            tail = b',"usage":' + orjson.dumps(self._usage()) if running else b',"usage":null' if usage else b""
+            return b"data: " + envelope + b',"choices":[' + orjson.dumps(choice) + b"]" + tail + b"}\n\n"
+
+        try:
+            for number, generation in enumerate(self._generations):
+                for index in range(per_prompt):
+                    opening = self._opening(generation, number * per_prompt + index)
+                    if opening is not None:
+                        yield event(opening)
+            async for number, delta in self._all_deltas():
+                if delta.error is not None:
+                    yield b"data: " + orjson.dumps(stream_error(delta.error)) + b"\n\n"
+                    return
+                yield event(self._chunk_choice(number * per_prompt + delta.index, delta))
+            if usage:
+                yield (b"data: " + envelope + b',"choices":[],"usage":' + orjson.dumps(self._usage()) + b"}\n\n")
+            yield b"data: [DONE]\n\n"
+        finally:
+            self._end()
+
+    async def _all_deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """Of every prompt, as they come."""
+        if len(self._generations) == 1:
+            while deltas := await self._generations[0].deltas():
+                for delta in deltas:
+                    yield 0, delta
+            return
+        queue: asyncio.Queue[tuple[int, list[Delta]]] = asyncio.Queue(len(self._generations))
+
+        async def follow(number: int, generation: Generation) -> None:
+            while deltas := await generation.deltas():
+                await queue.put((number, deltas))
+            await queue.put((number, []))
+
+        tasks = [asyncio.ensure_future(follow(i, generation)) for i, generation in enumerate(self._generations)]
+        try:
+            left = len(tasks)
+            while left:
+                number, deltas = await queue.get()
+                left -= not deltas
+                for delta in deltas:
+                    yield number, delta
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = sum(len(generation.facts.prompt) for generation in self._generations)
+        output = sum(generation.num_output_tokens for generation in self._generations)
+        cached = sum(generation.cached_tokens for generation in self._generations)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _token(self, token: int) -> str:
+        return self._service.tokenizer.token_text(token)
+
+
+def joined(parts: list[Delta]) -> tuple[str, list[int], list[TokenLogprobs]]:
+    """Of a choice: its text, its token ids and their scores."""
+    return (
+        "".join(part.text for part in parts),
+        [token for part in parts for token in part.token_ids],
+        [scores for part in parts for scores in part.logprobs],
+    )
+
+
+def prompt_logprobs(generation: Generation, token_text: Any) -> list[dict[str, Any] | None]:
+    """One entry per prompt token: token id → its score; None for the first."""
+    entries: list[dict[str, Any] | None] = [None]
+    for part in generation.choices[0].prompt_logprobs:
+        for at in range(len(part.chosen)):
+            entry = {
+                str(token): {"logprob": value, "rank": place + 1, "decoded_token": token_text(token)}
+                for place, (token, value) in enumerate(
+                    zip(part.top_ids[at].tolist(), part.top_logprobs[at].tolist(), strict=True)
+                )
+            }
+            chosen = int(part.chosen[at])
+            entry[str(chosen)] = {
+                "logprob": float(part.logprobs[at]),
+                "rank": int(part.ranks[at]),
+                "decoded_token": token_text(chosen),
+            }
+            entries.append(entry)
+    return entries

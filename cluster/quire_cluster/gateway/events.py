@@ -1,0 +1,54 @@
+"""Server-sent events, and clients that go away."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+from quire_engine.errors import QuireError, RequestError
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+
+class EventStream(Response):
+    """Server-sent events. The client's going away cancels the iteration, whose `finally` aborts the work."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(media_type="text/event-stream")
+        self.headers["Cache-Control"] = "no-cache"
+        self.headers["X-Accel-Buffering"] = "no"
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI wants it."""
+        writer = asyncio.ensure_future(self._write(send))
+        watcher = asyncio.ensure_future(disconnected(receive))
+        try:
+            await asyncio.wait((writer, watcher), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watcher.cancel()
+            writer.cancel()
+            with suppress(asyncio.CancelledError, OSError):
+                await writer
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._events.aclose()
+
+
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def stream_error(error: QuireError) -> dict[str, Any]:
+    """An error after the first byte, as the SDKs expect it in a stream."""
+    kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
+    return {"error": {"message": str(error), "type": kind, "param": None, "code": type(error).__name__}}

@@ -1,0 +1,29 @@
+"""Where requests can go: what the controller publishes and gateways follow."""
+
+from dataclasses import dataclass
+
+Key = tuple[int, int, str]  # slot, epoch, address: a controller that was started again counts its epochs anew
+
+
+@dataclass(frozen=True)
+class ReplicaEntry:
+    """One line of the routing table."""
+
+    slot: int
+    epoch: int
+    address: str
+    max_model_len: int
+
+    @property
+    def key(self) -> Key:
+        """What tells this replica from all others, past and present."""
+        return (self.slot, self.epoch, self.address)
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """Where requests can go. `failure`: why no replica could be started at all, for whoever waits for the first."""
+
+    version: int = 0
+    replicas: tuple[ReplicaEntry, ...] = ()
+    failure: str | None = None
