@@ -19,14 +19,13 @@ from unittest import mock
 
 import numpy as np
 import torch
+from quire_engine.batch import Batcher
 from quire_engine.config import SchedulerLimits
 from quire_engine.engine import Engine
-from quire_engine.execution.batch import Batcher
-from quire_engine.execution.plan import StepResult
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request
 from quire_engine.sampling.sampler import Sampler
 from quire_engine.scheduler import Scheduler
+from quire_engine.step import StepResult
 from quire_kernels.torch_backend import TorchBackend
 
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from greedy import prompts, run
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
-from quire_engine.execution.group import ParallelGroup
-from quire_engine.execution.plan import StepPlan, StepResult
 from quire_engine.execution.runner import ModelRunner
+from quire_engine.parallel import ParallelGroup
+from quire_engine.step import StepPlan, StepResult
 from quire_engine.weights.resolve import find_model
 
 BATCH = prompts()[1:4]

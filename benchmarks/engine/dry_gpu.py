@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from quire_engine.config import EngineConfig
 from quire_engine.execution import runner as runner_module
-from quire_engine.execution.dry_run import META
-from quire_engine.execution.plan import StepPlan, StepResult
 from quire_engine.execution.runner import ModelRunner
-from quire_engine.plan import GPUS, Target
+from quire_engine.memory.dry_run import META
+from quire_engine.memory.plan import GPUS, Target
+from quire_engine.step import StepPlan, StepResult
 from quire_engine.weights.resolve import find_model
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from dry_gpu import CARD, dry_runner
-from quire_engine.execution.dry_run import META, DryGroup
-from quire_engine.execution.plan import StepPlan
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
+from quire_engine.memory.dry_run import META, DryGroup
 from quire_engine.models.decoder import Layer
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
+from quire_engine.step import StepPlan
 from quire_engine.weights.random import RandomWeights
 from quire_kernels.backends import AttentionBatch
 from quire_kernels.cache_write import Rope

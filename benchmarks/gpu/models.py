@@ -10,8 +10,7 @@ import numpy as np
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.execution.runner import ModelRunner
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request
 from quire_engine.weights.resolve import find_model
 from shapes import SHAPES
 

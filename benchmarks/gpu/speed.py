@@ -19,11 +19,11 @@ from findings import tell
 from models import add, prompts, runner_of
 from quire_engine.config import SchedulerLimits
 from quire_engine.engine import Engine
-from quire_engine.execution.dry_run import DryGroup, allocated
-from quire_engine.execution.plan import StepResult
 from quire_engine.execution.runner import ModelRunner
+from quire_engine.memory.dry_run import DryGroup, allocated
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
+from quire_engine.step import StepResult
 from quire_kernels.hardware import hardware
 from shapes import SHAPES
 

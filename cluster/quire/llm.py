@@ -11,10 +11,9 @@ from typing import Any
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine, Executor
 from quire_engine.errors import ContextTooLong, InvalidParameter
-from quire_engine.execution.plan import Floats, TokenLogprobs
 from quire_engine.pooling import pooling_of
-from quire_engine.request import Request, check_length
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request, check_length
+from quire_engine.step import Floats, TokenLogprobs
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer, end_tokens

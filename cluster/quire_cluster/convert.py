@@ -4,9 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 from quire_engine.errors import BY_NAME, EngineFailure, QuireError
-from quire_engine.execution.plan import TokenLogprobs
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request
+from quire_engine.step import TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
 
 MESSAGE_BYTES = 64 << 20  # of a session, at most

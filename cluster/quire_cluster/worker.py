@@ -28,7 +28,7 @@ class Worker:
 
     def host_store(self, size: int) -> int:
         """Opens the rendezvous of the group and returns its port."""
-        from quire_engine.execution.group import ParallelGroup
+        from quire_engine.parallel import ParallelGroup
 
         self._store = ParallelGroup.host_store(size)
         return int(self._store.port)
@@ -51,9 +51,9 @@ class Worker:
         self._compute.submit(self._run, channel_path, replica).result()
 
     def _load(self, config: EngineConfig, threads: int, store: str, remote: list[int]) -> SchedulerLimits:
-        from quire_engine.execution.group import ParallelGroup
         from quire_engine.execution.runner import ModelRunner
-        from quire_engine.plan import resolve_device, resolve_dtype
+        from quire_engine.memory.plan import resolve_device, resolve_dtype
+        from quire_engine.parallel import ParallelGroup
         from quire_engine.weights.resolve import find_model
         from ray import get_gpu_ids
         from ray.experimental import tqdm_ray

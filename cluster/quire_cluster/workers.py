@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import EngineFailure, ModelError, OutOfMemory, QuireError, ServerError
-from quire_engine.execution.plan import StepPlan, StepResult
+from quire_engine.step import StepPlan, StepResult
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy

@@ -4,9 +4,9 @@ import time
 from typing import Protocol
 
 from quire_engine.config import SchedulerLimits
-from quire_engine.execution.plan import StepPlan, StepResult
 from quire_engine.request import Request
 from quire_engine.scheduler import Scheduler, StepOutcome
+from quire_engine.step import StepPlan, StepResult
 
 
 class Executor(Protocol):

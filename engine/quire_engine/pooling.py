@@ -1,30 +1,19 @@
 """Models that give vectors or scores instead of tokens: what becomes of a text's hidden states. No torch here."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.spec import Pooling, PoolingKind
 from quire_engine.weights.resolve import ModelFiles
 
 _CLASSIFIER = "ForSequenceClassification"
-Kind = Literal["last", "mean", "cls"]
-_MODES: dict[str, Kind] = {
+_MODES: dict[str, PoolingKind] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pooling:
-    """Which tokens' states stand for a text, and what is done with them."""
-
-    kind: Kind
-    normalize: bool = True  # to length 1
-    scores: bool = False  # a classifier of one label, then a sigmoid: a text's (or a pair's) relevance
-    separator: int | None = None  # the token after which a pair's second text begins, where models tell them apart
 
 
 def pooling_of(files: ModelFiles, task: str) -> Pooling | None:
@@ -36,7 +25,7 @@ def pooling_of(files: ModelFiles, task: str) -> Pooling | None:
     config = files.config
     name = (config.get("architectures") or [""])[0]
     encoder = name.startswith(("Bert", "Roberta", "XLMRoberta"))
-    default: Kind = "cls" if encoder else "last"
+    default: PoolingKind = "cls" if encoder else "last"
     if name.endswith(_CLASSIFIER):
         if task not in ("auto", "score"):
             raise InvalidParameter(f"task is {task}; {name} has a classifier and gives scores: leave it out", "task")

@@ -23,8 +23,8 @@ from quire_engine.cache.pages import PagePool, block_hash
 from quire_engine.cache.states import StatePages
 from quire_engine.config import SchedulerLimits
 from quire_engine.errors import DeadlineExceeded, EngineFailure, QueueFull
-from quire_engine.execution.plan import Floats, NewRow, StepPlan, StepResult, TokenLogprobs
 from quire_engine.request import Request, State, check_length
+from quire_engine.step import Floats, NewRow, StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quire_kernels import flash
 from quire_kernels.backends import AttentionBatch
-from quire_kernels.paged_attention import AttentionOptions, flash
+from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.triton_backend import TritonBackend
 
 

@@ -16,8 +16,8 @@ from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patienc
 from quire_cluster.policies.routing import ReplicaLoad, choose_replica
 from quire_cluster.workers import first_failure
 from quire_engine.errors import InvalidParameter, OutOfMemory
-from quire_engine.execution.plan import TokenLogprobs
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling
+from quire_engine.step import TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
 from ray.exceptions import ActorDiedError
 

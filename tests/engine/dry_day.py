@@ -24,11 +24,11 @@ sys.path.append(str(Path(__file__).parents[1]))
 from dry_gpu import CARD, dry_runner
 from families import FAMILIES, TINY
 from quire_engine.engine import Engine
-from quire_engine.execution.dry_run import AllocatedBytes, DryGroup, allocated
-from quire_engine.execution.graphs import StepGraphs, captured_shapes
-from quire_engine.plan import GPUS
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.execution.graphs import StepGraphs
+from quire_engine.memory.dry_run import AllocatedBytes, DryGroup, allocated
+from quire_engine.memory.plan import GPUS
+from quire_engine.memory.shapes import captured_shapes
+from quire_engine.request import EngineSampling, Request
 from quire_engine.upload import Upload
 from quire_kernels.hardware import CHIPS
 from shapes import SHAPES

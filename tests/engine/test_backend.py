@@ -5,9 +5,9 @@ import torch
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
 from quire_engine.execution.backend import choose_backend
+from quire_engine.memory.plan import captures_steps
 from quire_engine.models.families import spec_of
-from quire_engine.models.spec import DecoderSpec
-from quire_engine.plan import captures_steps
+from quire_engine.spec import DecoderSpec
 
 
 def config_of(**options: object) -> EngineConfig:

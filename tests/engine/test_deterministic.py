@@ -13,10 +13,9 @@ from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter
 from quire_engine.execution.runner import ModelRunner, _check_pooling
-from quire_engine.pooling import Pooling
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request
 from quire_engine.scheduler import Scheduler
+from quire_engine.spec import Pooling
 from quire_engine.weights.resolve import find_model
 from quire_kernels.torch_backend import in_tiles
 

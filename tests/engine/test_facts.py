@@ -10,14 +10,13 @@ import torch
 from families import FAMILIES
 from quire_engine.config import EngineConfig
 from quire_engine.errors import ModelError
-from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
-from quire_engine.layers.rotary import Rotary
 from quire_engine.models.decoder import Decoder
 from quire_engine.models.families import spec_of
-from quire_engine.models.spec import DecoderSpec, ExpertsSpec, LatentSpec, QKNorm, RecurrentSpec
+from quire_engine.parallel import ParallelGroup
 from quire_engine.quantization.config import Quantization
+from quire_engine.spec import DecoderSpec, ExpertsSpec, LatentSpec, QKNorm, RecurrentSpec, Rotary
 from quire_engine.weights.resolve import find_model
 from quire_engine.weights.tensors import TensorReader
 from quire_kernels.backends import AttentionBatch

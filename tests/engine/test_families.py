@@ -10,8 +10,7 @@ from conftest import Table
 from families import FALLBACK, FAMILIES, REFUSED
 from greedy import NEW_TOKENS, engine_for, prompt_logits, prompts, run, truth
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request
 from quire_engine.scheduler import Scheduler
 from transformers import AutoModelForCausalLM
 

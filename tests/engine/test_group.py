@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from quire_engine.execution.group import COMMUNICATOR_BYTES, group_bytes
-from quire_engine.execution.one_shot import SYMMETRIC_BYTES, OneShot, one_shot
+from quire_engine.one_shot import SYMMETRIC_BYTES, OneShot, one_shot
+from quire_engine.parallel import COMMUNICATOR_BYTES, group_bytes
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from greedy import engine_for, prompts, run, truth
 from layouts import MXFP4_CONFIG, as_internlm2, from_mxfp4, in_mxfp4, rewritten
 from quire_engine.config import EngineConfig
 from quire_engine.errors import ModelError
-from quire_engine.execution.dry_run import DryGroup
 from quire_engine.layers.linear import Builder
+from quire_engine.memory.dry_run import DryGroup
 from quire_engine.models.decoder import Decoder
 from quire_engine.models.families import FAMILIES, spec_of
 from quire_engine.quantization.config import quantization_of

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import make_checkpoint
 from families import FAMILIES
-from quire_engine.execution.dry_run import DryGroup
 from quire_engine.layers.linear import Builder
+from quire_engine.memory.dry_run import DryGroup
 from quire_engine.models.decoder import Decoder
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import Quantization

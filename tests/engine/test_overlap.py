@@ -11,10 +11,9 @@ import pytest
 import torch
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
-from quire_engine.execution.graphs import decode_ladder, mixed_ladder
 from quire_engine.execution.runner import ModelRunner
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.memory.shapes import decode_ladder, mixed_ladder
+from quire_engine.request import EngineSampling, Request
 from quire_engine.weights.resolve import find_model
 
 Make = Callable[[str], Path]

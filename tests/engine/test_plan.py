@@ -11,13 +11,12 @@ from conftest import make_checkpoint
 from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter, OutOfMemory
-from quire_engine.execution.dry_run import DryGroup, allocated
 from quire_engine.execution.runner import ModelRunner
+from quire_engine.memory.dry_run import DryGroup, allocated
+from quire_engine.memory.plan import MemoryPlan, Target, gpu_target, plan_memory
 from quire_engine.models.families import spec_of
-from quire_engine.plan import MemoryPlan, Target, gpu_target, plan_memory
 from quire_engine.quantization.config import quantization_of
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request
 from quire_engine.weights.resolve import find_model
 from quire_kernels.hardware import CHIPS
 from torch.profiler import ProfilerActivity, profile

@@ -12,8 +12,7 @@ from families import ENCODERS
 from greedy import engine_for, prompts
 from quire_engine.engine import Engine
 from quire_engine.errors import ContextTooLong, InvalidParameter, ModelError
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 CLASSIFIER = "AutoModelForSequenceClassification"

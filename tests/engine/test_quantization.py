@@ -13,8 +13,7 @@ from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.quantization.config import quantization_of
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request
 from quire_engine.weights.resolve import find_model
 from quire_kernels.quantized_matmul import Int4Weight
 from safetensors.torch import load_file, save_file

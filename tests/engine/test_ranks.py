@@ -9,7 +9,7 @@ import torch.multiprocessing as multiprocessing
 from conftest import Table
 from families import FALLBACK, FAMILIES
 from greedy import truth
-from quire_engine.execution.group import ParallelGroup
+from quire_engine.parallel import ParallelGroup
 from two_ranks import BATCH, serve
 
 pytestmark = pytest.mark.xdist_group("families")  # their table is one process's

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quire_engine.execution.plan import NewRow
+from quire_engine.request import EngineSampling
 from quire_engine.sampling.edits import LogitEdits
-from quire_engine.sampling.params import EngineSampling
 from quire_engine.sampling.sampler import Sampler, token_scores
+from quire_engine.step import NewRow
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.host import nucleus_edge
 from quire_kernels.sampling.random import philox_uniform

@@ -12,8 +12,8 @@ from conftest import add_tokenizer
 from families import FAMILIES, TINY
 from greedy import NEW_TOKENS, engine_for, prompt_logits, prompts, run
 from quire_engine.errors import ModelError
-from quire_engine.models.text_parts import TEXT_PARTS
 from quire_engine.weights.resolve import resolve
+from quire_engine.weights.text_parts import TEXT_PARTS
 from transformers import AutoModelForImageTextToText
 
 _QWEN = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "depth": 1}

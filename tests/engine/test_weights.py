@@ -14,8 +14,7 @@ from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter, ModelError, OutOfMemory
 from quire_engine.execution.runner import ModelRunner
-from quire_engine.request import Request
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling, Request
 from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
 from quire_engine.weights.gguf.file import READABLE, GGUFFile
 from quire_engine.weights.random import RandomWeights

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "kernels"))
 from compile_ahead import recorded
-from quire_engine.execution.dry_run import AllocatedBytes
+from quire_engine.memory.dry_run import AllocatedBytes
 from quire_kernels.hardware import CHIPS
 from quire_kernels.mla import tiling as latent_tiling
 from quire_kernels.mla.triton import latent_attention

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paging import make_batch, poisoned
+from quire_kernels import flash
 from quire_kernels.flash_backend import FlashBackend
-from quire_kernels.paged_attention import PLAIN, AttentionOptions, flash, reference
+from quire_kernels.paged_attention import PLAIN, AttentionOptions, reference
 from tolerance import assert_close
 
 calls: list[int] = []

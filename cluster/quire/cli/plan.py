@@ -5,9 +5,8 @@ import math
 import torch
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
-from quire_engine.execution.dry_run import DryGroup, allocated
-from quire_engine.models.families import spec_of
-from quire_engine.plan import (
+from quire_engine.memory.dry_run import DryGroup, allocated
+from quire_engine.memory.plan import (
     GIB,
     Target,
     dry_limits,
@@ -17,6 +16,7 @@ from quire_engine.plan import (
     resolve_dtype,
     usable_bytes,
 )
+from quire_engine.models.families import spec_of
 from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import find_model

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.step import TokenLogprobs
 
 from quire_cluster.gateway.endpoint import Endpoint, joined, prompt_logprobs
 from quire_cluster.gateway.generation import Delta, Generation

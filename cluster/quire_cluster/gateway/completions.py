@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
-from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.step import TokenLogprobs
 from quire_engine.text.params import SamplingParams
 from starlette.requests import Request
 

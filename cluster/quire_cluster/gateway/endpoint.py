@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 from quire_engine.errors import InvalidParameter
-from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.step import TokenLogprobs
 from quire_engine.text.params import SamplingParams
 from starlette.requests import Request
 from starlette.responses import Response

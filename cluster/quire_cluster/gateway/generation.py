@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass, field
 
 from quire_engine.errors import QuireError
-from quire_engine.execution.plan import Floats, TokenLogprobs
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling
+from quire_engine.step import Floats, TokenLogprobs
 from quire_engine.text.output import OutputText
 from quire_protos.v1 import engine_pb2 as pb
 

@@ -20,7 +20,7 @@ from quire_engine.errors import (
     Unavailable,
     UnknownModel,
 )
-from quire_engine.execution.plan import TokenLogprobs
+from quire_engine.step import TokenLogprobs
 from quire_engine.text.params import SamplingParams
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc

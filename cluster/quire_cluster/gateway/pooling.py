@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from quire_engine.errors import InvalidParameter
-from quire_engine.execution.plan import Floats
+from quire_engine.step import Floats
 from starlette.requests import Request
 
 from quire_cluster.gateway.events import disconnected

@@ -20,8 +20,9 @@ from quire_engine.errors import (
     Unavailable,
     UnknownModel,
 )
-from quire_engine.pooling import Pooling, pooling_of
+from quire_engine.pooling import pooling_of
 from quire_engine.request import check_length
+from quire_engine.spec import Pooling
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer, end_tokens

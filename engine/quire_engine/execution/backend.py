@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable
 
 import torch
+from quire_kernels import flash
 from quire_kernels.backends import Backend
 from quire_kernels.hardware import hardware
 from quire_kernels.native.backend import NativeBackend
 from quire_kernels.native.build import NativeBuildError
-from quire_kernels.paged_attention import flash
 from quire_kernels.torch_backend import TorchBackend
 from torch import Tensor
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire_engine.execution.plan import StepPlan, StepResult, TokenLogprobs
 from quire_engine.sampling.sampler import Drawn, TokenScores
+from quire_engine.step import StepPlan, StepResult, TokenLogprobs
 
 _NO_LOGIT = "no token has a finite logit: the parameters rule out all, or the model broke down"
 

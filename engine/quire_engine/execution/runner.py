@@ -15,23 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quire_engine import allocator
+from quire_engine.batch import Batcher, Draws, Shape, StepBatch
 from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import InvalidParameter
 from quire_engine.execution.backend import choose_backend
-from quire_engine.execution.batch import Batcher, Draws, Shape, StepBatch
-from quire_engine.execution.graphs import Record, StepGraphs, captured_shapes, graph_recorder
-from quire_engine.execution.group import ParallelGroup
+from quire_engine.execution.graphs import Record, StepGraphs, graph_recorder
 from quire_engine.execution.pending import PendingStep
-from quire_engine.execution.plan import Ints, NewRow, StepPlan, StepResult
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.experts import cuts_blocks
 from quire_engine.layers.linear import Builder
 from quire_engine.layers.pooler import PooledStates
-from quire_engine.models.decoder import Decoder, Model
-from quire_engine.models.fallback import TransformersDecoder
-from quire_engine.models.families import spec_of
-from quire_engine.models.spec import DecoderSpec
-from quire_engine.plan import (
+from quire_engine.memory.plan import (
     Target,
     captures_steps,
     plan_memory,
@@ -40,10 +34,17 @@ from quire_engine.plan import (
     tokens_per_step,
     usable_bytes,
 )
-from quire_engine.pooling import Pooling, pooling_of
+from quire_engine.memory.shapes import captured_shapes
+from quire_engine.models.decoder import Decoder, Model
+from quire_engine.models.fallback import TransformersDecoder
+from quire_engine.models.families import spec_of
+from quire_engine.parallel import ParallelGroup
+from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling
 from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
+from quire_engine.spec import DecoderSpec, Pooling
+from quire_engine.step import Ints, NewRow, StepPlan, StepResult
 from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.resolve import ModelFiles
 from quire_engine.weights.tensors import TensorReader, Weights

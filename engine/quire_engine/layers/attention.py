@@ -17,8 +17,8 @@ from torch import Tensor
 from quire_engine.layers.caches import LayerCache, kv_heads_of
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.layers.norm import SquaredLength
-from quire_engine.models.spec import DecoderSpec, QKNorm
 from quire_engine.quantization.schemes import Linear, Part
+from quire_engine.spec import DecoderSpec, QKNorm
 
 
 class Attention:

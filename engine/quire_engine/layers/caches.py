@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.linear import shard
-from quire_engine.models.spec import DecoderSpec, DeltaNetSpec, ShortConvSpec
+from quire_engine.parallel import ParallelGroup
+from quire_engine.spec import DecoderSpec, DeltaNetSpec, ShortConvSpec
 
 LayerCache = tuple[Tensor, ...]  # of one layer; see page_shapes and state_shapes
 

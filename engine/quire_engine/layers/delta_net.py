@@ -13,8 +13,8 @@ from torch import Tensor
 from quire_engine.layers.caches import LayerCache
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.layers.short_conv import taps_of
-from quire_engine.models.spec import DecoderSpec, DeltaNetSpec
 from quire_engine.quantization.schemes import Part
+from quire_engine.spec import DecoderSpec, DeltaNetSpec
 
 
 class DeltaNet:

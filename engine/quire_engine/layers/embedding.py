@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.linear import Builder, shard
+from quire_engine.parallel import ParallelGroup
 from quire_engine.weights.tensors import Weights
 
 

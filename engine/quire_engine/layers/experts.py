@@ -11,11 +11,11 @@ from quire_kernels.quantized_matmul import Int4Weight
 from torch import Tensor
 
 from quire_engine.errors import ModelError
-from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.feed_forward import FeedForward
 from quire_engine.layers.linear import Builder, shard
-from quire_engine.models.spec import DecoderSpec, ExpertsSpec, joined
+from quire_engine.parallel import ParallelGroup
 from quire_engine.quantization.schemes import MXFP4, Int4, Part, Plain
+from quire_engine.spec import DecoderSpec, ExpertsSpec, joined
 from quire_engine.weights.tensors import WHOLE
 
 

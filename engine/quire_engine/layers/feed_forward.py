@@ -4,8 +4,8 @@ from quire_kernels.quantize import Quantized, QuantizedOutput
 from torch import Tensor
 
 from quire_engine.layers.linear import Builder, shard
-from quire_engine.models.spec import DecoderSpec, joined
 from quire_engine.quantization.schemes import Part
+from quire_engine.spec import DecoderSpec, joined
 
 
 class FeedForward:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from quire_engine.layers.caches import LayerCache
 from quire_engine.layers.linear import Builder, shard
-from quire_engine.models.spec import DecoderSpec, LatentSpec
 from quire_engine.quantization.schemes import Linear, Part
+from quire_engine.spec import DecoderSpec, LatentSpec
 from quire_engine.weights.tensors import WHOLE
 
 _NORM = Norm(1e-6)

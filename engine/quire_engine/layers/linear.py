@@ -10,7 +10,7 @@ import torch
 from quire_kernels.backends import Backend
 from torch import Tensor
 
-from quire_engine.execution.group import ParallelGroup
+from quire_engine.parallel import ParallelGroup
 from quire_engine.quantization.config import Quantization
 from quire_engine.quantization.schemes import Linear, Part
 from quire_engine.weights.tensors import WHOLE, Weights

@@ -14,8 +14,8 @@ from quire_engine.layers.caches import LayerCache
 from quire_engine.layers.linear import Builder, shard
 from quire_engine.layers.norm import SquaredLength
 from quire_engine.layers.short_conv import taps_of
-from quire_engine.models.spec import DecoderSpec, MambaSpec
 from quire_engine.quantization.schemes import Part
+from quire_engine.spec import DecoderSpec, MambaSpec
 
 
 class Mamba:

@@ -6,7 +6,7 @@ from quire_kernels.quantize import Quantized, QuantizedOutput
 from torch import Tensor
 
 from quire_engine.layers.linear import Builder
-from quire_engine.models.spec import DecoderSpec
+from quire_engine.spec import DecoderSpec
 
 
 class Normalization:

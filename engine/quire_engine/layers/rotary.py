@@ -1,69 +1,11 @@
 """Rotary position embedding (Su et al. 2021): the table of cosines and sines for every position."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quire_engine.errors import ModelError
-
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
-_OTHER_NAMES = {"su": "longrope"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rotary:
-    """How positions turn the first `dim` dimensions of a head."""
-
-    theta: float
-    dim: int
-    interleaved: bool = False  # pairs are neighbours (GPT-J), not one half's with the other's (GPT-NeoX)
-    max_position: int = 0  # of the model
-    scaling: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    @property
-    def kind(self) -> str:
-        """The scaling's."""
-        name = self.scaling.get("rope_type", self.scaling.get("type", "default"))
-        return _OTHER_NAMES.get(name, name)
-
-
-def rotary_of(
-    config: Mapping[str, Any],
-    head_dim: int,
-    *,
-    layer_type: str = "full_attention",
-    interleaved: bool = False,
-    fraction: float | None = None,
-    dim: int | None = None,
-    theta: float = 10000.0,
-) -> Rotary:
-    """From `rope_parameters` (of the layer type, where they are apart), or the older `rope_theta` and `rope_scaling`.
-
-    `fraction` of a head that turns, `dim`, `theta`: where the config says nothing. Raises ModelError for an unknown
-    rope type.
-    """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    given = given.get(layer_type, given)
-    part = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or fraction or 1.0
-    rotary = Rotary(
-        theta=float(given.get("rope_theta") or config.get("rope_theta") or theta),
-        dim=dim or int(head_dim * part),
-        interleaved=interleaved,
-        max_position=config.get("max_position_embeddings") or 0,
-        scaling=given,
-    )
-    if rotary.kind not in KINDS:
-        raise ModelError(f"rope_scaling has rope_type {rotary.kind!r}; known are {', '.join(KINDS)}")
-    if rotary.kind == "longrope" and not given.get("original_max_position_embeddings"):
-        original = config.get("original_max_position_embeddings")
-        if original is None:
-            raise ModelError("config.json lacks original_max_position_embeddings, which longrope needs")
-        return Rotary(**(vars(rotary) | {"scaling": {**given, "original_max_position_embeddings": original}}))
-    return rotary
+from quire_engine.spec import Rotary
 
 
 def cos_sin_table(rotary: Rotary, max_position: int) -> Tensor:

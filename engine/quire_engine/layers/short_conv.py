@@ -9,8 +9,8 @@ from torch import Tensor
 
 from quire_engine.layers.caches import LayerCache
 from quire_engine.layers.linear import Builder, shard
-from quire_engine.models.spec import DecoderSpec, ShortConvSpec
 from quire_engine.quantization.schemes import Part
+from quire_engine.spec import DecoderSpec, ShortConvSpec
 
 
 class ShortConv:

@@ -3,7 +3,8 @@
 import dataclasses
 
 from quire_engine.models import llama
-from quire_engine.models.spec import Config, DecoderSpec, Names, activation_of
+from quire_engine.models.base import activation_of
+from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:

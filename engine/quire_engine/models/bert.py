@@ -5,7 +5,8 @@ import dataclasses
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.models.spec import Config, DecoderSpec, Names, base_spec, need
+from quire_engine.models.base import base_spec, need
+from quire_engine.spec import Config, DecoderSpec, Names
 
 _NAMES = Names(
     embedding="bert.embeddings.word_embeddings",

@@ -4,8 +4,8 @@ import dataclasses
 
 from quire_kernels.norm import Norm
 
-from quire_engine.layers.rotary import rotary_of
-from quire_engine.models.spec import Config, DecoderSpec, Names, QKNorm, base_spec, layer_windows, need
+from quire_engine.models.base import base_spec, layer_windows, need, rotary_of
+from quire_engine.spec import Config, DecoderSpec, Names, QKNorm
 
 
 def cohere(config: Config) -> DecoderSpec:

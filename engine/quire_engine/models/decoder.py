@@ -15,7 +15,6 @@ from quire_kernels.cache_write import Rope
 from quire_kernels.quantize import Quantized, QuantizedOutput
 from torch import Tensor
 
-from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.attention import Attention
 from quire_engine.layers.caches import LayerCache
 from quire_engine.layers.delta_net import DeltaNet
@@ -27,9 +26,10 @@ from quire_engine.layers.linear import Builder
 from quire_engine.layers.mamba import Mamba
 from quire_engine.layers.norm import Normalization
 from quire_engine.layers.pooler import Pooler
-from quire_engine.layers.rotary import Rotary, cos_sin_table
+from quire_engine.layers.rotary import cos_sin_table
 from quire_engine.layers.short_conv import ShortConv
-from quire_engine.models.spec import DecoderSpec, DeltaNetSpec, ShortConvSpec, joined
+from quire_engine.parallel import ParallelGroup
+from quire_engine.spec import DecoderSpec, DeltaNetSpec, Rotary, ShortConvSpec, joined
 from quire_engine.weights.tensors import Weights
 
 Mixer = Attention | LatentAttention | ShortConv | DeltaNet | Mamba

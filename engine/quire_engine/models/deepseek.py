@@ -3,8 +3,9 @@
 from typing import Any
 
 from quire_engine.errors import ModelError
-from quire_engine.layers.rotary import mscale, rotary_of
-from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, LatentSpec, base_spec, need
+from quire_engine.layers.rotary import mscale
+from quire_engine.models.base import base_spec, need, rotary_of
+from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, LatentSpec
 
 
 def experts_of(config: Config, **facts: Any) -> ExpertsSpec:

@@ -2,8 +2,9 @@
 
 from quire_kernels.norm import Norm
 
+from quire_engine.models.base import base_spec, layer_windows
 from quire_engine.models.deepseek import experts_of
-from quire_engine.models.spec import Config, DecoderSpec, QKNorm, base_spec, layer_windows
+from quire_engine.spec import Config, DecoderSpec, QKNorm
 
 
 def spec(config: Config) -> DecoderSpec:

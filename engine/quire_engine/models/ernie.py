@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from quire_engine.layers.rotary import rotary_of
-from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, base_spec, need
+from quire_engine.models.base import base_spec, need, rotary_of
+from quire_engine.spec import Config, DecoderSpec, ExpertsSpec
 
 
 def ernie(config: Config) -> DecoderSpec:

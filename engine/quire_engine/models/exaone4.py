@@ -2,7 +2,8 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.spec import Config, DecoderSpec, Names, QKNorm, base_spec, layer_windows
+from quire_engine.models.base import base_spec, layer_windows
+from quire_engine.spec import Config, DecoderSpec, Names, QKNorm
 
 
 def spec(config: Config) -> DecoderSpec:

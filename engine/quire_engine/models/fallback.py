@@ -22,9 +22,9 @@ from quire_kernels.paged_attention import AttentionOptions
 from torch import Tensor, nn
 
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.execution.group import ParallelGroup
 from quire_engine.layers.caches import LayerCache
-from quire_engine.models.spec import Config, DecoderSpec
+from quire_engine.parallel import ParallelGroup
+from quire_engine.spec import Config, DecoderSpec
 
 log = logging.getLogger(__name__)
 _ATTENTION, _PROBE = "quire_paged", "quire_probe"

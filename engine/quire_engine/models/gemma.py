@@ -9,8 +9,8 @@ import dataclasses
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.layers.rotary import Rotary, rotary_of
-from quire_engine.models.spec import Config, DecoderSpec, Names, QKNorm, activation_of, base_spec, layer_windows, need
+from quire_engine.models.base import activation_of, base_spec, layer_windows, need, rotary_of
+from quire_engine.spec import Config, DecoderSpec, Names, QKNorm, Rotary
 
 _SANDWICH = Names(
     after_attention="post_attention_layernorm",

@@ -4,9 +4,9 @@ import dataclasses
 
 from quire_kernels.norm import Norm
 
-from quire_engine.layers.rotary import rotary_of
+from quire_engine.models.base import base_spec, rotary_of
 from quire_engine.models.deepseek import experts_of
-from quire_engine.models.spec import Config, DecoderSpec, Names, QKNorm, base_spec
+from quire_engine.spec import Config, DecoderSpec, Names, QKNorm
 
 _GLM = Names(gate="gate_up_proj", up="gate_up_proj")
 

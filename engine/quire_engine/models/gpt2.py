@@ -5,7 +5,8 @@ from typing import Literal
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.models.spec import Config, DecoderSpec, Names, activation_of, need
+from quire_engine.models.base import activation_of, need
+from quire_engine.spec import Config, DecoderSpec, Names
 
 _NAMES = Names(
     embedding="transformer.wte",

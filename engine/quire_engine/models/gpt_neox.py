@@ -2,8 +2,8 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.layers.rotary import rotary_of
-from quire_engine.models.spec import Config, DecoderSpec, Names, activation_of, base_spec, need
+from quire_engine.models.base import activation_of, base_spec, need, rotary_of
+from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:

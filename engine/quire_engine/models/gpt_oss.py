@@ -3,7 +3,8 @@
 from quire_kernels.activation import CLAMP, SHARPNESS, Activation
 
 from quire_engine.errors import ModelError
-from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, base_spec, layer_windows, need
+from quire_engine.models.base import base_spec, layer_windows, need
+from quire_engine.spec import Config, DecoderSpec, ExpertsSpec
 
 
 def spec(config: Config) -> DecoderSpec:

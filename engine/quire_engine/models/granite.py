@@ -3,7 +3,8 @@
 import dataclasses
 
 from quire_engine.models import llama
-from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, need
+from quire_engine.models.base import need
+from quire_engine.spec import Config, DecoderSpec, ExpertsSpec
 
 
 def granite(config: Config) -> DecoderSpec:

@@ -1,7 +1,7 @@
 """Helium: Llama's shape in which neighbours turn together."""
 
-from quire_engine.layers.rotary import rotary_of
-from quire_engine.models.spec import Config, DecoderSpec, base_spec
+from quire_engine.models.base import base_spec, rotary_of
+from quire_engine.spec import Config, DecoderSpec
 
 
 def spec(config: Config) -> DecoderSpec:

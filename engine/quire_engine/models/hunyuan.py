@@ -6,7 +6,7 @@ from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
 from quire_engine.models import llama
-from quire_engine.models.spec import Config, DecoderSpec, QKNorm
+from quire_engine.spec import Config, DecoderSpec, QKNorm
 
 
 def spec(config: Config) -> DecoderSpec:

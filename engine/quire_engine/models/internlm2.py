@@ -3,7 +3,7 @@
 import dataclasses
 
 from quire_engine.models import llama
-from quire_engine.models.spec import Config, DecoderSpec, Names
+from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:

@@ -4,8 +4,8 @@ import dataclasses
 
 from quire_kernels.norm import Norm
 
-from quire_engine.layers.rotary import rotary_of
-from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, Names, QKNorm, ShortConvSpec, base_spec, need
+from quire_engine.models.base import base_spec, need, rotary_of
+from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, Names, QKNorm, ShortConvSpec
 
 
 def lfm2(config: Config) -> DecoderSpec:

@@ -1,6 +1,7 @@
 """Llama 1 to 3.x, and what shares its shape (SmolLM2, TinyLlama, Yi)."""
 
-from quire_engine.models.spec import Config, DecoderSpec, base_spec
+from quire_engine.models.base import base_spec
+from quire_engine.spec import Config, DecoderSpec
 
 
 def spec(config: Config) -> DecoderSpec:

@@ -7,10 +7,10 @@ from typing import Any
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.layers.rotary import rotary_of
 from quire_engine.models import granite as granite_family
 from quire_engine.models import llama
-from quire_engine.models.spec import Config, DecoderSpec, MambaSpec, Names, activation_of, base_spec, need
+from quire_engine.models.base import activation_of, base_spec, need, rotary_of
+from quire_engine.spec import Config, DecoderSpec, MambaSpec, Names
 
 _LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 _BACKBONE = Names(

@@ -1,6 +1,7 @@
 """Mistral: Llama's shape; v0.1 attends in a sliding window. Ministral: in some layers."""
 
-from quire_engine.models.spec import Config, DecoderSpec, base_spec, layer_windows
+from quire_engine.models.base import base_spec, layer_windows
+from quire_engine.spec import Config, DecoderSpec
 
 
 def spec(config: Config) -> DecoderSpec:

@@ -4,7 +4,8 @@ from quire_kernels.activation import Activation
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.models.spec import Config, DecoderSpec, Names, need
+from quire_engine.models.base import need
+from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:

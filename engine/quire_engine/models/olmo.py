@@ -4,9 +4,9 @@ import dataclasses
 
 from quire_kernels.norm import Norm
 
-from quire_engine.layers.rotary import Rotary, rotary_of
 from quire_engine.models import llama
-from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, Names, QKNorm, layer_windows, need
+from quire_engine.models.base import layer_windows, need, rotary_of
+from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, Names, QKNorm, Rotary
 
 _AFTER = Names(
     attention_norm="",

@@ -3,7 +3,8 @@
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.models.spec import Config, DecoderSpec, Names, activation_of, base_spec, need
+from quire_engine.models.base import activation_of, base_spec, need
+from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:

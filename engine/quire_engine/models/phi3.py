@@ -1,6 +1,7 @@
 """Phi-3, 3.5 and 4 (mini too): q, k and v in one tensor, gate and up in another; longrope."""
 
-from quire_engine.models.spec import Config, DecoderSpec, Names, base_spec, layer_windows
+from quire_engine.models.base import base_spec, layer_windows
+from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:

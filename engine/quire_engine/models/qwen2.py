@@ -1,6 +1,7 @@
 """Qwen2 and 2.5: bias on q, k and v; optionally a window on the upper layers."""
 
-from quire_engine.models.spec import Config, DecoderSpec, base_spec, layer_windows
+from quire_engine.models.base import base_spec, layer_windows
+from quire_engine.spec import Config, DecoderSpec
 
 
 def upper_windows(config: Config) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 import dataclasses
 
 from quire_engine.models import qwen2
+from quire_engine.models.base import need
 from quire_engine.models.qwen3_moe import dense_layers
-from quire_engine.models.spec import Config, DecoderSpec, ExpertsSpec, need
+from quire_engine.spec import Config, DecoderSpec, ExpertsSpec
 
 
 def experts_of(config: Config, *, renormalize: bool) -> ExpertsSpec:

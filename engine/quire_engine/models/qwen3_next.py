@@ -4,9 +4,9 @@ import dataclasses
 
 from quire_kernels.norm import Norm
 
-from quire_engine.layers.rotary import rotary_of
+from quire_engine.models.base import base_spec, need, rotary_of
 from quire_engine.models.qwen2_moe import experts_of
-from quire_engine.models.spec import Config, DecoderSpec, DeltaNetSpec, Names, QKNorm, base_spec, need
+from quire_engine.spec import Config, DecoderSpec, DeltaNetSpec, Names, QKNorm
 
 
 def qwen3_5(config: Config) -> DecoderSpec:

@@ -1,6 +1,7 @@
 """Seed-OSS: Llama's shape, with a bias on o apart from that on q, k and v."""
 
-from quire_engine.models.spec import Config, DecoderSpec, base_spec
+from quire_engine.models.base import base_spec
+from quire_engine.spec import Config, DecoderSpec
 
 
 def spec(config: Config) -> DecoderSpec:

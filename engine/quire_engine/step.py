@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]

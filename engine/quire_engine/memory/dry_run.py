@@ -28,18 +28,18 @@ from quire_kernels.sampling import Rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quire_engine.batch import Batcher, Draws, Shape
 from quire_engine.config import SchedulerLimits
-from quire_engine.execution.batch import Batcher, Draws, Shape
-from quire_engine.execution.group import ParallelGroup
-from quire_engine.execution.plan import NewRow, StepPlan
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
 from quire_engine.models.decoder import Decoder, Layer, Model, layers_of
 from quire_engine.models.fallback import TransformersDecoder
-from quire_engine.models.spec import DecoderSpec
+from quire_engine.parallel import ParallelGroup
 from quire_engine.quantization.config import Quantization
-from quire_engine.sampling.params import EngineSampling
+from quire_engine.request import EngineSampling
 from quire_engine.sampling.sampler import Sampler
+from quire_engine.spec import DecoderSpec
+from quire_engine.step import NewRow, StepPlan
 from quire_engine.weights.random import RandomWeights
 
 META = torch.device("meta")

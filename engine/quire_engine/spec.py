@@ -8,20 +8,10 @@ from quire_kernels.activation import Activation
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.layers.rotary import Rotary, rotary_of
-from quire_engine.pooling import Pooling
 
 Config = Mapping[str, Any]
-ACTIVATIONS = {
-    "silu": Activation.SILU,
-    "swish": Activation.SILU,
-    "gelu": Activation.GELU,
-    "gelu_new": Activation.GELU_TANH,
-    "gelu_fast": Activation.GELU_TANH,
-    "gelu_pytorch_tanh": Activation.GELU_TANH,
-    "relu": Activation.RELU,
-    "relu2": Activation.RELU_SQUARED,
-}
+PoolingKind = Literal["last", "mean", "cls"]
+_ROPE_ALIASES = {"su": "longrope"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +122,33 @@ class MambaSpec:
 
 
 RecurrentSpec = ShortConvSpec | DeltaNetSpec | MambaSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """How positions turn the first `dim` dimensions of a head."""
+
+    theta: float
+    dim: int
+    interleaved: bool = False  # pairs are neighbours (GPT-J), not one half's with the other's (GPT-NeoX)
+    max_position: int = 0  # of the model
+    scaling: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def kind(self) -> str:
+        """The scaling's."""
+        name = self.scaling.get("rope_type", self.scaling.get("type", "default"))
+        return _ROPE_ALIASES.get(name, name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pooling:
+    """Which tokens' states stand for a text, and what is done with them."""
+
+    kind: PoolingKind
+    normalize: bool = True  # to length 1
+    scores: bool = False  # a classifier of one label, then a sigmoid: a text's (or a pair's) relevance
+    separator: int | None = None  # the token after which a pair's second text begins, where models tell them apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,57 +296,3 @@ class DecoderSpec:
 def joined(*parts: str) -> str:
     """A tensor's name from its parts, of which some families lack one."""
     return ".".join(part for part in parts if part)
-
-
-def need(config: Config, *keys: str) -> Any:
-    """The first of these fields that the config has. Raises ModelError, naming them, where there is none."""
-    for key in keys:
-        if config.get(key) is not None:
-            return config[key]
-    raise ModelError(f"config.json lacks {' or '.join(keys)}")
-
-
-def activation_of(config: Config, default: str = "silu") -> Activation:
-    """Raises ModelError for an activation that no kernel has."""
-    for key in ("hidden_activation", "hidden_act", "activation_function", "activation"):
-        if (name := config.get(key)) is not None:
-            if name not in ACTIVATIONS:
-                raise ModelError(f"{key} is {name!r}; served are {', '.join(ACTIVATIONS)}")
-            return ACTIVATIONS[name]
-    return ACTIVATIONS[default]
-
-
-def layer_windows(config: Config, layers: int, default: str = "full_attention") -> tuple[int, ...]:
-    """From `layer_types`, or one window for all layers (`default` "sliding_attention"). Raises ModelError for layers
-    that are neither."""
-    window = config.get("sliding_window") or 0
-    kinds = config.get("layer_types") or [default] * layers
-    if strange := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ModelError(
-            f"layer_types has {', '.join(sorted(strange))}; served are full_attention and sliding_attention"
-        )
-    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    return windows if any(windows) else ()
-
-
-def base_spec(config: Config, **facts: Any) -> DecoderSpec:
-    """What nearly every family's config says the same way; `facts` adds or overrides."""
-    heads, hidden = need(config, "num_attention_heads"), need(config, "hidden_size")
-    head_dim = facts.get("head_dim") or config.get("head_dim") or hidden // heads
-    values: dict[str, Any] = {
-        "vocab_size": need(config, "vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": facts.get("intermediate_size") or need(config, "intermediate_size"),
-        "num_layers": need(config, "num_hidden_layers"),
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
-        "norm": Norm(config.get("rms_norm_eps", 1e-6)),
-        "max_position": need(config, "max_position_embeddings"),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-    }
-    if "rope" not in facts:
-        values["rope"] = rotary_of(config, head_dim)
-    if "activation" not in facts:
-        values["activation"] = activation_of(config)
-    return DecoderSpec(**(values | facts))

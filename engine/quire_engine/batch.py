@@ -10,8 +10,8 @@ from quire_kernels.sampling import Rows
 from torch import Tensor
 
 from quire_engine.config import SchedulerLimits
-from quire_engine.execution.plan import StepPlan
 from quire_engine.sampling.sampler import Sampler
+from quire_engine.step import StepPlan
 from quire_engine.upload import Array, Upload
 
 _DRAWS, _STATES = 10, 15  # where what is known of those that draw, and of states, begins in a batch's arrays

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from quire_engine.execution.one_shot import SYMMETRIC_BYTES, OneShot, one_shot
+from quire_engine.one_shot import SYMMETRIC_BYTES, OneShot, one_shot
 
 _MEETING = timedelta(minutes=5)  # ranks import torch at their own speed,
 _LOADING = timedelta(hours=1)  # and read their weights so; a rank that fails is told by its worker, not by a timeout
