@@ -3,7 +3,10 @@
 import ast
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {
@@ -20,6 +23,31 @@ MAY_IMPORT = {
     "quire_cluster": {"quire_protos", "quire_engine"},
     "quire": {"quire_protos", "quire_engine", "quire_cluster"},
 }
+ENGINE_FLOORS = (  # lowest first; a room imports from those before it
+    "errors",
+    "config",
+    "request",
+    "step",
+    "outcome",
+    "spec",
+    "one_shot",
+    "parallel",
+    "upload",
+    "allocator",
+    "weights",
+    "pooling",
+    "text",
+    "quantization",
+    "sampling",
+    "batch",
+    "cache",
+    "scheduler",
+    "engine",
+    "layers",
+    "models",
+    "memory",
+    "execution",
+)
 FORBIDDEN = {"quire_kernels": {"ray", "grpc"}, "quire_engine": {"ray", "grpc"}}
 
 
@@ -38,6 +66,54 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path} has a relative import"
             found.add(node.module or "")
     return found
+
+
+def rooms_of(package: str) -> dict[str, dict[str, set[str]]]:
+    """The rooms (folders and modules right in a package), each with those it imports from and the files that do.
+    Imports inside functions count."""
+    folder = ROOT / ROOMS[package] / package
+    rooms: dict[str, dict[str, set[str]]] = {}
+    for path in sources(package):
+        room = rooms.setdefault(path.relative_to(folder).parts[0].removesuffix(".py"), {})
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for top, _, rest in (name.partition(".") for name in names):
+                if top == package:
+                    inner = rest.split(".")[0]
+                    known = (folder / inner).is_dir() or (folder / f"{inner}.py").exists()
+                    room.setdefault(inner if inner and known else "__init__", set()).add(str(path.relative_to(ROOT)))
+    return {name: {other: files for other, files in room.items() if other != name} for name, room in rooms.items()}
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_knots_between_rooms(package: str) -> None:
+    rooms = rooms_of(package)
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            knot = [*path[path.index(name) :], name]
+            arrows = [f"{a} → {b} ({', '.join(sorted(rooms[a][b]))})" for a, b in pairwise(knot)]
+            raise AssertionError(f"{package} has a knot: {'; '.join(arrows)}")
+        if name not in done:
+            for following in rooms.get(name, {}):
+                visit(following, (*path, name))
+            done.add(name)
+
+    for name in rooms:
+        visit(name, ())
+
+
+def test_the_engine_has_floors() -> None:
+    rooms = rooms_of("quire_engine")
+    assert set(rooms) - {"__init__"} == set(ENGINE_FLOORS), "a room is on no floor, or a floor has no room"
+    for place, name in enumerate(ENGINE_FLOORS):
+        for other, files in rooms[name].items():
+            assert other in ENGINE_FLOORS[:place], f"{', '.join(sorted(files))}: {name} lies below {other}"
 
 
 def test_imports_go_one_way() -> None:

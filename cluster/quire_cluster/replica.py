@@ -17,8 +17,8 @@ import grpc
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.errors import EngineFailure, QuireError, Unavailable
+from quire_engine.outcome import StepOutcome
 from quire_engine.request import Request
-from quire_engine.scheduler import StepOutcome
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 from ray.util.placement_group import PlacementGroup

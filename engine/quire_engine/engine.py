@@ -4,8 +4,9 @@ import time
 from typing import Protocol
 
 from quire_engine.config import SchedulerLimits
+from quire_engine.outcome import StepOutcome
 from quire_engine.request import Request
-from quire_engine.scheduler import Scheduler, StepOutcome
+from quire_engine.scheduler import Scheduler
 from quire_engine.step import StepPlan, StepResult
 
 

@@ -15,30 +15,14 @@ given to someone else meanwhile is written by the later step.
 import heapq
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-
-from quire_engine.cache.pages import PagePool, block_hash
-from quire_engine.cache.states import StatePages
+from quire_engine.cache.manager import CacheManager
 from quire_engine.config import SchedulerLimits
 from quire_engine.errors import DeadlineExceeded, EngineFailure, QueueFull
+from quire_engine.outcome import StepOutcome
 from quire_engine.request import Request, State, check_length
-from quire_engine.step import Floats, NewRow, StepPlan, StepResult, TokenLogprobs
-
-
-@dataclass(slots=True)
-class StepOutcome:
-    """What a step did. The first lists run side by side: one entry per new token."""
-
-    requests: list[Request] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    finished: list[Request] = field(default_factory=list)
-    started: list[Request] = field(default_factory=list)  # admitted for the first time
-    logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)
-    prompt_logprobs: list[tuple[Request, int, TokenLogprobs]] = field(default_factory=list)  # with the first's place
-    vectors: list[tuple[Request, Floats]] = field(default_factory=list)  # of models that pool
-    num_tokens: int = 0  # computed
+from quire_engine.step import NewRow, PlanDraft, StepPlan, StepResult
 
 
 @dataclass(slots=True)
@@ -55,8 +39,8 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.pool = PagePool(limits.num_pages)
-        self.states = StatePages(limits.num_states) if limits.num_states else None
+        self.cache = CacheManager(limits)
+        self.pool, self.states = self.cache.pool, self.cache.states
         self.stats = SchedulerStats()
         self.requests: dict[int, Request] = {}
         self.running: list[Request] = []  # most important first
@@ -64,7 +48,6 @@ class Scheduler:
         self._num_waiting = 0  # the heap also holds aborted requests until they surface
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id)
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._planned: list[Request] = []  # by the plan that is being made
         self._in_flight: deque[tuple[list[Request], StepPlan]] = deque()  # oldest first
         self._ended: list[Request] = []  # finished outside a commit: aborted, past their deadline
         self._started: list[Request] = []
@@ -132,12 +115,7 @@ class Scheduler:
             self._num_waiting -= 1  # the heap entry is skipped when it surfaces
 
     def _vacate(self, request: Request) -> None:
-        self.pool.release(reversed(request.pages))
-        if self.states is not None:
-            self.states.release(request)
-        request.pages = []
-        request.num_registered = 0
-        request.num_computed = 0
+        self.cache.release(request)
         self._rows.append(request.row)
         request.row = -1
 
@@ -159,30 +137,36 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """Plans a step; None when there is nothing to compute (a commit may still have something to report)."""
         self._expire(now)
-        limits, block_size = self.limits, self.limits.block_size
-        budget = limits.max_num_batched_tokens
-        rows: list[int] = []
-        starts: list[int] = []
-        counts: list[int] = []
-        token_ids: list[int] = []
-        draws: list[bool] = []
-        page_updates: list[tuple[int, int, int]] = []
-        new_rows: list[NewRow] = []
-        states, moves = self.states, []
-        planned = self._planned = []
-        prefilling: list[Request] = []
+        draft = PlanDraft(self.limits.max_num_batched_tokens)
+        prompts = self._decode(draft)
+        self._prefill(prompts, draft)
+        self._admit(draft)
+        if not draft.requests:
+            assert self._in_flight or not (self.running or self._num_waiting), "requests are left and none can run"
+            return None
+        if self.states is not None:
+            self.states.settle()
+        plan = draft.plan()
+        self._in_flight.append((draft.requests, plan))
+        return plan
 
-        for request in tuple(self.running):  # decoding: one token each
+    def _decode(self, draft: PlanDraft) -> list[Request]:
+        """One token for each running request that lacks no more; gives the others."""
+        states, block_size, budget = self.states, self.limits.block_size, draft.budget
+        rows, starts, counts, token_ids, draws = draft.rows, draft.starts, draft.counts, draft.token_ids, draft.draws
+        planned, moves = draft.requests, draft.states
+        others: list[Request] = []
+        for request in tuple(self.running):
             computed, pending = request.num_computed, request.pending
             length = len(request.tokens) + pending
             if length - computed != 1:
-                prefilling.append(request)
+                others.append(request)
                 continue
             if budget == 0 or request.state is not State.RUNNING:
                 continue
             if pending and length >= request.end_length:  # the token in flight is its last
                 continue
-            if computed == len(request.pages) * block_size and not self._grow(request, computed + 1, page_updates):
+            if computed == len(request.pages) * block_size and not self._grow(request, computed + 1, draft):
                 continue
             budget -= 1
             rows.append(request.row)
@@ -196,65 +180,49 @@ class Scheduler:
             request.num_computed = computed + 1
             request.pending = pending + 1
             if not pending and (computed + 1) % block_size == 0:
-                self._register(request, computed + 1)
+                self.cache.register(request, computed + 1)
+        draft.budget = budget
+        return others
 
-        def take(request: Request) -> bool:
-            nonlocal budget
-            computed, length = request.num_computed, len(request.tokens)
-            count = self._chunk(request, budget)
-            if not self._grow(request, computed + count, page_updates):
-                return False
-            budget -= count
-            rows.append(request.row)
-            starts.append(computed)
-            counts.append(count)
-            token_ids.extend(request.tokens[computed : computed + count])
-            draws.append(computed + count == length)
-            planned.append(request)
-            if states is not None:
-                moves.append(states.advance(request))
-            request.num_computed = computed + count
-            request.pending += computed + count == length
-            self._register(request, computed + count)
-            return True
+    def _prefill(self, requests: list[Request], draft: PlanDraft) -> None:
+        """What the budget leaves to running requests that lack several tokens."""
+        for request in requests:
+            if draft.budget and request.state is State.RUNNING:
+                self._compute(request, draft)
 
-        for request in prefilling:
-            if budget and request.state is State.RUNNING:
-                take(request)
-
-        while budget and self._rows and (waiting := self._next_waiting()) is not None:
+    def _admit(self, draft: PlanDraft) -> None:
+        """Waiting requests, most important first, as budget, rows and pages allow."""
+        while draft.budget and self._rows and (waiting := self._next_waiting()) is not None:
             if waiting.pending:  # preempted while its next token is in flight
                 break
-            if limits.whole_prompts and len(waiting.tokens) > budget:
+            if self.limits.whole_prompts and len(waiting.tokens) > draft.budget:
                 break
-            hits = self._cached_prefix(waiting)
-            if not self._room_for(waiting, hits):
+            prefix = self.cache.find_prefix(waiting)
+            if not self.cache.has_room(waiting, prefix, spare=len(self.running)):  # one each, against thrashing
                 break
-            self._admit(waiting, hits, page_updates, new_rows)
-            if not take(waiting):  # the room was counted: it cannot happen
+            self._start(waiting, prefix, draft)
+            if not self._compute(waiting, draft):  # the room was counted: it cannot happen
                 raise AssertionError("an admitted request found no page")
 
-        if not planned:
-            assert self._in_flight or not (self.running or self._num_waiting), "requests are left and none can run"
-            return None
-        if states is not None:
-            states.settle()
-        updates, state_moves = np.array(page_updates, np.int32).reshape(-1, 3), np.array(moves, np.int32).reshape(-1, 2)
-        plan = StepPlan(
-            rows=np.array(rows, np.int32),
-            starts=np.array(starts, np.int32),
-            counts=np.array(counts, np.int32),
-            token_ids=np.array(token_ids, np.int32),
-            draws=np.array(draws, np.bool_),
-            page_rows=updates[:, 0],
-            page_indexes=updates[:, 1],
-            page_ids=updates[:, 2],
-            state_reads=state_moves[:, 0],
-            state_writes=state_moves[:, 1],
-            new_rows=new_rows,
-        )
-        self._in_flight.append((planned, plan))
-        return plan
+    def _compute(self, request: Request, draft: PlanDraft) -> bool:
+        """Tokens of its log within the budget; False where it finds no pages."""
+        computed, length = request.num_computed, len(request.tokens)
+        end = computed + self.cache.chunk(request, draft.budget)
+        if not self._grow(request, end, draft):
+            return False
+        draft.budget -= end - computed
+        draft.rows.append(request.row)
+        draft.starts.append(computed)
+        draft.counts.append(end - computed)
+        draft.token_ids.extend(request.tokens[computed:end])
+        draft.draws.append(end == length)
+        draft.requests.append(request)
+        if self.states is not None:
+            draft.states.append(self.states.advance(request))
+        request.num_computed = end
+        request.pending += end == length
+        self.cache.register(request, end)
+        return True
 
     def commit(self, result: StepResult | None) -> StepOutcome:
         """Appends what the oldest step in flight drew (None: there is none), frees what is finished, says what
@@ -270,12 +238,9 @@ class Scheduler:
                 drawing = [request for request, draws in zip(requests, plan.draws.tolist(), strict=True) if draws]
             self._append(drawing, result, plan, outcome)
             if result.vectors is not None:
-                told = {id(request) for request in outcome.requests}
-                for request, vector in zip(drawing, result.vectors, strict=True):
-                    if id(request) in told:
-                        outcome.vectors.append((request, vector))
+                outcome.tell_vectors(drawing, result.vectors)
             if result.logprobs or result.prompt_logprobs:
-                self._collect_logprobs(requests, plan, result, outcome)
+                outcome.tell_logprobs(requests, plan, result)
         if self._ended:
             outcome.finished.extend(self._ended)
             self._ended = []
@@ -309,7 +274,7 @@ class Scheduler:
                 self._finish(request, "length")
                 finished.append(request)
             elif length % block_size == 0 and request.num_computed >= length and request.state is running:
-                self._register(request, length)
+                self.cache.register(request, length)
                 if self.states is not None:
                     self.states.settle()
         if finished:
@@ -326,25 +291,9 @@ class Scheduler:
         request.finish(reason, stop_token_id=stop_token_id, error=error)
         del self.requests[request.id]
 
-    def _collect_logprobs(
-        self, requests: list[Request], plan: StepPlan, result: StepResult, outcome: StepOutcome
-    ) -> None:
-        """Each position is reported once: a preempted request computes its prompt again, and a request that ended
-        while the step was in flight has no use for it."""
-        told = {id(request) for request in outcome.requests}
-        for request, row, first in zip(requests, plan.rows.tolist(), plan.starts.tolist(), strict=True):
-            if (drawn := result.logprobs.get(row)) is not None and id(request) in told:
-                outcome.logprobs.append((request, drawn))
-            scores = result.prompt_logprobs.get(row)
-            if scores is not None and (id(request) in told or request.state is not State.FINISHED):
-                fresh = scores.after(max(0, request.num_scored - first))
-                if len(fresh.chosen):
-                    outcome.prompt_logprobs.append((request, request.num_scored, fresh))
-                    request.num_scored += len(fresh.chosen)
-
     # ---- pages ----------------------------------------------------------------------------------------------------
 
-    def _grow(self, request: Request, length: int, page_updates: list[tuple[int, int, int]]) -> bool:
+    def _grow(self, request: Request, length: int, draft: PlanDraft) -> bool:
         """Pages for `length` tokens, if need be from less important requests not yet planned.
 
         False: everything less important is planned or gone, and the request sits this step out with the pages it has.
@@ -352,17 +301,17 @@ class Scheduler:
         pages = request.pages
         for index in range(len(pages), -(-length // self.limits.block_size)):
             while (page := self.pool.allocate()) is None:
-                victim = self._victim()
+                victim = self._victim(draft)
                 if victim is request:
                     return False
                 self._preempt(victim)
             pages.append(page)
-            page_updates.append((request.row, index, page))
+            draft.pages.append((request.row, index, page))
         return True
 
-    def _victim(self) -> Request:
+    def _victim(self, draft: PlanDraft) -> Request:
         """The least important running request that is not in the plan yet."""
-        planned = {id(request) for request in self._planned}
+        planned = {id(request) for request in draft.requests}
         return next(request for request in reversed(self.running) if id(request) not in planned)
 
     def _preempt(self, request: Request) -> None:
@@ -370,30 +319,6 @@ class Scheduler:
         self._vacate(request)
         self._wait(request)
         self.stats.preemptions += 1
-
-    def _register(self, request: Request, computed: int) -> None:
-        """Lets blocks full of computed tokens be found.
-
-        This runs while the plan is made: a layer writes the keys and values of the whole batch before any of its
-        attention reads, so even a request of the same step may share them.
-        """
-        if not self.limits.enable_prefix_caching:
-            return
-        full = computed // self.limits.block_size
-        if full > request.num_registered:
-            hashes = self._hashes(request, full)
-            for index in range(request.num_registered, full):
-                self.pool.register(request.pages[index], hashes[index])
-            request.num_registered = full
-            if self.states is not None and request.num_computed == full * self.limits.block_size:
-                self.states.leave(request, hashes[full - 1])
-
-    def _hashes(self, request: Request, count: int) -> list[bytes]:
-        hashes, size = request.block_hashes, self.limits.block_size
-        while (at := len(hashes) * size) < count * size:
-            previous = hashes[-1] if hashes else request.cache_salt
-            hashes.append(block_hash(previous, request.tokens[at : at + size]))
-        return hashes
 
     def _next_waiting(self) -> Request | None:
         while self._waiting:
@@ -403,63 +328,14 @@ class Scheduler:
             heapq.heappop(self._waiting)
         return None
 
-    def _cached_prefix(self, request: Request) -> list[int]:
-        """Pages that hold the request's first blocks; at least one token is always left to compute."""
-        if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
-            return []
-        count = (len(request.tokens) - 1) // self.limits.block_size
-        found: list[int] = []
-        for index in range(count):
-            page = self.pool.knows(self._hashes(request, index + 1)[index])
-            if page is None:
-                break
-            found.append(page)
-        if self.states is not None:
-            hashes, known = request.block_hashes, len(found)
-            while found and self.states.pool.knows(hashes[len(found) - 1]) is None:
-                found.pop()
-            request.checkpoint = known * self.limits.block_size if known > len(found) else 0
-        return found
-
-    def _chunk(self, request: Request, budget: int) -> int:
-        """How many tokens of a prompt to compute next: with recurrent states, up to where one is worth keeping."""
-        computed, length = request.num_computed, len(request.tokens)
-        end = min(length, computed + budget)
-        if self.states is not None and self.limits.enable_prefix_caching:
-            if computed < request.checkpoint < end:
-                end = request.checkpoint
-            elif end < length and end // self.limits.block_size * self.limits.block_size > computed:
-                end -= end % self.limits.block_size
-        return end - computed
-
-    def _room_for(self, request: Request, hits: list[int]) -> bool:
-        """Whether all its tokens so far find pages, with one to spare for each running request (against thrashing)."""
-        needed = -(-len(request.tokens) // self.limits.block_size) - len(hits)
-        needed += sum(self.pool.is_idle(page) for page in hits)
-        if self.states is not None and not self.states.has_room:
-            return False
-        spare = len(self.running)
-        return needed + spare <= self.pool.num_free
-
-    def _admit(
-        self,
-        request: Request,
-        hits: list[int],
-        page_updates: list[tuple[int, int, int]],
-        new_rows: list[NewRow],
-    ) -> None:
+    def _start(self, request: Request, prefix: list[int], draft: PlanDraft) -> None:
+        """The most important waiting request takes a row and the pages of its prefix."""
         heapq.heappop(self._waiting)
         self._num_waiting -= 1
         request.state = State.RUNNING
         request.row = self._rows.pop()
-        for index, page in enumerate(hits):
-            self.pool.find(request.block_hashes[index])
-            request.pages.append(page)
-            page_updates.append((request.row, index, page))
-        if self.states is not None and hits:
-            request.state_page = self.states.start(request.block_hashes[len(hits) - 1])
-        request.num_computed = len(hits) * self.limits.block_size
-        request.num_registered = len(hits)
+        self.cache.take_prefix(request, prefix)
+        draft.pages.extend((request.row, index, page) for index, page in enumerate(prefix))
         if request.num_cached < 0:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self.stats.prefix_queries += len(request.tokens)
@@ -467,7 +343,9 @@ class Scheduler:
             self._started.append(request)
         params = request.params
         needs_log = params.edits_logits or params.prompt_logprobs is not None
-        new_rows.append(NewRow(request.row, params, request.num_prompt, list(request.tokens) if needs_log else []))
+        draft.new_rows.append(
+            NewRow(request.row, params, request.num_prompt, list(request.tokens) if needs_log else [])
+        )
         running = self.running
         running.append(request)
         if len(running) > 1 and self._importance(running[-2]) > self._importance(request):
@@ -477,9 +355,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless pages, rows and states agree. Cheap enough for an idle production engine."""
-        self.pool.check_integrity(request.pages for request in self.running)
-        if self.states is not None:
-            self.states.pool.check_integrity([r.state_page] for r in self.running if r.state_page >= 0)
+        self.cache.check_integrity(self.running)
         rows = [request.row for request in self.running]
         assert sorted([*rows, *self._rows]) == list(range(self.limits.max_num_seqs)), "rows are lost or used twice"
         waiting = [request for request in self.requests.values() if request.state is State.WAITING]
@@ -489,12 +365,7 @@ class Scheduler:
         assert {id(r) for r in self.running} == {id(r) for r in self.requests.values() if r.state is State.RUNNING}, (
             "the running list is wrong"
         )
-        for request in self.running:
-            assert len(request.pages) * self.limits.block_size >= request.num_computed, "tokens without a page"
 
     def slots(self) -> tuple[int, int]:
         """Token slots of held pages, and how many of them hold nothing (PagedAttention's only waste)."""
-        allocated = self.pool.num_used * self.limits.block_size
-        size = self.limits.block_size
-        unused = sum(len(r.pages) * size - r.num_computed for r in self.running)
-        return allocated, unused
+        return self.cache.slots(self.running)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from quire_engine.request import EngineSampling
+from quire_engine.request import EngineSampling, Request
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -42,6 +42,39 @@ class StepPlan:
         """No request at all."""
         none = np.zeros(0, np.int32)
         return StepPlan(none, none, none, none, np.zeros(0, np.bool_), none, none, none, none, none)
+
+
+@dataclass(slots=True)
+class PlanDraft:
+    """A plan in the making: see StepPlan for what the lists hold."""
+
+    budget: int  # tokens that it may still compute
+    requests: list[Request] = field(default_factory=list)  # of the rows
+    rows: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    draws: list[bool] = field(default_factory=list)
+    pages: list[tuple[int, int, int]] = field(default_factory=list)  # row, place, page
+    states: list[tuple[int, int]] = field(default_factory=list)  # read, written
+    new_rows: list[NewRow] = field(default_factory=list)
+
+    def plan(self) -> StepPlan:
+        """Its arrays."""
+        pages, states = np.array(self.pages, np.int32).reshape(-1, 3), np.array(self.states, np.int32).reshape(-1, 2)
+        return StepPlan(
+            rows=np.array(self.rows, np.int32),
+            starts=np.array(self.starts, np.int32),
+            counts=np.array(self.counts, np.int32),
+            token_ids=np.array(self.token_ids, np.int32),
+            draws=np.array(self.draws, np.bool_),
+            page_rows=pages[:, 0],
+            page_indexes=pages[:, 1],
+            page_ids=pages[:, 2],
+            state_reads=states[:, 0],
+            state_writes=states[:, 1],
+            new_rows=self.new_rows,
+        )
 
 
 @dataclass(slots=True)

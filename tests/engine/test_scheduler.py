@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from quire_engine.config import SchedulerLimits
 from quire_engine.errors import ContextTooLong, DeadlineExceeded, QueueFull
+from quire_engine.outcome import StepOutcome
 from quire_engine.request import EngineSampling, Request, State
-from quire_engine.scheduler import Scheduler, StepOutcome
+from quire_engine.scheduler import Scheduler
 from quire_engine.step import StepPlan, StepResult
 
 STOP = 99

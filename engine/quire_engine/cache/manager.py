@@ -1,0 +1,111 @@
+"""What requests hold of the cache: pages, recurrent states, and the hashes under which others find them."""
+
+from collections.abc import Sequence
+
+from quire_engine.cache.pages import PagePool, block_hash
+from quire_engine.cache.states import StatePages
+from quire_engine.config import SchedulerLimits
+from quire_engine.request import Request
+
+
+class CacheManager:
+    """Owns the pages. Pure bookkeeping; who is to have them is the scheduler's."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.pool = PagePool(limits.num_pages)
+        self.states = StatePages(limits.num_states) if limits.num_states else None
+        self._block_size = limits.block_size
+        self._shares = limits.enable_prefix_caching
+
+    def find_prefix(self, request: Request) -> list[int]:
+        """Pages that hold the request's first blocks; at least one token is always left to compute."""
+        if not self._shares or request.params.prompt_logprobs is not None:
+            return []
+        count = (len(request.tokens) - 1) // self._block_size
+        found: list[int] = []
+        for index in range(count):
+            page = self.pool.knows(self._hashes(request, index + 1)[index])
+            if page is None:
+                break
+            found.append(page)
+        if self.states is not None:
+            hashes, known = request.block_hashes, len(found)
+            while found and self.states.pool.knows(hashes[len(found) - 1]) is None:
+                found.pop()
+            request.checkpoint = known * self._block_size if known > len(found) else 0
+        return found
+
+    def has_room(self, request: Request, prefix: list[int], spare: int) -> bool:
+        """Whether all its tokens so far find pages beside `prefix`, and leave `spare` pages."""
+        needed = -(-len(request.tokens) // self._block_size) - len(prefix)
+        needed += sum(self.pool.is_idle(page) for page in prefix)
+        if self.states is not None and not self.states.has_room:
+            return False
+        return needed + spare <= self.pool.num_free
+
+    def take_prefix(self, request: Request, prefix: list[int]) -> None:
+        """The request begins with those pages, and counts as computed up to their end."""
+        for index, page in enumerate(prefix):
+            self.pool.find(request.block_hashes[index])
+            request.pages.append(page)
+        if self.states is not None and prefix:
+            request.state_page = self.states.start(request.block_hashes[len(prefix) - 1])
+        request.num_computed = len(prefix) * self._block_size
+        request.num_registered = len(prefix)
+
+    def chunk(self, request: Request, budget: int) -> int:
+        """How many tokens of a prompt to compute next: with recurrent states, up to where one is worth keeping."""
+        computed, length = request.num_computed, len(request.tokens)
+        end = min(length, computed + budget)
+        if self.states is not None and self._shares:
+            if computed < request.checkpoint < end:
+                end = request.checkpoint
+            elif end < length and end // self._block_size * self._block_size > computed:
+                end -= end % self._block_size
+        return end - computed
+
+    def register(self, request: Request, computed: int) -> None:
+        """Lets blocks full of computed tokens be found.
+
+        This runs while the plan is made: a layer writes the keys and values of the whole batch before any of its
+        attention reads, so even a request of the same step may share them.
+        """
+        if not self._shares:
+            return
+        full = computed // self._block_size
+        if full > request.num_registered:
+            hashes = self._hashes(request, full)
+            for index in range(request.num_registered, full):
+                self.pool.register(request.pages[index], hashes[index])
+            request.num_registered = full
+            if self.states is not None and request.num_computed == full * self._block_size:
+                self.states.leave(request, hashes[full - 1])
+
+    def release(self, request: Request) -> None:
+        """The request gives everything back, and has nothing computed."""
+        self.pool.release(reversed(request.pages))
+        if self.states is not None:
+            self.states.release(request)
+        request.pages = []
+        request.num_registered = 0
+        request.num_computed = 0
+
+    def _hashes(self, request: Request, count: int) -> list[bytes]:
+        hashes, size = request.block_hashes, self._block_size
+        while (at := len(hashes) * size) < count * size:
+            previous = hashes[-1] if hashes else request.cache_salt
+            hashes.append(block_hash(previous, request.tokens[at : at + size]))
+        return hashes
+
+    def slots(self, running: Sequence[Request]) -> tuple[int, int]:
+        """Token slots of held pages, and how many of them hold nothing (PagedAttention's only waste)."""
+        size = self._block_size
+        return self.pool.num_used * size, sum(len(r.pages) * size - r.num_computed for r in running)
+
+    def check_integrity(self, running: Sequence[Request]) -> None:
+        """Raises AssertionError unless pages and states are what these requests hold."""
+        self.pool.check_integrity(request.pages for request in running)
+        if self.states is not None:
+            self.states.pool.check_integrity([r.state_page] for r in running if r.state_page >= 0)
+        for request in running:
+            assert len(request.pages) * self._block_size >= request.num_computed, "tokens without a page"

@@ -1,0 +1,41 @@
+"""What a step did to the requests: tokens, log-probabilities, vectors, beginnings and endings."""
+
+from dataclasses import dataclass, field
+
+from quire_engine.request import Request, State
+from quire_engine.step import Floats, StepPlan, StepResult, TokenLogprobs
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """The first lists run side by side: one entry per new token."""
+
+    requests: list[Request] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)
+    started: list[Request] = field(default_factory=list)  # admitted for the first time
+    logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[Request, int, TokenLogprobs]] = field(default_factory=list)  # with the first's place
+    vectors: list[tuple[Request, Floats]] = field(default_factory=list)  # of models that pool
+    num_tokens: int = 0  # computed
+
+    def tell_vectors(self, drawing: list[Request], vectors: Floats) -> None:
+        """Of the requests that drew and are told of it. vectors [S, width]."""
+        told = {id(request) for request in self.requests}
+        for request, vector in zip(drawing, vectors, strict=True):
+            if id(request) in told:
+                self.vectors.append((request, vector))
+
+    def tell_logprobs(self, requests: list[Request], plan: StepPlan, result: StepResult) -> None:
+        """Each position is reported once: a preempted request computes its prompt again, and a request that ended
+        while the step was in flight has no use for it."""
+        told = {id(request) for request in self.requests}
+        for request, row, first in zip(requests, plan.rows.tolist(), plan.starts.tolist(), strict=True):
+            if (drawn := result.logprobs.get(row)) is not None and id(request) in told:
+                self.logprobs.append((request, drawn))
+            scores = result.prompt_logprobs.get(row)
+            if scores is not None and (id(request) in told or request.state is not State.FINISHED):
+                fresh = scores.after(max(0, request.num_scored - first))
+                if len(fresh.chosen):
+                    self.prompt_logprobs.append((request, request.num_scored, fresh))
+                    request.num_scored += len(fresh.chosen)
