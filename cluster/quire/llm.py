@@ -1,16 +1,18 @@
 """Offline inference: one engine in this process (with tensor parallelism, over worker processes)."""
 
 import itertools
+import logging
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine, Executor
-from quire_engine.errors import ContextTooLong, InvalidParameter
+from quire_engine.errors import ContextTooLong, EngineFailure, InvalidParameter, QuireError
 from quire_engine.pooling import pooling_of
 from quire_engine.request import EngineSampling, Request, check_length
 from quire_engine.step import Floats, TokenLogprobs
@@ -20,12 +22,13 @@ from quire_engine.text.tokenizer import Tokenizer, end_tokens
 from quire_engine.weights.resolve import DEMO_MODEL, ModelFiles, find_model
 from tqdm import tqdm
 
+log = logging.getLogger(__name__)
 Prompt = str | list[int]
 
 
 @dataclass
 class Completion:
-    """One choice."""
+    """One choice. One that failed has the finish reason "error", the text so far, and what happened in `error`."""
 
     index: int
     text: str
@@ -33,6 +36,7 @@ class Completion:
     finish_reason: str
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprobs] | None = None
+    error: QuireError | None = None
 
 
 @dataclass
@@ -99,7 +103,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes every prompt (a text, or token ids), all in one batch; results come in the prompts' order.
 
-        Raises InvalidParameter or ContextTooLong before anything runs if any of them cannot be served.
+        Raises InvalidParameter or ContextTooLong before anything runs if any of them cannot be served. A choice that
+        fails while it is computed fails alone; see Completion.
         """
         if self._pooling is not None:
             raise InvalidParameter("this model gives no text; call embed", "prompts")
@@ -169,8 +174,8 @@ class LLM:
         if not prompt:
             raise InvalidParameter("the prompt has no tokens", "prompt")
         self._check_ids(prompt, "prompt")
-        params.check_vocabulary(self._vocab_size)
         check_length(len(prompt), params.max_tokens, self.engine.scheduler.context)
+        params.check(self._vocab_size, self.engine.scheduler.context - len(prompt))
 
     def _tokens(self, text: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
         if isinstance(text, str):
@@ -193,7 +198,7 @@ class LLM:
                 self.tokenizer,
                 vocab_size=self._vocab_size,
                 end_tokens=self._end_tokens,
-                room=self._executor.limits.max_model_len - len(prompt),
+                room=self.engine.scheduler.context - len(prompt),
                 seed=seed,
                 choice=index,
             )
@@ -202,12 +207,12 @@ class LLM:
                 completion.logprobs = []
             output.outputs.append(completion)
             request = Request(next(self._ids), list(prompt), len(prompt), sampling, arrival=time.time())
-            made.append(_Choice(request, OutputText(self.tokenizer, params), completion, output))
+            made.append(_Choice(request, OutputText(self.tokenizer, params, prompt), completion, output))
         return made
 
     def _run(self, choices: dict[int, _Choice], use_tqdm: bool) -> None:
-        left = len(choices)
-        with tqdm(total=left, desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        left = set(choices)
+        with tqdm(total=len(left), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
             generated, started = 0, time.monotonic()
             while left:
                 outcome = self.engine.step()
@@ -218,38 +223,50 @@ class LLM:
                 for request, _, scores in outcome.prompt_logprobs:
                     output = choices[request.id].output
                     output.prompt_logprobs = [*(output.prompt_logprobs or []), scores]
-                for request, token in zip(outcome.requests, outcome.tokens, strict=True):
-                    generated += 1
-                    choice = choices.get(request.id)
-                    if choice is None or choice.completion.finish_reason:
-                        continue
-                    ended = request.finish_reason == "stop"
-                    choice.completion.token_ids.append(token)
-                    choice.completion.text += choice.text.push(token, ended)
-                    if choice.text.stopped_by is not None:
-                        choice.completion.finish_reason, choice.completion.stop_reason = (
-                            "stop",
-                            choice.text.stopped_by,
-                        )
-                        self.engine.abort(request.id)
-                        left -= 1
+                generated += len(outcome.tokens)
+                news: list[tuple[Request, Callable[[_Choice], None]]] = [
+                    (request, partial(_accept, token=token))
+                    for request, token in zip(outcome.requests, outcome.tokens, strict=True)
+                ]
+                for request, act in [*news, *((request, _finish) for request in outcome.finished)]:
+                    if request.id in left and self._ended(choices[request.id], act):
+                        left.remove(request.id)
                         bar.update()
-                for request in outcome.finished:
-                    choice = choices[request.id]
-                    if choice.completion.finish_reason:
-                        continue
-                    if request.error is not None:
-                        raise request.error
-                    choice.completion.text += choice.text.finish()
-                    choice.completion.finish_reason = request.finish_reason or "abort"
-                    choice.completion.stop_reason = request.stop_token_id
-                    choice.output.num_cached_tokens = max(request.num_cached, 0)
-                    left -= 1
-                    bar.update()
                 if use_tqdm:
                     bar.set_postfix_str(
                         f"{generated / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False
                     )
+
+    def _ended(self, choice: _Choice, act: Callable[[_Choice], None]) -> bool:
+        """Whether a choice has its ending after `act`: whatever that raises ends this choice, and no other."""
+        completion, request = choice.completion, choice.request
+        try:
+            act(choice)
+        except Exception as error:
+            log.exception("choice %d of a prompt ends with an error", completion.index)
+            completion.finish_reason = "error"
+            completion.error = error if isinstance(error, QuireError) else EngineFailure(f"internal error: {error}")
+        if completion.finish_reason:
+            self.engine.abort(request.id)  # nothing, where it has ended there too
+        return bool(completion.finish_reason)
+
+
+def _accept(choice: _Choice, token: int) -> None:
+    completion, text = choice.completion, choice.text
+    completion.token_ids.append(token)
+    completion.text += text.push(token, choice.request.finish_reason == "stop")
+    if text.stopped_by is not None:
+        completion.finish_reason, completion.stop_reason = "stop", text.stopped_by
+
+
+def _finish(choice: _Choice) -> None:
+    completion, request = choice.completion, choice.request
+    if request.error is not None:
+        raise request.error
+    completion.text += choice.text.finish()
+    completion.finish_reason = request.finish_reason or "abort"
+    completion.stop_reason = request.stop_token_id
+    choice.output.num_cached_tokens = max(request.num_cached, 0)
 
 
 def _batch(prompts: Prompt | Sequence[Prompt], name: str) -> list[Prompt]:

@@ -30,11 +30,12 @@ class StepOutcome:
         """Each position is reported once: a preempted request computes its prompt again, and a request that ended
         while the step was in flight has no use for it."""
         told = {id(request) for request in self.requests}
+        known = told | {id(request) for request in self.finished}  # one that generates nothing ends with its scores
         for request, row, first in zip(requests, plan.rows.tolist(), plan.starts.tolist(), strict=True):
             if (drawn := result.logprobs.get(row)) is not None and id(request) in told:
                 self.logprobs.append((request, drawn))
             scores = result.prompt_logprobs.get(row)
-            if scores is not None and (id(request) in told or request.state is not State.FINISHED):
+            if scores is not None and (id(request) in known or request.state is not State.FINISHED):
                 fresh = scores.after(max(0, request.num_scored - first))
                 if len(fresh.chosen):
                     self.prompt_logprobs.append((request, request.num_scored, fresh))

@@ -89,7 +89,8 @@ class Scheduler:
         self.requests[request.id] = request
         if request.deadline:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
-        if request.num_output >= request.params.max_tokens:  # resumed after its last token was emitted
+        done = request.num_output >= request.params.max_tokens  # resumed after its last token was emitted
+        if done and (request.num_output or request.params.prompt_logprobs is None):
             self._end(request, "length")
             return
         self._wait(request)
@@ -263,6 +264,10 @@ class Scheduler:
                 finished.append(request)
                 continue
             tokens = request.tokens
+            if len(tokens) == request.end_length:  # nothing was to be generated: only the prompt's scores are wanted
+                self._finish(request, "length")
+                finished.append(request)
+                continue
             tokens.append(token)
             length = len(tokens)
             out_requests.append(request)

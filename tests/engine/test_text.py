@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quire_engine.errors import InvalidParameter
 from quire_engine.text.params import SamplingParams
-from quire_engine.text.tokenizer import StopMatcher, Tokenizer
+from quire_engine.text.stops import StopMatcher
+from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import DEMO_MODEL, resolve
 
 TEXTS = [

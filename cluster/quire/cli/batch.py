@@ -76,8 +76,9 @@ class _Entry:
             "custom_id": self.custom_id,
             "error": None,
         }
-        if self.error is not None or output is None:
-            error = self.error or QuireError("not run")
+        failed = next((one.error for one in output.outputs if one.error is not None), None) if output else None
+        if output is None or failed is not None:
+            error = self.error or failed or QuireError("not run")
             status = http_status(error)
             return line | {
                 "response": {

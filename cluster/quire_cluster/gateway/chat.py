@@ -52,8 +52,8 @@ class ChatCompletions(Endpoint):
 
     def _one(self, token: int, score: TokenLogprobs) -> dict[str, Any]:
         def entry(token: int, value: float) -> dict[str, Any]:
-            text = self._token(token)
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+            written = self._service.tokenizer.token_bytes(token)
+            return {"token": self._token(token), "logprob": value, "bytes": list(written)}
 
         pairs = zip(score.top_ids[0].tolist(), score.top_logprobs[0].tolist(), strict=True)
         return entry(token, float(score.logprobs[0])) | {"top_logprobs": [entry(t, v) for t, v in pairs]}
@@ -72,7 +72,7 @@ class ChatCompletions(Endpoint):
         return choice
 
     def _whole_choice(self, index: int, generation: Generation, parts: list[Delta]) -> dict[str, Any]:
-        text, tokens, scores = joined(parts)
+        text, tokens, _, scores = joined(parts)
         choice: dict[str, Any] = {
             "index": index,
             "message": {"role": "assistant", "content": self._echo() + text, "refusal": None},

@@ -1,11 +1,9 @@
 """POST /v1/completions"""
 
-import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 from quire_engine.errors import InvalidParameter
 from quire_engine.step import TokenLogprobs
-from quire_engine.text.params import SamplingParams
 from starlette.requests import Request
 
 from quire_cluster.gateway.endpoint import Endpoint, joined, prompt_logprobs
@@ -17,9 +15,12 @@ MAX_PROMPTS = 256
 MAX_ANSWERS = 1024  # of one call: prompts times n
 
 
-def _offsets(texts: list[str], start: int) -> list[int]:
-    """Where each text begins when they follow one another from `start`; last, where they end."""
-    return list(itertools.accumulate((len(text) for text in texts), initial=start))
+class _Echo(NamedTuple):
+    """A prompt in front of its output."""
+
+    text: str
+    offsets: list[int]  # characters before each token
+    first: int  # the place of the token that begins the text
 
 
 class Completions(Endpoint):
@@ -30,7 +31,7 @@ class Completions(Endpoint):
 
     def __init__(self, service: Service, body: CompletionRequest, request: Request) -> None:
         super().__init__(service, body, request)
-        self._shown: dict[int, int] = {}  # choice → characters of its tokens so far
+        self._echoes: dict[int, _Echo] = {}  # by the prompt's place
 
     async def _prompts(self) -> list[list[int]]:
         given: Any = self._body.prompt
@@ -40,8 +41,6 @@ class Completions(Endpoint):
             raise InvalidParameter("prompt is empty", "prompt")
         if len(given) > MAX_PROMPTS:
             raise InvalidParameter(f"prompt has {len(given)} entries; at most {MAX_PROMPTS} are allowed", "prompt")
-        if self._body.echo and self._params.logprobs is not None:
-            self._params = SamplingParams(**(vars(self._params) | {"prompt_logprobs": self._params.logprobs}))
         if len(given) * self._params.n > MAX_ANSWERS:
             raise InvalidParameter(
                 f"{len(given)} prompts times n make more than {MAX_ANSWERS} answers; ask for fewer", "n"
@@ -56,42 +55,54 @@ class Completions(Endpoint):
         identity = f"cmpl-{self._generations[0].facts.request_id}"
         return {"id": identity, "object": "text_completion", "created": self._created, "model": self._model}
 
-    def _echo(self, generation: Generation) -> str:
+    def _echo(self, index: int) -> _Echo:
+        """Of the prompt of a choice. An unfinished character at its end is the output's to finish."""
         if not self._body.echo:
-            return ""
-        return self._service.tokenizer.decode(
-            generation.facts.prompt, skip_special_tokens=self._params.skip_special_tokens
-        )
+            return _Echo("", [], 0)
+        place = index // self._params.n
+        if place not in self._echoes:
+            stream = self._service.tokenizer.stream(
+                skip_special_tokens=self._params.skip_special_tokens,
+                spaces_between_special_tokens=self._params.spaces_between_special_tokens,
+            )
+            pieces, offsets, first = [], [], 0
+            for token in self._generations[place].facts.prompt:
+                first += not stream.begun
+                offsets.append(stream.length)
+                pieces.append(stream.step(token))
+            self._echoes[place] = _Echo("".join(pieces), offsets, first - 1)
+        return self._echoes[place]
 
     def _opening(self, generation: Generation, index: int) -> dict[str, Any] | None:
         if not self._body.echo:
             return None
-        return {"index": index, "text": self._echo(generation), "logprobs": None, "finish_reason": None}
+        return {"index": index, "text": self._echo(index).text, "logprobs": None, "finish_reason": None}
 
-    def _logprobs(self, index: int, tokens: list[int], scores: list[TokenLogprobs]) -> dict[str, Any] | None:
+    def _logprobs(
+        self, index: int, tokens: list[int], offsets: list[int], scores: list[TokenLogprobs]
+    ) -> dict[str, Any] | None:
         if self._params.logprobs is None:
             return None
-        texts = [self._token(token) for token in tokens]
-        offsets = _offsets(texts, self._shown.get(index, 0))
-        self._shown[index] = offsets.pop()
+        before = len(self._echo(index).text)
         return {
-            "tokens": texts,
+            "tokens": [self._token(token) for token in tokens],
             "token_logprobs": [float(score.logprobs[0]) for score in scores],
             "top_logprobs": [self._top(score, 0) for score in scores],
-            "text_offset": offsets,
+            "text_offset": [before + offset for offset in offsets],
         }
 
-    def _top(self, score: TokenLogprobs, position: int) -> dict[str, float]:
-        top = {self._token(int(score.chosen[position])): float(score.logprobs[position])}
+    def _top(self, score: TokenLogprobs, position: int, *, begins: bool = False) -> dict[str, float]:
+        """Two tokens of one text are one entry: the chosen one's, or the likelier one's."""
+        top = {self._token(int(score.chosen[position]), begins=begins): float(score.logprobs[position])}
         for token, value in zip(score.top_ids[position].tolist(), score.top_logprobs[position].tolist(), strict=True):
-            top[self._token(token)] = value
+            top.setdefault(self._token(token, begins=begins), value)
         return top
 
     def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": index,
             "text": delta.text,
-            "logprobs": self._logprobs(index, delta.token_ids, delta.logprobs),
+            "logprobs": self._logprobs(index, delta.token_ids, delta.offsets, delta.logprobs),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -100,13 +111,14 @@ class Completions(Endpoint):
         return choice
 
     def _whole_choice(self, index: int, generation: Generation, parts: list[Delta]) -> dict[str, Any]:
-        text, tokens, scores = joined(parts)
-        logprobs = self._logprobs(index, tokens, scores)
+        text, tokens, offsets, scores = joined(parts)
+        logprobs = self._logprobs(index, tokens, offsets, scores)
         if self._body.echo and logprobs is not None:
-            logprobs = self._with_prompt(generation, tokens, scores)
+            of_prompt = self._prompt_logprobs(index, generation)
+            logprobs = {name: of_prompt[name] + values for name, values in logprobs.items()}
         choice: dict[str, Any] = {
             "index": index,
-            "text": self._echo(generation) + text,
+            "text": self._echo(index).text + text,
             "logprobs": logprobs,
             "finish_reason": parts[-1].finish_reason,
             "stop_reason": parts[-1].stop_reason,
@@ -117,16 +129,15 @@ class Completions(Endpoint):
             choice["prompt_logprobs"] = prompt_logprobs(generation, self._token)
         return choice
 
-    def _with_prompt(self, generation: Generation, tokens: list[int], scores: list[TokenLogprobs]) -> dict[str, Any]:
-        """Log-probabilities of prompt and output together; the first token has none."""
-        prompt = generation.facts.prompt
+    def _prompt_logprobs(self, index: int, generation: Generation) -> dict[str, list[Any]]:
+        """Of an echoed prompt; its first token has none."""
+        prompt, echo = generation.facts.prompt, self._echo(index)
         found = generation.choices[0].prompt_logprobs
-        before = [(part, at) for part in found for at in range(len(part.chosen))]
-        everything = before + [(score, 0) for score in scores]
-        texts = [self._token(token) for token in prompt + tokens]
+        scores = [(part, at) for part in found for at in range(len(part.chosen))]
+        tops = [self._top(part, at, begins=place == echo.first) for place, (part, at) in enumerate(scores, 1)]
         return {
-            "tokens": texts,
-            "token_logprobs": [None] + [float(score.logprobs[at]) for score, at in everything],
-            "top_logprobs": [None] + [self._top(score, at) for score, at in everything],
-            "text_offset": _offsets(texts, 0)[:-1],
+            "tokens": [self._token(token, begins=place == echo.first) for place, token in enumerate(prompt)],
+            "token_logprobs": [None] + [float(part.logprobs[at]) for part, at in scores],
+            "top_logprobs": [None, *tops],
+            "text_offset": echo.offsets,
         }

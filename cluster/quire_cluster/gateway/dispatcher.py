@@ -6,11 +6,12 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import grpc
 import numpy as np
-from quire_engine.errors import DeadlineExceeded, Unavailable
+from quire_engine.errors import DeadlineExceeded, EngineFailure, QuireError, Unavailable
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 
@@ -136,7 +137,7 @@ class Dispatcher:
         if not self._sessions and not self.max_model_len:
             raise Unavailable("no replica is ready yet; try again when /ready answers 200")
         for choice in generation.choices:
-            self._send(choice)
+            self._guard(choice, self._send)
 
     def abort(self, generation: Generation) -> None:
         """The client left: ends what is not ended."""
@@ -179,38 +180,45 @@ class Dispatcher:
 
     def _handle(self, session: ReplicaSession, update: pb.SessionUpdate) -> None:
         """One message of a replica. Wire ids are never reused, so what a stale submission says meets no choice."""
-        live, now = session.live, time.monotonic()
+        now = time.monotonic()
         for scores in update.logprobs:
-            if (choice := live.get(scores.id)) is not None:
-                values = logprobs_from_proto(scores)
-                if scores.prompt:
-                    choice.accept_prompt_logprobs(scores.first, values)
-                else:
-                    choice.accept_logprobs(values)
+            self._tell(session, scores.id, partial(_take_scores, scores=scores))
         for vector in update.vectors:
-            if (choice := live.get(vector.id)) is not None:
-                choice.vector = np.frombuffer(vector.values, "<f4")
+            self._tell(session, vector.id, partial(_take_vector, values=vector.values))
         for wire_id, index, token in zip(update.ids, update.indexes, update.tokens, strict=True):
-            choice = live.get(wire_id)
-            if choice is not None and choice.accept(index, token, now) and choice.ended:
-                self._release(choice, tell=True)  # a stop string ended it; the engine does not know yet
+            self._tell(session, wire_id, partial(Choice.accept, index=index, token=token, now=now))
         for started in update.started:
-            choice = live.get(started.id)
-            if choice is not None and choice.times.started is None:
-                choice.times.started = now
-                choice.cached_tokens = started.cached_tokens
+            self._tell(session, started.id, partial(Choice.start, cached_tokens=started.cached_tokens, now=now))
         for ending in update.endings:
-            choice = live.get(ending.id)
-            if choice is not None:
-                self._release(choice, tell=False)
-                self._finish(choice, ending)
+            self._tell(session, ending.id, partial(self._finish, ending=ending))
         if update.step_tokens:
             self._on_steps(list(update.step_tokens))
         if update.HasField("load"):
-            session.load, session.load_at, session.own_at_report = update.load, now, len(live)
+            session.load, session.load_at, session.own_at_report = update.load, now, len(session.live)
             self._on_load(session)
 
+    def _tell(self, session: ReplicaSession, wire_id: int, act: Callable[[Choice], object]) -> None:
+        if (choice := session.live.get(wire_id)) is not None:
+            self._guard(choice, act)
+
+    def _guard(self, choice: Choice, act: Callable[[Choice], object]) -> None:
+        """Whatever is done to a choice is done here: what that raises ends this choice, and no other.
+
+        One that has its ending now, be it by a stop string, is ended at its replica too.
+        """
+        try:
+            act(choice)
+        except Exception as error:
+            log.exception("request %s ends with an error of the gateway", choice.facts.request_id)
+            told = (
+                error if isinstance(error, QuireError) else EngineFailure("internal error; it is in the server's log")
+            )
+            choice.end("error", error=told)
+        if choice.ended:
+            self._release(choice, tell=True)
+
     def _finish(self, choice: Choice, ending: pb.Ending) -> None:
+        self._release(choice, tell=False)
         if ending.error_kind == Unavailable.__name__:  # refused by a replica that drains: another one takes it
             self._send(choice)
         elif ending.error_kind:
@@ -232,13 +240,13 @@ class Dispatcher:
             log.warning("replica %d (epoch %d) is lost; %d requests go on elsewhere", *session.key[:2], len(moved))
         for choice in moved:
             self._place.pop(choice, None)
-            self._send(choice)
+            self._guard(choice, self._send)
 
     def _place_homeless(self) -> None:
         if self._sessions:
             waiting, self._homeless = list(self._homeless), {}
             for choice in waiting:
-                self._send(choice)
+                self._guard(choice, self._send)
 
     async def _sweep(self) -> None:
         """Ends what has waited too long for a replica, or past its own deadline."""
@@ -252,3 +260,15 @@ class Dispatcher:
                 elif now - since > _REPLICA_WAIT:
                     del self._homeless[choice]
                     choice.end("error", error=Unavailable("no replica came back in time; try again"))
+
+
+def _take_scores(choice: Choice, scores: pb.TopLogprobs) -> None:
+    values = logprobs_from_proto(scores)
+    if scores.prompt:
+        choice.accept_prompt_logprobs(scores.first, values)
+    else:
+        choice.accept_logprobs(values)
+
+
+def _take_vector(choice: Choice, values: bytes) -> None:
+    choice.vector = np.frombuffer(values, "<f4")

@@ -184,15 +184,16 @@ class Endpoint(ABC):
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def _token(self, token: int) -> str:
-        return self._service.tokenizer.token_text(token)
+    def _token(self, token: int, *, begins: bool = False) -> str:
+        return self._service.tokenizer.token_text(token, begins=begins)
 
 
-def joined(parts: list[Delta]) -> tuple[str, list[int], list[TokenLogprobs]]:
-    """Of a choice: its text, its token ids and their scores."""
+def joined(parts: list[Delta]) -> tuple[str, list[int], list[int], list[TokenLogprobs]]:
+    """Of a choice: its text, its token ids, the characters before each of them, and their scores."""
     return (
         "".join(part.text for part in parts),
         [token for part in parts for token in part.token_ids],
+        [offset for part in parts for offset in part.offsets],
         [scores for part in parts for scores in part.logprobs],
     )
 

@@ -24,6 +24,7 @@ class Delta:
     index: int
     text: str
     token_ids: list[int]
+    offsets: list[int]  # characters of the output before each token
     logprobs: list[TokenLogprobs]
     finish_reason: str | None
     stop_reason: str | int | None
@@ -82,6 +83,7 @@ class Choice:
         self._stop_ids = frozenset(sampling.stop_token_ids)
         self._new_text: list[str] = []
         self._new_tokens: list[int] = []
+        self._new_offsets: list[int] = []
         self._new_logprobs: list[TokenLogprobs] = []
         self._reported_end = False
 
@@ -116,14 +118,21 @@ class Choice:
             self.token_intervals.append(now - times.last_token)
         times.last_token = now
         stops = token in self._stop_ids and len(output) > self.sampling.min_tokens
-        shown = self._text.push(token, stops)
         self._new_tokens.append(token)
+        self._new_offsets.append(self._text.length)
+        shown = self._text.push(token, stops)
         if shown:
             self._new_text.append(shown)
         if self._text.stopped_by is not None:
             self.end("stop", stop_reason=self._text.stopped_by)
         self._arrived.set()
         return True
+
+    def start(self, cached_tokens: int, now: float) -> None:
+        """A replica computes it; the first one counts."""
+        if self.times.started is None:
+            self.times.started = now
+            self.cached_tokens = cached_tokens
 
     def accept_logprobs(self, scores: TokenLogprobs) -> None:
         """Of the token accepted last."""
@@ -157,12 +166,13 @@ class Choice:
             self.index,
             "".join(self._new_text),
             self._new_tokens,
+            self._new_offsets,
             self._new_logprobs[: len(self._new_tokens)],  # none of a token past a stop string
             finish,
             self.stop_reason if finish else None,
             self.error if finish else None,
         )
-        self._new_text, self._new_tokens, self._new_logprobs = [], [], []
+        self._new_text, self._new_tokens, self._new_offsets, self._new_logprobs = [], [], [], []
         return delta
 
 

@@ -79,8 +79,8 @@ class _Sampling(Strict):
     return_token_ids: bool = False
     cache_salt: str | None = Field(None, max_length=256)
 
-    def _params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        given = {name: value for name in _SHARED if (value := getattr(self, name)) is not None}
+    def _params(self, *, max_tokens: int | None, logprobs: int | None, **others: Any) -> SamplingParams:
+        given = {name: value for name in _SHARED if (value := getattr(self, name)) is not None} | others
         if self.logit_bias is not None:
             given["logit_bias"] = {_token_id(key): value for key, value in self.logit_bias.items()}
         if self.stream_options is not None and not self.stream:
@@ -103,7 +103,11 @@ class CompletionRequest(_Sampling):
             raise InvalidParameter("best_of other than n is not supported; leave it out", "best_of")
         if self.suffix:
             raise InvalidParameter("suffix is not supported; leave it out", "suffix")
-        return self._params(max_tokens=16 if self.max_tokens is None else self.max_tokens, logprobs=self.logprobs)
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        scored: dict[str, int] = {}
+        if self.echo and (self.logprobs is not None or max_tokens == 0):
+            scored["prompt_logprobs"] = self.logprobs or 0
+        return self._params(max_tokens=max_tokens, logprobs=self.logprobs, **scored)
 
 
 class TextPart(Strict):

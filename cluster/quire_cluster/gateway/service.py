@@ -214,7 +214,7 @@ class Service:
             cache_salt=salt,
             arrival=time.time(),
         )
-        generation = Generation(facts, samplings, [OutputText(self.tokenizer, params) for _ in samplings])
+        generation = Generation(facts, samplings, [OutputText(self.tokenizer, params, prompt) for _ in samplings])
         self.dispatcher.submit(generation)
         return generation
 

@@ -23,7 +23,7 @@ class SamplingParams:
     """Names and defaults as in the field. Raises InvalidParameter for any value out of bounds."""
 
     n: int = 1
-    max_tokens: int | None = 16  # None: what is left of the context
+    max_tokens: int | None = 16  # None: what is left of the context; 0, with prompt_logprobs: the prompt is scored
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -48,8 +48,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _between("n", self.n, 1, MAX_CHOICES)
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise InvalidParameter(
+                "max_tokens is 0, so nothing would be generated; it must be at least 1, but for completions with echo, "
+                "and where prompt_logprobs asks for the prompt's scores",
+                "max_tokens",
+            )
         if self.max_tokens is not None:
-            _between("max_tokens", self.max_tokens, 1, None)
+            _between("max_tokens", self.max_tokens, 0, None)
         _between("min_tokens", self.min_tokens, 0, None)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameter(
@@ -92,12 +98,19 @@ class SamplingParams:
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises InvalidParameter for token ids that the model's logits do not have."""
+    def check(self, vocab_size: int, room: int) -> None:
+        """Raises InvalidParameter for token ids that the model's logits do not have, and for more min_tokens than the
+        prompt leaves room for."""
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             for token in getattr(self, name) or ():
                 if not 0 <= token < vocab_size:
                     raise InvalidParameter(f"{name} holds {token}; token ids go from 0 to {vocab_size - 1}", name)
+        if self.min_tokens > room:
+            raise InvalidParameter(
+                f"min_tokens is {_short(self.min_tokens)}; the prompt leaves {room} tokens of the context; lower "
+                "min_tokens or shorten the prompt",
+                "min_tokens",
+            )
 
     def for_engine(
         self,
@@ -109,15 +122,18 @@ class SamplingParams:
         seed: int,
         choice: int = 0,
     ) -> EngineSampling:
-        """The part the engine sees, in tokens. `room`: tokens left of the context; choice i draws with `seed` + i."""
-        self.check_vocabulary(vocab_size)
+        """The part the engine sees, in tokens. `room`: tokens left of the context; choice i draws with `seed` + i.
+
+        Raises InvalidParameter as `check` does.
+        """
+        self.check(vocab_size, room)
         stops = tuple(self.stop_token_ids or ())
         if not self.ignore_eos:
             stops += end_tokens
-        most = self.max_tokens if self.max_tokens is not None else max(room, 1)
+        most = self.max_tokens if self.max_tokens is not None else room
         return EngineSampling(
             max_tokens=most,
-            min_tokens=min(self.min_tokens, most),
+            min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k if 0 < self.top_k < vocab_size else 0,

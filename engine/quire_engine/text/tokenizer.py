@@ -5,14 +5,14 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from quire_kernels.cache_folder import cache_folder
-from tokenizers.decoders import DecodeStream
 
 from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.text.detokenizer import Detokenizer, TokenTable
 from quire_engine.weights.resolve import ModelFiles
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Tokenizer:
         self._fast = fast
         if chat_template is not None:
             backend.chat_template = chat_template
-        self._special = {token: added.content for token, added in fast.get_added_tokens_decoder().items()}
+        self._table = TokenTable(fast)
         self.size = len(backend)
 
     @staticmethod
@@ -86,19 +86,25 @@ class Tokenizer:
         return list(self._fast.encode(first, second).ids)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Raises InvalidParameter for ids that are not in the vocabulary."""
+        """The text of token ids, in which U+FFFD stands for what is no character. Raises InvalidParameter for ids that
+        are not in the vocabulary."""
         for token in token_ids:
             if not 0 <= token < self.size:
                 raise InvalidParameter(f"token id {token} is not in the vocabulary (0 to {self.size - 1})", "tokens")
-        return str(self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        return self._table.text(token_ids, skip_special_tokens=skip_special_tokens)
 
     def vocabulary(self) -> dict[str, int]:
         """Raw spelling → id."""
         return dict(self._fast.get_vocab(with_added_tokens=True))
 
-    def token_text(self, token_id: int) -> str:
-        """One token as text; parts of a character become U+FFFD."""
-        return str(self._fast.decode([token_id], skip_special_tokens=False))
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text: all of them, joined, are the text's UTF-8."""
+        return self._table[token_id]
+
+    def token_text(self, token_id: int, *, begins: bool = False) -> str:
+        """The same as text; a part of a character as OpenAI's API spells it: `bytes:\\xc3`. `begins`: as the first
+        token of a text, which may lack a space."""
+        return self._table.spelled(token_id, begins=begins)
 
     def render(
         self,
@@ -134,86 +140,13 @@ class Tokenizer:
         found = {tuple(self.encode(prefix + word, add_special_tokens=False)) for prefix in ("", " ")}
         return sorted(sequence for sequence in found if sequence)
 
-    def stream(self, *, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> "Detokenizer":
-        """A fresh incremental detokenizer."""
-        bare = {} if skip_special_tokens or spaces_between_special_tokens else self._special
-        return Detokenizer(self._fast, skip_special_tokens, bare)
-
-
-class Detokenizer:
-    """Tokens in one after the other, text out as soon as it is whole characters."""
-
-    def __init__(self, fast: Any, skip_special_tokens: bool, bare: dict[int, str]) -> None:
-        """`bare`: special tokens that are written without a space when they follow one another."""
-        self._fast = fast
-        self._skip = skip_special_tokens
-        self._bare = bare
-        self._last_was_special = False
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._tail: list[int] = []  # since text last came out, with the token before
-
-    def step(self, token_id: int) -> str:
-        """The text this token completes; empty while a character is unfinished."""
-        text = self._stream.step(self._fast, token_id)
-        if self._bare:
-            special = self._bare.get(token_id)
-            if special is not None and self._last_was_special:
-                text = special
-            self._last_was_special = special is not None
-        if text is None:
-            self._tail.append(token_id)
-            return ""
-        self._tail = [token_id]
-        return str(text)
-
-    def flush(self) -> str:
-        """What is left at the end: an unfinished character, as U+FFFD."""
-        if len(self._tail) < 2:
-            return ""
-        whole = self._fast.decode(self._tail, skip_special_tokens=self._skip)
-        before = self._fast.decode(self._tail[:1], skip_special_tokens=self._skip)
-        self._tail = []
-        return str(whole)[len(before) :]
-
-
-class StopMatcher:
-    """Looks for stop strings in a growing text, and holds back what may turn into one."""
-
-    def __init__(self, stops: list[str], include: bool) -> None:
-        self._stops = stops
-        self._include = include
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, str | None]:
-        """New text in; what may be shown now, and the stop string that ended it."""
-        if not self._stops:
-            return text, None
-        whole = self._held + text
-        first = min(
-            ((at, stop) for stop in self._stops if (at := whole.find(stop)) >= 0),
-            default=None,
-            key=lambda found: found[0],
-        )
-        if first is not None:
-            at, stop = first
-            self._held = ""
-            return whole[: at + len(stop)] if self._include else whole[:at], stop
-        keep = max(self._overlap(whole, stop) for stop in self._stops)
-        self._held = whole[len(whole) - keep :]
-        return whole[: len(whole) - keep], None
-
-    def flush(self) -> str:
-        """What was held back, once it is certain that no stop string follows."""
-        held, self._held = self._held, ""
-        return held
-
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of `text` that begins `stop`."""
-        for length in range(min(len(text), len(stop) - 1), 0, -1):
-            if text.endswith(stop[:length]):
-                return length
-        return 0
+    def stream(
+        self, *, skip_special_tokens: bool, spaces_between_special_tokens: bool, after: Sequence[int] = ()
+    ) -> Detokenizer:
+        """A fresh incremental detokenizer, of a text that goes on where `after` (a prompt, say) ends."""
+        stream = Detokenizer(self._table, skip_special_tokens, spaces_between_special_tokens)
+        stream.follow(after)
+        return stream
 
 
 def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
