@@ -1,11 +1,8 @@
 """Texts in and out: incremental detokenization and stop strings, against doing it all at once."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from quire_engine.errors import InvalidParameter
 from quire_engine.text.params import SamplingParams
-from quire_engine.text.stops import StopMatcher
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import DEMO_MODEL, resolve
 
@@ -54,37 +51,6 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(InvalidParameter):
         tokenizer.render([{"content": "no role"}, {"x": 1}], add_generation_prompt=True, continue_final_message=False)
-
-
-def at_once(text: str, stops: list[str], include: bool) -> str:
-    found = min(((text.find(stop), stop) for stop in stops if stop in text), default=None, key=lambda f: f[0])
-    if found is None:
-        return text
-    return text[: found[0] + len(found[1])] if include else text[: found[0]]
-
-
-@given(
-    pieces=st.lists(st.text("ab", max_size=4), max_size=12),
-    stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3, unique=True),
-    include=st.booleans(),
-)
-def test_stop_strings_across_pieces(pieces: list[str], stops: list[str], include: bool) -> None:
-    """However the text is cut: never a character too many, and none held back at the end."""
-    matcher = StopMatcher(stops, include)
-    shown, fed, stopped = "", "", None
-    for piece in pieces:
-        fed += piece
-        more, stopped = matcher.push(piece)
-        shown += more
-        if stopped is not None:
-            break
-        assert fed.startswith(shown)
-    if stopped is None:
-        assert shown + matcher.flush() == fed
-        assert not any(stop in fed for stop in stops)
-    else:
-        assert shown in {at_once(fed, [stop], include) for stop in stops}
-        assert stopped in fed
 
 
 def test_params_name_what_is_wrong() -> None:
