@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
+import transformers
 from conftest import RunningServer
 
 
@@ -89,6 +91,66 @@ def test_completions(client: openai.OpenAI) -> None:
     ]
 
 
+def test_scores_of_prompts(client: openai.OpenAI, checkpoint: Callable[[str], Path]) -> None:
+    """As lm-eval asks for them: a batch of token ids, echoed and scored, with nothing or one token generated."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("qwen3"), dtype=torch.float32)
+    names = dict(enumerate(("<pad>", "<s>", "</s>", "<unk>")))
+    numbers = random.Random(1)
+    prompts = [[numbers.randrange(4, 300) for _ in range(length)] for length in (1, 2, 17, 300)]
+    for generated, width in ((0, 1), (0, 5), (1, 1)):
+        answer = client.completions.create(
+            model="tiny", prompt=prompts, max_tokens=generated, temperature=0, logprobs=width, echo=True, seed=1
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == generated * len(prompts)
+        for prompt, choice in zip(prompts, answer.choices, strict=True):
+            scores = choice.logprobs
+            assert scores is not None
+            with torch.inference_mode():
+                truth = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+            assert scores.tokens[: len(prompt)] == [f"w{token}" for token in prompt]
+            assert len(scores.tokens) == len(prompt) + generated
+            assert choice.text.startswith("".join(scores.tokens[: len(prompt)]))
+            assert scores.token_logprobs[0] is None
+            assert scores.top_logprobs[0] is None
+            for place, token in enumerate(prompt[1:], 1):
+                likely = truth[place - 1].topk(width)
+                assert scores.token_logprobs[place] == pytest.approx(float(truth[place - 1, token]), abs=1e-4)
+                top = scores.top_logprobs[place]
+                assert max(top.values()) == pytest.approx(float(likely.values[0]), abs=1e-4)
+                assert {names.get(one, f"w{one}") for one in [token, *likely.indices.tolist()]} == set(top)
+            assert choice.finish_reason == "length"
+
+
+def test_an_echo_without_an_output(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="w5 w6", max_tokens=0, echo=True)
+    assert (answer.choices[0].text, answer.choices[0].logprobs) == ("w5w6", None)
+    only = client.completions.create(model="tiny", prompt="w5 w6", max_tokens=0, extra_body={"prompt_logprobs": 1})
+    assert only.choices[0].text == ""
+    assert len(only.choices[0].model_extra["prompt_logprobs"]) == 2
+
+
+def test_a_stop_string_across_the_least_number_of_tokens(client: openai.OpenAI) -> None:
+    """It counts if it ends after `min_tokens`, even if it begins before; one that ends before is text."""
+    asked = {"model": "tiny", "prompt": "w5 w17", "temperature": 0, "max_tokens": 20}
+    free = client.completions.create(**asked).choices[0].text
+    words = re.findall(r"w\d+", free)
+    early, across = words[1], words[4] + words[5]
+    for stream in (False, True):
+        answer = client.completions.create(**asked, stop=[early, across], stream=stream, extra_body={"min_tokens": 5})
+        chunks = list(answer) if stream else [answer]
+        text = "".join(chunk.choices[0].text for chunk in chunks)
+        first = "".join(words[:5])
+        expected = min((place, stop) for stop in (early, across) for place in ends_after(free, stop, len(first)))
+        assert text == free[: expected[0]]
+        assert chunks[-1].choices[0].stop_reason == expected[1]
+
+
+def ends_after(text: str, stop: str, least: int) -> list[int]:
+    """Where `stop` begins in the text, of those places where it ends beyond `least` characters."""
+    return [at for at in range(len(text)) if text.startswith(stop, at) and at + len(stop) > least]
+
+
 def test_stop_strings(client: openai.OpenAI) -> None:
     free = client.completions.create(model="tiny", prompt="w5 w17", temperature=0, max_tokens=20).choices[0].text
     words = re.findall(r"w\d+", free)
@@ -135,6 +197,9 @@ BAD = [
     ("chat/completions", CHAT | {"max_tokens": 10**12}, 400, "max_tokens"),
     ("chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
     ("chat/completions", CHAT | {"max_tokens": 512}, 400, "max_tokens"),
+    ("chat/completions", CHAT | {"min_tokens": 512}, 400, "min_tokens"),
+    ("completions", TEXT | {"max_tokens": 0}, 400, "max_tokens"),
+    ("completions", TEXT | {"max_tokens": 0, "logprobs": 1}, 400, "max_tokens"),
     ("chat/completions", CHAT | {"stop": ["x"] * 10_000}, 400, "stop"),
     ("chat/completions", CHAT | {"stop": ["x" * 100_000]}, 400, "stop"),
     ("chat/completions", CHAT | {"stop": [""]}, 400, "stop"),

@@ -11,7 +11,7 @@ from quire_engine.errors import ContextTooLong, DeadlineExceeded, QueueFull
 from quire_engine.outcome import StepOutcome
 from quire_engine.request import EngineSampling, Request, State
 from quire_engine.scheduler import Scheduler
-from quire_engine.step import StepPlan, StepResult
+from quire_engine.step import StepPlan, StepResult, TokenLogprobs
 
 STOP = 99
 
@@ -333,6 +333,45 @@ def test_a_resumed_request_goes_on() -> None:
     assert resumed.tokens == prompt + whole
     assert complete.finish_reason == "length"
     assert resumed.state is State.FINISHED
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_prompt_is_scored_without_an_output(depth: int) -> None:
+    """It is computed whole, in chunks if it is long; what is drawn at its end is nobody's, and its scores are told."""
+    bounds = limits(num_pages=30, max_num_batched_tokens=8, max_model_len=60)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    prompt = [number % 7 for number in range(20)]
+    scored = Request(1, list(prompt), 20, EngineSampling(max_tokens=0, prompt_logprobs=0))
+    plain = Request(2, list(prompt), 20, EngineSampling(max_tokens=0))
+    beside = request(3, 5, 6)
+    for one in (scored, plain, beside):
+        scheduler.add(one)
+    told, tokens, plans = 0, [], []
+    now = 0.0
+    while scheduler.has_work:
+        while len(plans) < depth and (plan := scheduler.schedule(now)) is not None:
+            plans.append((plan, model.execute(plan)))
+        result = None
+        if plans:
+            plan, result = plans.pop(0)
+            if scored.row in plan.rows.tolist() and scored.state is State.RUNNING:
+                place = plan.rows.tolist().index(scored.row)
+                count = min(int(plan.starts[place] + plan.counts[place]), 19) - int(plan.starts[place])
+                result.prompt_logprobs[scored.row] = some_scores(count)
+        outcome = scheduler.commit(result)
+        told += sum(len(part.chosen) for one, _, part in outcome.prompt_logprobs if one is scored)
+        tokens += [one.id for one in outcome.requests]
+        scheduler.check_integrity()
+    assert told == 19
+    assert set(tokens) == {3}
+    assert len(tokens) == 6
+    assert [one.finish_reason for one in (scored, plain, beside)] == ["length"] * 3
+    assert scored.tokens == plain.tokens == prompt
+
+
+def some_scores(count: int) -> TokenLogprobs:
+    ids, values = np.zeros(count, np.int32), np.zeros(count, np.float32)
+    return TokenLogprobs(ids, values, ids, np.zeros((count, 0), np.int32), np.zeros((count, 0), np.float32))
 
 
 def test_waste_stays_within_the_last_page() -> None:
