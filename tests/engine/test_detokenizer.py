@@ -100,6 +100,7 @@ def test_texts_come_back(kind: str, text: str, skip: bool) -> None:
 
 @kinds
 @given(numbers=picks, cut=st.integers(0, 40), skip=st.booleans())
+@example(numbers=[303, 4, 4, 4], cut=4, skip=True)  # a part of a character, then tokens that are skipped
 def test_an_output_goes_on_from_its_prompt(kind: str, numbers: list[int], cut: int, skip: bool) -> None:
     """Cut anywhere, in the middle of a character too: both parts together are the text of all."""
     fast, tokenizer = KINDS[kind], TOKENIZERS[kind]

@@ -9,6 +9,7 @@ no more than three bytes ever wait.
 import codecs
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -137,7 +138,8 @@ class Detokenizer:
         """Has the text begin where these end, as an output begins where its prompt ends."""
         table, skipped = self._table, self._skipped
         self.begun = any(token not in skipped and table.knows(token) for token in tokens)
-        for token in tokens[-_LONGEST_PART:]:
+        visible = (token for token in reversed(tokens) if token not in skipped and table[token])
+        for token in reversed(list(islice(visible, _LONGEST_PART))):
             self.step(token)
         self.length = 0
 
