@@ -170,7 +170,7 @@ class _Part:
                 raise ModelError(f"{path.name}: tensor {name} has unknown type {type_id}") from error
             block, size = GGML_QUANT_SIZES[kind]
             elements = int(np.prod(shape, dtype=object)) if shape else 1
-            if not shape or shape[-1] % block:
+            if not elements or not shape or shape[-1] % block:
                 raise ModelError(f"{path.name}: tensor {name} of shape {list(shape)} is not made of {kind.name} blocks")
             num_bytes = elements // block * size
             if base + offset + num_bytes > len(self.map):
