@@ -80,9 +80,17 @@ class GGUFCheckpoint:
 
     def _made_tensor(self, name: str) -> LazyTensor:
         made, infos = self._made[name]
-        shape = made.make([torch.empty(info.shape, device="meta") for info in infos], self._config).shape
+
+        def make(parts: list[Tensor]) -> Tensor:
+            try:
+                return made.make(parts, self._config)
+            except RuntimeError as error:
+                shapes = ", ".join(f"{info.name} {list(info.shape)}" for info in infos)
+                raise ModelError(f"{shapes} do not fit the file's metadata; convert the checkpoint again") from error
+
+        shape = make([torch.empty(info.shape, device="meta") for info in infos]).shape
 
         def part(slices: tuple[slice, ...]) -> Tensor:
-            return made.make([self._file.read(info, WHOLE) for info in infos], self._config)[slices]
+            return make([self._file.read(info, WHOLE) for info in infos])[slices]
 
         return LazyTensor(name, tuple(shape), part)
