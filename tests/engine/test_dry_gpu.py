@@ -11,18 +11,24 @@ from typing import Any
 import pytest
 
 DAYS: list[dict[str, Any]] = [
-    {"model": "Llama-3.1-8B", "max_model_len": 32768},
     {"model": "Llama-3.1-8B", "max_model_len": 8192, "quantization": "fp8", "kv_cache_dtype": "fp8"},
+    {"model": "deepseek_v3"},
+    {"model": "qwen3_next", "enforce_eager": True},
+]
+LONG_DAYS: list[dict[str, Any]] = [
+    {"model": "Llama-3.1-8B", "max_model_len": 32768},
     {"model": "Llama-3.1-8B", "max_model_len": 8192, "deterministic": True, "async_scheduling": False},
     {"model": "Qwen3-30B-A3B", "max_model_len": 4096, "max_num_seqs": 64},
-    {"model": "deepseek_v3"},
     {"model": "gpt_oss", "max_num_batched_tokens": 600},
-    {"model": "qwen3_next", "enforce_eager": True},
     {"model": "granite_hybrid", "max_num_seqs": 24},
 ]
 
 
-@pytest.mark.parametrize("day", DAYS, ids=lambda day: "-".join(str(value) for value in day.values()))
+@pytest.mark.parametrize(
+    "day",
+    [*DAYS, *(pytest.param(day, marks=pytest.mark.slow) for day in LONG_DAYS)],
+    ids=lambda day: "-".join(str(value) for value in day.values()),
+)
 def test_a_day(day: dict[str, Any]) -> None:
     """In a process of its own: here kernels are interpreted. Reading a value of the device would raise."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

