@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
@@ -41,7 +42,23 @@ class Response:
 
 
 def _sampling(options: dict[str, Any]) -> pb.SamplingParams:
-    return pb.SamplingParams(**{name: value for name, value in options.items() if value is not None})
+    """Raises InvalidParameter for what cannot be sent: an unknown name, another type, too large a number."""
+    message = pb.SamplingParams()
+    for name, value in options.items():
+        try:
+            message.MergeFrom(pb.SamplingParams(**{name: value}))
+        except (TypeError, ValueError) as error:
+            raise InvalidParameter(f"{name} cannot be sent: {error}", name) from error
+    return message
+
+
+def _metadata(api_key: str | None) -> list[tuple[str, str]]:
+    """Raises InvalidParameter for a key that no header can carry."""
+    if not api_key:
+        return []
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise InvalidParameter("api_key holds other characters than visible ASCII ones", "api_key")
+    return [("authorization", f"Bearer {api_key}")]
 
 
 def _generate_request(prompt: str | list[int], model: str, options: dict[str, Any]) -> pb.GenerateRequest:
@@ -124,7 +141,7 @@ class _Base:
     _stub: Any
 
     def __init__(self, api_key: str | None) -> None:
-        self._metadata = [("authorization", f"Bearer {api_key}")] if api_key else []
+        self._metadata = _metadata(api_key)
 
     def _generate(self, prompt: str | list[int], model: str, timeout: float | None, options: dict[str, Any]) -> Any:
         request = _generate_request(prompt, model, options)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import random
 import sys
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from quire_engine.config import EngineConfig
+from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.engine import Engine, Executor
 from quire_engine.errors import ContextTooLong, EngineFailure, InvalidParameter, QuireError
 from quire_engine.pooling import pooling_of
@@ -19,7 +20,7 @@ from quire_engine.step import Floats, TokenLogprobs
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
-from quire_engine.weights.resolve import DEMO_MODEL, ModelFiles, find_model
+from quire_engine.weights.resolve import ModelFiles, find_model
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -61,9 +62,11 @@ class _Choice:
 class LLM:
     """`LLM("path or hub id").generate(["Hello"], SamplingParams(max_tokens=32))`. Options are EngineConfig's fields."""
 
-    def __init__(self, model: str = DEMO_MODEL, *, chat_template: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str] = DEMO_MODEL, *, chat_template: str | None = None, **options: Any
+    ) -> None:
         # Nobody waits for an answer while a batch is queued, so none of it is refused.
-        config = EngineConfig(model=model, **(options | {"max_num_queued_reqs": sys.maxsize}))
+        config = EngineConfig(model=os.fspath(model), **(options | {"max_num_queued_reqs": sys.maxsize}))
         files = find_model(config)
         self.tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
         self._end_tokens = end_tokens(files, self.tokenizer)

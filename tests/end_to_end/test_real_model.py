@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import RunningServer
 from quire import LLM, SamplingParams
-from quire_engine.weights.resolve import DEMO_MODEL, resolve
+from quire_engine.config import DEMO_MODEL
+from quire_engine.weights.resolve import resolve
 from transformers import AutoModelForCausalLM
 
 PROMPTS = [

@@ -144,4 +144,4 @@ def test_what_is_not_deterministic_is_refused(checkpoint: Make) -> None:
     with pytest.raises(InvalidParameter, match="unquantized"):
         engine_for(checkpoint("llama"), attention_backend="triton", quantization="fp8")
     with pytest.raises(InvalidParameter, match="any order"):
-        _check_pooling(EngineConfig(model="", deterministic=True), Pooling(kind="mean"), torch.device("cuda"))
+        _check_pooling(EngineConfig(model="-", deterministic=True), Pooling(kind="mean"), torch.device("cuda"))

@@ -1,10 +1,11 @@
 """Texts in and out: incremental detokenization and stop strings, against doing it all at once."""
 
 import pytest
+from quire_engine.config import DEMO_MODEL
 from quire_engine.errors import InvalidParameter
 from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer
-from quire_engine.weights.resolve import DEMO_MODEL, resolve
+from quire_engine.weights.resolve import resolve
 
 TEXTS = [
     "The capital of France is Paris.",

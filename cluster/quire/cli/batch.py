@@ -12,6 +12,7 @@ from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, QuireError
 from quire_engine.text.params import SamplingParams
 
+from quire.cli.terminal import say
 from quire.llm import LLM, RequestOutput
 
 _CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
@@ -131,4 +132,4 @@ def run_batch(config: EngineConfig, source: str, target: str) -> None:
         results = dict(zip(map(id, good), outputs, strict=True))
         written = [orjson.dumps(entry.result(results.get(id(entry)))) for entry in entries]
     Path(target).write_bytes(b"\n".join(written) + b"\n")
-    print(f"{len(good)} of {len(entries)} requests done, written to {target}")
+    say(f"{len(good)} of {len(entries)} requests done, written to {target}")

@@ -1,10 +1,7 @@
 """`quire plan`: what a model needs per worker, from its config alone."""
 
-import math
-
 import torch
 from quire_engine.config import EngineConfig
-from quire_engine.errors import InvalidParameter
 from quire_engine.memory.dry_run import DryGroup, allocated
 from quire_engine.memory.plan import (
     GIB,
@@ -22,25 +19,27 @@ from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import find_model
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from quire.cli.config import PlanConfig
+from quire.cli.terminal import say
 
 
-def show_plan(config: EngineConfig, gpu: str | None, memory_gib: float | None) -> None:
+def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
     """Prints the plan. Raises OutOfMemory when the model does not fit, InvalidParameter for an unknown GPU."""
     files = find_model(config)
     spec = spec_of(files.config, pooling_of(files, config.task))
     spec.check_parallel(
         config.tensor_parallel_size, config.pipeline_parallel_size, experts_apart=config.enable_expert_parallel
     )
-    if gpu is None:
+    if wanted.gpu is None:
         device = resolve_device(config)
         target, free = Target.of(device), usable_bytes(config, device)
     else:
-        target, total = gpu_target(gpu)
+        target, total = gpu_target(wanted.gpu)
         device, free = torch.device(target.kind), int(total * config.gpu_memory_utilization)
-    if memory_gib is not None:
-        if not 0 < memory_gib < math.inf:
-            raise InvalidParameter(f"memory_gib is {memory_gib}; it must be a number above 0", "memory_gib")
-        free = int(memory_gib * GIB)
+    if wanted.memory_gib is not None:
+        free = int(wanted.memory_gib * GIB)
     dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), device)
     quantization = quantization_of(files.config, config.quantization)
     stages = range(config.pipeline_parallel_size)
@@ -48,7 +47,7 @@ def show_plan(config: EngineConfig, gpu: str | None, memory_gib: float | None) -
     plan = min(plans, key=lambda plan: plan.num_pages)
     limits = dry_limits(config, spec, target.kind == "cpu")
     whole = allocated(spec, quantization, DryGroup(), limits, chip=target.chip, dtype=dtype)
-    table = Table(title=f"{files.name}, per worker ({config.num_workers} in all)", show_header=False)
+    table = Table(title=Text(f"{files.name}, per worker ({config.num_workers} in all)"), show_header=False)
     for name, value in (
         ("device, dtype", f"{target.name}, {str(dtype).removeprefix('torch.')}"),
         ("quantization, cache", f"{quantization.name}, {config.kv_cache_dtype}"),
@@ -65,5 +64,8 @@ def show_plan(config: EngineConfig, gpu: str | None, memory_gib: float | None) -
         ("requests of that length", f"{plan.full_length_requests:.1f} at once"),
         ("memory to use", f"{free / GIB:.3f} GiB"),
     ):
-        table.add_row(name, value)
-    Console().print(table)
+        table.add_row(name, Text(value))
+    console = Console()
+    with console.capture() as shown:
+        console.print(table)
+    say(shown.get(), end="")

