@@ -75,7 +75,7 @@ def _wrong(value: Any, kind: type, metadata: Mapping[str, Any]) -> str:
             return f"one of {', '.join(choices)}"
         # A path, a name or a key with a surrogate (bytes that were no UTF-8) or a NUL cannot be used by anyone.
         if not value or "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            return "text in UTF-8, and not empty"
+            return "text in UTF-8 that is not empty"
         return ""
     if not -math.inf < value < math.inf:
         return "a finite number"
