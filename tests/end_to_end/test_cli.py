@@ -55,6 +55,41 @@ def test_run_batch_says_what_is_wrong(checkpoint: Make, tmp_path: Path) -> None:
     assert "Traceback" not in missing.stderr
 
 
+def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path) -> None:
+    """Each gets its own answer, and the good one beside them as well."""
+    deep = b"[" * 900 + b"]" * 900
+    bodies = (b'{"prompt": %s}' % deep, b'{"prompt": [5], "seed": 1%s}' % (b"0" * 400), b'{"prompt": [5], "n": 1e999}')
+    bad = [
+        b"\xff\xfe",
+        b"caf\xe9",
+        b"\x00",
+        deep,
+        b"[" * 100_000,
+        b"null",
+        b'{"custom_id": "\\ud800", "url": "/v1/completions", "body": {"prompt": [5]}}',
+        b'{"url": "/v1/completions"}',
+        b'{"url": ["/v1/completions"], "body": {"prompt": [5]}}',
+        b'{"custom_id": %s, "url": "/v1/completions", "body": {"prompt": [5]}}' % deep,
+        *(b'{"url": "/v1/completions", "body": %s}' % body for body in bodies),
+    ]
+    good = b'{"custom_id": "good", "url": "/v1/completions", "body": {"prompt": [5], "max_tokens": 1}}'
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\n".join([*bad, good]))
+    done = quire("run-batch", str(source), "-o", str(target), "--model", str(checkpoint("qwen3")))
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [result["response"]["status_code"] for result in results] == [400] * len(bad) + [200]
+
+
+def test_run_batch_says_before_it_works_what_cannot_be_written(checkpoint: Make, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"url": "/v1/completions", "body": {"prompt": [5]}}')
+    for target in (tmp_path, tmp_path / "none" / "out", source / "out"):
+        done = quire("run-batch", str(source), "-o", str(target), "--model", "/no/model/is/looked/for")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"quire: {target} cannot be written: "), done.stderr
+
+
 def test_chat_and_complete(two_replicas: RunningServer) -> None:
     complete = quire("complete", "w5 w17", "--address", two_replicas.grpc, "--temperature", "0", "--max-tokens", "5")
     assert complete.returncode == 0, complete.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from quire_cluster.gateway.http import error_body, http_status, parse
+from quire_cluster.gateway.http import error_body, http_status, validated
 from quire_cluster.gateway.schema import ChatCompletionRequest, CompletionRequest
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, QuireError
@@ -41,32 +41,34 @@ class _Entry:
             raise InvalidParameter(f"the line is not JSON: {error}") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("body"), dict):
             raise InvalidParameter("the line needs an object with custom_id, url and body", "body")
-        self.custom_id = entry.get("custom_id")
+        if not isinstance(custom_id := entry.get("custom_id"), str | None):
+            raise InvalidParameter("custom_id is not text", "custom_id")
+        self.custom_id = custom_id
         self.url = entry.get("url")
-        data = orjson.dumps(entry["body"])
+        body = entry["body"]
         if self.url == _CHAT:
-            chat = parse(ChatCompletionRequest, data)
+            chat = validated(ChatCompletionRequest, body)
             self.params, self.model = chat.sampling(), chat.model or ""
-            text = llm.tokenizer.render(
+            prompt = llm.tokenizer.render(
                 [message.for_template() for message in chat.messages],
                 add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
                 continue_final_message=chat.continue_final_message,
                 **(chat.chat_template_kwargs or {}),
             )
-            self.prompt = llm.tokenizer.encode(text, add_special_tokens=False)
+            self.prompt = llm.tokenizer.encode(prompt, add_special_tokens=False)
         elif self.url == _TEXT:
-            body = parse(CompletionRequest, data)
-            self.params, self.model = body.sampling(), body.model or ""
-            if isinstance(body.prompt, str):
-                self.prompt = llm.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-            elif body.prompt and all(isinstance(token, int) for token in body.prompt):
-                self.prompt = list(body.prompt)  # type: ignore[arg-type]
+            text = validated(CompletionRequest, body)
+            self.params, self.model = text.sampling(), text.model or ""
+            if isinstance(text.prompt, str):
+                self.prompt = llm.tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)
+            elif text.prompt and all(isinstance(token, int) for token in text.prompt):
+                self.prompt = list(text.prompt)  # type: ignore[arg-type]
             else:
                 raise InvalidParameter("a batch line takes one prompt: a text or token ids", "prompt")
         else:
             raise InvalidParameter(f"url is {self.url!r}; served are {_CHAT} and {_TEXT}", "url")
         for name in _UNSUPPORTED:
-            if entry["body"].get(name):
+            if body.get(name):
                 raise InvalidParameter(f"{name} is not supported in batches; leave it out", name)
         llm.check(self.prompt, self.params)
 
@@ -121,9 +123,7 @@ def run_batch(config: EngineConfig, source: str, target: str) -> None:
         raise InvalidParameter(f"{source} cannot be read: {error.strerror}", "input") from error
     if not lines:
         raise InvalidParameter(f"{source} holds no requests", "input")
-    folder = Path(target).resolve().parent
-    if not folder.is_dir():
-        raise InvalidParameter(f"{target} cannot be written: there is no folder {folder.name}", "output")
+    _write(target, "ab", b"")  # what cannot be written is known before the work
     given = {name: value for name, value in vars(config).items() if name != "model"}
     with LLM(config.model, **given) as llm:
         entries = [_Entry(llm, line, number) for number, line in enumerate(lines, 1)]
@@ -131,5 +131,13 @@ def run_batch(config: EngineConfig, source: str, target: str) -> None:
         outputs = llm.generate([entry.prompt for entry in good], [entry.params for entry in good]) if good else []
         results = dict(zip(map(id, good), outputs, strict=True))
         written = [orjson.dumps(entry.result(results.get(id(entry)))) for entry in entries]
-    Path(target).write_bytes(b"\n".join(written) + b"\n")
+    _write(target, "wb", b"\n".join(written) + b"\n")
     say(f"{len(good)} of {len(entries)} requests done, written to {target}")
+
+
+def _write(target: str, mode: str, content: bytes) -> None:
+    try:
+        with open(target, mode) as file:
+            file.write(content)
+    except OSError as error:
+        raise InvalidParameter(f"{target} cannot be written: {error.strerror}", "output") from error

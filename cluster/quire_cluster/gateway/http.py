@@ -101,6 +101,11 @@ def parse(kind: type[Body], data: bytes) -> Body:
         content = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise InvalidParameter(f"the body is not JSON: {error}") from error
+    return validated(kind, content)
+
+
+def validated(kind: type[Body], content: Any) -> Body:
+    """The same of what is parsed already."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
