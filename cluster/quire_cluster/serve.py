@@ -75,8 +75,13 @@ class Server:
         grpc_server: GrpcServer | None = None
         try:
             cluster = loop.run_in_executor(None, self._start_cluster)
-            service = await loop.run_in_executor(None, self._load_service)
-            await cluster
+            loading = loop.run_in_executor(None, self._load_service)
+            # Where one fails the other is awaited: a cluster that is still to come could not be stopped.
+            await asyncio.wait((cluster, loading))
+            for failed in (cluster.exception(), loading.exception()):
+                if failed is not None:
+                    raise failed
+            service = loading.result()
             allocator.return_freed_memory()
             self._catch_signals()  # Ray has put its own handlers in front
             await self._start_controller()

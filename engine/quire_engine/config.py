@@ -139,8 +139,10 @@ class EngineConfig:
         least=1,
     )
     enable_prefix_caching: bool = option(True, "share pages between requests that begin alike")
-    max_num_seqs: int = option(256, "requests that run at once", least=1)
-    max_num_batched_tokens: int | None = option(None, "tokens per step (default: 256 on a CPU, 8192 on a GPU)", least=1)
+    max_num_seqs: int = option(256, "requests that run at once", least=1, most=1 << 16)
+    max_num_batched_tokens: int | None = option(
+        None, "tokens per step (default: 256 on a CPU, 8192 on a GPU)", least=1, most=1 << 24
+    )
     max_num_queued_reqs: int = option(4096, "requests that wait; one more is refused", least=0)
     scheduling_policy: str = option(
         "fcfs", "fcfs: by arrival; priority: by priority, then arrival", choices=("fcfs", "priority")

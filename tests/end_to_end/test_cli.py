@@ -1,6 +1,7 @@
 """The command line as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,10 +112,46 @@ def test_plan(checkpoint: Make) -> None:
     assert plan.returncode == 0, plan.stderr
     assert "256 tokens" in plan.stdout
     refused = quire("plan", folder, "--memory-gib", "nan")
-    assert refused.stderr == "quire: memory_gib is nan; it must be a number above 0\n"
+    assert refused.stderr == "quire: memory_gib is nan; it must be a finite number\n"
     tight = quire("plan", folder, "--memory-gib", "0.000001")
     assert tight.returncode == 1
     assert "the weights take" in tight.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--max-num-seqs 1000000", "max_num_seqs is 1000000; it must be at most 65536"),
+        ("--max-num-batched-tokens 1000000000", "it must be at most 16777216"),
+        ("--memory-gib 0.01 --max-num-seqs 65536 --max-num-batched-tokens 16777216", "lower --max-num-batched-tokens"),
+        ("--memory-gib 0.07 --max-num-seqs 65536 --max-num-batched-tokens 65536", "lower --max-num-seqs"),
+        ("-tp 1000000", "cannot be split"),
+        ("-pp 1000000", "cannot be split"),
+        ("--gpu H100 --attention-backend native", "attention_backend native is for float32 on a CPU"),
+        ("--gpu A100-80GB --attention-backend flash", "it runs on sm_90"),
+        ("--gpu H100 --device cpu", "leave one of them out"),
+        ("--gpu H101", "known are"),
+        ("--dtype float16 --attention-backend native", "attention_backend native is for float32 on a CPU"),
+    ],
+)
+def test_what_cannot_be_planned(
+    checkpoint: Make, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(checkpoint("llama")), *arguments.split()]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_has_no_markup(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "[red]:smile:[_red]"
+    shutil.copytree(checkpoint("llama"), folder)
+    assert main(["plan", str(folder)]) == 0
+    assert "[red]:smile:[_red], per worker" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["a" * 5000, "a/" + "b" * 5000, "~nobody-of-this-name/x", "__main__", "torch", "é/b"])
+def test_a_model_that_cannot_be(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", model]) == 1
+    assert "give a checkpoint folder" in (said := capsys.readouterr().err) or "neither a path nor a hub id" in said
 
 
 def test_too_little_memory_is_said_by_serve(checkpoint: Make) -> None:
@@ -128,7 +165,9 @@ def test_too_little_memory_is_said_by_serve(checkpoint: Make) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--port", "99999"], "ports go from 0 to 65535"),
+        (["--port", "99999"], "port is 99999; it must be at most 65535"),
+        (["--host", "a" * 70], "cannot listen on"),
+        (["--served-model-name", "a,,b"], "holds an empty name"),
         (["-dp", "0"], "at least 1"),
         (["--block-size", "1000"], "at most 64"),
         (["-tp", "3"], "cannot be split over 3 ranks"),
@@ -148,4 +187,4 @@ def test_a_config_file(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureF
     assert "block_size is 1000" in capsys.readouterr().err
     file.write_text("no-such-option: 1\n")
     assert main(["serve", str(checkpoint("llama")), "--config", str(file)]) == 1
-    assert "unknown options: no_such_option" in capsys.readouterr().err
+    assert "unknown option: no_such_option" in capsys.readouterr().err

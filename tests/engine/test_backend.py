@@ -4,9 +4,10 @@ import pytest
 import torch
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
-from quire_engine.execution.backend import choose_backend
-from quire_engine.memory.plan import captures_steps
+from quire_engine.execution.checks import check_served
+from quire_engine.memory.plan import Target, captures_steps, gpu_target
 from quire_engine.models.families import spec_of
+from quire_engine.quantization.config import Quantization
 from quire_engine.spec import DecoderSpec
 
 
@@ -30,7 +31,7 @@ def spec() -> DecoderSpec:
     )
 
 
-def test_flash_is_refused_where_it_cannot_be() -> None:
+def test_flash_is_refused_where_it_cannot_be(spec: DecoderSpec) -> None:
     for options, dtype, why in (
         ({}, torch.bfloat16, "it runs on sm_90"),
         ({}, torch.float32, "not with torch.float32"),
@@ -39,7 +40,18 @@ def test_flash_is_refused_where_it_cannot_be() -> None:
     ):
         with pytest.raises(InvalidParameter, match=f"{why}.*leave it out"):
             config = config_of(attention_backend="flash", **options)
-            choose_backend(config, torch.device("cpu"), dtype, quantized=False)
+            check_served(config, spec, Target("cpu", "cpu"), dtype, Quantization())
+
+
+def test_kernels_are_refused_on_devices_they_are_not_for(spec: DecoderSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU that is not here as well."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    h100, a100 = gpu_target("H100")[0], gpu_target("A100-80GB")[0]
+    check_served(config_of(attention_backend="flash"), spec, h100, torch.bfloat16, Quantization())
+    for backend, target in (("native", h100), ("flash", a100), ("triton", Target("cpu", "cpu"))):
+        with pytest.raises(InvalidParameter) as refused:
+            check_served(config_of(attention_backend=backend), spec, target, torch.bfloat16, Quantization())
+        assert refused.value.parameter == "attention_backend"
 
 
 def test_what_is_captured(spec: DecoderSpec) -> None:

@@ -12,7 +12,11 @@ from conftest import make_checkpoint
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter
-from quire_engine.execution.runner import ModelRunner, _check_pooling
+from quire_engine.execution.checks import check_served
+from quire_engine.execution.runner import ModelRunner
+from quire_engine.memory.plan import gpu_target
+from quire_engine.models.families import spec_of
+from quire_engine.quantization.config import Quantization
 from quire_engine.request import EngineSampling, Request
 from quire_engine.scheduler import Scheduler
 from quire_engine.spec import Pooling
@@ -144,4 +148,6 @@ def test_what_is_not_deterministic_is_refused(checkpoint: Make) -> None:
     with pytest.raises(InvalidParameter, match="unquantized"):
         engine_for(checkpoint("llama"), attention_backend="triton", quantization="fp8")
     with pytest.raises(InvalidParameter, match="any order"):
-        _check_pooling(EngineConfig(model="-", deterministic=True), Pooling(kind="mean"), torch.device("cuda"))
+        spec = spec_of(find_model(EngineConfig(model=str(checkpoint("llama")))).config, Pooling(kind="mean"))
+        config = EngineConfig(model="-", deterministic=True)
+        check_served(config, spec, gpu_target("H100")[0], torch.bfloat16, Quantization())

@@ -37,7 +37,7 @@ class PlanConfig:
 
     gpu: str | None = option(None, "plan for a GPU that need not be here: H100, H200, MI300X, ...")
     memory_gib: float | None = option(
-        None, "memory that a worker may use (default: what its device has)", above=0, most=1 << 20
+        None, "memory that a worker may use (default: what its device has)", above=0, most=4096
     )
 
     def __post_init__(self) -> None:

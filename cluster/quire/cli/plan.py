@@ -2,6 +2,8 @@
 
 import torch
 from quire_engine.config import EngineConfig
+from quire_engine.errors import InvalidParameter
+from quire_engine.execution.checks import check_served
 from quire_engine.memory.dry_run import DryGroup, allocated
 from quire_engine.memory.plan import (
     GIB,
@@ -36,12 +38,15 @@ def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
         device = resolve_device(config)
         target, free = Target.of(device), usable_bytes(config, device)
     else:
+        if config.device == "cpu":
+            raise InvalidParameter(f"gpu is {wanted.gpu}, and device is cpu; leave one of them out", "gpu")
         target, total = gpu_target(wanted.gpu)
         device, free = torch.device(target.kind), int(total * config.gpu_memory_utilization)
     if wanted.memory_gib is not None:
         free = int(wanted.memory_gib * GIB)
     dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), device)
     quantization = quantization_of(files.config, config.quantization)
+    check_served(config, spec, target, dtype, quantization)
     stages = range(config.pipeline_parallel_size)
     plans = [plan_memory(config, spec, quantization, target, dtype, free, stage=stage) for stage in stages]
     plan = min(plans, key=lambda plan: plan.num_pages)

@@ -19,6 +19,7 @@ from quire_engine.batch import Batcher, Draws, Shape, StepBatch
 from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import InvalidParameter
 from quire_engine.execution.backend import choose_backend
+from quire_engine.execution.checks import check_served
 from quire_engine.execution.graphs import Record, StepGraphs, graph_recorder
 from quire_engine.execution.pending import PendingStep
 from quire_engine.layers.caches import empty_caches
@@ -43,7 +44,7 @@ from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.request import EngineSampling
 from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
-from quire_engine.spec import DecoderSpec, Pooling
+from quire_engine.spec import DecoderSpec
 from quire_engine.step import Ints, NewRow, StepPlan, StepResult
 from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.resolve import ModelFiles
@@ -92,27 +93,22 @@ class ModelRunner:
         self.spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), self.device)
         quantization = self.quantization = quantization_of(files.config, config.quantization)
+        target = Target.of(self.device)
+        check_served(config, self.spec, target, dtype, quantization)
         memory = self.memory = plan_memory(
             config,
             self.spec,
             quantization,
-            Target.of(self.device),
+            target,
             dtype,
             usable_bytes(config, self.device),
             stage=group.stage,
         )
         if group.draws and (whole := files.config.get("text_part_of")) is not None:
             log.warning("%s: images are not served, but the text part alone", whole)
-        if self.spec.latent is not None:
-            _check_latent(config, self.device)
-        if pooling is not None:
-            _check_pooling(config, pooling, self.device)
-        if config.kv_cache_dtype != "auto" and not self.spec.attending:
-            raise InvalidParameter(
-                f"kv_cache_dtype is {config.kv_cache_dtype}, and this family keeps no keys and values: leave it out",
-                "kv_cache_dtype",
-            )
-        backend = choose_backend(config, self.device, dtype, quantized=quantization.name != "none")
+        if self.spec.latent is not None and self.device.type == "cpu":
+            log.warning("latent attention runs on torch's own operators on a CPU: slow for long contexts")
+        backend = choose_backend(config, target, self.device, dtype)
         if (experts := self.spec.experts) is not None and quantization.in_4_bits and group.draws:
             what = f"experts in {quantization.name} are kept as what they mean, in {dtype}"
             if not backend.packed_experts:
@@ -410,32 +406,6 @@ def _opened(
     weights.progress = lambda: shown.update(1)
     yield weights
     shown.close()
-
-
-def _check_latent(config: EngineConfig, device: torch.device) -> None:
-    """Raises InvalidParameter for what latent attention does not have; says where it is slow."""
-    if config.kv_cache_dtype == "fp8":
-        raise InvalidParameter(
-            "kv_cache_dtype is fp8; the latents of this family are kept in the model's dtype: leave it out",
-            "kv_cache_dtype",
-        )
-    if config.deterministic:
-        raise InvalidParameter(
-            "deterministic is not to be had with latent attention, whose kernels depend on the batch: leave it out",
-            "deterministic",
-        )
-    if device.type == "cpu":
-        log.warning("latent attention runs on torch's own operators on a CPU: slow for long contexts")
-
-
-def _check_pooling(config: EngineConfig, pooling: Pooling, device: torch.device) -> None:
-    """Raises InvalidParameter for what pooling does not have."""
-    if config.deterministic and pooling.kind == "mean" and device.type != "cpu":
-        raise InvalidParameter(
-            "deterministic is not to be had with a mean of states on a GPU, which adds them up in any order: leave it "
-            "out",
-            "deterministic",
-        )
 
 
 def _shares_prefixes(spec: DecoderSpec) -> bool:

@@ -191,17 +191,23 @@ def plan_memory(
         experts_apart=config.enable_expert_parallel,
         dtype=dtype,
     )
+    _check_sizes(limits, spec, dtype, free_bytes)
     captured = captured_shapes(limits) if captures_steps(config, spec, cpu) else []
-    found = allocated(
-        spec,
-        quantization,
-        group,
-        limits,
-        chip=target.chip,
-        dtype=dtype,
-        captured=captured,
-        quantized_cache=config.kv_cache_dtype == "fp8",
-    )
+    try:
+        found = allocated(
+            spec,
+            quantization,
+            group,
+            limits,
+            chip=target.chip,
+            dtype=dtype,
+            captured=captured,
+            quantized_cache=config.kv_cache_dtype == "fp8",
+        )
+    except MemoryError as error:
+        raise OutOfMemory(
+            "a step's tables take more memory than this machine has: lower --max-num-seqs or --max-num-batched-tokens"
+        ) from error
     weights = found.weights
     activations = found.tables + found.step + found.graphs
     reserved = 0
@@ -249,6 +255,23 @@ def plan_memory(
         state_bytes=state,
         num_states=num_states,
     )
+
+
+def _check_sizes(limits: SchedulerLimits, spec: DecoderSpec, dtype: torch.dtype, free_bytes: int) -> None:
+    """Raises OutOfMemory where one of a step's largest buffers alone does not fit.
+
+    A dry run would show it as well, but its tables and rows are real ones.
+    """
+    for size, mend in (
+        (limits.most_tokens * spec.hidden_size * dtype.itemsize, "--max-num-batched-tokens"),
+        (limits.most_draws * spec.vocab_size * 4, "--max-num-seqs"),
+        (limits.max_num_seqs * -(-limits.max_model_len // limits.block_size) * 4, "--max-num-seqs or --max-model-len"),
+    ):
+        if size > free_bytes:
+            raise OutOfMemory(
+                f"a step's buffers take {size / GIB:.2f} GiB and more of the {free_bytes / GIB:.2f} GiB there are; "
+                f"lower {mend}"
+            )
 
 
 def _num_states(config: EngineConfig, state: int, for_cache: int, longest: int) -> int:

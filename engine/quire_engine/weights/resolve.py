@@ -1,10 +1,10 @@
 """From what a user types to files: a folder, a GGUF file, an installed model wheel, or a hub id."""
 
-import importlib.util
 import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,12 @@ def find_model(config: EngineConfig) -> ModelFiles:
 
 def resolve(model: str, *, revision: str | None = None, download_dir: str | None = None) -> ModelFiles:
     """Finds a model. Raises ModelError, saying what was looked for and what would be found."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):  # unlike pathlib's, False for what can be no path
         if not (path / "config.json").exists() and (found := _only_gguf(path)) is not None:
             return ModelFiles(model_name(found), path, found)
         return ModelFiles(path.resolve().name, path)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix == ".gguf":
             return ModelFiles(model_name(path), path.parent, path)
         if path.suffix in PICKLES:
@@ -113,7 +113,7 @@ def _installed_wheel(model: str) -> ModelFiles | None:
     module = model.replace("-", "_")
     if not module.isidentifier():
         return None
-    spec = importlib.util.find_spec(module)
+    spec = PathFinder.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(next(iter(spec.submodule_search_locations)))
