@@ -63,7 +63,8 @@ if __name__ == "__main__":
 
 def write_checkpoint(folder: Path) -> None:
     """The demo model, dequantized, as fp32 safetensors with its tokenizer."""
-    from quire_engine.weights.resolve import DEMO_MODEL, resolve
+    from quire_engine.config import DEMO_MODEL
+    from quire_engine.weights.resolve import resolve
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     files = resolve(DEMO_MODEL)
