@@ -12,7 +12,8 @@ def cos_sin_table(rotary: Rotary, max_position: int) -> Tensor:
     """[max_position, 2, dim / 2] in fp32, for a context of `max_position` tokens.
 
     Scalings: linear (positions divided), llama3 (Llama 3.1's report), yarn (Peng et al. 2023), longrope (Ding et al.
-    2024; the factors for long contexts where the context exceeds the original one).
+    2024; the factors for long contexts where the context exceeds the original one). dynamic changes nothing within the
+    model's context, beyond which nothing is served.
     """
     exponents = torch.arange(0, rotary.dim, 2, dtype=torch.int64).float() / rotary.dim
     frequencies = 1.0 / (rotary.theta**exponents)

@@ -3,10 +3,9 @@
 import dataclasses
 
 from quire_engine.models import llama
-from quire_engine.models.base import activation_of
 from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:
     """YaRN in the published models."""
-    return dataclasses.replace(llama.spec(config), names=Names(gate=""), activation=activation_of(config, "relu2"))
+    return dataclasses.replace(llama.spec(config), names=Names(gate=""))

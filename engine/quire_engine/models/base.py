@@ -1,6 +1,6 @@
-"""Fields of a config as facts, where nearly every family says them the same way."""
+"""Fields of a config that is made whole (`weights.hf_config`) as facts, where nearly every family says them the same way."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from quire_kernels.activation import Activation
@@ -19,32 +19,28 @@ ACTIVATIONS = {
     "relu": Activation.RELU,
     "relu2": Activation.RELU_SQUARED,
 }
-_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
-def need(config: Config, *keys: str) -> Any:
-    """The first of these fields that the config has. Raises ModelError, naming them, where there is none."""
-    for key in keys:
-        if config.get(key) is not None:
-            return config[key]
-    raise ModelError(f"config.json lacks {' or '.join(keys)}")
+def need(config: Config, key: str) -> Any:
+    """A field whose default says nothing. Raises ModelError where it is not given."""
+    if config[key] is None:
+        raise ModelError(f"config.json lacks {key}")
+    return config[key]
 
 
-def activation_of(config: Config, default: str = "silu") -> Activation:
+def activation_of(config: Config, key: str = "hidden_act") -> Activation:
     """Raises ModelError for an activation that no kernel has."""
-    for key in ("hidden_activation", "hidden_act", "activation_function", "activation"):
-        if (name := config.get(key)) is not None:
-            if name not in ACTIVATIONS:
-                raise ModelError(f"{key} is {name!r}; served are {', '.join(ACTIVATIONS)}")
-            return ACTIVATIONS[name]
-    return ACTIVATIONS[default]
+    if (name := config[key]) not in ACTIVATIONS:
+        raise ModelError(f"{key} is {name!r}; served are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
-def layer_windows(config: Config, layers: int, default: str = "full_attention") -> tuple[int, ...]:
-    """From `layer_types`, or one window for all layers (`default` "sliding_attention"). Raises ModelError for layers
-    that are neither."""
-    window = config.get("sliding_window") or 0
-    kinds = config.get("layer_types") or [default] * layers
+def layer_windows(config: Config) -> tuple[int, ...]:
+    """From `layer_types`; a family without them has its window in every layer. Raises ModelError for layers that are
+    neither."""
+    window = config["sliding_window"] or 0
+    kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
     if strange := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ModelError(
             f"layer_types has {', '.join(sorted(strange))}; served are full_attention and sliding_attention"
@@ -53,59 +49,55 @@ def layer_windows(config: Config, layers: int, default: str = "full_attention") 
     return windows if any(windows) else ()
 
 
+def head_dim_of(config: Config) -> int:
+    """A field of its own where a family has one that is set. Raises ModelError for more heads than dimensions."""
+    head_dim: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if not head_dim:
+        raise ModelError("config.json has a hidden_size below num_attention_heads")
+    return head_dim
+
+
 def base_spec(config: Config, **facts: Any) -> DecoderSpec:
     """What nearly every family's config says the same way; `facts` adds or overrides."""
-    heads, hidden = need(config, "num_attention_heads"), need(config, "hidden_size")
-    head_dim = facts.get("head_dim") or config.get("head_dim") or hidden // heads
-    values: dict[str, Any] = {
-        "vocab_size": need(config, "vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": facts.get("intermediate_size") or need(config, "intermediate_size"),
-        "num_layers": need(config, "num_hidden_layers"),
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
-        "norm": Norm(config.get("rms_norm_eps", 1e-6)),
-        "max_position": need(config, "max_position_embeddings"),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+    head_dim = facts.get("head_dim") or head_dim_of(config)
+    fields: dict[str, Callable[[], Any]] = {  # read only where the family does not say otherwise
+        "vocab_size": lambda: config["vocab_size"],
+        "hidden_size": lambda: config["hidden_size"],
+        "intermediate_size": lambda: config["intermediate_size"],
+        "num_layers": lambda: config["num_hidden_layers"],
+        "num_heads": lambda: config["num_attention_heads"],
+        "num_kv_heads": lambda: config["num_key_value_heads"],
+        "head_dim": lambda: head_dim,
+        "norm": lambda: Norm(config["rms_norm_eps"]),
+        "max_position": lambda: config["max_position_embeddings"],
+        "tie_embeddings": lambda: bool(config["tie_word_embeddings"]),
+        "rope": lambda: rotary_of(config, head_dim),
+        "activation": lambda: activation_of(config),
     }
-    if "rope" not in facts:
-        values["rope"] = rotary_of(config, head_dim)
-    if "activation" not in facts:
-        values["activation"] = activation_of(config)
-    return DecoderSpec(**(values | facts))
+    return DecoderSpec(**{name: read() for name, read in fields.items() if name not in facts}, **facts)
 
 
 def rotary_of(
-    config: Mapping[str, Any],
+    config: Config,
     head_dim: int,
     *,
     layer_type: str = "full_attention",
     interleaved: bool = False,
-    fraction: float | None = None,
     dim: int | None = None,
-    theta: float = 10000.0,
 ) -> Rotary:
-    """From `rope_parameters` (of the layer type, where they are apart), or the older `rope_theta` and `rope_scaling`.
+    """From `rope_parameters` (of the layer type, where they are apart). `dim`: where it is no part of the head.
 
-    `fraction` of a head that turns, `dim`, `theta`: where the config says nothing. Raises ModelError for an unknown
-    rope type.
+    Raises ModelError for an unknown rope type.
     """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = config["rope_parameters"]
     given = given.get(layer_type, given)
-    part = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or fraction or 1.0
     rotary = Rotary(
-        theta=float(given.get("rope_theta") or config.get("rope_theta") or theta),
-        dim=dim or int(head_dim * part),
+        theta=float(given["rope_theta"]),
+        dim=dim or int(head_dim * given.get("partial_rotary_factor", 1.0)),
         interleaved=interleaved,
-        max_position=config.get("max_position_embeddings") or 0,
+        max_position=config["max_position_embeddings"],
         scaling=given,
     )
     if rotary.kind not in _ROPE_KINDS:
         raise ModelError(f"rope_scaling has rope_type {rotary.kind!r}; known are {', '.join(_ROPE_KINDS)}")
-    if rotary.kind == "longrope" and not given.get("original_max_position_embeddings"):
-        original = config.get("original_max_position_embeddings")
-        if original is None:
-            raise ModelError("config.json lacks original_max_position_embeddings, which longrope needs")
-        return Rotary(**(vars(rotary) | {"scaling": {**given, "original_max_position_embeddings": original}}))
     return rotary

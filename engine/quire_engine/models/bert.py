@@ -33,7 +33,7 @@ _NAMES = Names(
 
 def bert(config: Config) -> DecoderSpec:
     """Norms come after the sums; a pair's second text has embeddings of its own."""
-    return _spec(config, _NAMES, need(config, "max_position_embeddings"), 0)
+    return _spec(config, _NAMES, config["max_position_embeddings"], 0)
 
 
 def roberta(config: Config) -> DecoderSpec:
@@ -48,29 +48,28 @@ def roberta(config: Config) -> DecoderSpec:
         layers="roberta.encoder.layer",
         classifier=("classifier.dense", "classifier.out_proj"),
     )
-    return _spec(config, names, need(config, "max_position_embeddings") - offset, offset)
+    return _spec(config, names, config["max_position_embeddings"] - offset, offset)
 
 
 def _spec(config: Config, names: Names, context: int, offset: int) -> DecoderSpec:
-    kind = config.get("position_embedding_type", "absolute")
+    kind = config.get("position_embedding_type", "absolute")  # of older versions of transformers
     if kind != "absolute":
         raise ModelError(f"position_embedding_type is {kind!r}; served is absolute")
     return base_spec(
         config,
         names=names,
-        norm=Norm(config.get("layer_norm_eps", 1e-12), "layer"),
+        norm=Norm(config["layer_norm_eps"], "layer"),
         norm_bias=True,
         norm_last=True,
-        num_kv_heads=need(config, "num_attention_heads"),
+        num_kv_heads=config["num_attention_heads"],
         rope=None,
         bidirectional=True,
         max_position=context,
         position_offset=offset,
-        num_segments=config.get("type_vocab_size", 2),
+        num_segments=config["type_vocab_size"],
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
         classifier_bias=True,
-        tie_embeddings=True,
         ignored=(".position_ids", "pooler.dense.weight", "pooler.dense.bias"),
     )

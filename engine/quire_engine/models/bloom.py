@@ -4,25 +4,24 @@ from quire_kernels.activation import Activation
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.models.base import need
 from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:
     """The context has no bound of its own; `seq_length` is what it was trained with."""
-    if config.get("apply_residual_connection_post_layernorm"):
+    if config["apply_residual_connection_post_layernorm"]:
         raise ModelError("apply_residual_connection_post_layernorm is true; BLOOM is served without it")
-    hidden, heads = need(config, "hidden_size", "n_embed"), need(config, "n_head", "num_attention_heads")
+    hidden, heads = config["hidden_size"], config["n_head"]
     return DecoderSpec(
-        vocab_size=need(config, "vocab_size"),
+        vocab_size=config["vocab_size"],
         hidden_size=hidden,
         intermediate_size=4 * hidden,
-        num_layers=need(config, "n_layer", "num_hidden_layers"),
+        num_layers=config["n_layer"],
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
         max_position=config.get("seq_length") or 2048,
-        tie_embeddings=bool(config.get("tie_word_embeddings", True)),
+        tie_embeddings=bool(config["tie_word_embeddings"]),
         names=Names(
             embedding="transformer.word_embeddings",
             embedding_norm="transformer.word_embeddings_layernorm",
@@ -35,7 +34,7 @@ def spec(config: Config) -> DecoderSpec:
             up="dense_h_to_4h",
             down="dense_4h_to_h",
         ),
-        norm=Norm(config.get("layer_norm_epsilon", 1e-5), "layer"),
+        norm=Norm(config["layer_norm_epsilon"], "layer"),
         norm_bias=True,
         qkv="grouped",
         alibi=1.0,

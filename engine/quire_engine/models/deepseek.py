@@ -10,20 +10,19 @@ from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, LatentSpec
 
 def experts_of(config: Config, **facts: Any) -> ExpertsSpec:
     """V3's router, which other families have too: sigmoids, and a bias that corrects the choice alone."""
-    layers, every = need(config, "num_hidden_layers"), config.get("moe_layer_freq", 1)
-    first = config.get("first_k_dense_replace", 0)
-    inner = need(config, "moe_intermediate_size")
+    layers, every = config["num_hidden_layers"], config.get("moe_layer_freq", 1)  # which transformers does not know
+    first, inner = config["first_k_dense_replace"], config["moe_intermediate_size"]
     values: dict[str, Any] = {
-        "num_experts": need(config, "n_routed_experts", "num_local_experts", "num_experts"),
+        "num_experts": need(config, "n_routed_experts"),
         "top_k": need(config, "num_experts_per_tok"),
         "intermediate_size": inner,
         "score": "sigmoid",
-        "renormalize": bool(config.get("norm_topk_prob", True)),
-        "scale": config.get("routed_scaling_factor", 1.0),
-        "groups": config.get("n_group") or 1,
-        "top_groups": config.get("topk_group") or 1,
+        "renormalize": bool(config["norm_topk_prob"]),
+        "scale": config["routed_scaling_factor"],
+        "groups": config["n_group"] or 1,
+        "top_groups": config["topk_group"] or 1,
         "correction_bias": "gate.e_score_correction_bias",
-        "shared_size": inner * (config.get("n_shared_experts") or 0),
+        "shared_size": inner * (config["n_shared_experts"] or 0),
         "dense_layers": frozenset(i for i in range(layers) if i < first or i % every),
     }
     return ExpertsSpec(**(values | facts))
@@ -31,7 +30,7 @@ def experts_of(config: Config, **facts: Any) -> ExpertsSpec:
 
 def deepseek_v2(config: Config) -> DecoderSpec:
     """Softmax scores; a group's is its best expert's (`topk_method` group_limited_greedy)."""
-    method = config.get("topk_method", "greedy")
+    method = config["topk_method"]
     if method not in ("greedy", "group_limited_greedy"):
         raise ModelError(f"topk_method is {method!r}; served are greedy and group_limited_greedy")
     grouped = {} if method == "group_limited_greedy" else {"groups": 1, "top_groups": 1}
@@ -43,18 +42,18 @@ def deepseek_v2(config: Config) -> DecoderSpec:
 
 def deepseek_v3(config: Config) -> DecoderSpec:
     """A group's score is the sum of its two best experts'."""
-    if not config.get("rope_interleave", True):
+    if not config["rope_interleave"]:
         raise ModelError("rope_interleave is false; DeepSeek-V3 is served with neighbours that turn together")
-    return _spec(config, experts_of({"first_k_dense_replace": 3, **config}))
+    return _spec(config, experts_of(config))
 
 
 def _spec(config: Config, experts: ExpertsSpec) -> DecoderSpec:
-    plain, rotated = need(config, "qk_nope_head_dim"), need(config, "qk_rope_head_dim")
+    plain, rotated = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
     rope = rotary_of(config, rotated, interleaved=True)
     scale = None
     if rope.kind != "default" and rope.scaling.get("mscale_all_dim"):
         scale = (plain + rotated) ** -0.5 * mscale(rope.scaling["factor"], rope.scaling["mscale_all_dim"]) ** 2
-    bias = bool(config.get("attention_bias", False))
+    bias = bool(config["attention_bias"])
     return base_spec(
         config,
         head_dim=plain + rotated,
@@ -63,11 +62,11 @@ def _spec(config: Config, experts: ExpertsSpec) -> DecoderSpec:
         qkv_bias=bias,
         output_bias=bias,
         latent=LatentSpec(
-            rank=need(config, "kv_lora_rank"),
-            query_rank=config.get("q_lora_rank") or 0,
+            rank=config["kv_lora_rank"],
+            query_rank=config["q_lora_rank"] or 0,
             plain=plain,
             rotated=rotated,
-            value=need(config, "v_head_dim"),
+            value=config["v_head_dim"],
         ),
         experts=experts,
         extra_layers=config.get("num_nextn_predict_layers") or 0,

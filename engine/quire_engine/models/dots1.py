@@ -9,12 +9,12 @@ from quire_engine.spec import Config, DecoderSpec, QKNorm
 
 def spec(config: Config) -> DecoderSpec:
     """A window from `max_window_layers` on, where the config has one."""
-    bias = bool(config.get("attention_bias", False))
+    bias = bool(config["attention_bias"])
     return base_spec(
         config,
-        qk_norm=QKNorm(norm=Norm(config.get("rms_norm_eps", 1e-6))),
+        qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"])),
         qkv_bias=bias,
         output_bias=bias,
-        windows=layer_windows(config, config["num_hidden_layers"]),
+        windows=layer_windows(config),
         experts=experts_of(config),
     )

@@ -8,8 +8,7 @@ from quire_engine.spec import Config, DecoderSpec, Names, QKNorm
 
 def spec(config: Config) -> DecoderSpec:
     """`sliding_window` is null in the small model: all layers are full, and all rotate."""
-    layers = config["num_hidden_layers"]
-    windows = layer_windows(config, layers) if config.get("sliding_window") else ()
+    windows = layer_windows(config) if config["sliding_window"] else ()
     return base_spec(
         config,
         names=Names(
@@ -18,7 +17,7 @@ def spec(config: Config) -> DecoderSpec:
             mlp_norm="",
             after_mlp="post_feedforward_layernorm",
         ),
-        qk_norm=QKNorm(norm=Norm(config.get("rms_norm_eps", 1e-5))),
+        qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"])),
         windows=windows,
         without_rope=frozenset(i for i, window in enumerate(windows) if not window),
     )

@@ -2,27 +2,27 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import activation_of, base_spec, need, rotary_of
+from quire_engine.models.base import activation_of, base_spec, head_dim_of, rotary_of
 from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:
     """40B and 180B (`new_decoder_architecture`) have two norms and groups, 7B one norm and one key-value head, the RW
     models ALiBi."""
-    heads, hidden = need(config, "num_attention_heads"), need(config, "hidden_size")
-    new = bool(config.get("new_decoder_architecture", False))
+    heads = config["num_attention_heads"]
+    new = bool(config["new_decoder_architecture"])
     kv_heads = heads
     if new:
-        kv_heads = config.get("num_kv_heads") or heads
-    elif config.get("multi_query", True):
+        kv_heads = config["num_kv_heads"]
+    elif config["multi_query"]:
         kv_heads = 1
-    parallel = new or bool(config.get("parallel_attn", True))
-    two = new and config.get("num_ln_in_parallel_attn", 2) != 1
-    bias = bool(config.get("bias", False))
-    alibi = bool(config.get("alibi", False))
-    head_dim = hidden // heads
+    parallel = new or bool(config["parallel_attn"])
+    two = new and config["num_ln_in_parallel_attn"] != 1
+    bias = bool(config["bias"])
+    alibi = bool(config["alibi"])
+    head_dim = head_dim_of(config)
     return base_spec(
-        {"max_position_embeddings": 2048, **config},
+        config,
         names=Names(
             embedding="transformer.word_embeddings",
             layers="transformer.h",
@@ -36,17 +36,16 @@ def spec(config: Config) -> DecoderSpec:
             attention_norm="ln_attn" if two else "input_layernorm",
             mlp_norm="ln_mlp" if two else "" if parallel else "post_attention_layernorm",
         ),
-        norm=Norm(config.get("layer_norm_epsilon", 1e-5), "layer"),
+        norm=Norm(config["layer_norm_epsilon"], "layer"),
         norm_bias=True,
         parallel=parallel,
-        intermediate_size=config.get("ffn_hidden_size") or 4 * hidden,
+        intermediate_size=config["ffn_hidden_size"],
         num_kv_heads=kv_heads,
         qkv="grouped",
         rope=None if alibi else rotary_of(config, head_dim),
         alibi=head_dim**-0.5 if alibi else 0.0,
-        activation=activation_of(config, "gelu"),
+        activation=activation_of(config, "activation"),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bias,
-        tie_embeddings=bool(config.get("tie_word_embeddings", True)),
     )

@@ -121,8 +121,12 @@ _HEADLESS = ("Model", "ForSequenceClassification")
 
 
 def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
-    """`_family_spec`, of a model that pools where `pooling` says so."""
-    spec = _family_spec(config)
+    """Of a config that is made whole (`weights.hf_config.completed`), of a model that pools where `pooling` says so.
+    Raises ModelError for what is not served."""
+    try:
+        spec = _family_spec(config)
+    except KeyError as error:
+        raise ModelError(f"config.json lacks {error.args[0]}") from error
     if (whole := config.get("text_part_of")) is not None:
         spec = _within(spec, TEXT_PARTS[whole])
     if pooling is None:

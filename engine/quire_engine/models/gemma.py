@@ -9,8 +9,8 @@ import dataclasses
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.models.base import activation_of, base_spec, layer_windows, need, rotary_of
-from quire_engine.spec import Config, DecoderSpec, Names, QKNorm, Rotary
+from quire_engine.models.base import activation_of, base_spec, layer_windows, rotary_of
+from quire_engine.spec import Config, DecoderSpec, Names, QKNorm
 
 _SANDWICH = Names(
     after_attention="post_attention_layernorm",
@@ -20,50 +20,46 @@ _SANDWICH = Names(
 
 
 def gemma(config: Config) -> DecoderSpec:
-    """hidden_act is "gelu" in old configs and meant tanh's approximation."""
+    """Raises ModelError for attention that is not causal."""
+    return _spec(config, "hidden_act")
+
+
+def _spec(config: Config, activation: str) -> DecoderSpec:
+    if config.get("use_bidirectional_attention"):  # no field of older versions of transformers
+        raise ModelError("use_bidirectional_attention is true; Gemma is served with causal attention")
+    bias = bool(config["attention_bias"])
     return base_spec(
-        {"head_dim": 256, **config},
-        norm=Norm(config.get("rms_norm_eps", 1e-6), unit_offset=True),
-        activation=activation_of({"hidden_activation": config.get("hidden_activation") or "gelu_pytorch_tanh"}),
-        embedding_scale=need(config, "hidden_size") ** 0.5,
-        tie_embeddings=bool(config.get("tie_word_embeddings", True)),
+        config,
+        norm=Norm(config["rms_norm_eps"], unit_offset=True),
+        activation=activation_of(config, activation),
+        embedding_scale=config["hidden_size"] ** 0.5,
+        qkv_bias=bias,
+        output_bias=bias,
     )
 
 
 def gemma2(config: Config) -> DecoderSpec:
-    """Even layers have the window where `layer_types` says nothing."""
-    layers = need(config, "num_hidden_layers")
-    kinds = config.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    """Every other layer has the window in the published models."""
     return dataclasses.replace(
-        gemma(config),
+        _spec(config, "hidden_activation"),
         names=_SANDWICH,
-        windows=layer_windows({"sliding_window": 4096, **config, "layer_types": kinds}, layers),
-        attention_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
-        soft_cap=config.get("attn_logit_softcapping", 50.0) or 0.0,
-        logits_soft_cap=config.get("final_logit_softcapping", 30.0) or 0.0,
+        windows=layer_windows(config),
+        attention_scale=config["query_pre_attn_scalar"] ** -0.5,
+        soft_cap=config["attn_logit_softcapping"] or 0.0,
+        logits_soft_cap=config["final_logit_softcapping"] or 0.0,
     )
 
 
 def gemma3(config: Config) -> DecoderSpec:
-    """`sliding_window_pattern` in old configs: every so many layers is a full one."""
-    if config.get("use_bidirectional_attention"):
-        raise ModelError("use_bidirectional_attention is true; Gemma 3 is served with causal attention")
-    layers, every = need(config, "num_hidden_layers"), config.get("sliding_window_pattern", 6)
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
-    ]
-    base = gemma({"rope_theta": 1e6, **config})
-    if "sliding_attention" in (config.get("rope_parameters") or {}):
-        local = rotary_of(config, base.head_dim, layer_type="sliding_attention")
-    else:
-        local = Rotary(theta=config.get("rope_local_base_freq", 1e4), dim=base.head_dim)
+    """Layers with the window have a RoPE of their own."""
+    base = _spec(config, "hidden_activation")
     return dataclasses.replace(
         base,
         names=_SANDWICH,
-        windows=layer_windows({"sliding_window": 4096, **config, "layer_types": kinds}, layers),
-        local_rope=local,
+        windows=layer_windows(config),
+        local_rope=rotary_of(config, base.head_dim, layer_type="sliding_attention"),
         qk_norm=QKNorm(norm=base.norm),
-        attention_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
-        soft_cap=config.get("attn_logit_softcapping") or 0.0,
-        logits_soft_cap=config.get("final_logit_softcapping") or 0.0,
+        attention_scale=config["query_pre_attn_scalar"] ** -0.5,
+        soft_cap=config["attn_logit_softcapping"] or 0.0,
+        logits_soft_cap=config["final_logit_softcapping"] or 0.0,
     )

@@ -2,14 +2,13 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import activation_of, base_spec, need, rotary_of
+from quire_engine.models.base import base_spec
 from quire_engine.spec import Config, DecoderSpec, Names
 
 
 def spec(config: Config) -> DecoderSpec:
     """Attention and feed-forward read the residual in parallel, each through a norm of its own."""
-    head_dim = need(config, "hidden_size") // need(config, "num_attention_heads")
-    bias = bool(config.get("attention_bias", True))
+    bias = bool(config["attention_bias"])
     return base_spec(
         config,
         names=Names(
@@ -24,13 +23,11 @@ def spec(config: Config) -> DecoderSpec:
             up="dense_h_to_4h",
             down="dense_4h_to_h",
         ),
-        norm=Norm(config.get("layer_norm_eps", 1e-5), "layer"),
+        norm=Norm(config["layer_norm_eps"], "layer"),
         norm_bias=True,
-        num_kv_heads=need(config, "num_attention_heads"),
-        parallel=bool(config.get("use_parallel_residual", True)),
+        num_kv_heads=config["num_attention_heads"],
+        parallel=bool(config["use_parallel_residual"]),
         qkv="grouped",
-        rope=rotary_of(config, head_dim, fraction=config.get("rotary_pct", 0.25)),
-        activation=activation_of(config, "gelu"),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=True,

@@ -3,21 +3,19 @@
 from quire_kernels.activation import CLAMP, SHARPNESS, Activation
 
 from quire_engine.errors import ModelError
-from quire_engine.models.base import base_spec, layer_windows, need
+from quire_engine.models.base import base_spec, layer_windows
 from quire_engine.spec import Config, DecoderSpec, ExpertsSpec
 
 
 def spec(config: Config) -> DecoderSpec:
-    """Even layers have the window where `layer_types` says nothing. Raises ModelError for other clamps."""
-    layers = need(config, "num_hidden_layers")
+    """Raises ModelError for other clamps."""
     for field, value in (("swiglu_limit", CLAMP), ("swiglu_alpha", SHARPNESS)):
-        if config.get(field, value) != value:
+        if config.get(field, value) != value:  # no field of older versions of transformers
             raise ModelError(f"{field} is {config[field]}; served is {value}")
-    kinds = config.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     experts = ExpertsSpec(
-        num_experts=need(config, "num_local_experts"),
-        top_k=need(config, "num_experts_per_tok", "experts_per_token"),
-        intermediate_size=need(config, "intermediate_size"),
+        num_experts=config["num_local_experts"],
+        top_k=config["num_experts_per_tok"],
+        intermediate_size=config["intermediate_size"],
         router="router",
         router_bias=True,
         up="gate_up_proj",
@@ -27,11 +25,11 @@ def spec(config: Config) -> DecoderSpec:
         bias=True,
     )
     return base_spec(
-        {"head_dim": 64, "rms_norm_eps": 1e-5, **config},
-        windows=layer_windows({"sliding_window": 128, **config, "layer_types": kinds}, layers),
+        config,
+        windows=layer_windows(config),
         sinks=True,
         activation=Activation.SWIGLU_CLAMPED,
-        qkv_bias=bool(config.get("attention_bias", True)),
-        output_bias=bool(config.get("attention_bias", True)),
+        qkv_bias=bool(config["attention_bias"]),
+        output_bias=bool(config["attention_bias"]),
         experts=experts,
     )

@@ -2,23 +2,23 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import activation_of, need, rotary_of
-from quire_engine.spec import Config, DecoderSpec, Names
+from quire_engine.models.base import activation_of
+from quire_engine.spec import Config, DecoderSpec, Names, Rotary
 
 
 def spec(config: Config) -> DecoderSpec:
     """Biases in the feed-forward layers and the head alone."""
-    hidden, heads = need(config, "n_embd"), need(config, "n_head")
+    hidden, heads = config["n_embd"], config["n_head"]
     return DecoderSpec(
-        vocab_size=need(config, "vocab_size"),
+        vocab_size=config["vocab_size"],
         hidden_size=hidden,
-        intermediate_size=config.get("n_inner") or 4 * hidden,
-        num_layers=need(config, "n_layer"),
+        intermediate_size=config["n_inner"] or 4 * hidden,
+        num_layers=config["n_layer"],
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
-        max_position=need(config, "n_positions"),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_position=config["n_positions"],
+        tie_embeddings=bool(config["tie_word_embeddings"]),
         names=Names(
             embedding="transformer.wte",
             layers="transformer.h",
@@ -31,11 +31,11 @@ def spec(config: Config) -> DecoderSpec:
             attention_norm="ln_1",
             mlp_norm="",
         ),
-        norm=Norm(config.get("layer_norm_epsilon", 1e-5), "layer"),
+        norm=Norm(config["layer_norm_epsilon"], "layer"),
         norm_bias=True,
         parallel=True,
-        rope=rotary_of(config, hidden // heads, interleaved=True, dim=config.get("rotary_dim") or hidden // heads),
-        activation=activation_of(config, "gelu_new"),
+        rope=Rotary(theta=10000.0, dim=config["rotary_dim"] or hidden // heads, interleaved=True),
+        activation=activation_of(config, "activation_function"),
         mlp_bias=True,
         head_bias=True,
         ignored=(".attn.bias", ".attn.masked_bias"),

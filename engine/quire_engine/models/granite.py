@@ -3,7 +3,6 @@
 import dataclasses
 
 from quire_engine.models import llama
-from quire_engine.models.base import need
 from quire_engine.spec import Config, DecoderSpec, ExpertsSpec
 
 
@@ -11,10 +10,10 @@ def granite(config: Config) -> DecoderSpec:
     """Logits are divided by `logits_scaling`."""
     return dataclasses.replace(
         llama.spec(config),
-        embedding_scale=config.get("embedding_multiplier", 1.0),
-        residual_scale=config.get("residual_multiplier", 1.0),
-        attention_scale=config.get("attention_multiplier", 1.0),
-        logits_scale=1.0 / config.get("logits_scaling", 1.0),
+        embedding_scale=config["embedding_multiplier"],
+        residual_scale=config["residual_multiplier"],
+        attention_scale=config["attention_multiplier"],
+        logits_scale=1.0 / config["logits_scaling"],
     )
 
 
@@ -22,8 +21,8 @@ def granite_moe(config: Config) -> DecoderSpec:
     """`shared_intermediate_size` is of the shared expert (GraniteMoeShared)."""
     base = granite(config)
     experts = ExpertsSpec(
-        num_experts=need(config, "num_local_experts"),
-        top_k=need(config, "num_experts_per_tok"),
+        num_experts=config["num_local_experts"],
+        top_k=config["num_experts_per_tok"],
         intermediate_size=base.intermediate_size,
         at="block_sparse_moe",
         router="router.layer",

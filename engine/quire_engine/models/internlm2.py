@@ -5,15 +5,34 @@ import dataclasses
 from quire_engine.models import llama
 from quire_engine.spec import Config, DecoderSpec, Names
 
+_DEFAULTS = {  # of its own config class, which is not in transformers
+    "vocab_size": 103168,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bias": True,
+    "rope_theta": 10000,
+    "rope_scaling": None,
+}
+
 
 def spec(config: Config) -> DecoderSpec:
-    """Their rope type "dynamic" changes nothing within the context that the model was trained with, which is served."""
-    scaling = config.get("rope_scaling") or {}
-    if scaling.get("type", scaling.get("rope_type")) == "dynamic":
-        config = {**config, "rope_scaling": None}
-    bias = bool(config.get("bias", False))
+    """`bias` is for every projection of the attention."""
+    config = {**_DEFAULTS, **config}
+    scaling = config["rope_scaling"] or {}
+    config |= {
+        "num_key_value_heads": config["num_key_value_heads"] or config["num_attention_heads"],
+        "attention_bias": config["bias"],
+        "rope_parameters": {"rope_theta": config["rope_theta"], **scaling},
+    }
     return dataclasses.replace(
-        llama.spec({**config, "attention_bias": bias}),
+        llama.spec(config),
         names=Names(
             embedding="model.tok_embeddings",
             head="output",

@@ -2,25 +2,20 @@
 
 import dataclasses
 
+from quire_kernels.activation import Activation
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import base_spec, need, rotary_of
+from quire_engine.models.base import base_spec, need
 from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, Names, QKNorm, ShortConvSpec
 
 
 def lfm2(config: Config) -> DecoderSpec:
-    """`full_attn_idxs` says which layers attend where `layer_types` does not. `block_auto_adjust_ff_dim` takes two
-    thirds of the feed-forward size, rounded up."""
-    layers = need(config, "num_hidden_layers")
-    attends = config.get("full_attn_idxs", range(layers))
-    kinds = config.get("layer_types") or ["full_attention" if i in attends else "conv" for i in range(layers)]
-    norm = Norm(config.get("norm_eps", 1e-5))
-    head_dim = config.get("head_dim") or need(config, "hidden_size") // need(config, "num_attention_heads")
-    inner = config.get("block_ff_dim") or need(config, "intermediate_size")
-    if config.get("block_auto_adjust_ff_dim", True):
-        inner = int(2 * inner / 3 * config.get("block_ffn_dim_multiplier", 1.0))
-        step = config.get("block_multiple_of", 256)
-        inner = -(-inner // step) * step
+    """`block_auto_adjust_ff_dim` takes two thirds of the feed-forward size, rounded up."""
+    kinds, norm = need(config, "layer_types"), Norm(config["norm_eps"])
+    inner = config["intermediate_size"]
+    if config["block_auto_adjust_ff_dim"]:
+        step = config["block_multiple_of"]
+        inner = -(-int(2 * inner / 3 * config["block_ffn_dim_multiplier"]) // step) * step
     return base_spec(
         config,
         names=Names(
@@ -38,26 +33,25 @@ def lfm2(config: Config) -> DecoderSpec:
         ),
         norm=norm,
         intermediate_size=inner,
-        rope=rotary_of(config, head_dim, theta=1000000.0),
+        activation=Activation.SILU,
         qk_norm=QKNorm(norm=norm),
-        recurrent=ShortConvSpec(taps=config.get("conv_L_cache", 3), bias=bool(config.get("conv_bias", False))),
+        recurrent=ShortConvSpec(taps=config["conv_L_cache"], bias=bool(config["conv_bias"])),
         recurrent_layers=frozenset(i for i, kind in enumerate(kinds) if kind == "conv"),
-        tie_embeddings=bool(config.get("tie_embedding", config.get("tie_word_embeddings", True))),
     )
 
 
 def lfm2_moe(config: Config) -> DecoderSpec:
     """Sigmoid scores, and a bias for the choice alone."""
     experts = ExpertsSpec(
-        num_experts=need(config, "num_experts", "num_local_experts"),
-        top_k=need(config, "num_experts_per_tok"),
-        intermediate_size=need(config, "moe_intermediate_size"),
+        num_experts=config["num_experts"],
+        top_k=config["num_experts_per_tok"],
+        intermediate_size=config["moe_intermediate_size"],
         score="sigmoid",
-        renormalize=bool(config.get("norm_topk_prob", True)),
-        scale=config.get("routed_scaling_factor", 1.0),
-        dense_layers=frozenset(range(config.get("num_dense_layers", 2))),
+        renormalize=bool(config["norm_topk_prob"]),
+        scale=config["routed_scaling_factor"],
+        dense_layers=frozenset(range(config["num_dense_layers"])),
         at="feed_forward",
-        correction_bias="expert_bias" if config.get("use_expert_bias", True) else "",
+        correction_bias="expert_bias" if config["use_expert_bias"] else "",
         gate="w1",
         up="w3",
         down="w2",

@@ -5,6 +5,6 @@ from quire_engine.spec import Config, DecoderSpec
 
 
 def spec(config: Config) -> DecoderSpec:
-    """attention_bias covers q, k, v and o alike."""
-    bias = bool(config.get("attention_bias", False))
-    return base_spec(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))
+    """attention_bias covers q, k, v and o alike. Some families of this shape have no mlp_bias."""
+    bias = bool(config["attention_bias"])
+    return base_spec(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias")))

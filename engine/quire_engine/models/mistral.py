@@ -5,5 +5,5 @@ from quire_engine.spec import Config, DecoderSpec
 
 
 def spec(config: Config) -> DecoderSpec:
-    """One window for all layers; null means none."""
-    return base_spec(config, windows=layer_windows(config, config["num_hidden_layers"], "sliding_attention"))
+    """A window of null means none. CWM alone has an mlp_bias."""
+    return base_spec(config, windows=layer_windows(config), mlp_bias=bool(config.get("mlp_bias")))

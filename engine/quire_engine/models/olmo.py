@@ -5,8 +5,8 @@ import dataclasses
 from quire_kernels.norm import Norm
 
 from quire_engine.models import llama
-from quire_engine.models.base import layer_windows, need, rotary_of
-from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, Names, QKNorm, Rotary
+from quire_engine.models.base import base_spec, layer_windows, rotary_of
+from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, Names, QKNorm
 
 _AFTER = Names(
     attention_norm="",
@@ -18,46 +18,41 @@ _AFTER = Names(
 
 def olmo(config: Config) -> DecoderSpec:
     """LayerNorm without weights."""
-    return dataclasses.replace(
-        llama.spec(config), norm=Norm(1e-5, "layer"), norm_weight=False, clip_qkv=config.get("clip_qkv")
+    bias = bool(config["attention_bias"])
+    return base_spec(
+        config,
+        norm=Norm(1e-5, "layer"),
+        norm_weight=False,
+        qkv_bias=bias,
+        output_bias=bias,
+        clip_qkv=config["clip_qkv"],
     )
 
 
 def olmo2(config: Config) -> DecoderSpec:
     """Queries and keys are normed over their full width."""
     base = llama.spec(config)
-    return dataclasses.replace(
-        base, names=_AFTER, qk_norm=QKNorm(norm=Norm(config.get("rms_norm_eps", 1e-5)), over="width")
-    )
+    return dataclasses.replace(base, names=_AFTER, qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"]), over="width"))
 
 
 def olmo3(config: Config) -> DecoderSpec:
-    """Three layers of four have a window; the RoPE scaling is for the others."""
-    layers = need(config, "num_hidden_layers")
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)
-    ]
+    """Layers with a window have a RoPE of their own, without the scaling of the others."""
     base = olmo2(config)
-    if "sliding_attention" in (config.get("rope_parameters") or {}):
-        local = rotary_of(config, base.head_dim, layer_type="sliding_attention")
-    else:
-        assert base.rope is not None
-        local = Rotary(theta=base.rope.theta, dim=base.head_dim)
-    windows = layer_windows({"sliding_window": 4096, **config, "layer_types": kinds}, layers)
-    return dataclasses.replace(base, windows=windows, local_rope=local)
+    local = rotary_of(config, base.head_dim, layer_type="sliding_attention")
+    return dataclasses.replace(base, windows=layer_windows(config), local_rope=local)
 
 
 def olmoe(config: Config) -> DecoderSpec:
     """Experts in every layer; norms before, as in Llama."""
     experts = ExpertsSpec(
-        num_experts=need(config, "num_experts", "num_local_experts"),
-        top_k=need(config, "num_experts_per_tok"),
-        intermediate_size=need(config, "intermediate_size"),
-        renormalize=bool(config.get("norm_topk_prob", False)),
+        num_experts=config["num_experts"],
+        top_k=config["num_experts_per_tok"],
+        intermediate_size=config["intermediate_size"],
+        renormalize=bool(config["norm_topk_prob"]),
     )
     return dataclasses.replace(
         llama.spec(config),
-        clip_qkv=config.get("clip_qkv"),
-        qk_norm=QKNorm(norm=Norm(config.get("rms_norm_eps", 1e-5)), over="width"),
+        clip_qkv=config["clip_qkv"],
+        qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"]), over="width"),
         experts=experts,
     )

@@ -10,5 +10,5 @@ def spec(config: Config) -> DecoderSpec:
         config,
         names=Names(q="qkv_proj", gate="gate_up_proj", up="gate_up_proj"),
         qkv="stacked",
-        windows=layer_windows(config, config["num_hidden_layers"], "sliding_attention"),
+        windows=layer_windows(config),
     )

@@ -5,12 +5,8 @@ from quire_engine.spec import Config, DecoderSpec
 
 
 def upper_windows(config: Config) -> tuple[int, ...]:
-    """`use_sliding_window` puts the window on layers from `max_window_layers` on."""
-    if not config.get("use_sliding_window") or not config.get("sliding_window"):
-        return ()
-    first, layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
-    kinds = config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    return layer_windows({**config, "layer_types": kinds}, layers)
+    """`use_sliding_window` puts the window on layers from `max_window_layers` on, where `layer_types` is not given."""
+    return layer_windows(config) if config["use_sliding_window"] else ()
 
 
 def spec(config: Config) -> DecoderSpec:

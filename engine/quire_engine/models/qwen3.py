@@ -8,13 +8,12 @@ from quire_engine.spec import Config, DecoderSpec, QKNorm
 
 
 def spec(config: Config) -> DecoderSpec:
-    """head_dim is 128 where the config leaves it out."""
-    bias = bool(config.get("attention_bias", False))
+    """The window is Qwen2's."""
+    bias = bool(config["attention_bias"])
     return base_spec(
         config,
-        qk_norm=QKNorm(norm=Norm(config.get("rms_norm_eps", 1e-6))),
+        qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"])),
         qkv_bias=bias,
         output_bias=bias,
-        head_dim=config.get("head_dim") or 128,
         windows=upper_windows(config),
     )

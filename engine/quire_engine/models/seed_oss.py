@@ -8,7 +8,7 @@ def spec(config: Config) -> DecoderSpec:
     """head_dim is explicit."""
     return base_spec(
         config,
-        qkv_bias=bool(config.get("attention_bias", True)),
-        output_bias=bool(config.get("attention_out_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        qkv_bias=bool(config["attention_bias"]),
+        output_bias=bool(config["attention_out_bias"]),
+        mlp_bias=bool(config["mlp_bias"]),
     )

@@ -2,15 +2,14 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import base_spec, need, rotary_of
+from quire_engine.models.base import base_spec
 from quire_engine.spec import Config, DecoderSpec, Names, QKNorm
 
 
 def spec(config: Config) -> DecoderSpec:
     """`use_qkv_bias`, `qk_layernorm` and `use_parallel_residual` tell the sizes apart."""
-    norm = Norm(config.get("layer_norm_eps", 1e-5), "layer")
-    parallel = bool(config.get("use_parallel_residual", False))
-    head_dim = need(config, "hidden_size") // need(config, "num_attention_heads")
+    norm = Norm(config["layer_norm_eps"], "layer")
+    parallel = bool(config["use_parallel_residual"])
     return base_spec(
         config,
         names=Names(
@@ -19,7 +18,6 @@ def spec(config: Config) -> DecoderSpec:
         norm=norm,
         norm_bias=True,
         parallel=parallel,
-        rope=rotary_of(config, head_dim, fraction=0.25),
-        qkv_bias=bool(config.get("use_qkv_bias", False)),
-        qk_norm=QKNorm(norm=norm, over="each_head", lists=True) if config.get("qk_layernorm") else None,
+        qkv_bias=bool(config["use_qkv_bias"]),
+        qk_norm=QKNorm(norm=norm, over="each_head", lists=True) if config["qk_layernorm"] else None,
     )

@@ -13,8 +13,8 @@ from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
 from quire_engine.weights.gguf.families import config_of
 from quire_engine.weights.gguf.file import GGUFFile, model_name, split_names
+from quire_engine.weights.hf_config import completed
 from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
-from quire_engine.weights.text_parts import text_config
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -35,20 +35,20 @@ class ModelFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The Hugging Face config, of the text part where there are images too. Raises ModelError where there is none
-        that can be read."""
+        """The Hugging Face config, made whole by `completed`. Raises ModelError where there is none that can be
+        read."""
         if self.gguf is not None:
-            return config_of(self.gguf)
+            return completed(config_of(self.gguf))
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(), object_hook=_infinities)
         except OSError as error:
             raise ModelError(f"{self.name} has no config.json; a checkpoint folder needs one") from error
         except ValueError as error:
             raise ModelError(f"config.json of {self.name} is not JSON: {error}") from error
         if not isinstance(config, dict):
             raise ModelError(f"config.json of {self.name} is not an object")
-        return text_config(config)
+        return completed(config)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -74,6 +74,11 @@ class ModelFiles:
                 )
             raise ModelError(f"{self.name} holds no *.safetensors and is no GGUF file; there are no weights to load")
         return SafetensorsCheckpoint(self.folder)
+
+
+def _infinities(value: dict[str, Any]) -> Any:
+    """As transformers writes them in JSON."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def find_model(config: EngineConfig) -> ModelFiles:

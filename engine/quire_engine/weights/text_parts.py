@@ -1,10 +1,6 @@
 """Models of images and text, of which the text part is served: one of the decoder's families under other names."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from quire_engine.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,26 +39,3 @@ TEXT_PARTS: dict[str, TextPart] = {
     "Qwen3_5ForConditionalGeneration": _inside("Qwen3_5ForCausalLM"),
     "Qwen3_5MoeForConditionalGeneration": _inside("Qwen3_5MoeForCausalLM"),
 }
-_OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings")
-
-
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text part's config, where there is one to be served, with what it leaves to transformers' defaults; else the
-    config itself. `text_part_of` says of which architecture. Raises ModelError for one that transformers does not
-    read."""
-    name = next((name for name in config.get("architectures") or [] if name in TEXT_PARTS), None)
-    if name is None:
-        return dict(config)
-    from transformers import CONFIG_MAPPING
-
-    text = dict(config.get("text_config") or config)  # Qwen2.5-VL's published configs have no part of their own
-    kind = text.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise ModelError(f"text_config has model_type {kind!r}, which transformers does not know")
-    try:
-        whole = CONFIG_MAPPING[kind](**text).to_dict()
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"text_config of {name} is not one of {kind}: {error}") from error
-    whole = whole.get("text_config") or whole
-    kept = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
-    return whole | kept | {"architectures": [TEXT_PARTS[name].architecture], "text_part_of": name}

@@ -42,9 +42,16 @@ class Facts:
     def layer_types(self) -> dict[str, Any]:
         """Which layers have a window, where the file says it layer by layer."""
         pattern = self("attention.sliding_window_pattern", None)
+        if not self("attention.sliding_window", None):
+            pattern = [False] * self("block_count")
         if not isinstance(pattern, list):
             return {}
         return {"layer_types": ["sliding_attention" if local else "full_attention" for local in pattern]}
+
+    @property
+    def theta(self) -> float:
+        """The base of RoPE."""
+        return float(self("rope.freq_base", 10000.0))
 
 
 def experts(get: Facts) -> dict[str, Any]:
@@ -83,10 +90,11 @@ def deepseek(get: Facts) -> dict[str, Any]:
         "qk_nope_head_dim": (get("attention.key_length_mla", None) or get("attention.key_length")) - rotated,
         "v_head_dim": get("attention.value_length_mla", None) or get("attention.value_length"),
         "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
+        "num_nextn_predict_layers": 0,
     }
     if get("rope.scaling.type", "none") == "yarn":  # the published models have both factors alike
         m = get("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
-        facts["rope_scaling"] = rope_scaling(get) | {"mscale": m, "mscale_all_dim": m}
+        facts["rope_parameters"] = rope_parameters(get) | {"mscale": m, "mscale_all_dim": m}
     return facts
 
 
@@ -126,7 +134,7 @@ def gemma2(get: Facts) -> dict[str, Any]:
 def gemma3(get: Facts) -> dict[str, Any]:
     largest = get("block_count") == 62
     return {
-        "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
+        "rope_parameters": apart(get, get("rope.freq_base_swa", 10000.0)),
         "sliding_window_pattern": get("attention.sliding_window_pattern", 6),
         "query_pre_attn_scalar": get("embedding_length") // get("attention.head_count") if largest else get.head_dim,
     }
@@ -176,12 +184,13 @@ def falcon(get: Facts) -> dict[str, Any]:
 
 
 def mpt(get: Facts) -> dict[str, Any]:
+    bias = get("attention.max_alibi_bias", 0.0)
     return layer_norm(get) | {
         "max_seq_len": get("context_length"),
         "attn_config": {
             "clip_qkv": get("attention.clamp_kqv", None),
-            "alibi": get("attention.max_alibi_bias", 0.0) > 0,
-            "alibi_bias_max": get("attention.max_alibi_bias", 0.0),
+            "alibi": bias > 0,
+            "alibi_bias_max": int(bias) if bias == int(bias) else bias,
         },
     }
 
@@ -251,7 +260,25 @@ def granite_hybrid(get: Facts) -> dict[str, Any]:
     }
 
 
-def rope_scaling(get: Facts) -> dict[str, Any]:
+def olmo3(get: Facts) -> dict[str, Any]:
+    return get.layer_types | {"rope_parameters": apart(get, get.theta)}
+
+
+def apart(get: Facts, theta: float) -> dict[str, Any]:
+    """RoPE of layers with a window, which has a base of its own and no scaling, apart from that of the others."""
+    return {
+        "full_attention": rope_parameters(get),
+        "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+    }
+
+
+def rope_parameters(get: Facts) -> dict[str, Any]:
+    """What of it the file says."""
+    given = {"rope_type": "default", "rope_theta": get.theta} | _rope_scaling(get)
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _rope_scaling(get: Facts) -> dict[str, Any]:
     """Empty: none."""
     tensors = get.file.tensors
     if "rope_freqs.weight" in tensors:  # llama3's scaling, frequency by frequency

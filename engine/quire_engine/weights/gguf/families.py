@@ -96,7 +96,7 @@ FAMILIES: dict[str, GGUFFamily] = {
         architecture="GptOssForCausalLM",
         tensors=layouts.NORM_BETWEEN | {"ffn_gate_inp": "mlp.router"},
         made=layouts.GPT_OSS_EXPERTS,
-        facts=lambda get: facts.mixture(get) | {"rope_scaling": facts.rope_scaling(get) | {"truncate": False}},
+        facts=lambda get: facts.mixture(get) | {"rope_parameters": facts.rope_parameters(get) | {"truncate": False}},
     ),
     "gpt2": GGUFFamily(
         architecture="GPT2LMHeadModel",
@@ -300,7 +300,7 @@ def family_of(file: GGUFFile) -> GGUFFamily:
     if arch == "granitehybrid" and not get("expert_count", 0):
         return replace(family, made={**family.made, **layouts.GRANITE_SHARED})
     if arch == "olmo2" and get("attention.sliding_window", 0):
-        return replace(family, architecture="Olmo3ForCausalLM")
+        return replace(family, architecture="Olmo3ForCausalLM", facts=facts.olmo3)
     return family
 
 
@@ -322,7 +322,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "num_key_value_heads": get.kv_heads,
         "head_dim": get.head_dim,
         "max_position_embeddings": get("context_length"),
-        "rope_theta": get("rope.freq_base", 10000.0),
+        "rope_parameters": facts.rope_parameters(get),
+        "sliding_window": get("attention.sliding_window", None),
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": bias,
@@ -335,11 +336,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     }
     eps = get("attention.layer_norm_rms_epsilon", None)
     config["rms_norm_eps"] = eps if eps is not None else get("attention.layer_norm_epsilon")
-    if window := get("attention.sliding_window", None):
-        config["sliding_window"] = window
-    if scaling := facts.rope_scaling(get):
-        config["rope_scaling"] = scaling
+    if original := config["rope_parameters"].get("original_max_position_embeddings"):
+        config["original_max_position_embeddings"] = original
     for token in ("bos_token_id", "eos_token_id"):
-        if (value := meta.get(f"tokenizer.ggml.{token}")) is not None:
-            config[token] = value
+        config[token] = meta.get(f"tokenizer.ggml.{token}")
     return config | family.facts(get)

@@ -1,0 +1,93 @@
+"""A checkpoint's config made whole: what it leaves out is what transformers' config class of its family fills in.
+
+The families' own files then read fields and have no defaults. transformers also brings old names to new ones: all of
+RoPE is in `rope_parameters`, what each layer is in `layer_types`.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from quire_engine.errors import ModelError
+from quire_engine.weights.text_parts import TEXT_PARTS
+
+_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "Model")
+_OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with every field of its family, of the text part where there are images too (`text_part_of` then says
+    of which architecture). A family that transformers has no class for keeps what it says itself.
+
+    Raises ModelError for a config that transformers refuses.
+    """
+    config = {**config, "architectures": config.get("architectures") or _architectures(config)}
+    name = next((name for name in config["architectures"] if name in TEXT_PARTS), None)
+    if name is None:
+        kind = _kind_of(config["architectures"]) or config.get("model_type")
+        return _filled(config, kind) if _is_known(kind) else config
+    text = dict(config.get("text_config") or config)  # Qwen2.5-VL's published configs have no part of their own
+    if not _is_known(kind := text.get("model_type")):
+        raise ModelError(f"text_config has model_type {kind!r}, which transformers does not know")
+    whole = _filled(text, kind)
+    architectures = [TEXT_PARTS[name].architecture]
+    whole = _filled(whole.get("text_config") or whole, _kind_of(architectures))
+    kept = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
+    return whole | kept | {"architectures": architectures, "text_part_of": name}
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    """What transformers makes of a model type: an encoder without a head, else a language model."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = [
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    ]
+    kind = config.get("model_type")
+    if kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        mappings = [modeling_auto.MODEL_MAPPING_NAMES]
+    elif "text_config" in config:
+        mappings.reverse()
+    return [mapping[kind] for mapping in mappings if kind in mapping][:1]
+
+
+def _is_known(kind: Any) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return kind in CONFIG_MAPPING
+
+
+def _kind_of(architectures: list[str]) -> str | None:
+    """The model type whose config class is named as the architecture is: that of its text, where there are two."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kinds = {name: kind for kind, name in reversed(CONFIG_MAPPING_NAMES.items())}
+    for architecture in architectures:
+        for base in (architecture.removesuffix(ending) for ending in _ENDINGS if architecture.endswith(ending)):
+            for name in (f"{base}TextConfig", f"{base}Config"):
+                if name in kinds:
+                    return kinds[name]
+    return None
+
+
+def _filled(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    """By the config class of a model type. A field that it knows by several names is there by each."""
+    from transformers import CONFIG_MAPPING
+
+    cls = CONFIG_MAPPING[kind]
+    given = {key: value for key, value in config.items() if _is_settable(cls, key)}
+    try:
+        made = cls(**copy.deepcopy(given))  # some keep and change what they are given
+        names = {alias: getattr(made, name) for alias, name in cls.attribute_map.items() if hasattr(made, name)}
+        return given | names | made.to_dict()
+    except Exception as error:  # others' code, which raises nearly anything where a value is not what it expects
+        raise ModelError(f"config.json is not one of {kind} in transformers: {error}") from error
+
+
+def _is_settable(cls: type, key: str) -> bool:
+    """Not what a class computes from other fields, nor what is fixed for it."""
+    computed = getattr(cls, key, None)
+    return key not in ("model_type", "transformers_version") and not (
+        isinstance(computed, property) and computed.fset is None
+    )
