@@ -100,7 +100,11 @@ def test_longrope_beyond_the_original_context(checkpoint: Make, tmp_path: Path) 
         ("llama", {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type 'ntk'; known are default"),
         ("llama", {"quantization_config": {"quant_method": "bitnet"}}, "asks for 'bitnet'; served are fp8"),
         ("llama", {"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM.*served are Arcee"),
-        ("gemma3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types has linear_attention"),
+        (
+            "gemma3",
+            {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+            "layer_types has linear_attention",
+        ),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0; served is 7.0"),
         ("deepseek_v2", {"topk_method": "noaux"}, "topk_method is 'noaux'; served are greedy"),
@@ -110,8 +114,8 @@ def test_longrope_beyond_the_original_context(checkpoint: Make, tmp_path: Path) 
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("mpt", {"attn_config": {"alibi": False}}, "attn_config lacks alibi"),
-        ("llama", {"num_hidden_layers": None}, "config.json lacks num_hidden_layers"),
-        ("hunyuan", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic and has no alpha"),
+        ("llama", {"num_hidden_layers": None}, "is not one of llama in transformers.*num_hidden_layers"),
+        ("lfm2_moe", {"layer_types": None}, "config.json lacks layer_types"),
     ],
 )
 def test_what_a_family_is_not_served_with_is_named(

@@ -1,4 +1,4 @@
-"""Fields of a config that is made whole (`weights.hf_config`) as facts, where nearly every family says them the same way."""
+"""Fields of a config made whole (`weights.hf_config`) as facts, where nearly every family says them the same way."""
 
 from collections.abc import Callable
 from typing import Any

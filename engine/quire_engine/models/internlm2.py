@@ -25,11 +25,11 @@ _DEFAULTS = {  # of its own config class, which is not in transformers
 def spec(config: Config) -> DecoderSpec:
     """`bias` is for every projection of the attention."""
     config = {**_DEFAULTS, **config}
-    scaling = config["rope_scaling"] or {}
+    rope = {"rope_theta": config["rope_theta"], **(config["rope_scaling"] or {})}
     config |= {
         "num_key_value_heads": config["num_key_value_heads"] or config["num_attention_heads"],
         "attention_bias": config["bias"],
-        "rope_parameters": {"rope_theta": config["rope_theta"], **scaling},
+        "rope_parameters": config.get("rope_parameters") or rope,
     }
     return dataclasses.replace(
         llama.spec(config),

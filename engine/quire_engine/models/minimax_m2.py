@@ -2,12 +2,12 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import base_spec
+from quire_engine.models.base import base_spec, rotary_of
 from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, QKNorm
 
 
 def spec(config: Config) -> DecoderSpec:
-    """Part of a head turns."""
+    """`rotary_dim` of a head turn; older versions of transformers leave that field alone."""
     experts = ExpertsSpec(
         num_experts=config["num_local_experts"],
         top_k=config["num_experts_per_tok"],
@@ -21,6 +21,7 @@ def spec(config: Config) -> DecoderSpec:
     )
     return base_spec(
         config,
+        rope=rotary_of(config, config["head_dim"], dim=config.get("rotary_dim")),
         qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"]), over="width"),
         experts=experts,
         extra_layers=config.get("num_mtp_modules") or 0,

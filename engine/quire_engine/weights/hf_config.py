@@ -82,7 +82,8 @@ def _filled(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
         names = {alias: getattr(made, name) for alias, name in cls.attribute_map.items() if hasattr(made, name)}
         return given | names | made.to_dict()
     except Exception as error:  # others' code, which raises nearly anything where a value is not what it expects
-        raise ModelError(f"config.json is not one of {kind} in transformers: {error}") from error
+        why = " ".join(str(error).split())
+        raise ModelError(f"config.json is not one of {kind} in transformers: {why}") from error
 
 
 def _is_settable(cls: type, key: str) -> bool:

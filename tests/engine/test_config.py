@@ -1,0 +1,165 @@
+"""What a config leaves out means what transformers' config class of its family fills in."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_checkpoint
+from families import ENCODERS, FAMILIES, TINY, Family
+from greedy import engine_for, prompt_logits, prompts
+from layouts import rewritten
+from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.models.families import spec_of
+from quire_engine.weights.hf_config import completed
+from quire_engine.weights.resolve import resolve
+from transformers import AutoModelForCausalLM
+
+Make = Callable[[str], Path]
+# What a tiny model needs to be tiny; all else of its config is left out.
+SIZES = re.compile(r"(size|dim|layers?|heads?|embd|head|positions|position_embeddings|experts|tok|rank|groups?)$")
+LEFT_OUT = [
+    "bamba",
+    "cohere",
+    "cohere2",
+    "deepseek_v3",
+    "ernie_moe",
+    "exaone4",
+    "gemma2",
+    "gemma3",
+    "glm4",
+    "glm4_moe",
+    "gpt_neox",
+    "gpt_oss",
+    "helium",
+    "lfm2",
+    "minimax_m2",
+    "mixtral",
+    "olmo3",
+    "phi",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+]
+
+
+def config_of(known: Family, **given: Any) -> Any:
+    return getattr(transformers, known.config)(**given)
+
+
+@pytest.mark.parametrize("family", FAMILIES | ENCODERS)
+def test_each_field_left_out(family: str) -> None:
+    """One after the other: the model is that of the config in which transformers has written the field out."""
+    known = (FAMILIES | ENCODERS)[family]
+    whole = config_of(known, **TINY | known.facts).to_dict()
+    kind = known.config.removesuffix("Config").removesuffix("Text")
+    architectures = [f"{kind}Model" if family in ENCODERS else f"{kind}ForCausalLM"]
+    architectures = {"GPT2": ["GPT2LMHeadModel"]}.get(kind, architectures)
+    compared = 0
+    for field in dataclasses.fields(getattr(transformers, known.config)):
+        if field.name not in whole or field.name == "architectures":
+            continue
+        left = {name: value for name, value in whole.items() if name != field.name}
+        try:
+            written = config_of(known, **left).to_dict()
+        except Exception:  # what transformers raises for a model of such a size
+            with pytest.raises(ModelError, match="is not one of"):
+                completed(left | {"architectures": architectures})
+            continue
+        try:
+            expected = spec_of(completed(written | {"architectures": architectures}))
+        except ModelError as error:
+            with pytest.raises(ModelError, match=re.escape(str(error))):
+                spec_of(completed(left | {"architectures": architectures}))
+            continue
+        assert spec_of(completed(left | {"architectures": architectures})) == expected, field.name
+        compared += 1
+    assert compared > 15
+
+
+@pytest.mark.parametrize("family", LEFT_OUT)
+def test_logits_of_a_config_of_sizes_alone(tmp_path: Path, family: str) -> None:
+    """Equal transformers', which makes the checkpoint and reads it by the same few fields; no architecture is named."""
+    known = FAMILIES[family]
+    sizes = {key: value for key, value in known.facts.items() if SIZES.search(key)}
+    defaults = {f.name: f.default for f in dataclasses.fields(getattr(transformers, known.config))}
+    left_out = {key: defaults[key] for key in known.facts if key not in sizes and key in defaults}
+    folder = make_checkpoint(tmp_path / "whole", family, **left_out, num_hidden_layers=4)
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    few = {key: value for key, value in TINY.items() if not key.endswith("_id")} | sizes
+    (folder / "config.json").write_text(json.dumps(few | {"num_hidden_layers": 4, "model_type": kind}))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    batch = prompts()[-2:]
+    with torch.no_grad():
+        theirs = [model(torch.tensor([prompt])).logits[0] for prompt in batch]
+    for got, expected in zip(prompt_logits(engine_for(folder), batch), theirs, strict=True):
+        assert (got - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "internlm2", "hunyuan", "apertus"])
+def test_dynamic_rope_within_the_context(checkpoint: Make, tmp_path: Path, family: str) -> None:
+    """It is plain there, and nothing is served beyond."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}
+    plain = {"rope_type": "default", "rope_theta": 500.0}
+    source = checkpoint("llama" if family == "internlm2" else family)
+    expected = rewritten(source, tmp_path / "plain", dict.copy, rope_parameters=plain)
+    model = AutoModelForCausalLM.from_pretrained(expected, dtype=torch.float32)
+    named = {}
+    if family == "internlm2":
+        published = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 500.0}
+        named = {"architectures": ["InternLM2ForCausalLM"], "rope_parameters": None} | published
+        spec = spec_of(completed(json.loads((source / "config.json").read_text()) | named))
+        assert spec.rope is not None
+        assert (spec.rope.theta, spec.rope.kind) == (500.0, "dynamic")
+        return
+    folder = rewritten(source, tmp_path / "dynamic", dict.copy, rope_parameters=rope)
+    for got, prompt in zip(prompt_logits(engine_for(folder), prompts()), prompts(), strict=True):
+        with torch.no_grad():
+            assert (got - model(torch.tensor([prompt])).logits[0]).abs().max() < 1e-4
+    with pytest.raises(InvalidParameter, match="max_model_len is 513; the model's context is 512"):
+        engine_for(folder, max_model_len=513)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        ({"model_type": "qwen3"}, "Qwen3ForCausalLM"),
+        ({"model_type": "gpt2"}, "GPT2LMHeadModel"),
+        ({"model_type": "xlm-roberta"}, "XLMRobertaModel"),
+        ({"model_type": "qwen3_5_text"}, "Qwen3_5ForCausalLM"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "Gemma3ForCausalLM"),
+        ({"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM"),
+    ],
+)
+def test_architecture_and_context_are_those_of_the_model_type(config: dict[str, Any], architecture: str) -> None:
+    found = completed(config)
+    assert found["architectures"] == [architecture]
+    assert spec_of(found).max_position > 500
+
+
+def test_what_is_no_config_is_named(tmp_path: Path) -> None:
+    for config, named in (
+        ({}, "architectures is missing; served are Arcee"),
+        ({"model_type": "unheard_of"}, "architectures is missing; served are Arcee"),
+        (
+            {"architectures": ["LlamaForCausalLM"], "hidden_size": "wide"},
+            "not one of llama in transformers.*hidden_size",
+        ),
+        ({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 0}, "not one of llama in transformers"),
+        (
+            {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float99"},
+            "not one of llama in transformers.*float99",
+        ),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=named):
+            spec_of(resolve(str(tmp_path)).config)
