@@ -300,9 +300,18 @@ REFUSED: dict[str, tuple[Family, str]] = {  # and what the refusal names
     "states": (_family("JambaConfig", num_experts=2), "keep a state"),
     "twice": (_family("DiffLlamaConfig"), "attends more than once"),
     "values": (_family("JetMoeConfig"), "looks at values"),
-    "dynamic": (
-        _family("ApertusConfig", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-        "rope_type 'dynamic'",
+    "longrope": (
+        _family(
+            "ApertusConfig",
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        "rope_type 'longrope'",
     ),
 }
 

@@ -9,6 +9,7 @@ from quire_engine.memory.plan import Target, captures_steps, gpu_target
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import Quantization
 from quire_engine.spec import DecoderSpec
+from quire_engine.weights.hf_config import completed
 
 
 def config_of(**options: object) -> EngineConfig:
@@ -17,18 +18,7 @@ def config_of(**options: object) -> EngineConfig:
 
 @pytest.fixture
 def spec() -> DecoderSpec:
-    return spec_of(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": 300,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-        }
-    )
+    return spec_of(completed({"architectures": ["LlamaForCausalLM"]}))
 
 
 def test_flash_is_refused_where_it_cannot_be(spec: DecoderSpec) -> None:

@@ -22,9 +22,8 @@ from transformers import AutoModelForCausalLM
 
 Make = Callable[[str], Path]
 # What a tiny model needs to be tiny; all else of its config is left out.
-SIZES = re.compile(r"(size|dim|layers?|heads?|embd|head|positions|position_embeddings|experts|tok|rank|groups?)$")
+SIZES = re.compile(r"(size|dim|_layers|heads?|embd|head|positions|position_embeddings|experts|tok|rank|groups?)$")
 LEFT_OUT = [
-    "bamba",
     "cohere",
     "cohere2",
     "deepseek_v3",
@@ -90,43 +89,43 @@ def test_each_field_left_out(family: str) -> None:
 def test_logits_of_a_config_of_sizes_alone(tmp_path: Path, family: str) -> None:
     """Equal transformers', which makes the checkpoint and reads it by the same few fields; no architecture is named."""
     known = FAMILIES[family]
-    sizes = {key: value for key, value in known.facts.items() if SIZES.search(key)}
+    sizes = {key: value for key, value in known.facts.items() if SIZES.search(key) and key != "no_rope_layers"}
     defaults = {f.name: f.default for f in dataclasses.fields(getattr(transformers, known.config))}
     left_out = {key: defaults[key] for key in known.facts if key not in sizes and key in defaults}
     folder = make_checkpoint(tmp_path / "whole", family, **left_out, num_hidden_layers=4)
     kind = json.loads((folder / "config.json").read_text())["model_type"]
-    few = {key: value for key, value in TINY.items() if not key.endswith("_id")} | sizes
-    (folder / "config.json").write_text(json.dumps(few | {"num_hidden_layers": 4, "model_type": kind}))
+    few = TINY | sizes | {"num_hidden_layers": 4, "model_type": kind}
+    (folder / "config.json").write_text(json.dumps(few))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     batch = prompts()[-2:]
     with torch.no_grad():
         theirs = [model(torch.tensor([prompt])).logits[0] for prompt in batch]
     for got, expected in zip(prompt_logits(engine_for(folder), batch), theirs, strict=True):
-        assert (got - expected).abs().max() < 1e-4
+        assert (got - expected).abs().max() < 3e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "internlm2", "hunyuan", "apertus"])
+@pytest.mark.parametrize("family", ["llama", "hunyuan", "apertus"])
 def test_dynamic_rope_within_the_context(checkpoint: Make, tmp_path: Path, family: str) -> None:
     """It is plain there, and nothing is served beyond."""
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}
     plain = {"rope_type": "default", "rope_theta": 500.0}
-    source = checkpoint("llama" if family == "internlm2" else family)
-    expected = rewritten(source, tmp_path / "plain", dict.copy, rope_parameters=plain)
+    rope = plain | {"rope_type": "dynamic", "factor": 2.0}
+    expected = rewritten(checkpoint(family), tmp_path / "plain", dict.copy, rope_parameters=plain)
     model = AutoModelForCausalLM.from_pretrained(expected, dtype=torch.float32)
-    named = {}
-    if family == "internlm2":
-        published = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 500.0}
-        named = {"architectures": ["InternLM2ForCausalLM"], "rope_parameters": None} | published
-        spec = spec_of(completed(json.loads((source / "config.json").read_text()) | named))
-        assert spec.rope is not None
-        assert (spec.rope.theta, spec.rope.kind) == (500.0, "dynamic")
-        return
-    folder = rewritten(source, tmp_path / "dynamic", dict.copy, rope_parameters=rope)
+    folder = rewritten(checkpoint(family), tmp_path / "dynamic", dict.copy, rope_parameters=rope)
     for got, prompt in zip(prompt_logits(engine_for(folder), prompts()), prompts(), strict=True):
         with torch.no_grad():
             assert (got - model(torch.tensor([prompt])).logits[0]).abs().max() < 1e-4
     with pytest.raises(InvalidParameter, match="max_model_len is 513; the model's context is 512"):
         engine_for(folder, max_model_len=513)
+
+
+def test_a_family_that_transformers_lacks_has_its_own_defaults() -> None:
+    """InternLM2's class is remote code. The published models name what differs from it."""
+    few = {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "num_key_value_heads": 8}
+    spec = spec_of(completed(few | {"rope_theta": 500.0, "rope_scaling": {"type": "dynamic", "factor": 2.0}}))
+    assert (spec.num_heads, spec.num_kv_heads, spec.max_position, spec.qkv_bias) == (32, 8, 2048, True)
+    assert spec.rope is not None
+    assert (spec.rope.theta, spec.rope.kind) == (500.0, "dynamic")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ layer's mask is, is found out once from the shapes alone, on the meta device; on
 without a window.
 """
 
+import copy
 import json
 import logging
 import re
@@ -139,18 +140,20 @@ def _check(config: Config, kind: Any) -> None:
         )
     if config.get("quantization_config"):
         raise ModelError(f"architectures is {name}, which transformers' code computes: unquantized checkpoints alone")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
-        for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
-            if (rope_type := part.get("rope_type", part.get("type"))) in ("dynamic", "longrope"):
-                raise ModelError(
-                    f"{key} has rope_type {rope_type!r}, which in transformers' code depends on the batch's length; "
-                    "served are default, linear, llama3 and yarn"
-                )
+    if any(part.get("rope_type") == "longrope" for part in _ropes(config)):
+        raise ModelError(
+            "rope_parameters has rope_type 'longrope', which in transformers' code depends on the batch's length; "
+            "served are default, linear, dynamic, llama3 and yarn"
+        )
     known = {"full_attention", "sliding_attention"}
     layer_types = getattr(_hf_config(config, _PROBE).get_text_config(), "layer_types", None)
     if strange := set(layer_types or ()) - known:
         raise ModelError(f"layer_types has {', '.join(sorted(strange))}; served are {', '.join(sorted(known))}")
+
+
+def _ropes(config: Config) -> list[dict[str, Any]]:
+    rope = config.get("rope_parameters") or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]
 
 
 def _hf_config(config: Config, attention: str) -> Any:
@@ -159,6 +162,10 @@ def _hf_config(config: Config, attention: str) -> Any:
     AttentionInterface.register(_ATTENTION, _attend)
     AttentionInterface.register(_PROBE, _note)
     AttentionMaskInterface.register(_PROBE, _mask)
+    config = copy.deepcopy(dict(config))
+    for part in _ropes(config):
+        if part.get("rope_type") == "dynamic" and not part.get("alpha"):
+            part["rope_type"] = "default"  # which it is within the model's context, without looking at the batch
     made = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "transformers_version"})
     made._attn_implementation = attention
     return made

@@ -80,10 +80,13 @@ def _filled(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
     try:
         made = cls(**copy.deepcopy(given))  # some keep and change what they are given
         names = {alias: getattr(made, name) for alias, name in cls.attribute_map.items() if hasattr(made, name)}
-        return given | names | made.to_dict()
+        whole = made.to_dict()
     except Exception as error:  # others' code, which raises nearly anything where a value is not what it expects
         why = " ".join(str(error).split())
         raise ModelError(f"config.json is not one of {kind} in transformers: {why}") from error
+    if "rope_parameters" in whole:
+        given.pop("rope_scaling", None)  # their older name
+    return given | names | whole
 
 
 def _is_settable(cls: type, key: str) -> bool:
