@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from greedy import engine_for, prompt_logits
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter, ModelError, OutOfMemory
@@ -55,6 +56,102 @@ def test_sharded_safetensors(checkpoint: Make, tmp_path: Path) -> None:
         SafetensorsCheckpoint(tmp_path)
 
 
+def sharded(checkpoint: Make, folder: Path) -> dict[str, str]:
+    """→ its index."""
+    AutoModelForCausalLM.from_pretrained(checkpoint("llama")).save_pretrained(folder, max_shard_size="100KB")
+    index: dict[str, str] = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return index
+
+
+def test_what_is_beside_a_checkpoint_is_not_read(checkpoint: Make, tmp_path: Path) -> None:
+    """Stale shards of the same tensors, an adapter, another format, a GGUF file."""
+    index = sharded(checkpoint, tmp_path)
+    stale = {
+        name: torch.full_like(tensor, 3.0) for name, tensor in load_file(tmp_path / index["lm_head.weight"]).items()
+    }
+    (tmp_path / "original").mkdir()
+    for name in (
+        "model-00099-of-00099.safetensors",
+        "model.safetensors",
+        "adapter_model.safetensors",
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "zzz.safetensors",
+    ):
+        save_file(stale, tmp_path / name)
+    last = max(index.values())  # each tensor is read from its own file, wherever else it lies
+    save_file(stale | load_file(tmp_path / last), tmp_path / last)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert greedy(tmp_path, [5, 6, 7]) == greedy(checkpoint("llama"), [5, 6, 7])
+
+
+def test_files_without_an_index(checkpoint: Make, tmp_path: Path) -> None:
+    expected = greedy(checkpoint("llama"), [5, 6, 7])
+    index = sharded(checkpoint, tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    for name in ("adapter_model.safetensors", "consolidated.safetensors"):
+        save_file({"a": torch.zeros(2)}, tmp_path / name)
+    assert greedy(tmp_path, [5, 6, 7]) == expected
+    lost = tmp_path / min(index.values())
+    kept = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(ModelError, match=f"lacks {lost.name}"):
+        SafetensorsCheckpoint(tmp_path)
+    lost.write_bytes(kept)
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match=r"which of .*other\.safetensors are the checkpoint is not known without"):
+        SafetensorsCheckpoint(tmp_path)
+    (tmp_path / "other.safetensors").unlink()
+    save_file(load_file(tmp_path / max(index.values())), lost)
+    with pytest.raises(ModelError, match="is in several of"):
+        SafetensorsCheckpoint(tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "weights.safetensors").write_bytes((checkpoint("llama") / "model.safetensors").read_bytes())
+    assert "model.norm.weight" in SafetensorsCheckpoint(tmp_path / "one").names()
+
+
+def test_an_index_that_is_wrong(checkpoint: Make, tmp_path: Path) -> None:
+    index = sharded(checkpoint, tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    file = index["model.norm.weight"]
+    for changed, named in (
+        (index | {"model.extra": file}, f"{file} lacks the tensor model.extra"),
+        (index | {"model.norm.weight": "model-9.safetensors"}, "lacks model-9.safetensors"),
+        (index | {"model.norm.weight": "../model.safetensors"}, "names '../model.safetensors'"),
+        ({name: file for name, file in index.items() if name != "model.norm.weight"}, r"no tensor model\.norm\.weight"),
+        ([], "is not a safetensors index"),
+    ):
+        path.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(ModelError, match=named):
+            greedy(tmp_path, [5])
+    path.write_text(json.dumps({"weight_map": index}))
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-8])
+    with pytest.raises(ModelError, match=f"{file} is not a whole safetensors file"):
+        greedy(tmp_path, [5])
+
+
+@pytest.mark.parametrize("stored", ["both", "embeddings", "head", "apart"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "afmoe"])
+def test_tied_weights(checkpoint: Make, tmp_path: Path, family: str, stored: str) -> None:
+    """Under either name or both; and a head of its own, against the config: as transformers reads them."""
+    folder = copy(checkpoint(family), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = load_file(folder / "model.safetensors")
+    embedding = next(name for name in weights if name.endswith(("embed_tokens.weight", "wte.weight")))
+    head = weights[embedding].flip(0).contiguous() if stored == "apart" else weights[embedding].clone()
+    weights["lm_head.weight"] = head
+    if stored in ("embeddings", "head"):
+        del weights["lm_head.weight" if stored == "embeddings" else embedding]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = [7, 8, 9, 40]
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0]
+    [got] = prompt_logits(engine_for(folder), [prompt])
+    assert (got - expected).abs().max() < 1e-4
+
+
 def test_slices_are_read_as_they_are(tmp_path: Path) -> None:
     whole = torch.randn(12, 8)
     save_file({"w": whole, "b": torch.arange(12.0)}, tmp_path / "model.safetensors")
@@ -90,11 +187,10 @@ def test_wrong_weights(checkpoint: Make, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"architectures": ["NoSuchModel"]}, r"'NoSuchModel'\]; served are .*LlamaForCausalLM"),
-        ({"architectures": None}, "architectures is missing"),
         ({"hidden_act": "mish"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "strange", "rope_theta": 1e4}}, "rope_type 'strange'"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config asks for 'bitsandbytes'"),
-        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": None}, "is not one of llama in transformers.*hidden_size"),
     ],
 )
 def test_configs_that_are_not_served(checkpoint: Make, tmp_path: Path, change: dict, message: str) -> None:

@@ -39,6 +39,7 @@ from quire_engine.memory.shapes import captured_shapes
 from quire_engine.models.decoder import Decoder, Model
 from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.models.families import spec_of
+from quire_engine.models.tied import as_stored
 from quire_engine.parallel import ParallelGroup
 from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
@@ -89,6 +90,8 @@ class ModelRunner:
             torch.set_num_threads(config.cpu_threads or threads or _cores())
         pooling = pooling_of(files, config.task)
         self.spec: DecoderSpec = spec_of(files.config, pooling)
+        if config.load_format != "dummy" and self.spec.fallback is None:
+            self.spec = as_stored(self.spec, files.checkpoint())
         group = self._group
         self.spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), self.device)

@@ -314,7 +314,16 @@ class TransformersDecoder:
             with torch.device(device):
                 model = kind._from_config(config, dtype=dtype)
         else:
-            model = kind.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+            model, info = kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            if missing := sorted(info["missing_keys"]):
+                raise ModelError(f"the checkpoint has no tensor {missing[0]}; is it complete?")
         if device.type == "meta":
             _shape_experts(model)
         if group.size > 1:

@@ -18,6 +18,7 @@ from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_NOT_READ = ["*/*.safetensors", "consolidated*", "adapter_model*"]  # other formats of the weights, and adapters
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class ModelFiles:
                 raise ModelError(
                     f"{self.name} holds only pickled weights ({pickles[0]}), which can run code when they are read; "
                     "convert the checkpoint to safetensors"
+                )
+            if gguf := sorted(self.folder.glob("*.gguf")):
+                raise ModelError(
+                    f"{self.name} holds no *.safetensors; name its GGUF file ({gguf[0].name}) to serve that"
                 )
             raise ModelError(f"{self.name} holds no *.safetensors and is no GGUF file; there are no weights to load")
         return SafetensorsCheckpoint(self.folder)
@@ -149,6 +154,7 @@ def _from_hub(model: str, revision: str | None, download_dir: str | None) -> Mod
             revision=revision,
             cache_dir=download_dir,
             allow_patterns=_HUB_FILES,
+            ignore_patterns=_NOT_READ,
             max_workers=os.cpu_count() or 4,
         )
     except HFValidationError as error:

@@ -1,5 +1,7 @@
 """A checkpoint as named tensors that are read slice by slice, straight from the mapped file."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,39 +40,76 @@ class Checkpoint(Protocol):
     def tensor(self, name: str) -> LazyTensor: ...
 
 
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_NO_PARTS = ("adapter_model", "consolidated")  # a LoRA adapter; the same weights in Mistral's own format
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Which file each tensor is in, by the index; None where there is none."""
+    path = folder / _INDEX
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        strange = [file for file in found.values() if Path(file).name != file]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{_INDEX} is not a safetensors index ({error}); download it again") from error
+    if strange:
+        raise ModelError(f"{_INDEX} names {strange[0]!r}, which is no file beside it")
+    return found
+
+
+def _files(folder: Path) -> list[str]:
+    """Without an index."""
+    if (folder / _SINGLE).exists():
+        return [_SINGLE]
+    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    files = [name for name in found if not name.startswith(_NO_PARTS)]
+    sets = {(match[1], match[3]) if (match := _NUMBERED.fullmatch(name)) else name for name in files}
+    if len(sets) != 1:
+        raise ModelError(
+            f"which of {', '.join(found)} are the checkpoint is not known without {_INDEX} or {_SINGLE}; download those"
+        )
+    [one] = sets
+    if isinstance(one, str):
+        return files
+    return [f"{one[0]}-{number:05d}-of-{one[1]}.safetensors" for number in range(1, int(one[1]) + 1)]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{path.name} is not a whole safetensors file ({error}); download or convert the checkpoint again"
+        ) from error
+
+
 class SafetensorsCheckpoint:
-    """One or many safetensors files in a folder. Raises ModelError for corrupt, truncated or missing files."""
+    """The safetensors files of a folder that are its checkpoint: those of model.safetensors.index.json, each tensor
+    from the file that it names; else model.safetensors; else the one file, or the one whole set of numbered files,
+    that is there. Raises ModelError for corrupt, truncated, missing or contradicting files."""
 
     def __init__(self, folder: Path) -> None:
         self._where: dict[str, Any] = {}
-        files = sorted(folder.glob("*.safetensors"))
-        if (folder / "model.safetensors.index.json").exists():
-            files = [f for f in files if f.name.startswith("model-") or f.name == "model.safetensors"] or files
-        for file in files:
-            try:
-                handle = safe_open(str(file), framework="pt")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise ModelError(
-                    f"{file.name} is not a whole safetensors file ({error}); download or convert the checkpoint again"
-                ) from error
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                self._where[name] = handle
-        missing = self._missing_shards(folder, {f.name for f in files})
-        if missing:
+        weight_map = _weight_map(folder)
+        files = _files(folder) if weight_map is None else sorted(set(weight_map.values()))
+        if missing := [file for file in files if not (folder / file).is_file()]:
             raise ModelError(f"the checkpoint lacks {', '.join(missing)}; download it again")
-
-    @staticmethod
-    def _missing_shards(folder: Path, present: set[str]) -> list[str]:
-        import json
-
-        index = folder / "model.safetensors.index.json"
-        if not index.exists():
-            return []
-        try:
-            wanted = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index.name} is not a safetensors index ({error}); download it again") from error
-        return sorted(wanted - present)
+        handles = {file: _opened(folder / file) for file in files}
+        names = {file: list(handle.keys()) for file, handle in handles.items()}
+        if weight_map is None:
+            weight_map = {name: file for file in files for name in names[file]}
+            if len(weight_map) < sum(map(len, names.values())):
+                twice = next(name for file in files for name in names[file] if weight_map[name] != file)
+                raise ModelError(f"tensor {twice} is in several of {', '.join(files)}; download their {_INDEX}")
+        there = {file: set(names[file]) for file in files}
+        for name, file in weight_map.items():
+            if name not in there[file]:
+                raise ModelError(f"{file} lacks the tensor {name}, which {_INDEX} has there; download both again")
+            self._where[name] = handles[file]
 
     def names(self) -> list[str]:
         """All tensors."""
