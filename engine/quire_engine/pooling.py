@@ -34,7 +34,7 @@ def pooling_of(files: ModelFiles, task: str) -> Pooling | None:
             raise ModelError(
                 f"id2label has {labels} labels; served are classifiers with one, whose score is a relevance"
             )
-        pairs = encoder and config.get("type_vocab_size", 2) > 1
+        pairs = encoder and config["type_vocab_size"] > 1
         separator = _separator(files) if pairs else None
         return Pooling(kind=default, normalize=False, scores=True, separator=separator)
     if task == "score":
@@ -85,4 +85,24 @@ def _described(folder: Path) -> Pooling | None:
     chosen = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
     if len(chosen) != 1 or chosen[0] not in _MODES:
         raise ModelError(f"the pooling is {', '.join(chosen) or 'missing'}; served is one of {', '.join(_MODES)}")
-    return Pooling(kind=_MODES[chosen[0]], normalize="Normalize" in kinds)
+    return Pooling(
+        kind=_MODES[chosen[0]],
+        normalize="Normalize" in kinds,
+        max_tokens=_max_tokens(folder / dict(modules)["Transformer"]),
+    )
+
+
+def _max_tokens(folder: Path) -> int | None:
+    """`max_seq_length`: what sentence-transformers cuts texts to. Here, as elsewhere in servers, a longer one is
+    refused. Its file is named after the model's architecture."""
+    for path in sorted(folder.glob("sentence_*_config.json")):
+        try:
+            found = json.loads(path.read_text()).get("max_seq_length")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{path.name} is not what sentence-transformers writes ({error})") from error
+        if found is None:
+            continue
+        if type(found) is not int or found < 1:
+            raise ModelError(f"max_seq_length in {path.name} is {found!r}; it must be a number of tokens")
+        return found
+    return None

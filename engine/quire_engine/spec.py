@@ -149,6 +149,7 @@ class Pooling:
     normalize: bool = True  # to length 1
     scores: bool = False  # a classifier of one label, then a sigmoid: a text's (or a pair's) relevance
     separator: int | None = None  # the token after which a pair's second text begins, where models tell them apart
+    max_tokens: int | None = None  # of a text, where the model was trained with fewer than it has positions for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,12 @@ class DecoderSpec:
     fallback: Config | None = None  # the whole config, where transformers' own code computes the model
     extra_tensors: tuple[str, ...] = ()  # beginnings of names, of tensors that serve what is not served
     ignored: tuple[str, ...] = ()  # ends of tensor names that a checkpoint may hold and nothing needs
+
+    @property
+    def context(self) -> int:
+        """The longest text that is served, in tokens."""
+        trained = self.pooling.max_tokens if self.pooling is not None else None
+        return self.max_position if trained is None else min(trained, self.max_position)
 
     @property
     def gated(self) -> bool:

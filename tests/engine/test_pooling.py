@@ -143,6 +143,24 @@ def test_the_context_is_filled_to_the_last_token(tmp_path: Path) -> None:
         vectors(engine, [[5] * 129])
 
 
+def test_no_more_tokens_than_the_model_was_trained_with(tmp_path: Path) -> None:
+    """`max_seq_length`, where it is below what the model has positions for."""
+    folder = describe(make_checkpoint(tmp_path, "bert", "AutoModel"), "mean_tokens")
+    for file, most, expected in (("bert", None, 128), ("bert", 48, 48), ("roberta", 4096, 128)):
+        (folder / "sentence_bert_config.json").unlink(missing_ok=True)
+        (folder / f"sentence_{file}_config.json").write_text(json.dumps({"max_seq_length": most}))
+        engine = engine_for(folder)
+        [vector] = vectors(engine, [[5] * expected])
+        assert torch.isfinite(vector).all()
+        with pytest.raises(ContextTooLong):
+            vectors(engine, [[5] * (expected + 1)])
+        with pytest.raises(InvalidParameter, match=f"the model's context is {expected}"):
+            engine_for(folder, max_model_len=expected + 1)
+    (folder / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": "many"}))
+    with pytest.raises(ModelError, match=r"max_seq_length in sentence_roberta_config\.json is 'many'"):
+        engine_for(folder)
+
+
 @pytest.mark.parametrize(
     ("family", "kind", "options", "facts", "error", "named"),
     [

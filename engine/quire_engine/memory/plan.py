@@ -121,10 +121,10 @@ def resolve_dtype(config: EngineConfig, checkpoint_dtype: str | None, device: to
 def resolve_max_model_len(config: EngineConfig, spec: DecoderSpec) -> int:
     """The context length. Raises InvalidParameter for more than the model was made for."""
     if config.max_model_len is None:
-        return spec.max_position
-    if config.max_model_len > spec.max_position:
+        return spec.context
+    if config.max_model_len > spec.context:
         raise InvalidParameter(
-            f"max_model_len is {config.max_model_len}; the model's context is {spec.max_position}",
+            f"max_model_len is {config.max_model_len}; the model's context is {spec.context}",
             "max_model_len",
         )
     return config.max_model_len

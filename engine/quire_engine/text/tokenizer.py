@@ -150,15 +150,19 @@ class Tokenizer:
 
 
 def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a generation: generation_config.json's, else the config's, else the tokenizer's."""
-    for source in (
-        files.generation_config.get("eos_token_id"),
-        files.config.get("eos_token_id"),
-        tokenizer.end_token,
-    ):
-        if source is not None:
-            return tuple(source) if isinstance(source, list) else (source,)
-    return ()
+    """The tokens that end a generation: those of generation_config.json, or else of the config, and the tokenizer's.
+    What is not in the vocabulary is left out with a warning: it could not be drawn, nor kept from being drawn."""
+    configured = files.generation_config.get("eos_token_id")
+    if configured is None:
+        configured = files.config.get("eos_token_id")
+    named = [*(configured if isinstance(configured, list) else [configured]), tokenizer.end_token]
+    found = [token for token in dict.fromkeys(named) if token is not None]
+    size = files.config["vocab_size"]
+    known = tuple(token for token in found if type(token) is int and 0 <= token < size)
+    if len(known) < len(found):
+        strange = ", ".join(str(token) for token in found if token not in known)
+        log.warning("eos_token_id has %s, which the vocabulary of %d tokens lacks; left out", strange, size)
+    return known
 
 
 def _kept_conversion(path: Path) -> Path:
