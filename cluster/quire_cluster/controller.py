@@ -7,12 +7,12 @@ import asyncio
 import logging
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from quire_engine.config import EngineConfig
-from quire_engine.errors import EngineFailure, ModelError
+from quire_engine.errors import EngineFailure, ModelError, QuireError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -23,14 +23,12 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire_cluster.policies.lease import more_patience
+from quire_cluster.policies.restart import Restarts
 from quire_cluster.replica import Replica
-from quire_cluster.routing_table import ReplicaEntry, RoutingTable
+from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
 from quire_cluster.workers import Hang, root_cause
 
 log = logging.getLogger(__name__)
-_BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0)  # seconds before the next attempt, by failures in a row
-_ATTEMPTS = 3  # to start a replica that never served and whose process dies
-_STEADY = 30.0  # seconds of service after which a failure counts as the first
 
 
 @dataclass
@@ -41,9 +39,10 @@ class _Slot:
     actor: Any = None
     entry: ReplicaEntry | None = None
     epoch: int = 0
-    failures: int = 0
     patience: float = 1.0  # of the workers' lease
-    served: bool = False
+    restarts: Restarts = field(default_factory=Restarts)
+    since: float = 0.0  # when it began to serve, in time.monotonic() seconds
+    given_up: QuireError | None = None  # why it is not started again
 
 
 class Controller:
@@ -83,6 +82,13 @@ class Controller:
             await self._changed.wait_for(lambda: self._table.version > version)
             return self._table
 
+    async def suspect(self, key: Key) -> None:
+        """A gateway has long heard nothing of a replica: it is killed, and so started again."""
+        for slot in self._slots:
+            if slot.entry is not None and slot.entry.key == key:
+                log.error("replica %d (epoch %d) says nothing and is killed", *key[:2])
+                ray.kill(slot.actor)
+
     async def shutdown(self) -> None:
         """Stops every replica and gives its place back."""
         self._stopping = True
@@ -104,7 +110,6 @@ class Controller:
         """One slot, for as long as the controller lives."""
         slot = self._slots[index]
         while not self._stopping:
-            started = time.monotonic()
             try:
                 await self._start(index, slot)
                 await slot.actor.run.remote()
@@ -114,18 +119,22 @@ class Controller:
             except Exception as error:
                 cause = root_cause(error)
                 log.error("replica %d (epoch %d) is gone: %s", index, slot.epoch, cause)
+            service = time.monotonic() - slot.since if slot.entry is not None else None
             self._remove(slot)
             if isinstance(cause, Hang):
-                slot.patience = more_patience(slot.patience, time.monotonic() - started)
+                slot.patience = more_patience(slot.patience, service or 0.0)
                 log.warning("its workers get %g times as long from now on", slot.patience)
-            slot.failures = 1 if time.monotonic() - started > _STEADY else slot.failures + 1
-            if not slot.served and (slot.failures == _ATTEMPTS or not isinstance(cause, EngineFailure)):
-                await self._publish(failure=str(cause))  # what cannot be loaded now will not be loadable later
+            pause = slot.restarts.failed(service, died=isinstance(cause, EngineFailure))
+            if pause is None:
+                slot.given_up = cause
+                log.error("replica %d failed %d times in a row and is given up", index, slot.restarts.failures)
+                await self._publish()
                 return
             await self._publish()
-            await asyncio.sleep(_BACKOFF[min(slot.failures - 1, len(_BACKOFF) - 1)])
+            await asyncio.sleep(pause)
 
     async def _start(self, index: int, slot: _Slot) -> None:
+        started = time.monotonic()
         ranks, stages = self._config.tensor_parallel_size, self._config.pipeline_parallel_size
         bundle = {"CPU": float(ranks)} | ({"GPU": float(ranks)} if self._gpu else {})
         # A stage is one bundle and so on one host; stages come together where there is room.
@@ -143,8 +152,8 @@ class Controller:
         address, max_model_len = await slot.actor.start.remote(
             self._config, self._threads, slot.placement, host, slot.patience
         )
-        slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len)
-        slot.served = True
+        slot.since = time.monotonic()
+        slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len, slot.since - started)
         await self._publish()
 
     def _remove(self, slot: _Slot) -> None:
@@ -156,9 +165,11 @@ class Controller:
             remove_placement_group(slot.placement)
             slot.placement = None
 
-    async def _publish(self, failure: str | None = None) -> None:
+    async def _publish(self) -> None:
         async with self._changed:
             entries = tuple(slot.entry for slot in self._slots if slot.entry is not None)
+            hopeless = [slot.given_up for slot in self._slots if slot.given_up is not None]
+            failure = str(hopeless[-1]) if len(hopeless) == len(self._slots) else None
             self._table = RoutingTable(self._table.version + 1, entries, failure)
             self._changed.notify_all()
 

@@ -4,11 +4,19 @@ from collections.abc import Iterable
 
 import numpy as np
 from quire_engine.errors import BY_NAME, EngineFailure, QuireError
-from quire_engine.request import EngineSampling, Request
+from quire_engine.request import EngineSampling, Request, TokenSet
 from quire_engine.step import TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
 
 MESSAGE_BYTES = 64 << 20  # of a session, at most
+BATCH_BYTES = 1 << 20  # from which on nothing more is put into a message
+KEEPALIVE = [  # of both ends: one that vanished without a word, or stopped, is found in 10 s
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+]
 _SCALARS = (
     "max_tokens",
     "min_tokens",
@@ -31,7 +39,7 @@ def sampling_to_proto(params: EngineSampling) -> pb.EngineSampling:
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
         logit_bias=params.logit_bias,
-        allowed_token_ids=params.allowed_token_ids,
+        allowed_token_ids=params.allowed_token_ids.bits,
     )
     for word in params.bad_words:
         message.bad_words.add(ids=word)
@@ -46,22 +54,23 @@ def sampling_from_proto(message: pb.EngineSampling) -> EngineSampling:
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         logit_bias=dict(message.logit_bias) or None,
-        allowed_token_ids=tuple(message.allowed_token_ids),
+        allowed_token_ids=TokenSet(message.allowed_token_ids),
         bad_words=tuple(tuple(word.ids) for word in message.bad_words),
     )
 
 
 def request_from_proto(message: pb.Submit, request_id: int, now: float) -> Request:
-    """A request with what an earlier replica already generated."""
+    """A request with what an earlier replica already generated. `now`: in seconds since the epoch."""
     return Request(
         id=request_id,
         tokens=[*message.prompt, *message.output],
         num_prompt=len(message.prompt),
         params=sampling_from_proto(message.sampling),
         priority=message.priority,
-        arrival=now,
-        deadline=message.deadline,
+        arrival=now - message.age,
+        deadline=now + message.time_left if message.time_left else 0.0,
         cache_salt=message.cache_salt,
+        resumed=message.resumed,
     )
 
 

@@ -23,11 +23,14 @@ from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 from ray.util.placement_group import PlacementGroup
 
-from quire_cluster.convert import MESSAGE_BYTES, logprobs_to_proto, request_from_proto
+from quire_cluster.convert import BATCH_BYTES, KEEPALIVE, MESSAGE_BYTES, logprobs_to_proto, request_from_proto
 from quire_cluster.workers import Workers
 
 log = logging.getLogger(__name__)
 _HEARTBEAT = 0.25  # seconds between load reports, busy or idle
+_POSITIONS = 4096  # of a prompt whose log-probabilities go in one message
+_FURTHEST_BEHIND = 20_000  # updates
+_LAST_WORDS = 0.5  # seconds that gateways have to read why a replica ends
 _FREE_CHECK = 1.0  # seconds an engine is idle before it checks its invariants
 
 
@@ -37,6 +40,14 @@ class GatewaySession:
     def __init__(self) -> None:
         self.updates: asyncio.Queue[pb.SessionUpdate | None] = asyncio.Queue()
         self.by_wire_id: dict[int, int] = {}  # id in the session → id in the engine
+
+    def put(self, update: pb.SessionUpdate) -> None:
+        """Sends an update; a gateway that is so far behind that it cannot be reading is hung up on."""
+        if self.updates.qsize() < _FURTHEST_BEHIND:
+            self.updates.put_nowait(update)
+        elif self.updates.qsize() == _FURTHEST_BEHIND:
+            log.warning("a gateway does not read what it is sent; its session ends")
+            self.updates.put_nowait(None)
 
 
 class EngineThread:
@@ -54,6 +65,7 @@ class EngineThread:
         self._stopping = False
         self._next_id = 1
         self._owners: dict[int, tuple[GatewaySession, int]] = {}  # engine id → session, wire id
+        self._admitted: dict[GatewaySession, list[int]] = {}  # wire ids of what was accepted, and not yet said to be
         self._last_step = time.monotonic()
         self._stepping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -98,12 +110,13 @@ class EngineThread:
             prefix_queries=stats.prefix_queries,
             prefix_hits=stats.prefix_hits,
             block_size=scheduler.limits.block_size,
+            most_requests=min(scheduler.limits.most_requests, 2**32 - 1),
         )
 
     @property
     def max_model_len(self) -> int:
-        """Of the engine."""
-        return self._engine.scheduler.limits.max_model_len
+        """Of the engine: the longest prompt plus output."""
+        return self._engine.scheduler.context
 
     # ---- on the engine's thread -----------------------------------------------------------------------------------
 
@@ -115,12 +128,20 @@ class EngineThread:
             request = request_from_proto(message, request_id, time.time())
             self._engine.add(request)
         except QuireError as error:
-            update = pb.SessionUpdate()
-            update.endings.add(id=message.id, reason="error", error_kind=type(error).__name__, error=str(error))
-            self._deliver([(session, update)])
+            self._refuse(session, message.id, error)
+            return
+        except Exception as error:  # whatever is wrong with one request ends that one
+            log.exception("a request could not be added")
+            self._refuse(session, message.id, EngineFailure(f"the request failed: {type(error).__name__}"))
             return
         self._owners[request_id] = (session, message.id)
         session.by_wire_id[message.id] = request_id
+        self._admitted.setdefault(session, []).append(message.id)
+
+    def _refuse(self, session: GatewaySession, wire_id: int, error: QuireError) -> None:
+        update = pb.SessionUpdate()
+        update.endings.add(id=wire_id, reason="error", error_kind=type(error).__name__, error=str(error))
+        self._deliver([(session, update)])
 
     def abort(self, session: GatewaySession, wire_id: int) -> None:
         """Ends a request early; one that is gone already is left alone."""
@@ -138,13 +159,14 @@ class EngineThread:
             while not self._stopping:
                 while self._inbox:
                     self._inbox.popleft()()
+                self._tell_admitted()
                 if (failure := self._workers.failure) is not None:
                     raise failure
                 if not self._engine.has_work:
                     self._rest()
                     continue
                 self._stepping = True
-                outcome = self._engine.step()
+                outcome = self._engine.step(self._tell_started)
                 self._last_step = time.monotonic()
                 self._report(outcome)
                 self._stepping = False
@@ -165,6 +187,20 @@ class EngineThread:
         if not self._wake.wait(_FREE_CHECK):
             self._engine.scheduler.check_integrity()
             self._wake.wait()
+
+    def _tell_admitted(self) -> None:
+        if self._admitted:
+            self._deliver([(session, pb.SessionUpdate(admitted=ids)) for session, ids in self._admitted.items()])
+            self._admitted = {}
+
+    def _tell_started(self, requests: list[Request]) -> None:
+        """Before the step is computed: if it kills, gateways know what was in it."""
+        updates: dict[GatewaySession, pb.SessionUpdate] = {}
+        for request in requests:
+            session, wire_id = self._owners[request.id]
+            update = updates.setdefault(session, pb.SessionUpdate())
+            update.started.add(id=wire_id, cached_tokens=max(request.num_cached, 0))
+        self._deliver(list(updates.items()))
 
     def _report(self, outcome: StepOutcome) -> None:
         """One update per session with news. This runs once a step over all its tokens: columns, no object per token."""
@@ -191,29 +227,31 @@ class EngineThread:
             update.ids.extend(ids)
             update.indexes.extend(indexes)
             update.tokens.extend(tokens)
-        for request in outcome.started:
-            session, wire_id = owners[request.id]
-            update_for(session).started.add(id=wire_id, cached_tokens=max(request.num_cached, 0))
         for request, scores in outcome.logprobs:
             session, wire_id = owners[request.id]
             update_for(session).logprobs.append(logprobs_to_proto(wire_id, scores))
+        large: list[tuple[GatewaySession, pb.SessionUpdate]] = []  # in messages of their own, ahead of the endings
         for request, first, scores in outcome.prompt_logprobs:
             session, wire_id = owners[request.id]
-            update_for(session).logprobs.append(logprobs_to_proto(wire_id, scores, prompt=True, first=first))
+            for at in range(0, len(scores.chosen), _POSITIONS):
+                part = scores.part(at, at + _POSITIONS)
+                told = logprobs_to_proto(wire_id, part, prompt=True, first=first + at)
+                large.append((session, pb.SessionUpdate(logprobs=[told])))
         for request, vector in outcome.vectors:
             session, wire_id = owners[request.id]
-            update_for(session).vectors.add(id=wire_id, values=vector.astype("<f4").tobytes())
+            found = pb.Vector(id=wire_id, values=vector.astype("<f4").tobytes())
+            large.append((session, pb.SessionUpdate(vectors=[found])))
         for request in outcome.finished:
             session, wire_id = owners.pop(request.id)
             del session.by_wire_id[wire_id]
             update_for(session).endings.append(_ending(wire_id, request))
-        if updates:
-            self._deliver(list(updates.items()))
+        if updates or large:
+            self._deliver([*large, *updates.items()])
 
     def _deliver(self, updates: list[tuple[GatewaySession, pb.SessionUpdate]]) -> None:
         def put() -> None:
             for session, update in updates:
-                session.updates.put_nowait(update)
+                session.put(update)
 
         self._loop.call_soon_threadsafe(put)
 
@@ -245,7 +283,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         beat = asyncio.ensure_future(self._beat(session))
         try:
             while (update := await session.updates.get()) is not None:
-                yield _merged(update, session.updates)
+                yield merged(update, session.updates)
         finally:
             reader.cancel()
             beat.cancel()
@@ -255,6 +293,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def _read(self, session: GatewaySession, messages: AsyncIterator[pb.SessionRequest]) -> None:
         engine = self._engine
         async for message in messages:
+            for wire_id in message.abort:
+                engine.put(functools.partial(engine.abort, session, wire_id))
             for submit in message.submit:
                 if not self.accepting:
                     refused = pb.SessionUpdate()
@@ -264,27 +304,32 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                         error_kind=Unavailable.__name__,
                         error="this replica is draining",
                     )
-                    session.updates.put_nowait(refused)
+                    session.put(refused)
                     continue
                 engine.put(functools.partial(engine.submit, session, submit))
-            for wire_id in message.abort:
-                engine.put(functools.partial(engine.abort, session, wire_id))
         session.updates.put_nowait(None)
 
     async def _beat(self, session: GatewaySession) -> None:
         while True:
-            session.updates.put_nowait(pb.SessionUpdate(load=self._engine.load()))
+            session.put(pb.SessionUpdate(load=self._engine.load()))
             await asyncio.sleep(_HEARTBEAT)
 
-    def hang_up(self) -> None:
-        """Ends every session."""
+    async def hang_up(self, failure: str = "") -> None:
+        """Ends every session, and says why; returns when gateways have been told, or do not listen."""
         for session in self._sessions:
+            if failure:
+                session.put(pb.SessionUpdate(failure=failure))
             session.updates.put_nowait(None)
+        until = time.monotonic() + _LAST_WORDS
+        while self._sessions and time.monotonic() < until:
+            await asyncio.sleep(0.005)
 
 
-def _merged(update: pb.SessionUpdate, waiting: "asyncio.Queue[pb.SessionUpdate | None]") -> pb.SessionUpdate:
-    """This update and all that wait behind it as one: a gateway that lags gets fewer, larger messages."""
-    while not waiting.empty():
+def merged(update: pb.SessionUpdate, waiting: "asyncio.Queue[pb.SessionUpdate | None]") -> pb.SessionUpdate:
+    """This update and those that wait behind it as one, up to BATCH_BYTES and one more: a gateway that lags gets fewer,
+    larger messages."""
+    size = update.ByteSize()
+    while size < BATCH_BYTES and not waiting.empty():
         following = waiting.get_nowait()
         if following is None:
             waiting.put_nowait(None)
@@ -292,6 +337,7 @@ def _merged(update: pb.SessionUpdate, waiting: "asyncio.Queue[pb.SessionUpdate |
         if following.HasField("load"):
             update.ClearField("load")  # merging would keep the old value of what is 0 now
         update.MergeFrom(following)
+        size += following.ByteSize()
     return update
 
 
@@ -324,7 +370,12 @@ class Replica:
         self._engine = EngineThread(self._workers, loop, self._failed)
         self._service = EngineService(self._engine)
         self._server = grpc.aio.server(
-            options=[("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+                *KEEPALIVE,
+            ]
         )
         engine_pb2_grpc.add_EngineServicer_to_server(self._service, self._server)
         port = self._server.add_insecure_port(f"{host}:0")
@@ -338,9 +389,12 @@ class Replica:
             engine.wake()
 
     def _failed(self, error: QuireError) -> None:
+        self._failing = asyncio.ensure_future(self._fail(error))
+
+    async def _fail(self, error: QuireError) -> None:
+        await self._service.hang_up(str(error))
         if self._ended is not None and not self._ended.done():
             self._ended.set_exception(error)
-        self._service.hang_up()
 
     async def run(self) -> None:
         """Until `stop` (returns) or a failure (raises what it was)."""
@@ -350,7 +404,7 @@ class Replica:
     async def stop(self) -> None:
         """Ends the engine, its workers and its sessions."""
         self._service.accepting = False
-        self._service.hang_up()
+        await self._service.hang_up()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._engine.stop)
         await loop.run_in_executor(None, self._workers.close)

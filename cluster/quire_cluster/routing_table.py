@@ -13,6 +13,7 @@ class ReplicaEntry:
     epoch: int
     address: str
     max_model_len: int
+    load_seconds: float = 0.0  # from its start until it served
 
     @property
     def key(self) -> Key:
@@ -22,7 +23,7 @@ class ReplicaEntry:
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """Where requests can go. `failure`: why no replica could be started at all, for whoever waits for the first."""
+    """Where requests can go. `failure`: why there is no replica, and none will come."""
 
     version: int = 0
     replicas: tuple[ReplicaEntry, ...] = ()

@@ -27,10 +27,11 @@ from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_cluster.local_ray import PrivateCluster, start_private_cluster, workers_on_gpus
-from quire_cluster.routing_table import RoutingTable
+from quire_cluster.routing_table import Key, RoutingTable
 
 log = logging.getLogger(__name__)
-_WATCH_RETRY = 0.5
+_WATCH_RETRY, _LONGEST_WATCH_RETRY = 0.5, 30.0  # seconds
+_READINESS = 0.1  # seconds between looks at it
 
 
 def bind(host: str, port: int, what: str) -> socket.socket:
@@ -68,7 +69,7 @@ class Server:
         self._catch_signals()
         listener = bind(self._serve.host, self._serve.port, "port")
         bind(self._serve.host, self._serve.grpc_port, "grpc-port").close()
-        watcher: asyncio.Task[None] | None = None
+        watchers: list[asyncio.Task[None]] = []
         service: Service | None = None
         http: uvicorn.Server | None = None
         http_task: asyncio.Task[None] | None = None
@@ -101,7 +102,11 @@ class Server:
             self.http_port = listener.getsockname()[1]
             grpc_server = GrpcServer(service, api_key=self._serve.api_key)
             self.grpc_port = await grpc_server.start(self._serve.host, self._serve.grpc_port)
-            watcher = asyncio.ensure_future(self._watch(service, grpc_server))
+            service.dispatcher.on_silence = self._report_silence
+            watchers += [
+                asyncio.ensure_future(self._watch(service)),
+                asyncio.ensure_future(self._tell_readiness(service, grpc_server)),
+            ]
             await self._until_ready(service)
             if not self._stop.is_set():
                 on_ready(self)
@@ -109,7 +114,7 @@ class Server:
             if self._failure is not None:
                 raise ModelError(self._failure)
         finally:
-            await self._shut_down(service, http, http_task, grpc_server, watcher)
+            await self._shut_down(service, http, http_task, grpc_server, watchers)
             listener.close()
 
     @property
@@ -168,30 +173,49 @@ class Server:
         )
         await self._controller.start.remote()
 
-    async def _watch(self, service: Service, grpc_server: GrpcServer) -> None:
-        """Follows the routing table; a controller that died is started again, its replicas with it."""
-        version = 0
-        while True:
+    async def _watch(self, service: Service) -> None:
+        """Follows the routing table. Whatever fails is logged and tried again, while requests go where they last could;
+        a controller that died is started again, its replicas with it."""
+        version, pause, dead = 0, _WATCH_RETRY, False
+        while not self._stop.is_set():
             try:
+                if dead:
+                    await self._start_controller()
+                    version, dead = 0, False
                 table: RoutingTable = await self._controller.watch.remote(version)
-            except ray.exceptions.RayActorError:
-                if self._stop.is_set():
-                    return
-                log.error("the controller died; it is started again")
-                await asyncio.sleep(_WATCH_RETRY)
-                await self._start_controller()
-                version = 0
+                self._follow(table, service)
+                version, pause = table.version, _WATCH_RETRY
                 continue
-            version = table.version
-            if table.failure is not None:
-                self._failure = table.failure
-                self.stop()
-                return
-            service.dispatcher.update_table(table)
-            if service.dispatcher.max_model_len:
-                # An engine that pools has one place more, for the token that it does not generate.
-                service.max_model_len = service.dispatcher.max_model_len - (service.pooling is not None)
-            await grpc_server.set_serving(service.ready)
+            except ray.exceptions.RayActorError:
+                log.error("the controller died; it is started again")
+                dead = True
+            except Exception:
+                log.exception("following the controller failed; it is tried again")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_WATCH_RETRY)
+
+    def _follow(self, table: RoutingTable, service: Service) -> None:
+        if table.failure is not None:
+            self._failure = table.failure
+            service.dispatcher.give_up(f"no replica could be started: {table.failure}")
+            self.stop()
+            return
+        service.dispatcher.update_table(table)
+        if service.dispatcher.max_model_len:
+            # An engine that pools has one place more, for the token that it does not generate.
+            service.max_model_len = service.dispatcher.max_model_len - (service.pooling is not None)
+
+    def _report_silence(self, key: Key) -> None:
+        self._controller.suspect.remote(key)
+
+    async def _tell_readiness(self, service: Service, grpc_server: GrpcServer) -> None:
+        """Keeps gRPC's health service up to date."""
+        told = False
+        while True:
+            if (ready := service.ready) != told:
+                await grpc_server.set_serving(ready)
+                told = ready
+            await asyncio.sleep(_READINESS)
 
     # ---- end ------------------------------------------------------------------------------------------------------
 
@@ -201,7 +225,7 @@ class Server:
         http: uvicorn.Server | None,
         http_task: "asyncio.Task[None] | None",
         grpc_server: GrpcServer | None,
-        watcher: "asyncio.Task[None] | None",
+        watchers: "list[asyncio.Task[None]]",
     ) -> None:
         """Refuse what is new, let what runs finish, then take everything down from the outside in."""
         if service is not None:
@@ -219,7 +243,7 @@ class Server:
                 await http_task
         if grpc_server is not None:
             await grpc_server.stop(1.0)
-        if watcher is not None:
+        for watcher in watchers:
             watcher.cancel()
         if service is not None:
             await service.dispatcher.close()

@@ -182,6 +182,11 @@ class SchedulerLimits:
     steps_in_flight: int = 1  # 2: a step is planned while the one before it runs
 
     @property
+    def most_requests(self) -> int:
+        """Running and waiting; one more is refused."""
+        return self.max_num_seqs + self.max_num_queued_reqs
+
+    @property
     def most_draws(self) -> int:
         """How many requests of a step draw a token, at most."""
         return min(self.max_num_seqs, self.max_num_batched_tokens)

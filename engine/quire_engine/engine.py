@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from quire_engine.config import SchedulerLimits
@@ -45,10 +46,15 @@ class Engine:
         """Whether a step would do anything."""
         return self.scheduler.has_work
 
-    def step(self) -> StepOutcome:
-        """Schedule and submit one step; collect and commit the oldest, unless there is room for another in flight."""
+    def step(self, on_start: Callable[[list[Request]], None] | None = None) -> StepOutcome:
+        """Schedule and submit one step; collect and commit the oldest, unless there is room for another in flight.
+
+        `on_start` is told of what the step takes in for the first time before it is submitted, instead of its outcome.
+        """
         scheduler = self.scheduler
         plan = scheduler.schedule(time.time())
+        if on_start is not None and (started := scheduler.take_started()):
+            on_start(started)
         if plan is not None:
             self._executor.submit(plan)
         self.steps += 1

@@ -12,6 +12,7 @@
         ├── OutOfMemory         the model or its cache does not fit this device
         ├── Unavailable         nothing can serve this now: starting, draining or rebuilding
         └── EngineFailure       a replica failed while it computed
+            └── PoisonRequest   replicas died under a request, and would again
 
 Every message says what was wrong and how to mend it. Messages that reach clients hold no paths and no addresses.
 """
@@ -67,6 +68,10 @@ class Unavailable(ServerError):
 
 class EngineFailure(ServerError):
     """A replica failed."""
+
+
+class PoisonRequest(EngineFailure):
+    """Replicas died under it; trying again would cost another."""
 
 
 BY_NAME: dict[str, type[QuireError]] = {

@@ -1,9 +1,36 @@
 """A request: what it asks for, its token log, where it stands, and its one ending."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quire_engine.errors import ContextTooLong
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSet:
+    """Token ids as a bit each: an eighth of a byte of the vocabulary, however many they are. False where empty."""
+
+    bits: bytes = b""  # the lowest id first
+
+    @staticmethod
+    def of(ids: Collection[int]) -> "TokenSet":
+        """Ids at least 0, each any number of times."""
+        if not ids:
+            return TokenSet()
+        held = np.zeros(max(ids) + 1, np.bool_)
+        held[np.fromiter(ids, np.int64, len(ids))] = True
+        return TokenSet(np.packbits(held, bitorder="little").tobytes())
+
+    def __bool__(self) -> bool:
+        return bool(self.bits)
+
+    def ids(self) -> NDArray[np.int64]:
+        """Ascending."""
+        return np.flatnonzero(np.unpackbits(np.frombuffer(self.bits, np.uint8), bitorder="little"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +54,7 @@ class EngineSampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
-    allowed_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: TokenSet = TokenSet()  # empty: all
     bad_words: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -41,15 +68,14 @@ class EngineSampling:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
     @property
+    def restricted(self) -> bool:
+        """Whether there are tokens that may not be drawn, so that none may be left."""
+        return bool(self.allowed_token_ids or self.bad_words or (self.min_tokens and self.stop_token_ids))
+
+    @property
     def edits_logits(self) -> bool:
         """Whether the logits of this request need anything before temperature."""
-        return bool(
-            self.penalized
-            or self.logit_bias
-            or self.allowed_token_ids
-            or self.bad_words
-            or (self.min_tokens and self.stop_token_ids)
-        )
+        return bool(self.penalized or self.logit_bias or self.restricted)
 
 
 class State(Enum):
@@ -72,6 +98,7 @@ class Request:
     arrival: float = 0.0
     deadline: float = 0.0  # seconds since the epoch; 0: none
     cache_salt: bytes = b""
+    resumed: bool = False  # an engine had accepted it: no queue is too full for it
     state: State = State.WAITING
     num_computed: int = 0  # tokens whose keys and values are in the cache, or on their way in a step in flight
     pending: int = 0  # tokens that steps in flight draw; they are not in the log yet

@@ -17,9 +17,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from quire_engine.cache.manager import CacheManager
 from quire_engine.config import SchedulerLimits
-from quire_engine.errors import DeadlineExceeded, EngineFailure, QueueFull
+from quire_engine.errors import DeadlineExceeded, EngineFailure, InvalidParameter, QueueFull
 from quire_engine.outcome import StepOutcome
 from quire_engine.request import Request, State, check_length
 from quire_engine.step import NewRow, PlanDraft, StepPlan, StepResult
@@ -78,13 +80,14 @@ class Scheduler:
         return len(self._in_flight)
 
     def add(self, request: Request) -> None:
-        """Accepts a request. Raises ContextTooLong for what can never fit, QueueFull, DeadlineExceeded (by arrival)."""
+        """Accepts a request. Raises ContextTooLong for what can never fit, QueueFull (not for one that is resumed),
+        DeadlineExceeded (by arrival)."""
         limits = self.limits
         assert request.id not in self.requests, f"request id {request.id} is used twice"
         check_length(request.num_prompt, request.params.max_tokens, self.context)
         if request.deadline and request.deadline <= request.arrival:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
-        if self._num_waiting >= limits.max_num_queued_reqs + len(self._rows):
+        if not request.resumed and self._num_waiting >= limits.max_num_queued_reqs + len(self._rows):
             raise QueueFull(f"{self._num_waiting} requests wait already; try again later")
         self.requests[request.id] = request
         if request.deadline:
@@ -225,11 +228,15 @@ class Scheduler:
         self.cache.register(request, end)
         return True
 
+    def take_started(self) -> list[Request]:
+        """What was admitted to a step for the first time since this was last asked."""
+        started, self._started = self._started, []
+        return started
+
     def commit(self, result: StepResult | None) -> StepOutcome:
         """Appends what the oldest step in flight drew (None: there is none), frees what is finished, says what
         happened."""
-        outcome = StepOutcome(started=self._started)
-        self._started = []
+        outcome = StepOutcome(started=self.take_started())
         if result is not None:
             requests, plan = self._in_flight.popleft()
             outcome.num_tokens = len(plan.token_ids)
@@ -260,7 +267,8 @@ class Scheduler:
                 continue
             request.pending -= 1
             if failed and id(request) in failed:
-                self._finish(request, "error", error=EngineFailure(failed[id(request)]))
+                kind = InvalidParameter if request.params.restricted else EngineFailure
+                self._finish(request, "error", error=kind(failed[id(request)]))
                 finished.append(request)
                 continue
             tokens = request.tokens
@@ -349,7 +357,7 @@ class Scheduler:
         params = request.params
         needs_log = params.edits_logits or params.prompt_logprobs is not None
         draft.new_rows.append(
-            NewRow(request.row, params, request.num_prompt, list(request.tokens) if needs_log else [])
+            NewRow(request.row, params, request.num_prompt, np.array(request.tokens if needs_log else (), np.int32))
         )
         running = self.running
         running.append(request)

@@ -18,7 +18,7 @@ class NewRow:
     row: int
     params: EngineSampling
     num_prompt: int
-    tokens: list[int]  # the log so far; empty where neither changed logits nor prompt log-probabilities need it
+    tokens: Ints  # the log so far; empty where neither changed logits nor prompt log-probabilities need it
 
 
 @dataclass(slots=True)
@@ -87,9 +87,13 @@ class TokenLogprobs:
     top_ids: Ints  # [P, width]
     top_logprobs: NDArray[np.float32]  # [P, width]
 
+    def part(self, start: int, end: int | None = None) -> "TokenLogprobs":
+        """The positions from `start` to before `end`."""
+        return TokenLogprobs(*(getattr(self, name)[start:end] for name in TokenLogprobs.__slots__))
+
     def after(self, count: int) -> "TokenLogprobs":
         """Without the first `count` positions."""
-        return TokenLogprobs(*(getattr(self, name)[count:] for name in TokenLogprobs.__slots__))
+        return self.part(count)
 
 
 @dataclass(slots=True)

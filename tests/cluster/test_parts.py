@@ -16,7 +16,7 @@ from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patienc
 from quire_cluster.policies.routing import ReplicaLoad, choose_replica
 from quire_cluster.workers import first_failure
 from quire_engine.errors import InvalidParameter, OutOfMemory
-from quire_engine.request import EngineSampling
+from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.step import TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
 from ray.exceptions import ActorDiedError
@@ -76,7 +76,7 @@ def test_every_sampling_parameter_survives_the_wire() -> None:
         logprobs=0,
         prompt_logprobs=4,
         logit_bias={3: -2.0},
-        allowed_token_ids=(1, 2),
+        allowed_token_ids=TokenSet.of((1, 2)),
         bad_words=((4,), (5, 6)),
     )
     plain = EngineSampling()

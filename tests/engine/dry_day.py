@@ -28,7 +28,7 @@ from quire_engine.execution.graphs import StepGraphs
 from quire_engine.memory.dry_run import AllocatedBytes, DryGroup, allocated
 from quire_engine.memory.plan import GPUS
 from quire_engine.memory.shapes import captured_shapes
-from quire_engine.request import EngineSampling, Request
+from quire_engine.request import EngineSampling, Request, TokenSet
 from quire_engine.upload import Upload
 from quire_kernels.hardware import CHIPS
 from shapes import SHAPES
@@ -42,13 +42,13 @@ _KINDS: list[dict[str, Any]] = [
     {"temperature": 1.2, "logprobs": 3},
     {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logprobs": 0},
     {"temperature": 0.0, "bad_words": ((5,), (6, 7), (1, 2, 3)), "logit_bias": {8: 1.5}, "min_tokens": 4},
-    {"temperature": 0.8, "allowed_token_ids": (5, 6, 7), "frequency_penalty": 0.1},
+    {"temperature": 0.8, "allowed_token_ids": TokenSet.of((5, 6, 7)), "frequency_penalty": 0.1},
     {"temperature": 0.0, "prompt_logprobs": 2},
 ]
 _COSTLY: dict[str, Any] = {
     "top_p": 0.9,
     "repetition_penalty": 1.1,
-    "allowed_token_ids": (4, 5),
+    "allowed_token_ids": TokenSet.of((4, 5)),
     "bad_words": ((4, 5),),
     "logit_bias": {4: 1.0},
     "logprobs": 20,

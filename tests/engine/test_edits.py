@@ -11,7 +11,7 @@ import torch
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.execution.runner import ModelRunner
-from quire_engine.request import EngineSampling, Request
+from quire_engine.request import EngineSampling, Request, TokenSet
 from quire_engine.weights.resolve import find_model
 
 Make = Callable[[str], Path]
@@ -22,7 +22,7 @@ def edited(raw: np.ndarray, prompt: list[int], out: list[int], params: EngineSam
     """The logits after `prompt` and `out`."""
     x, log = raw.copy(), prompt + out
     if params.allowed_token_ids:
-        x[[token not in params.allowed_token_ids for token in range(len(x))]] = -np.inf
+        x[~np.isin(np.arange(len(x)), params.allowed_token_ids.ids())] = -np.inf
     for *begin, end in params.bad_words:
         if log[len(log) - len(begin) :] == begin:  # more than the log has never stands there
             x[end] = -np.inf
@@ -46,7 +46,7 @@ def random_params(generator: np.random.Generator, prompt: list[int]) -> EngineSa
 
     asked: dict[str, Any] = {
         "bad_words": (*(tokens(one_of(1, 2, 2, 3, 20)) for _ in range(40)), (*prompt[-5:], *tokens(1))),
-        "allowed_token_ids": tokens(one_of(1, 8, 20)),
+        "allowed_token_ids": TokenSet.of(tokens(one_of(1, 8, 20))),
         "logit_bias": {token: one_of(-100.0, 100.0, 1.5) for token in tokens(6)},
         "repetition_penalty": one_of(0.01, 1.3, 100.0),
         "presence_penalty": one_of(-2.0, 2.0),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quire_engine.request import EngineSampling
+from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.sampling.edits import LogitEdits
 from quire_engine.sampling.sampler import Sampler, token_scores
 from quire_engine.step import NewRow
@@ -23,15 +23,15 @@ def sampler_for(*params: EngineSampling, tokens: list[int] | None = None, num_pr
     sampler = Sampler(len(params), V, torch.device("cpu"), TorchBackend())
     log = tokens if tokens is not None else [1, 2, 3]
     for row, one in enumerate(params):
-        sampler.set_row(NewRow(row, one, num_prompt or len(log), list(log)))
+        sampler.set_row(NewRow(row, one, num_prompt or len(log), np.array(log, np.int32)))
     return sampler
 
 
 def test_long_words_of_others_cost_nothing() -> None:
     edits = LogitEdits(2, V, torch.device("cpu"))
-    edits.set_row(NewRow(0, EngineSampling(bad_words=((1, 2), (1, 2, 3))), 1, [1]))
+    edits.set_row(NewRow(0, EngineSampling(bad_words=((1, 2), (1, 2, 3))), 1, np.ones(1, np.int32)))
     alone = {name: array.nbytes for name, array in edits.arrays({0: 0}).items()}
-    edits.set_row(NewRow(1, EngineSampling(bad_words=(tuple([4] * 250),)), 1, [1]))
+    edits.set_row(NewRow(1, EngineSampling(bad_words=(tuple([4] * 250),)), 1, np.ones(1, np.int32)))
     assert {name: array.nbytes for name, array in edits.arrays({0: 0}).items()} == alone
 
 
@@ -122,7 +122,7 @@ def test_rows_do_not_touch_each_other(logits: torch.Tensor) -> None:
     mine = EngineSampling(seed=5, temperature=0.7, top_p=0.9)
     greedy = EngineSampling(temperature=0.0)
     others = [
-        EngineSampling(seed=1, allowed_token_ids=(4,)),
+        EngineSampling(seed=1, allowed_token_ids=TokenSet.of((4,))),
         EngineSampling(seed=1, bad_words=((5,),), logit_bias={3: 100.0}),
         EngineSampling(seed=1, repetition_penalty=50.0, top_k=1),
         EngineSampling(seed=1, logprobs=20, min_tokens=5, stop_token_ids=(7,)),
@@ -204,7 +204,7 @@ def test_logprobs_of_a_row_are_the_same_bits_beside_others(vocabulary: int) -> N
 
 
 def test_a_row_without_a_finite_logit_fails_alone(logits: torch.Tensor) -> None:
-    nothing = EngineSampling(temperature=1.0, allowed_token_ids=(4,), bad_words=((4,),))
+    nothing = EngineSampling(temperature=1.0, allowed_token_ids=TokenSet.of((4,)), bad_words=((4,),))
     broken = torch.stack([logits, logits, torch.full((V,), math.nan)])
     sampler = sampler_for(EngineSampling(seed=9), nothing, EngineSampling(seed=9))
     rows = np.arange(3, dtype=np.int32)
@@ -230,7 +230,7 @@ def test_rows_that_change_their_logits_are_computed_together() -> None:
     kinds = [
         EngineSampling(temperature=0, repetition_penalty=1.4, frequency_penalty=0.3, presence_penalty=-0.2),
         EngineSampling(temperature=0, logit_bias={3: 2.5, 9: -4.0}, repetition_penalty=0.8),
-        EngineSampling(temperature=0, allowed_token_ids=(4, 8, 15, 16, 23, 42), presence_penalty=1.0),
+        EngineSampling(temperature=0, allowed_token_ids=TokenSet.of((4, 8, 15, 16, 23, 42)), presence_penalty=1.0),
         EngineSampling(temperature=0, bad_words=((7,), (9,)), min_tokens=9, stop_token_ids=(5, 6)),
     ]
     counts = {}

@@ -1,102 +1,54 @@
-"""Carries choices to replicas and back: one session per replica, and another replica when one is lost."""
+"""Carries choices to replicas and back, and to another replica when one is lost."""
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import grpc
 import numpy as np
-from quire_engine.errors import DeadlineExceeded, EngineFailure, QuireError, Unavailable
+from quire_engine.errors import DeadlineExceeded, EngineFailure, PoisonRequest, QueueFull, QuireError, Unavailable
 from quire_protos.v1 import engine_pb2 as pb
-from quire_protos.v1 import engine_pb2_grpc
 
-from quire_cluster.convert import MESSAGE_BYTES, error_from_proto, logprobs_from_proto
+from quire_cluster.convert import error_from_proto, logprobs_from_proto
 from quire_cluster.gateway.generation import Choice, Generation
-from quire_cluster.policies.routing import ReplicaLoad, choose_replica
-from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
+from quire_cluster.gateway.sessions import ReplicaSession
+from quire_cluster.policies.admission import has_room, rebuild_wait
+from quire_cluster.policies.routing import choose_replica
+from quire_cluster.policies.suspicion import Patience, Standing
+from quire_cluster.routing_table import Key, RoutingTable
 
 log = logging.getLogger(__name__)
-_REPLICA_WAIT = 120.0  # seconds a request waits while no replica is there (one is being rebuilt)
-
-
-class ReplicaSession:
-    """The gateway's end of one session. `lost` is called once, with the choices that were running there."""
-
-    def __init__(
-        self,
-        entry: ReplicaEntry,
-        on_update: Callable[["ReplicaSession", pb.SessionUpdate], None],
-        on_lost: Callable[["ReplicaSession"], None],
-    ) -> None:
-        self.entry = entry
-        self.key: Key = entry.key
-        self.live: dict[int, Choice] = {}  # wire id → choice
-        self.load = pb.Load()
-        self.load_at = time.monotonic()
-        self.own_at_report = 0
-        self.closed = False
-        self._on_update = on_update
-        self._on_lost = on_lost
-        self._outbox: asyncio.Queue[pb.SessionRequest | None] = asyncio.Queue()
-        self._task = asyncio.ensure_future(self._run())
-
-    def send(self, message: pb.SessionRequest) -> None:
-        """Queues a message; all that wait go as one."""
-        self._outbox.put_nowait(message)
-
-    async def close(self) -> None:
-        """Hangs up."""
-        self.closed = True
-        self._outbox.put_nowait(None)
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-
-    async def _messages(self) -> AsyncIterator[pb.SessionRequest]:
-        while (message := await self._outbox.get()) is not None:
-            while not self._outbox.empty():
-                following = self._outbox.get_nowait()
-                if following is None:
-                    return
-                message.MergeFrom(following)
-            yield message
-
-    async def _run(self) -> None:
-        options = [
-            ("grpc.max_receive_message_length", MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MESSAGE_BYTES),
-            ("grpc.enable_http_proxy", 0),
-        ]
-        try:
-            async with grpc.aio.insecure_channel(self.entry.address, options=options) as channel:
-                stub: Any = engine_pb2_grpc.EngineStub(channel)
-                async for update in stub.Session(self._messages()):
-                    self._on_update(self, update)
-        except grpc.aio.AioRpcError as error:
-            log.info("session with replica %d (epoch %d) broke: %s", *self.key[:2], error.code().name)
-        finally:
-            if not self.closed:
-                self.closed = True
-                self._on_lost(self)
+_TICK = 0.25  # seconds
+_PATIENCE = Patience()
 
 
 class Dispatcher:
     """Keeps a session per replica of the routing table, and every live choice on one of them."""
 
-    def __init__(self, on_load: Callable[[ReplicaSession], None], on_steps: Callable[[list[int]], None]) -> None:
+    def __init__(
+        self,
+        on_load: Callable[[ReplicaSession], None],
+        on_steps: Callable[[list[int]], None],
+        *,
+        max_waiting: int,
+        patience: Patience = _PATIENCE,
+    ) -> None:
+        """`max_waiting`: requests that wait while there is no replica."""
         self._sessions: dict[Key, ReplicaSession] = {}
         self._homeless: dict[Choice, float] = {}  # choices that wait for a replica → since when
-        self._wire_ids = itertools.count(1)
+        self._suspects: dict[Choice, float] = {}  # choices that wait for a replica without another suspect
         self._turn = itertools.count()
         self._place: dict[Choice, tuple[ReplicaSession, int]] = {}
+        self._up: dict[int, float] = {}  # slots that have had a replica → when it last was there
+        self._load_seconds = 0.0
         self._on_load = on_load
         self._on_steps = on_steps
-        self._sweeper: asyncio.Task[None] | None = None
+        self._max_waiting = max_waiting
+        self._patience = patience
+        self._ticking: asyncio.Task[None] | None = None
+        self.on_silence: Callable[[Key], None] = lambda key: None  # a replica that says nothing
         self.max_model_len = 0
 
     # ---- replicas come and go -------------------------------------------------------------------------------------
@@ -104,39 +56,70 @@ class Dispatcher:
     @property
     def sessions(self) -> list[ReplicaSession]:
         """Of the replicas that can be routed to."""
-        return list(self._sessions.values())
+        return [session for session in self._sessions.values() if session.usable]
 
     @property
     def num_live(self) -> int:
         """Choices without an ending."""
-        return len(self._place) + len(self._homeless)
+        return len(self._place) + len(self._homeless) + len(self._suspects)
+
+    @property
+    def overdue(self) -> list[int]:
+        """Slots whose replica is gone for longer than it takes to bring one back."""
+        limit = time.monotonic() - rebuild_wait(self._load_seconds)
+        return [slot for slot, since in self._up.items() if since < limit]
+
+    @property
+    def started(self) -> bool:
+        """Whether there ever was a replica."""
+        return bool(self._up)
 
     def update_table(self, table: RoutingTable) -> None:
         """Opens sessions to new replicas; a replica that left the table is left when its session breaks."""
         for entry in table.replicas:
-            key = entry.key
-            if key not in self._sessions:
-                self._sessions[key] = ReplicaSession(entry, self._handle, self._lost)
-                self.max_model_len = entry.max_model_len
+            if entry.key not in self._sessions:
+                self._sessions[entry.key] = ReplicaSession(entry, self, self._patience)
+            self._load_seconds = max(self._load_seconds, entry.load_seconds)
         wanted = {entry.key for entry in table.replicas}
-        for key in [key for key in self._sessions if key not in wanted]:
-            self._forget(self._sessions[key])
-        self._place_homeless()
+        for key, session in self._sessions.items():
+            session.wanted = key in wanted
+        if table.replicas:
+            self.max_model_len = min(entry.max_model_len for entry in table.replicas)
+        if self._ticking is None:
+            self._ticking = asyncio.ensure_future(self._tick())
 
     async def close(self) -> None:
         """Hangs up everywhere."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        await asyncio.gather(*(session.close() for session in self.sessions))
+        if self._ticking is not None:
+            self._ticking.cancel()
+        await asyncio.gather(*(session.close() for session in self._sessions.values()))
         self._sessions.clear()
+
+    def give_up(self, why: str) -> None:
+        """No replica will come: ends what waits for one."""
+        for choice in (*self._homeless, *self._suspects):
+            choice.end("error", error=Unavailable(why))
+        self._homeless.clear()
+        self._suspects.clear()
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def submit(self, generation: Generation) -> None:
-        """Sends every choice to a replica; one that finds none waits for it. Raises Unavailable before the first."""
-        if not self._sessions and not self.max_model_len:
+        """Sends every choice to a replica; one that finds none waits for it.
+
+        Raises Unavailable before the first replica, and where too much waits for one; QueueFull where replicas have
+        said that they cannot take as much.
+        """
+        if not self.max_model_len:
             raise Unavailable("no replica is ready yet; try again when /ready answers 200")
-        for choice in generation.choices:
+        choices, sessions = generation.choices, self.sessions
+        if not sessions:
+            if len(self._homeless) + len(choices) > self._max_waiting:
+                raise Unavailable(f"no replica is there now, and {len(self._homeless)} requests wait; try again later")
+        elif not has_room((session.as_load() for session in sessions), len(choices)):
+            waiting = sum(session.load.waiting for session in sessions)
+            raise QueueFull(f"{waiting} requests wait already; try again later")
+        for choice in choices:
             self._guard(choice, self._send)
 
     def abort(self, generation: Generation) -> None:
@@ -145,42 +128,60 @@ class Dispatcher:
             if not choice.ended:
                 choice.end("abort")
             self._homeless.pop(choice, None)
+            self._suspects.pop(choice, None)
             self._release(choice, tell=True)
 
     def _send(self, choice: Choice) -> None:
-        loads = {
-            key: ReplicaLoad(
-                own=len(session.live),
-                reported=session.load.running + session.load.waiting,
-                own_at_report=session.own_at_report,
-            )
-            for key, session in self._sessions.items()
-        }
-        chosen = choose_replica(loads, next(self._turn))
-        if chosen is None:
-            self._homeless[choice] = time.monotonic()
-            if self._sweeper is None or self._sweeper.done():
-                self._sweeper = asyncio.ensure_future(self._sweep())
+        """To the best replica; a suspect to one without another, a choice that finds none to those that wait."""
+        now = time.monotonic()
+        if choice.facts.deadline and choice.facts.deadline <= now:
+            choice.end("error", error=DeadlineExceeded("the deadline passed before the end"))
             return
-        session = self._sessions[chosen]
-        wire_id = next(self._wire_ids)
+        suspected = choice.losses.suspected
+        sessions = {s.key: s for s in self.sessions if not suspected or s.suspect is None}
+        chosen = choose_replica({key: session.as_load() for key, session in sessions.items()}, next(self._turn))
+        if chosen is None:
+            (self._suspects if suspected else self._homeless)[choice] = now
+            return
+        session = sessions[chosen]
         choice.epoch += 1
-        session.live[wire_id] = choice
-        self._place[choice] = (session, wire_id)
-        session.send(pb.SessionRequest(submit=[choice.submission(wire_id)]))
+        if suspected:
+            session.suspect = choice
+        self._place[choice] = (session, session.submit(choice))
 
     def _release(self, choice: Choice, *, tell: bool) -> None:
         session, wire_id = self._place.pop(choice, (None, 0))
         if session is not None:
-            session.live.pop(wire_id, None)
-            if tell and not session.closed:
-                session.send(pb.SessionRequest(abort=[wire_id]))
+            session.release(wire_id, tell=tell)
+            if session.suspect is choice:
+                self._acquit(session)
 
-    # ---- what replicas say ----------------------------------------------------------------------------------------
+    def _acquit(self, session: ReplicaSession) -> None:
+        """Its suspect has ended, or done nothing: the next one may come."""
+        session.suspect = None
+        self._place_suspects()
 
-    def _handle(self, session: ReplicaSession, update: pb.SessionUpdate) -> None:
+    def _place_suspects(self) -> None:
+        while self._suspects and any(session.suspect is None for session in self.sessions):
+            choice = min(self._suspects, key=_arrival)
+            del self._suspects[choice]
+            self._guard(choice, self._send)
+
+    def _place_waiting(self) -> None:
+        """In the order of their arrival."""
+        if self.sessions:
+            waiting, self._homeless = sorted(self._homeless, key=_arrival), {}
+            for choice in waiting:
+                self._guard(choice, self._send)
+            self._place_suspects()
+
+    # ---- what sessions say ----------------------------------------------------------------------------------------
+
+    def updated(self, session: ReplicaSession, update: pb.SessionUpdate) -> None:
         """One message of a replica. Wire ids are never reused, so what a stale submission says meets no choice."""
         now = time.monotonic()
+        for wire_id in update.admitted:
+            self._tell(session, wire_id, Choice.admit)
         for scores in update.logprobs:
             self._tell(session, scores.id, partial(_take_scores, scores=scores))
         for vector in update.vectors:
@@ -190,12 +191,40 @@ class Dispatcher:
         for started in update.started:
             self._tell(session, started.id, partial(Choice.start, cached_tokens=started.cached_tokens, now=now))
         for ending in update.endings:
-            self._tell(session, ending.id, partial(self._finish, ending=ending))
+            self._tell(session, ending.id, partial(self._finish, session=session, ending=ending))
+        if session.suspect is not None and session.suspect.losses.grown(len(session.suspect.output)):
+            self._acquit(session)
         if update.step_tokens:
             self._on_steps(list(update.step_tokens))
-        if update.HasField("load"):
-            session.load, session.load_at, session.own_at_report = update.load, now, len(session.live)
-            self._on_load(session)
+
+    def reported(self, session: ReplicaSession) -> None:
+        """A replica's load; the first one says that it is there."""
+        self._up[session.entry.slot] = time.monotonic()
+        self._on_load(session)
+        self._place_waiting()
+
+    def lost(self, session: ReplicaSession, choices: list[tuple[Choice, bool]], failure: str) -> None:
+        """A replica is gone: its choices go on elsewhere, from their logs, unless one is to blame."""
+        now = time.monotonic()
+        if choices:
+            log.warning(
+                "replica %d (epoch %d) is lost%s; %d requests go on elsewhere",
+                *session.key[:2],
+                f" ({failure})" if failure else "",
+                len(choices),
+            )
+        for choice, begun in sorted(choices, key=lambda one: _arrival(one[0])):
+            self._place.pop(choice, None)
+            if begun and choice.losses.lost(now, len(choice.output), explained=bool(failure)):
+                log.error("request %s ends: replicas died under it again and again", choice.facts.request_id)
+                choice.end("error", error=PoisonRequest(_POISON))
+            else:
+                self._guard(choice, self._send)
+        self._place_suspects()
+
+    def ended(self, session: ReplicaSession) -> None:
+        """A session that is not opened again."""
+        del self._sessions[session.key]
 
     def _tell(self, session: ReplicaSession, wire_id: int, act: Callable[[Choice], object]) -> None:
         if (choice := session.live.get(wire_id)) is not None:
@@ -217,9 +246,10 @@ class Dispatcher:
         if choice.ended:
             self._release(choice, tell=True)
 
-    def _finish(self, choice: Choice, ending: pb.Ending) -> None:
+    def _finish(self, choice: Choice, session: ReplicaSession, ending: pb.Ending) -> None:
         self._release(choice, tell=False)
         if ending.error_kind == Unavailable.__name__:  # refused by a replica that drains: another one takes it
+            session.draining = True
             self._send(choice)
         elif ending.error_kind:
             choice.end("error", error=error_from_proto(ending.error_kind, ending.error))
@@ -227,39 +257,46 @@ class Dispatcher:
             stop = ending.stop_token_id if ending.HasField("stop_token_id") else None
             choice.end(ending.reason, stop_reason=stop)
 
-    def _forget(self, session: ReplicaSession) -> None:
-        if self._sessions.get(session.key) is session:
-            del self._sessions[session.key]
+    # ---- the clock ------------------------------------------------------------------------------------------------
 
-    def _lost(self, session: ReplicaSession) -> None:
-        """A replica is gone: its choices go on elsewhere, from their logs."""
-        self._forget(session)
-        moved = list(session.live.values())
-        session.live.clear()
-        if moved:
-            log.warning("replica %d (epoch %d) is lost; %d requests go on elsewhere", *session.key[:2], len(moved))
-        for choice in moved:
-            self._place.pop(choice, None)
-            self._guard(choice, self._send)
+    async def _tick(self) -> None:
+        """Looks for replicas that are silent, and for choices that have waited for too long."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(_TICK)
+            last, before = time.monotonic(), last
+            try:
+                self._look(last, last - before)
+            except Exception:
+                log.exception("looking after replicas failed; it goes on")
 
-    def _place_homeless(self) -> None:
-        if self._sessions:
-            waiting, self._homeless = list(self._homeless), {}
-            for choice in waiting:
-                self._guard(choice, self._send)
-
-    async def _sweep(self) -> None:
-        """Ends what has waited too long for a replica, or past its own deadline."""
-        while self._homeless:
-            await asyncio.sleep(0.25)
-            now = time.monotonic()
-            for choice, since in list(self._homeless.items()):
-                if choice.facts.deadline and choice.facts.deadline <= time.time():
-                    del self._homeless[choice]
+    def _look(self, now: float, passed: float) -> None:
+        for session in self._sessions.values():
+            session.silence.passed(passed)
+            if session.usable:
+                self._up[session.entry.slot] = now
+            if session.silence.standing is Standing.LOST:
+                log.warning("replica %d (epoch %d) says nothing for %g s", *session.key[:2], self._patience.move)
+                session.silence.heard()  # and is asked again
+                session.drop()
+                self.on_silence(session.key)
+            elif not session.wanted and not session.live:
+                session.drop()
+        limit = rebuild_wait(self._load_seconds)
+        for waiting in (self._homeless, self._suspects):
+            for choice, since in list(waiting.items()):
+                if choice.facts.deadline and choice.facts.deadline <= now:
+                    del waiting[choice]
                     choice.end("error", error=DeadlineExceeded("the deadline passed before the end"))
-                elif now - since > _REPLICA_WAIT:
-                    del self._homeless[choice]
+                elif now - since > limit and not self.sessions:
+                    del waiting[choice]
                     choice.end("error", error=Unavailable("no replica came back in time; try again"))
+
+
+_POISON = (
+    "two replicas died while they computed this request, so it is not sent to a third; if it should be served, show it "
+    "to the server's operator, whose log says what the replicas died of"
+)
 
 
 def _take_scores(choice: Choice, scores: pb.TopLogprobs) -> None:
@@ -272,3 +309,7 @@ def _take_scores(choice: Choice, scores: pb.TopLogprobs) -> None:
 
 def _take_vector(choice: Choice, values: bytes) -> None:
     choice.vector = np.frombuffer(values, "<f4")
+
+
+def _arrival(choice: Choice) -> tuple[float, str, int]:
+    return (choice.facts.arrival, choice.facts.request_id, choice.index)

@@ -3,7 +3,8 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import orjson
@@ -13,11 +14,9 @@ from quire_engine.text.params import SamplingParams
 from starlette.requests import Request
 from starlette.responses import Response
 
-from quire_cluster.gateway.events import EventStream, disconnected, stream_error
-from quire_cluster.gateway.generation import Delta, Generation
+from quire_cluster.gateway.events import EventStream, stream_error, while_connected
+from quire_cluster.gateway.generation import Delta, Generation, all_admitted
 from quire_cluster.gateway.service import Service
-
-_REFUSAL_PATIENCE = 0.2  # seconds a stream's headers wait, so that a refusal still gets its HTTP status
 
 
 class Endpoint(ABC):
@@ -65,12 +64,11 @@ class Endpoint(ABC):
         try:
             for number, prompt in enumerate(prompts):
                 self._generations.append(self._start(prompt, number if len(prompts) > 1 else None))
-            if self._body.stream:
-                for generation in self._generations:
-                    if (refused := await generation.refusal(_REFUSAL_PATIENCE)) is not None:
-                        raise refused
-                return EventStream(self._events())
-            return await self._whole()
+            answer = self._stream() if self._body.stream else self._whole()
+            response = await while_connected(self._request, answer)
+            if response is None:
+                self._end()
+            return response or Response(status_code=499)
         except BaseException:
             self._end()
             raise
@@ -90,32 +88,27 @@ class Endpoint(ABC):
             for generation in self._generations:
                 self._service.finished(generation, route=self.route, user=self._body.user)
 
+    async def _stream(self) -> Response:
+        """Its headers are sent once replicas have taken everything in: a refusal still gets its HTTP status."""
+        await all_admitted(self._generations)
+        return EventStream(self._events())
+
     async def _whole(self) -> Response:
-        collected = asyncio.ensure_future(self._collect())
-        watcher = asyncio.ensure_future(disconnected(self._request.receive))
-        try:
-            await asyncio.wait((collected, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if not collected.done():
-                self._end()
-                return Response(status_code=499)
-            choices = collected.result()
-        finally:
-            watcher.cancel()
-            collected.cancel()
-            self._end()
+        choices = await self._collect()
+        self._end()
         content = self._envelope(chunk=False) | {"choices": choices, "usage": self._usage()}
         return Response(orjson.dumps(content), media_type="application/json")
 
     async def _collect(self) -> list[dict[str, Any]]:
+        parts: list[list[list[Delta]]] = [[[] for _ in generation.choices] for generation in self._generations]
+        async with aclosing(self._all_deltas()) as all_deltas:
+            async for number, delta in all_deltas:
+                if delta.error is not None:
+                    raise delta.error
+                parts[number][delta.index].append(delta)
         choices: list[dict[str, Any]] = []
-        for generation in self._generations:
-            parts: list[list[Delta]] = [[] for _ in generation.choices]
-            while deltas := await generation.deltas():
-                for delta in deltas:
-                    if delta.error is not None:
-                        raise delta.error
-                    parts[delta.index].append(delta)
-            choices += [self._whole_choice(len(choices) + i, generation, part) for i, part in enumerate(parts)]
+        for generation, of_choices in zip(self._generations, parts, strict=True):
+            choices += [self._whole_choice(len(choices) + i, generation, part) for i, part in enumerate(of_choices)]
         return choices
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -147,7 +140,7 @@ class Endpoint(ABC):
         finally:
             self._end()
 
-    async def _all_deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+    async def _all_deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """Of every prompt, as they come."""
         if len(self._generations) == 1:
             while deltas := await self._generations[0].deltas():

@@ -4,8 +4,8 @@ The log (prompt, emitted tokens, sampling parameters, seed) is all that a replic
 """
 
 import asyncio
-import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quire_engine.errors import QuireError
@@ -15,6 +15,7 @@ from quire_engine.text.output import OutputText
 from quire_protos.v1 import engine_pb2 as pb
 
 from quire_cluster.convert import sampling_to_proto
+from quire_cluster.policies.quarantine import Losses
 
 
 @dataclass(slots=True)
@@ -38,9 +39,9 @@ class RequestFacts:
     request_id: str
     prompt: list[int]
     priority: int
-    deadline: float
+    deadline: float  # in time.monotonic() seconds; 0: none
     cache_salt: bytes
-    arrival: float
+    arrival: float  # in time.monotonic() seconds
 
 
 @dataclass(slots=True)
@@ -70,6 +71,8 @@ class Choice:
         self.sampling = sampling
         self.output: list[int] = []  # the log
         self.epoch = 0  # submissions so far
+        self.admitted = False  # a replica has accepted it: no other may refuse it
+        self.losses = Losses()
         self.times = Times()
         self.cached_tokens = 0
         self.finish_reason: str | None = None
@@ -93,17 +96,24 @@ class Choice:
         return self.finish_reason is not None
 
     def submission(self, wire_id: int) -> pb.Submit:
-        """The log as a message: to a first replica, or to the next one."""
-        facts = self.facts
+        """The log as a message: to a first replica, or to the next one. Times go as what has passed, or is left."""
+        facts, now = self.facts, time.monotonic()
         return pb.Submit(
             id=wire_id,
             prompt=facts.prompt,
             output=self.output,
             sampling=sampling_to_proto(self.sampling),
             priority=facts.priority,
-            deadline=facts.deadline,
+            time_left=max(facts.deadline - now, 1e-3) if facts.deadline else 0.0,
             cache_salt=facts.cache_salt,
+            age=now - facts.arrival,
+            resumed=self.admitted,
         )
+
+    def admit(self) -> None:
+        """A replica has accepted it."""
+        self.admitted = True
+        self._arrived.set()
 
     def accept(self, index: int, token: int, now: float) -> bool:
         """A token from a replica. False for an index that is already there (dropped) or too far (the caller's bug)."""
@@ -208,11 +218,16 @@ class Generation:
         assert choice.vector is not None, "it ended without a vector"
         return choice.vector
 
-    async def refusal(self, patience: float) -> QuireError | None:
-        """Why an engine refused it, if one does before the first token and within `patience` seconds."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._arrived.wait(), patience)
-        return next((choice.error for choice in self.choices if choice.error and not choice.output), None)
+    async def admitted(self) -> None:
+        """Returns once replicas have accepted every choice. Raises why one of them was refused, as soon as it is."""
+        while True:
+            for choice in self.choices:
+                if choice.error is not None and not choice.output:
+                    raise choice.error
+            if all(choice.admitted or choice.ended for choice in self.choices):
+                return
+            self._arrived.clear()
+            await self._arrived.wait()
 
     @property
     def num_output_tokens(self) -> int:
@@ -223,3 +238,13 @@ class Generation:
     def cached_tokens(self) -> int:
         """Prompt tokens found in the prefix cache."""
         return self.choices[0].cached_tokens
+
+
+async def all_admitted(generations: Sequence[Generation]) -> None:
+    """Returns once replicas have accepted everything. Raises the first refusal there is of any."""
+    waiting = [asyncio.ensure_future(generation.admitted()) for generation in generations]
+    try:
+        await asyncio.gather(*waiting)
+    finally:
+        for one in waiting:
+            one.cancel()

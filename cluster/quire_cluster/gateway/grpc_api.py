@@ -149,7 +149,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 await prompt(),
                 params,
                 priority=request.priority,
-                deadline=time.time() + left if left is not None and left < 1e8 else 0.0,
+                deadline=time.monotonic() + left if left is not None and left < 1e8 else 0.0,
                 cache_salt=request.cache_salt or None,
             )
             while deltas := await generation.deltas():
@@ -211,7 +211,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """A vector per input."""
         inputs = [one.text if one.WhichOneof("input") == "text" else list(one.token_ids.ids) for one in request.inputs]
         left = context.time_remaining()
-        deadline = time.time() + left if left is not None and left < 1e8 else 0.0
+        deadline = time.monotonic() + left if left is not None and left < 1e8 else 0.0
         try:
             self._service.check_model(request.model)
             dimensions = request.dimensions if request.HasField("dimensions") else None

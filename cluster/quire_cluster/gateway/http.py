@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from quire_engine.errors import (
     DeadlineExceeded,
     InvalidParameter,
+    PoisonRequest,
     QueueFull,
     QuireError,
     RequestError,
@@ -25,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quire_cluster.gateway import pooling
 from quire_cluster.gateway.chat import ChatCompletions
 from quire_cluster.gateway.completions import Completions
+from quire_cluster.gateway.events import while_connected
 from quire_cluster.gateway.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -90,6 +92,8 @@ def error_response(error: QuireError) -> Response:
     response = json_response(error_body(error, status), status)
     if status in (429, 503):
         response.headers["Retry-After"] = "1"
+    if isinstance(error, PoisonRequest):
+        response.headers["x-should-retry"] = "false"  # OpenAI's clients try again after any other 500
     if status == 413:
         response.headers["Connection"] = "close"
     return response
@@ -223,17 +227,17 @@ class Api:
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
         body = parse(EmbeddingRequest, await read_body(request))
-        return json_response(await pooling.while_connected(request, pooling.embeddings(self._service, body)))
+        return json_response(await while_connected(request, pooling.embeddings(self._service, body)))
 
     async def score(self, request: Request) -> Response:
         """POST /v1/score"""
         body = parse(ScoreRequest, await read_body(request))
-        return json_response(await pooling.while_connected(request, pooling.score(self._service, body)))
+        return json_response(await while_connected(request, pooling.score(self._service, body)))
 
     async def rerank(self, request: Request) -> Response:
         """POST /v1/rerank"""
         body = parse(RerankRequest, await read_body(request))
-        return json_response(await pooling.while_connected(request, pooling.rerank(self._service, body)))
+        return json_response(await while_connected(request, pooling.rerank(self._service, body)))
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""
@@ -266,10 +270,9 @@ class Api:
         return json_response({"prompt": self._service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     async def health(self, request: Request) -> Response:
-        """GET /health: 200 while every engine's step counter moves or is idle."""
-        if self._service.alive:
-            return json_response({"status": "ok"})
-        return json_response({"status": "stalled"}, 503)
+        """GET /health: 200 while the first replica starts, and then while every replica is there and makes progress."""
+        trouble = self._service.trouble
+        return json_response({"status": trouble or "ok"}, 503 if trouble else 200)
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: 200 while requests are served."""

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from quire_engine.errors import InvalidParameter
 from quire_engine.step import Floats
-from starlette.requests import Request
 
-from quire_cluster.gateway.events import disconnected
 from quire_cluster.gateway.generation import Generation
 from quire_cluster.gateway.schema import EmbeddingRequest, RerankRequest, ScoreRequest
 from quire_cluster.gateway.service import Service
@@ -50,20 +48,6 @@ def shortened(vector: Floats, dimensions: int | None) -> Floats:
         raise InvalidParameter(f"dimensions is {dimensions}; it must be from 1 to {len(vector)}", "dimensions")
     cut = vector[:dimensions]
     return cut / max(float(np.linalg.norm(cut)), 1e-12)
-
-
-async def while_connected(request: Request, work: Any) -> Any:
-    """The result of `work`, which is cancelled when the client leaves."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(disconnected(request.receive))
-    try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
-    finally:
-        watcher.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
 
 async def embeddings(service: Service, body: EmbeddingRequest) -> dict[str, Any]:

@@ -28,8 +28,9 @@ from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
 from quire_engine.weights.resolve import ModelFiles
 
-from quire_cluster.gateway.dispatcher import Dispatcher, ReplicaSession
+from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
+from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.observability.metrics import Metrics
 
 access_log = logging.getLogger("quire.requests")
@@ -51,9 +52,11 @@ class Service:
         *,
         names: list[str],
         max_model_len: int,
+        max_waiting: int,
         pooling: Pooling | None = None,
     ) -> None:
-        """`pooling`: of a model that gives vectors or scores instead of tokens."""
+        """`max_waiting`: requests that wait while there is no replica. `pooling`: of a model that gives vectors or
+        scores instead of tokens."""
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.names = names
@@ -61,7 +64,7 @@ class Service:
         self.vocab_size: int = files.config["vocab_size"]
         self.created = int(time.time())
         self.metrics = Metrics(names[0])
-        self.dispatcher = Dispatcher(self._on_load, self._on_steps)
+        self.dispatcher = Dispatcher(self._on_load, self._on_steps, max_waiting=max_waiting)
         self.draining = False
         self._end_tokens = end_tokens(files, tokenizer)
         self._longest_token = max(len(tokenizer.token_text(token)) for token in _sample_of_long_tokens(tokenizer))
@@ -72,7 +75,14 @@ class Service:
         tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
         longest = config.max_model_len or files.config.get("max_position_embeddings") or 0
         pooling = pooling_of(files, config.task)
-        return Service(files, tokenizer, names=names, max_model_len=longest, pooling=pooling)
+        return Service(
+            files,
+            tokenizer,
+            names=names,
+            max_model_len=longest,
+            max_waiting=config.max_num_queued_reqs,
+            pooling=pooling,
+        )
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -82,13 +92,24 @@ class Service:
         return not self.draining and bool(self.dispatcher.sessions)
 
     @property
-    def alive(self) -> bool:
-        """Liveness: every replica reports, and its step counter moves or it is idle."""
-        now = time.monotonic()
-        return all(
-            now - session.load_at < _SILENCE and not (session.load.busy and session.load.step_age > _STALL)
-            for session in self.dispatcher.sessions
-        )
+    def trouble(self) -> str:
+        """What is wrong with the replicas, for whoever would start this server again; "" while all is well.
+
+        While the first one starts all is well; then each has to report, and its step counter to move unless it is idle.
+        """
+        dispatcher = self.dispatcher
+        if not dispatcher.started:
+            return ""
+        if not dispatcher.sessions:
+            return "no replica"
+        if dispatcher.overdue:
+            return f"gone: replica {', '.join(map(str, sorted(dispatcher.overdue)))}"
+        for session in dispatcher.sessions:
+            if session.silence.seconds > _SILENCE:
+                return f"silent: replica {session.entry.slot}"
+            if session.load.busy and session.load.step_age > _STALL:
+                return f"stalled: replica {session.entry.slot}"
+        return ""
 
     def _on_load(self, session: ReplicaSession) -> None:
         self.metrics.engine_load(str(session.entry.slot), session.load)
@@ -212,7 +233,7 @@ class Service:
             priority=priority,
             deadline=deadline,
             cache_salt=salt,
-            arrival=time.time(),
+            arrival=time.monotonic(),
         )
         generation = Generation(facts, samplings, [OutputText(self.tokenizer, params, prompt) for _ in samplings])
         self.dispatcher.submit(generation)

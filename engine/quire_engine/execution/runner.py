@@ -43,7 +43,7 @@ from quire_engine.models.tied import as_stored
 from quire_engine.parallel import ParallelGroup
 from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
-from quire_engine.request import EngineSampling
+from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
 from quire_engine.spec import DecoderSpec
 from quire_engine.step import Ints, NewRow, StepPlan, StepResult
@@ -56,7 +56,7 @@ _PromptScores = dict[int, tuple[list[TokenScores], int]]  # row → parts, how m
 _PROMPT_LOGPROB_ROWS = 128  # positions whose logits are held at once
 _EDITS: dict[str, Any] = {
     "logit_bias": {0: 1.0},
-    "allowed_token_ids": (0, 1),
+    "allowed_token_ids": TokenSet.of((0, 1)),
     "bad_words": ((2,), (2, 3)),
     "repetition_penalty": 1.1,
 }
@@ -316,10 +316,10 @@ class ModelRunner:
             batch = self._batch_of(StepPlan.empty(), Shape(1, 1, 1, 1), 1)
             for params in _EVERY_DRAW:
                 if self._group.draws:
-                    self._sampler.set_row(NewRow(0, params, 1, [0, 0]))
+                    self._sampler.set_row(NewRow(0, params, 1, np.zeros(2, np.int32)))
                 logits = self._logits(hidden[:1], batch) if hidden is not None else None
                 self._draw(np.zeros(1, np.int32), batch.draws, logits)
-            self._sampler.set_row(NewRow(0, EngineSampling(temperature=0.0), 1, []))
+            self._sampler.set_row(NewRow(0, EngineSampling(temperature=0.0), 1, np.zeros(0, np.int32)))
         log.info("warmed up in %.1f s", time.monotonic() - started)
 
     def _take_row(self, new: NewRow) -> None:

@@ -36,7 +36,7 @@ from quire_engine.models.decoder import Decoder, Layer, Model, layers_of
 from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.parallel import ParallelGroup
 from quire_engine.quantization.config import Quantization
-from quire_engine.request import EngineSampling
+from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.sampling.sampler import Sampler
 from quire_engine.spec import DecoderSpec
 from quire_engine.step import NewRow, StepPlan
@@ -351,7 +351,7 @@ _EVERYTHING = EngineSampling(
     temperature=1.0,
     top_p=0.9,
     repetition_penalty=1.1,
-    allowed_token_ids=(0,),
+    allowed_token_ids=TokenSet.of((0,)),
     bad_words=((0, 1),),
     logit_bias={0: 1.0},
     logprobs=20,
@@ -373,7 +373,7 @@ class _Steps:
         params = _EVERYTHING if everything else EngineSampling(temperature=1.0, top_p=0.9)
         if group.draws and spec.pooling is None:
             for row in range(limits.most_draws):
-                self._sampler.set_row(NewRow(row, params, 1, [0, 0]))
+                self._sampler.set_row(NewRow(row, params, 1, np.zeros(2, np.int32)))
         self._caches = empty_caches(
             spec,
             group,

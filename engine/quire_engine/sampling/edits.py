@@ -99,8 +99,8 @@ class LogitEdits:
             row.bias = np.array(ids, np.int64), np.array(values, np.float32)
         if params.penalized or params.allowed_token_ids:
             row.slot = self._take_slot()
-            log = np.array(new.tokens if params.penalized else (), np.int64)
-            seen, generated, allowed = self._upload([log, log[new.num_prompt :], _ints(params.allowed_token_ids)])
+            log = new.tokens.astype(np.int64) if params.penalized else _ints(())
+            seen, generated, allowed = self._upload([log, log[new.num_prompt :], params.allowed_token_ids.ids()])
             self._seen[row.slot].zero_().index_fill_(0, seen, True)
             self._counts[row.slot].zero_().index_add_(0, generated, self._counts.new_ones(len(generated)))
             self._allowed[row.slot].fill_(not params.allowed_token_ids).index_fill_(0, allowed, True)
@@ -110,7 +110,8 @@ class LogitEdits:
             if width > self._last.shape[1]:
                 more = self._last.new_full((len(self._last), width - self._last.shape[1]), _NONE)
                 self._last = torch.cat((more, self._last), 1)
-            [last] = self._upload([np.array(([_NONE] * width + new.tokens[-width:])[-width:], np.int32)])
+            known = new.tokens[-width:]
+            [last] = self._upload([np.pad(known, (width - len(known), 0), constant_values=_NONE)])
             self._last[new.row].copy_(last)
 
     def _take_slot(self) -> int:

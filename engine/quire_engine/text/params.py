@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
-from quire_engine.request import EngineSampling
+from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
@@ -69,12 +69,7 @@ class SamplingParams:
         _between("min_p", self.min_p, 0, 1)
         _between("presence_penalty", self.presence_penalty, -2, 2)
         _between("frequency_penalty", self.frequency_penalty, -2, 2)
-        if not self.repetition_penalty > 0:
-            raise InvalidParameter(
-                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 100",
-                "repetition_penalty",
-            )
-        _between("repetition_penalty", self.repetition_penalty, 0, 100)
+        _between("repetition_penalty", self.repetition_penalty, 0.01, 100)
         if self.seed is not None:
             _between("seed", self.seed, -(2**63), 2**63 - 1)
         for name in ("logprobs", "prompt_logprobs"):
@@ -131,6 +126,14 @@ class SamplingParams:
         if not self.ignore_eos:
             stops += end_tokens
         most = self.max_tokens if self.max_tokens is not None else room
+        bad_words = tuple(word for text in self.bad_words or () for word in tokenizer.spellings(text))
+        if self.allowed_token_ids is not None:
+            never = {word[0] for word in bad_words if len(word) == 1} | set(stops if self.min_tokens else ())
+            if never.issuperset(self.allowed_token_ids):
+                raise InvalidParameter(
+                    "bad_words and min_tokens rule out every one of allowed_token_ids: nothing could be drawn",
+                    "allowed_token_ids",
+                )
         return EngineSampling(
             max_tokens=most,
             min_tokens=self.min_tokens,
@@ -146,8 +149,8 @@ class SamplingParams:
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs if choice == 0 else None,  # the prompt is the same for all
             logit_bias=self.logit_bias or None,
-            allowed_token_ids=tuple(self.allowed_token_ids or ()),
-            bad_words=tuple(word for text in self.bad_words or () for word in tokenizer.spellings(text)),
+            allowed_token_ids=TokenSet.of(self.allowed_token_ids or ()),
+            bad_words=bad_words,
         )
 
 

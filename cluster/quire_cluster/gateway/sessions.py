@@ -1,0 +1,197 @@
+"""The gateway's end of the sessions with replicas: opened again as long as a replica is wanted, and bounded in what is
+sent at once."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import grpc
+from quire_engine.errors import InvalidParameter
+from quire_protos.v1 import engine_pb2 as pb
+from quire_protos.v1 import engine_pb2_grpc
+
+from quire_cluster.convert import BATCH_BYTES, KEEPALIVE, MESSAGE_BYTES
+from quire_cluster.gateway.generation import Choice
+from quire_cluster.policies.routing import ReplicaLoad
+from quire_cluster.policies.suspicion import Patience, Silence, Standing
+from quire_cluster.routing_table import ReplicaEntry
+
+log = logging.getLogger(__name__)
+_PAUSES = (0.05, 2.0)  # seconds before it is opened again: the first, and the longest
+_LARGEST_SUBMIT = MESSAGE_BYTES // 2
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, without the pauses that gRPC itself would make
+    *KEEPALIVE,
+]
+_wire_ids = itertools.count(1)  # never used twice, so that what a stale submission says meets no choice
+
+
+class SessionListener(Protocol):
+    """Whom a session tells."""
+
+    def updated(self, session: "ReplicaSession", update: pb.SessionUpdate) -> None:
+        """A message of the replica."""
+
+    def reported(self, session: "ReplicaSession") -> None:
+        """Its load is a new one."""
+
+    def lost(self, session: "ReplicaSession", choices: list[tuple[Choice, bool]], failure: str) -> None:
+        """It broke: the choices that were there, and whether the replica had taken them into a step. `failure`: what
+        the replica said of it, if it did."""
+
+    def ended(self, session: "ReplicaSession") -> None:
+        """It is not opened again."""
+
+
+class ReplicaSession:
+    """With one replica. What is sent while it is not open waits until it is."""
+
+    def __init__(self, entry: ReplicaEntry, listener: SessionListener, patience: Patience) -> None:
+        self.entry = entry
+        self.key = entry.key
+        self.live: dict[int, Choice] = {}  # wire id → choice
+        self.begun: set[int] = set()  # wire ids that the replica has taken into a step
+        self.suspect: Choice | None = None  # the one that may kill it
+        self.silence = Silence(patience)
+        self.load = pb.Load()
+        self.open = False  # the replica has said something
+        self.draining = False  # it takes nothing new
+        self.wanted = True
+        self._own_at_report = 0
+        self._failure = ""
+        self._listener = listener
+        self._submits: deque[int] = deque()
+        self._aborts: list[int] = []
+        self._work = asyncio.Event()
+        self._attempt: asyncio.Task[None] | None = None
+        self._task = asyncio.ensure_future(self._run())
+
+    @property
+    def usable(self) -> bool:
+        """Whether something new may be sent there."""
+        return self.open and self.wanted and not self.draining
+
+    def as_load(self) -> ReplicaLoad:
+        """What routing asks."""
+        return ReplicaLoad(
+            own=len(self.live),
+            reported=self.load.running + self.load.waiting,
+            own_at_report=self._own_at_report,
+            most=self.load.most_requests,
+            avoided=self.silence.standing is not Standing.GOOD,
+        )
+
+    def submit(self, choice: Choice) -> int:
+        """Sends a choice; its wire id. The message is built when it can go, so that nothing large waits."""
+        wire_id = next(_wire_ids)
+        self.live[wire_id] = choice
+        self._submits.append(wire_id)
+        self._work.set()
+        return wire_id
+
+    def release(self, wire_id: int, *, tell: bool) -> None:
+        """A choice is done with. `tell`: the replica does not know."""
+        self.live.pop(wire_id, None)
+        self.begun.discard(wire_id)
+        if tell and self.open:
+            self._aborts.append(wire_id)
+            self._work.set()
+
+    def drop(self) -> None:
+        """Breaks it, to be opened again if the replica is wanted."""
+        if self._attempt is not None:
+            self._attempt.cancel()
+
+    async def close(self) -> None:
+        """Hangs up for good; nobody is told."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    # ---- the stream -----------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        first, longest = _PAUSES
+        pause = first
+        try:
+            while self.wanted:
+                self._attempt = asyncio.ensure_future(self._once())
+                await asyncio.wait((self._attempt,))
+                pause = first if self.open else min(2 * pause, longest)
+                self._lose()
+                if self.wanted:
+                    await asyncio.sleep(pause)
+        finally:
+            self.drop()
+        self._listener.ended(self)
+
+    async def _once(self) -> None:
+        """One stream, until it breaks; why is logged."""
+        try:
+            async with grpc.aio.insecure_channel(self.entry.address, options=_OPTIONS) as channel:
+                stub: Any = engine_pb2_grpc.EngineStub(channel)
+                async for update in stub.Session(self._messages()):
+                    self._hear(update)
+        except grpc.aio.AioRpcError as error:
+            log.info("session with replica %d (epoch %d) broke: %s", *self.key[:2], error.code().name)
+        except Exception:
+            log.exception("session with replica %d (epoch %d) failed", *self.key[:2])
+        finally:
+            self._work.set()
+            self._work = asyncio.Event()
+
+    def _hear(self, update: pb.SessionUpdate) -> None:
+        self.silence.heard()
+        self.open = True
+        self.begun.update(started.id for started in update.started if started.id in self.live)
+        self._failure = update.failure
+        self._listener.updated(self, update)
+        if update.HasField("load"):
+            self.load, self._own_at_report = update.load, len(self.live)
+            self._listener.reported(self)
+
+    def _lose(self) -> None:
+        choices = [(choice, wire_id in self.begun) for wire_id, choice in self.live.items()]
+        failure = self._failure
+        self.live, self.begun, self.suspect = {}, set(), None
+        self.open, self.draining, self._failure = False, False, ""
+        self.load, self._own_at_report = pb.Load(), 0
+        self._submits.clear()
+        self._aborts.clear()
+        self._listener.lost(self, choices, failure)
+
+    async def _messages(self) -> AsyncIterator[pb.SessionRequest]:
+        """What waits, in messages of bounded size. Ends with its stream, after which gRPC goes on asking for more."""
+        work = self._work
+        while self._work is work:
+            if self._submits or self._aborts:
+                yield self._message()
+            else:
+                work.clear()
+                await work.wait()
+
+    def _message(self) -> pb.SessionRequest:
+        message = pb.SessionRequest(abort=self._aborts)  # which the replica does first: they make room
+        self._aborts.clear()
+        size = 0
+        while self._submits and size < BATCH_BYTES:
+            wire_id = self._submits.popleft()
+            choice = self.live.get(wire_id)
+            if choice is None:
+                continue
+            submit = choice.submission(wire_id)
+            size += submit.ByteSize()
+            if submit.ByteSize() <= _LARGEST_SUBMIT:
+                message.submit.append(submit)
+                continue
+            refusal = pb.Ending(id=wire_id, reason="error", error_kind=InvalidParameter.__name__)
+            refusal.error = f"the request takes {submit.ByteSize()} bytes; at most {_LARGEST_SUBMIT} reach a replica"
+            self._listener.updated(self, pb.SessionUpdate(endings=[refusal]))
+        return message

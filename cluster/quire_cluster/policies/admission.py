@@ -1,0 +1,18 @@
+"""What a gateway takes in, and how long it keeps what finds no replica. Plain data in, a decision out."""
+
+from collections.abc import Iterable
+
+from quire_cluster.policies.routing import ReplicaLoad
+
+_LEAST_WAIT = 60.0  # seconds
+_LOADS = 3.0  # times that a replica took to load: it is lost, placed, read from a disk that others read too
+
+
+def has_room(loads: Iterable[ReplicaLoad], count: int) -> bool:
+    """Whether replicas will accept `count` requests more, as far as they have said."""
+    return sum(load.room for load in loads) >= count
+
+
+def rebuild_wait(load_seconds: float) -> float:
+    """Seconds after which a replica that is gone should be back, where one took `load_seconds` to load."""
+    return max(_LEAST_WAIT, _LOADS * load_seconds)
