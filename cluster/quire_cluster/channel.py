@@ -3,9 +3,10 @@ back.
 
 One writer of plans, many readers, one writer of results (rank 0). A message is written, then its sequence number,
 then a futex wakes who sleeps; readers look at the number a few times before they sleep. Messages go round in slots,
-more than there are steps in flight, so that none is overwritten before the slowest reader has it. The memory is
-anonymous (memfd): when the last process that maps it is gone, so is it, however they died. Pickle is safe here: only
-processes of the same user that were handed the descriptor's path can write to it.
+more than there are steps in flight, so that none is overwritten before the slowest reader has it. One that is larger
+than a slot lies in memory of its own, and its slot holds the path; that memory lives as long as the slot's turn. All of
+it is anonymous (memfd): when the last process that maps it is gone, so is it, however they died. Pickle is safe here:
+only processes of the same user that were handed the descriptor's path can write to it.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import pickle
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
@@ -24,7 +26,8 @@ _PROGRESS = 64  # where the ranks' counts of signs of life begin
 MAX_RANKS = (_HEADER - _PROGRESS) // 8
 _PLAN, _RESULT = 0, 1  # words of the header: how many messages were sent; "closed" follows at 8
 _SLOTS = 4
-_CAPACITY = 64 << 20  # of a slot, its length in the first 8 bytes; memory is used only as far as messages reach
+_CAPACITY = 1 << 20  # of a slot, its length in the first 8 bytes
+_ELSEWHERE = 1 << 63  # added to the length where the slot holds a path instead
 _SPINS = 50 if platform.machine() == "x86_64" else 0  # elsewhere a plain load may pass the data it announces
 _NAP = 0.05  # seconds asleep before looking whether the other side still lives
 
@@ -51,6 +54,10 @@ def _slot(word: int, number: int) -> int:
     return _HEADER + (word * _SLOTS + number % _SLOTS) * _CAPACITY
 
 
+def _path(descriptor: int) -> str:
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
 class ChannelClosed(Exception):
     """The other side is gone, or closed the channel."""
 
@@ -71,6 +78,7 @@ class StepChannel:
         self._addresses = [ctypes.addressof(self._sequence), ctypes.addressof(self._sequence) + 4]
         self._progress = (ctypes.c_uint64 * MAX_RANKS).from_buffer(self._map, _PROGRESS)
         self._seen = [0, 0]
+        self._large: dict[int, int] = {}  # slot → descriptor of the memory that its message lies in
 
     @staticmethod
     def create() -> "StepChannel":
@@ -87,7 +95,7 @@ class StepChannel:
     @property
     def path(self) -> str:
         """Where other processes of this user can open it while this one lives."""
-        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+        return _path(self._descriptor)
 
     def send_plan(self, message: Any) -> None:
         """Replica → workers."""
@@ -120,12 +128,17 @@ class StepChannel:
             self._wake(word)
 
     def _send(self, word: int, message: Any) -> None:
-        data = encoded(message)
-        if len(data) > _CAPACITY - 8:
-            raise ValueError(f"a step message of {len(data)} bytes exceeds the channel's {_CAPACITY - 8}")
+        data, flag = encoded(message), 0
         number = self._sequence[word]
         start = _slot(word, number)
-        self._map[start : start + 8] = len(data).to_bytes(8, "little")
+        if (old := self._large.pop(start, None)) is not None:
+            os.close(old)
+        if len(data) > _CAPACITY - 8:
+            self._large[start] = descriptor = os.memfd_create("quire-step-message")
+            with open(descriptor, "wb", closefd=False) as memory:
+                memory.write(data)
+            data, flag = _path(descriptor).encode(), _ELSEWHERE
+        self._map[start : start + 8] = (len(data) | flag).to_bytes(8, "little")
         self._map[start + 8 : start + 8 + len(data)] = data
         self._sequence[word] = (number + 1) & 0xFFFFFFFF
         self._wake(word)
@@ -145,7 +158,8 @@ class StepChannel:
         self._seen[word] = (seen + 1) & 0xFFFFFFFF
         start = _slot(word, seen)
         length = int.from_bytes(self._map[start : start + 8], "little")
-        return decoded(memoryview(self._map)[start + 8 : start + 8 + length])
+        data = memoryview(self._map)[start + 8 : start + 8 + length % _ELSEWHERE]
+        return decoded(data if length < _ELSEWHERE else Path(bytes(data).decode()).read_bytes())
 
     def _sleep(self, word: int, value: int) -> None:
         """Until the word differs from `value`, 50 ms at most (futex(2))."""

@@ -1,0 +1,445 @@
+"""What gateways do when replicas vanish, fall silent, or die of a request: over real sockets, without a model."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_replica import FakeReplica, token_at
+from quire_cluster.gateway.dispatcher import Dispatcher
+from quire_cluster.gateway.generation import Generation, RequestFacts
+from quire_cluster.gateway.http import Api
+from quire_cluster.gateway.service import Service
+from quire_cluster.policies.suspicion import Patience
+from quire_cluster.routing_table import Key, RoutingTable
+from quire_engine.config import EngineConfig
+from quire_engine.errors import DeadlineExceeded, InvalidParameter, PoisonRequest, QueueFull, Unavailable
+from quire_engine.request import EngineSampling, TokenSet
+from quire_engine.text.output import OutputText
+from quire_engine.text.params import SamplingParams
+from quire_engine.text.tokenizer import Tokenizer
+from quire_engine.weights.resolve import find_model
+from quire_protos.v1 import engine_pb2 as pb
+
+TOKENS = 30
+PROMPTS = [[5 + number, 17, 30] for number in range(16)]
+LONG = Patience()
+SHORT = Patience(avoid=0.5, move=1.0)
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint: Callable[[str], Path]) -> Callable[[], Service]:
+    """A gateway of the tiny model, without a replica yet."""
+    config = EngineConfig(model=str(checkpoint("llama")), max_num_queued_reqs=8)
+    files = find_model(config)
+    tokenizer = Service.load(files, config, names=["tiny"], chat_template=None).tokenizer
+    return lambda: Service(files, tokenizer, names=["tiny"], max_model_len=4096, max_waiting=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(service: Callable[[], Service]) -> Tokenizer:
+    return service().tokenizer
+
+
+class Gateway:
+    """A dispatcher over fake replicas."""
+
+    def __init__(self, tokenizer: Tokenizer, replicas: list[FakeReplica], patience: Patience) -> None:
+        self.dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8, patience=patience)
+        self.replicas = replicas
+        self.silent: list[Key] = []
+        self.dispatcher.on_silence = self.silent.append
+        self._tokenizer = tokenizer
+        self._version = 0
+        self._started = 0
+
+    def table(self, *replicas: FakeReplica, load_seconds: float = 0.0) -> None:
+        """What the controller says is there."""
+        self._version += 1
+        entries = tuple(replica.entry(load_seconds=load_seconds) for replica in replicas)
+        self.dispatcher.update_table(RoutingTable(self._version, entries))
+
+    def start(self, prompt: list[int], n: int = 1, *, deadline: float = 0.0, **sampling: Any) -> Generation:
+        """Sends a request off."""
+        self._started += 1
+        facts = RequestFacts(f"request-{self._started}", prompt, 0, deadline, b"", time.monotonic())
+        asked = EngineSampling(**({"max_tokens": TOKENS} | sampling))
+        texts = [OutputText(self._tokenizer, SamplingParams()) for _ in range(n)]
+        generation = Generation(facts, [asked] * n, texts)
+        self.dispatcher.submit(generation)
+        return generation
+
+
+@asynccontextmanager
+async def gateway(
+    tokenizer: Tokenizer, count: int = 2, *, patience: Patience = LONG, **options: Any
+) -> AsyncIterator[Gateway]:
+    replicas = [await FakeReplica(**options).start() for _ in range(count)]
+    made = Gateway(tokenizer, replicas, patience)
+    made.table(*replicas)
+    await until(lambda: len(made.dispatcher.sessions) == count)
+    try:
+        yield made
+    finally:
+        await made.dispatcher.close()
+        await asyncio.gather(*(replica.stop() for replica in replicas))
+
+
+async def until(condition: Callable[[], bool], limit: float = 60.0) -> None:
+    async with asyncio.timeout(limit):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def tokens(generation: Generation) -> list[int]:
+    """Of its first choice. Raises what it ended with."""
+    async with asyncio.timeout(60):
+        while await generation.deltas():
+            pass
+    for choice in generation.choices:
+        if choice.error is not None:
+            raise choice.error
+    return generation.choices[0].output
+
+
+def expected(prompt: list[int]) -> list[int]:
+    return [token_at(prompt, index) for index in range(TOKENS)]
+
+
+# ---- sessions -----------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_session_is_opened_again(tokenizer: Tokenizer) -> None:
+    """Its replica lives, and is in the table: what broke was the connection."""
+
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            [replica] = g.replicas
+            for _ in range(3):
+                running = [g.start(prompt) for prompt in PROMPTS]
+                await until(lambda: len(replica.submitted) >= len(PROMPTS))
+                replica.submitted.clear()
+                replica.die()
+                await until(lambda: not g.dispatcher.sessions)
+                replica.alive = True
+                assert [await tokens(one) for one in running] == [expected(prompt) for prompt in PROMPTS]
+            assert replica.num_sessions == 4
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_vanishes_without_a_word_is_avoided_and_then_left(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        async with gateway(tokenizer, patience=SHORT) as g:
+            first, second = g.replicas
+            running = [g.start(prompt) for prompt in PROMPTS]
+            await until(lambda: bool(first.submitted and second.submitted))
+            first.silent = True
+            await until(lambda: any(session.as_load().avoided for session in g.dispatcher.sessions))
+            before = len(first.submitted)
+            later = [g.start(prompt) for prompt in PROMPTS]
+            assert [await tokens(one) for one in later] == [expected(prompt) for prompt in PROMPTS]
+            assert len(first.submitted) == before, "nothing new went there"
+            assert [await tokens(one) for one in running] == [expected(prompt) for prompt in PROMPTS]
+            assert g.silent[0] == first.entry().key, "whoever can kill it was told"
+            g.table(second)
+            first.silent = False
+            await until(lambda: len(g.dispatcher.sessions) == 1)
+            assert await tokens(g.start([9, 9])) == expected([9, 9])
+
+    asyncio.run(run())
+
+
+def test_no_message_is_too_large(tokenizer: Tokenizer) -> None:
+    """128 choices of a long prompt, each with its own log, and with nearly every token allowed."""
+
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            [replica] = g.replicas
+            long = [70_000 + number for number in range(200_000)]
+            allowed = TokenSet.of(range(0, 300_000, 2))
+            generation = g.start(long, 128, max_tokens=1, allowed_token_ids=allowed)
+            assert await tokens(generation) == [token_at(long, 0)]
+            assert len(replica.submitted) == 128
+            assert max(replica.message_sizes) < 4 << 20
+            assert replica.num_sessions == 1
+
+    asyncio.run(run())
+
+
+def test_a_request_too_large_for_any_message_is_refused_alone(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire_cluster.gateway.sessions._LARGEST_SUBMIT", 10_000)
+
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            beside = g.start([5, 6])
+            with pytest.raises(InvalidParameter, match="at most 10000 reach a replica"):
+                await g.start([300] * 9000).admitted()
+            assert await tokens(beside) == expected([5, 6])
+
+    asyncio.run(run())
+
+
+# ---- poison -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills_at", [0, 1, 12])
+@pytest.mark.parametrize("last_words", ["a worker process died", ""])
+def test_what_kills_replicas_ends_and_what_ran_beside_it_goes_on(
+    tokenizer: Tokenizer, kills_at: int, last_words: str
+) -> None:
+    """Whether at its start or at a later token: replicas are brought back, as a controller does, and few have died."""
+
+    async def run() -> None:
+        async with gateway(tokenizer, 3) as g:
+
+            async def bring_back() -> None:
+                while True:
+                    await asyncio.sleep(0.7)
+                    for replica in g.replicas:
+                        replica.alive = True
+
+            controller = asyncio.ensure_future(bring_back())
+            for replica in g.replicas:
+                replica.deadly = lambda submit, index: submit.prompt[0] == 99 and index == kills_at
+                replica.last_words = last_words
+            running = [g.start(prompt) for prompt in PROMPTS[:8]]
+            poison = g.start([99, 1])
+            running += [g.start(prompt) for prompt in PROMPTS[8:]]
+            with pytest.raises(PoisonRequest, match="two replicas died"):
+                await tokens(poison)
+            assert [await tokens(one) for one in running] == [expected(prompt) for prompt in PROMPTS]
+            assert sum(replica.deaths for replica in g.replicas) in ((2,) if last_words else (2, 3))
+            controller.cancel()
+
+    asyncio.run(run())
+
+
+def test_replicas_that_vanish_together_convict_nobody(tokenizer: Tokenizer) -> None:
+    """Their host died, or the controller: everything waits and goes on."""
+
+    async def run() -> None:
+        async with gateway(tokenizer) as g:
+            running = [g.start(prompt) for prompt in PROMPTS]
+            await until(lambda: all(one.choices[0].output for one in running))
+            g.replicas[0].die()
+            await until(lambda: any(one.choices[0].epoch == 2 for one in running))
+            g.replicas[1].die()
+            await until(lambda: not g.dispatcher.sessions)
+            for replica in g.replicas:
+                replica.alive = True
+            assert [await tokens(one) for one in running] == [expected(prompt) for prompt in PROMPTS]
+
+    asyncio.run(run())
+
+
+# ---- resumption ---------------------------------------------------------------------------------------------------
+
+
+def test_what_was_admitted_is_resumed_exactly(tokenizer: Tokenizer) -> None:
+    """As such (no queue is too full for it), with its log, what is left of its time, and in the order of arrival."""
+
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            [replica] = g.replicas
+            replica.holds = lambda submit: True
+            until_when = time.monotonic() + 1000
+            first = [g.start(prompt, deadline=until_when) for prompt in PROMPTS[:5]]
+            for one in first:
+                await one.admitted()
+            replica.most_requests = 0  # its queue is full of others' requests
+            replica.die()
+            await until(lambda: not g.dispatcher.sessions)
+            new = [g.start(prompt) for prompt in PROMPTS[5:8]]
+            replica.submitted.clear()
+            replica.holds = lambda submit: False
+            replica.alive = True
+            assert [await tokens(one) for one in first + new] == [expected(prompt) for prompt in PROMPTS[:8]]
+            again = {tuple(submit.prompt): submit for submit in replica.submitted}
+            assert all(again[tuple(prompt)].resumed for prompt in PROMPTS[:5])
+            assert not any(again[tuple(prompt)].resumed for prompt in PROMPTS[5:8])
+            assert all(0 < again[tuple(prompt)].time_left <= 1000 for prompt in PROMPTS[:5])
+            assert all(submit.time_left == 0 for submit in replica.submitted if not submit.resumed)
+            order = [tuple(submit.prompt) for submit in replica.submitted]
+            for these in (PROMPTS[:5], PROMPTS[5:8]):
+                places = [order.index(tuple(prompt)) for prompt in these]
+                assert places == sorted(places)
+            ages = [again[tuple(prompt)].age for prompt in PROMPTS[5:8]]
+            assert ages == sorted(ages, reverse=True)
+
+    asyncio.run(run())
+
+
+def test_what_waits_for_a_replica_is_bounded_and_ends(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            [replica] = g.replicas
+            replica.die()
+            await until(lambda: not g.dispatcher.sessions)
+            waiting = [g.start(prompt) for prompt in PROMPTS[:7]]
+            hurried = g.start([5, 5], deadline=time.monotonic() + 0.1)
+            with pytest.raises(Unavailable, match="8 requests wait"):
+                g.start([6, 6])
+            with pytest.raises(DeadlineExceeded):
+                await tokens(hurried)
+            g.dispatcher.give_up("no replica could be started: the disk is gone")
+            for one in waiting:
+                with pytest.raises(Unavailable, match="the disk is gone"):
+                    await tokens(one)
+            assert g.dispatcher.num_live == 0
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_drains_is_asked_once(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        async with gateway(tokenizer) as g:
+            first, second = g.replicas
+            first.refuses = lambda submit: pb.Ending(
+                id=submit.id, reason="error", error_kind="Unavailable", error="this replica is draining"
+            )
+            running = [g.start(prompt) for prompt in PROMPTS]
+            assert [await tokens(one) for one in running] == [expected(prompt) for prompt in PROMPTS]
+            assert len(second.submitted) == len(PROMPTS)
+            assert len(first.submitted) <= len(PROMPTS)
+
+    asyncio.run(run())
+
+
+# ---- over HTTP ----------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def http(service: Service, **options: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FakeReplica]]:
+    replica = await FakeReplica(**options).start()
+    app = Api(service).app(None)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        assert (await client.get("/health")).status_code == 200, "it is starting"
+        assert (await client.get("/ready")).status_code == 503
+        service.dispatcher.update_table(RoutingTable(1, (replica.entry(),)))
+        await until(lambda: service.ready)
+        try:
+            yield client, replica
+        finally:
+            await service.dispatcher.close()
+            await replica.stop()
+
+
+def body(prompt: Any, *, stream: bool) -> dict[str, Any]:
+    return {"prompt": prompt, "max_tokens": TOKENS, "stream": stream}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_at_overload_the_gateway_refuses_before_sending(service: Callable[[], Service], stream: bool) -> None:
+    async def run() -> None:
+        async with http(service(), most_requests=3) as (client, replica):
+            replica.holds = lambda submit: True
+            busy = [
+                asyncio.ensure_future(client.post("/v1/completions", json=body(prompt, stream=stream)))
+                for prompt in PROMPTS[:3]
+            ]
+            await until(lambda: len(replica.submitted) == 3)
+            for one_more in (PROMPTS[4], PROMPTS[4:6]):
+                answer = await client.post("/v1/completions", json=body(one_more, stream=stream))
+                assert answer.status_code == 429, answer.text
+                assert answer.headers["retry-after"] == "1"
+                assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert len(replica.submitted) == 3, "nothing of it was sent"
+            replica.holds = lambda submit: False
+            assert [(await one).status_code for one in busy] == [200] * 3
+            assert (await client.post("/v1/completions", json=body(PROMPTS[4], stream=stream))).status_code == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_refused_second_prompt_refuses_the_call_at_once(service: Callable[[], Service], stream: bool) -> None:
+    """While the first one runs, and would for ever."""
+
+    async def run() -> None:
+        async with http(service()) as (client, replica):
+            replica.holds = lambda submit: True
+            refusal = {"reason": "error", "error_kind": QueueFull.__name__, "error": "too many wait"}
+            replica.refuses = lambda submit: (
+                pb.Ending(id=submit.id, **refusal) if submit.prompt[0] == PROMPTS[1][0] else None
+            )
+            answer = await client.post("/v1/completions", json=body(PROMPTS[:2], stream=stream))
+            assert (answer.status_code, answer.json()["error"]["message"]) == (429, "too many wait")
+            [first] = [submit for submit in replica.submitted if submit.prompt[0] == PROMPTS[0][0]]
+            await until(lambda: first.id in replica.aborted)
+
+    asyncio.run(run())
+
+
+def test_headers_of_many_prompts_wait_for_their_admission_alone(service: Callable[[], Service]) -> None:
+    """256 of them: each is accepted, and none gets further."""
+
+    async def run() -> None:
+        gate = service()
+        async with http(gate) as (_, replica):
+            replica.holds = lambda submit: True
+            app = Api(gate).app(None)
+            begun, left = asyncio.Event(), asyncio.Event()
+            content = httpx.Request("POST", "http://x", json=body(PROMPTS * 16, stream=True)).content
+            messages = iter([{"type": "http.request", "body": content, "more_body": False}])
+
+            async def receive() -> Any:
+                if (message := next(messages, None)) is not None:
+                    return message
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                assert message["type"] == "http.response.start"
+                assert message["status"] == 200
+                begun.set()
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/completions",
+                "headers": [],
+                "query_string": b"",
+                "http_version": "1.1",
+                "scheme": "http",
+            }
+            call = asyncio.ensure_future(app(scope, receive, send))
+            async with asyncio.timeout(60):
+                await begun.wait()
+            assert len(replica.submitted) == 256
+            left.set()
+            await call
+            await until(lambda: len(replica.aborted) == 256)
+
+    asyncio.run(run())
+
+
+def test_health_and_readiness_follow_the_replicas(service: Callable[[], Service]) -> None:
+    async def run() -> None:
+        gate = service()
+        async with http(gate) as (client, replica):
+            assert (await client.get("/health")).json() == {"status": "ok"}
+            assert (await client.get("/ready")).status_code == 200
+            replica.die()
+            await until(lambda: not gate.ready)
+            answer = await client.get("/health")
+            assert (answer.status_code, answer.json()) == (503, {"status": "no replica"})
+            assert (await client.get("/ready")).status_code == 503
+            replica.alive = True
+            await until(lambda: gate.ready)
+            assert (await client.get("/health")).status_code == 200
+            second = await FakeReplica().start()
+            table = RoutingTable(2, (replica.entry(), second.entry()))
+            gate.dispatcher.update_table(table)
+            await until(lambda: len(gate.dispatcher.sessions) == 2)
+            await second.stop()
+            await until(lambda: len(gate.dispatcher.sessions) == 1)
+            assert (await client.get("/health")).status_code == 200, "it may come back"
+
+    asyncio.run(run())
