@@ -11,13 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quire_cluster.channel import ChannelClosed, StepChannel
-from quire_cluster.convert import logprobs_from_proto, logprobs_to_proto, request_from_proto, sampling_to_proto
+from quire_cluster.channel import ChannelClosed, StepChannel, encoded
+from quire_cluster.convert import (
+    logprobs_from_proto,
+    logprobs_to_proto,
+    request_from_proto,
+    sampling_from_proto,
+    sampling_to_proto,
+)
 from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patience
 from quire_cluster.workers import first_failure
 from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.request import EngineSampling, TokenSet
-from quire_engine.step import TokenLogprobs
+from quire_engine.step import NewRow, StepPlan, TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
 from ray.exceptions import ActorDiedError
 
@@ -65,6 +71,30 @@ def test_a_message_of_any_size_goes_through_and_leaves_no_memory() -> None:
         reader.send_result(sent)
         assert np.array_equal(channel.receive_result(), sent)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("kind", ["allowed", "penalized"])
+def test_a_step_of_the_largest_rows_is_carried(kind: str) -> None:
+    """128 rows that may draw nearly any of 300,000 tokens, which takes 0.6 MB to ask for; 100 that are penalized for
+    131,072 tokens each."""
+    if kind == "allowed":
+        params = EngineSampling(allowed_token_ids=TokenSet.of(range(0, 300_000, 2)))
+        rows = [NewRow(row, params, 1, np.zeros(0, np.int32)) for row in range(128)]
+        assert len(encoded(rows)) < 1 << 20, "as one row: what is the same for all goes once"
+        fresh = [sampling_from_proto(sampling_to_proto(params)) for _ in range(128)]
+        assert all(one == params for one in fresh)
+        rows = [NewRow(row, one, 1, np.zeros(0, np.int32)) for row, one in enumerate(fresh)]
+        assert len(encoded(rows)) < 6 << 20
+    else:
+        rows = [NewRow(row, EngineSampling(), 131_072, np.full(131_072, row, np.int32)) for row in range(100)]
+    plan = StepPlan.empty()
+    plan.new_rows = rows
+    channel = StepChannel.create()
+    channel.send_plan(plan)
+    [first, *_, last] = channel.receive_plan().new_rows
+    assert np.array_equal(first.tokens, rows[0].tokens)
+    assert np.array_equal(last.tokens, rows[-1].tokens)
+    assert last.params == rows[-1].params
 
 
 def test_every_sampling_parameter_survives_the_wire() -> None:

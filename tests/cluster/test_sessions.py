@@ -10,14 +10,18 @@ from typing import Any
 import httpx
 import pytest
 from fake_replica import FakeReplica, token_at
+from quire_cluster.config import ServeConfig
+from quire_cluster.convert import BATCH_BYTES
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_cluster.policies.suspicion import Patience
+from quire_cluster.replica import merged
 from quire_cluster.routing_table import Key, RoutingTable
+from quire_cluster.serve import Server
 from quire_engine.config import EngineConfig
-from quire_engine.errors import DeadlineExceeded, InvalidParameter, PoisonRequest, QueueFull, Unavailable
+from quire_engine.errors import DeadlineExceeded, EngineFailure, InvalidParameter, PoisonRequest, QueueFull, Unavailable
 from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
@@ -184,6 +188,38 @@ def test_a_request_too_large_for_any_message_is_refused_alone(
             assert await tokens(beside) == expected([5, 6])
 
     asyncio.run(run())
+
+
+def test_a_request_that_cannot_be_written_down_fails_alone(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            beside = g.start([5, 6])
+            with pytest.raises(EngineFailure, match="cannot be sent"):
+                await g.start([7], max_tokens=1 << 40).admitted()
+            assert await tokens(beside) == expected([5, 6])
+            assert g.replicas[0].num_sessions == 1
+
+    asyncio.run(run())
+
+
+def test_a_gateway_that_lags_gets_messages_of_bounded_size() -> None:
+    """All of what waited, in its order."""
+    waiting: asyncio.Queue[pb.SessionUpdate | None] = asyncio.Queue()
+    sent = [pb.SessionUpdate(ids=[1], indexes=[index], tokens=[7]) for index in range(100)]
+    for number in range(0, 100, 10):
+        scores = pb.TopLogprobs(id=1, top_logprobs=[0.5] * 100_000)
+        sent[number].logprobs.append(scores)
+    for update in sent:
+        waiting.put_nowait(pb.SessionUpdate.FromString(update.SerializeToString()))
+    got = []
+    while not waiting.empty():
+        first = waiting.get_nowait()
+        assert first is not None
+        got.append(merged(first, waiting))
+    assert 1 < len(got) < 10
+    assert max(update.ByteSize() for update in got) < 2 * BATCH_BYTES
+    assert [index for update in got for index in update.indexes] == list(range(100))
+    assert sum(len(update.logprobs) for update in got) == 10
 
 
 # ---- poison -------------------------------------------------------------------------------------------------------
@@ -443,3 +479,43 @@ def test_health_and_readiness_follow_the_replicas(service: Callable[[], Service]
             assert (await client.get("/health")).status_code == 200, "it may come back"
 
     asyncio.run(run())
+
+
+def test_following_the_controller_never_ends_unseen(
+    service: Callable[[], Service], checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever asking it raises; what is served goes on meanwhile."""
+
+    async def run() -> None:
+        gate = service()
+        replica = await FakeReplica().start()
+        engine = EngineConfig(model=str(checkpoint("llama")))
+        server = Server(engine, ServeConfig(), find_model(engine))
+        answers: list[Exception | RoutingTable] = [
+            ConnectionError("the head is gone"),
+            RoutingTable(1, (replica.entry(),)),
+            KeyError("a bug"),
+            RoutingTable(2, (), "the disk is gone"),
+        ]
+
+        class Watch:
+            @staticmethod
+            async def remote(version: int) -> RoutingTable:
+                answer = answers.pop(0)
+                if isinstance(answer, RoutingTable):
+                    return answer
+                raise answer
+
+        class Actor:
+            watch = Watch
+
+        server._controller = Actor
+        async with asyncio.timeout(60):
+            await server._watch(gate)
+        assert gate.dispatcher.max_model_len == 4096
+        await gate.dispatcher.close()
+        await replica.stop()
+
+    asyncio.run(run())
+    assert "the head is gone" in caplog.text
+    assert "a bug" in caplog.text

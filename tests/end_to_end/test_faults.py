@@ -58,14 +58,21 @@ async def run_streams(server: RunningServer, disturb: Callable[[], None] | None 
         return await asyncio.gather(*streams)
 
 
-def engines(server: RunningServer) -> int:
-    return len(processes(server, "Replica"))
+def both_serve(server: RunningServer) -> None:
+    """Waits until both replicas do, and nothing is left of those before them."""
+
+    def done() -> bool:
+        answer = httpx.get(f"{server.url}/ready")
+        replicas = answer.json()["replicas"] if answer.status_code == 200 else 0
+        return replicas == 2 and all(len(processes(server, kind)) == 2 for kind in ("Worker", "Replica"))
+
+    wait_until(done, 120)
 
 
 @pytest.mark.parametrize("kind", ["Worker", "Replica"])
 def test_a_killed_process_costs_no_token(two_replicas: RunningServer, kind: str) -> None:
     server = two_replicas
-    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    both_serve(server)
     undisturbed = asyncio.run(run_streams(server))
     victims = processes(server, kind)
     assert len(victims) == 2
@@ -73,8 +80,7 @@ def test_a_killed_process_costs_no_token(two_replicas: RunningServer, kind: str)
     disturbed = asyncio.run(run_streams(server, lambda: os.kill(victims[0], signal.SIGKILL)))
     assert disturbed == undisturbed
     assert "go on elsewhere" in server.log
-    # and the replica comes back, all of it anew
-    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    both_serve(server)  # the replica comes back, all of it anew
     after = set(processes(server, "Worker") + processes(server, "Replica"))
     assert len(after & before) == 2
     assert httpx.get(f"{server.url}/health").status_code == 200
@@ -83,40 +89,60 @@ def test_a_killed_process_costs_no_token(two_replicas: RunningServer, kind: str)
 def test_a_request_that_allows_no_token_fails_alone(two_replicas: RunningServer) -> None:
     """The next step is planned before it is known that nothing could be drawn: it must harm nobody."""
     server = two_replicas
-    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    both_serve(server)
     undisturbed = asyncio.run(run_streams(server))
     before = processes(server, "Worker")
     answers: list[httpx.Response] = []
 
     def ask() -> None:
-        impossible = {"model": "tiny", "prompt": [5, 6, 7], "allowed_token_ids": [5], "bad_words": ["w5"]}
+        impossible = {"model": "tiny", "prompt": [5, 6, 7], "allowed_token_ids": [5]}
         answers.extend(
-            httpx.post(f"{server.url}/v1/completions", json=impossible | {"temperature": temperature}, timeout=60)
-            for temperature in (0, 1, 0, 1)
+            httpx.post(f"{server.url}/v1/completions", json=impossible | asked, timeout=60)
+            for asked in (
+                {"bad_words": ["w5 w5"], "temperature": 0},  # one token can be drawn, and then none
+                {"bad_words": ["w5 w5"], "temperature": 1},
+                {"bad_words": ["w5"]},
+                {"repetition_penalty": 1e-300},
+            )
         )
 
     assert asyncio.run(run_streams(server, ask)) == undisturbed
-    assert [answer.status_code for answer in answers] == [500] * 4
-    assert all("no token has a finite logit" in answer.text for answer in answers)
+    assert [answer.status_code for answer in answers] == [400] * 4
+    assert all("no token has a finite logit" in answer.text for answer in answers[:2])
+    assert "rule out every one of allowed_token_ids" in answers[2].text
+    assert "between 0.01 and 100" in answers[3].text
     assert processes(server, "Worker") == before
+
+
+def test_a_replica_that_hangs_is_found_and_costs_no_token(two_replicas: RunningServer) -> None:
+    """The process that speaks with the gateway is stopped: its connection stands, and nothing comes."""
+    server = two_replicas
+    both_serve(server)
+    undisturbed = asyncio.run(run_streams(server))
+    victim = processes(server, "Replica")[0]
+    assert asyncio.run(run_streams(server, lambda: os.kill(victim, signal.SIGSTOP))) == undisturbed
+    assert "says nothing for 10 s" in server.log
+    wait_until(lambda: victim not in processes(server, "Replica"))
+    both_serve(server)
+    assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_a_worker_that_hangs_is_found_and_costs_no_token(two_replicas: RunningServer) -> None:
     """Stopped, not killed: nobody tells, and its lease runs out."""
     server = two_replicas
-    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    both_serve(server)
     undisturbed = asyncio.run(run_streams(server))
     victim = processes(server, "Worker")[0]
     assert asyncio.run(run_streams(server, lambda: os.kill(victim, signal.SIGSTOP))) == undisturbed
     assert "made no progress for 4 s; rank 0 is furthest behind" in server.log
     assert "its workers get 2 times as long" in server.log
-    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
-    assert victim not in processes(server, "Worker"), "the stopped process was replaced"
+    wait_until(lambda: victim not in processes(server, "Worker"))
+    both_serve(server)
 
 
 def test_both_replicas_die_and_the_streams_wait_for_the_rebuild(two_replicas: RunningServer) -> None:
     server = two_replicas
-    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    both_serve(server)
     undisturbed = asyncio.run(run_streams(server))
 
     def kill_all() -> None:
@@ -124,17 +150,17 @@ def test_both_replicas_die_and_the_streams_wait_for_the_rebuild(two_replicas: Ru
             os.kill(victim, signal.SIGKILL)
 
     assert asyncio.run(run_streams(server, kill_all)) == undisturbed
-    wait_until(lambda: engines(server) == 2)
+    both_serve(server)
 
 
 def test_the_controller_dies_and_the_streams_go_on(two_replicas: RunningServer) -> None:
     """Its replicas die with it; all of it is started again, and the logs are in the gateway."""
     server = two_replicas
-    wait_until(lambda: len(processes(server, "Worker")) == 2 and engines(server) == 2)
+    both_serve(server)
     undisturbed = asyncio.run(run_streams(server))
     [controller] = processes(server, "Controller")
     assert asyncio.run(run_streams(server, lambda: os.kill(controller, signal.SIGKILL))) == undisturbed
-    wait_until(lambda: engines(server) == 2)
+    both_serve(server)
 
 
 def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:

@@ -104,3 +104,13 @@ def test_every_token_is_the_likeliest_of_those_left(checkpoint: Make, overlapped
         elif request.finish_reason == "length":
             assert len(out) == params.max_tokens
     assert {request.finish_reason for request in requests} == {"stop", "length", "error"}
+    resumed = []
+    for request in requests:  # as where a replica was lost: min_tokens counts from the prompt's end all the same
+        half = request.num_prompt + request.num_output // 2
+        again = Request(100 + request.id, request.tokens[:half], request.num_prompt, request.params, resumed=True)
+        resumed.append(again)
+        engine.add(again)
+    while engine.has_work:
+        engine.step()
+    assert [again.tokens for again in resumed] == [request.tokens for request in requests]
+    assert [again.finish_reason for again in resumed] == [request.finish_reason for request in requests]

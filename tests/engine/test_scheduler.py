@@ -255,6 +255,10 @@ def test_the_queue_is_bounded() -> None:
         scheduler.add(request(number, 4))
     with pytest.raises(QueueFull, match="try again"):
         scheduler.add(request(9, 4))
+    resumed = request(10, 4)
+    resumed.resumed = True
+    scheduler.add(resumed)  # it was accepted elsewhere
+    assert scheduler.num_waiting == 8
 
 
 @pytest.mark.parametrize("depth", [2, 3])

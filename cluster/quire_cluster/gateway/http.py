@@ -275,9 +275,9 @@ class Api:
         return json_response({"status": trouble or "ok"}, 503 if trouble else 200)
 
     async def ready(self, request: Request) -> Response:
-        """GET /ready: 200 while requests are served."""
+        """GET /ready: 200 while requests are served, and by how many replicas."""
         if self._service.ready:
-            return json_response({"status": "ready"})
+            return json_response({"status": "ready", "replicas": len(self._service.dispatcher.sessions)})
         return json_response({"status": "draining" if self._service.draining else "starting"}, 503)
 
     async def metrics(self, request: Request) -> Response:

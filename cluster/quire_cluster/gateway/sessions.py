@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import grpc
-from quire_engine.errors import InvalidParameter
+from quire_engine.errors import EngineFailure, InvalidParameter, QuireError
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 
@@ -186,12 +186,21 @@ class ReplicaSession:
             choice = self.live.get(wire_id)
             if choice is None:
                 continue
-            submit = choice.submission(wire_id)
+            try:
+                submit = choice.submission(wire_id)
+            except (ValueError, TypeError) as error:  # a number that the protocol has no room for
+                log.exception("request %s cannot be sent", choice.facts.request_id)
+                self._refuse(wire_id, EngineFailure(f"the request cannot be sent to a replica: {error}"))
+                continue
             size += submit.ByteSize()
             if submit.ByteSize() <= _LARGEST_SUBMIT:
                 message.submit.append(submit)
-                continue
-            refusal = pb.Ending(id=wire_id, reason="error", error_kind=InvalidParameter.__name__)
-            refusal.error = f"the request takes {submit.ByteSize()} bytes; at most {_LARGEST_SUBMIT} reach a replica"
-            self._listener.updated(self, pb.SessionUpdate(endings=[refusal]))
+            else:
+                why = f"the request takes {submit.ByteSize()} bytes; at most {_LARGEST_SUBMIT} reach a replica"
+                self._refuse(wire_id, InvalidParameter(why))
         return message
+
+    def _refuse(self, wire_id: int, error: QuireError) -> None:
+        """Here, as a replica would."""
+        ending = pb.Ending(id=wire_id, reason="error", error_kind=type(error).__name__, error=str(error))
+        self._listener.updated(self, pb.SessionUpdate(endings=[ending]))
