@@ -32,6 +32,7 @@ class ScriptedReplica(engine_pb2_grpc.EngineServicer):
 
     async def Session(self, requests: AsyncIterator[pb.SessionRequest], context: Any) -> AsyncIterator[Any]:
         self.sessions += 1
+        yield pb.SessionUpdate(load=pb.Load(most_requests=1000))
         async for request in requests:
             for submit in request.submit:
                 for update in self.script(submit):
@@ -45,7 +46,7 @@ async def talk(
     fast = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind])
     config = {"vocab_size": KINDS[kind].get_vocab_size()}
     files: Any = SimpleNamespace(config=config, generation_config={"eos_token_id": []})
-    service = Service(files, Tokenizer(fast, TEMPLATE), names=["m"], max_model_len=1000)
+    service = Service(files, Tokenizer(fast, TEMPLATE), names=["m"], max_model_len=1000, max_waiting=100)
     replica = ScriptedReplica(script)
     server = grpc.aio.server()
     engine_pb2_grpc.add_EngineServicer_to_server(replica, server)
