@@ -33,7 +33,7 @@ def test_room() -> None:
 
 
 def test_the_wait_for_a_replica_follows_how_long_one_takes_to_load() -> None:
-    assert rebuild_wait(0.5) == 60
+    assert rebuild_wait(0.5) == 120
     assert rebuild_wait(600) == 1800
 
 

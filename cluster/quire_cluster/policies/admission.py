@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from quire_cluster.policies.routing import ReplicaLoad
 
-_LEAST_WAIT = 60.0  # seconds
+_LEAST_WAIT = 120.0  # seconds; processes have to start, on a machine that may be busy
 _LOADS = 3.0  # times that a replica took to load: it is lost, placed, read from a disk that others read too
 
 
