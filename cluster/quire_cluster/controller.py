@@ -5,6 +5,7 @@ A thin reconcile loop per replica slot: place, start, watch, and after a failure
 
 import asyncio
 import logging
+import secrets
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Controller:
         self._threads = threads
         self._gpu = gpu
         self._host = host
+        self._secret = secrets.token_hex(32)  # who may ask for the routing table may open sessions
         self._slots = [_Slot() for _ in range(replicas)]
         self._table = RoutingTable()
         self._changed = asyncio.Condition()
@@ -150,10 +152,10 @@ class Controller:
         )
         host = self._host or await _address_of(slot.placement)
         address, max_model_len = await slot.actor.start.remote(
-            self._config, self._threads, slot.placement, host, slot.patience
+            self._config, self._threads, slot.placement, host, slot.patience, self._secret
         )
         slot.since = time.monotonic()
-        slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len, slot.since - started)
+        slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len, slot.since - started, self._secret)
         await self._publish()
 
     def _remove(self, slot: _Slot) -> None:

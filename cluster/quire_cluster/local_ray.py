@@ -2,29 +2,45 @@
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 from quire_engine.errors import InvalidParameter
+from ray import _raylet
+from ray._private import ray_constants
 
 log = logging.getLogger(__name__)
 _REMOVAL_PATIENCE = 5.0  # seconds
 _OBJECT_STORE_BYTES = 80 << 20  # no tensor and no token passes through Ray
 
 
+_TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
 class PrivateCluster:
-    """Ray in a temporary folder of its own. `stop()` ends every process of it and removes the folder."""
+    """Ray in a temporary folder of its own, which it shares with its token and nobody else. `stop()` ends every process
+    of it and removes the folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._given: dict[str, str | None] = {name: os.environ.get(name) for name in _TOKEN_VARIABLES}
+        token = folder / "token"
+        token.touch(0o600)
+        token.write_text(secrets.token_hex(32))
+        _authenticate({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": None, "RAY_AUTH_TOKEN_PATH": str(token)})
 
     def stop(self) -> None:
         """Idempotent. Ray's processes may write their last lines while the folder goes, so it is tried again."""
         if ray.is_initialized():
             ray.shutdown()
+        _authenticate(self._given)
+        self._given = {}
         until = time.monotonic() + _REMOVAL_PATIENCE
         while self._folder.exists():
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -34,12 +50,23 @@ class PrivateCluster:
             time.sleep(0.05)
 
 
+def _authenticate(variables: Mapping[str, str | None]) -> None:
+    """Sets or unsets Ray's environment variables for the processes to come, and has this one read them again."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    core: Any = _raylet
+    core.Config.initialize("")  # the mode before the token: in the old mode, a thread that still talks could miss it
+    core.AuthenticationTokenLoader.instance().reset_cache()
+
+
 def start_private_cluster(*, num_workers: int) -> PrivateCluster:
     """Starts Ray for this process with room for `num_workers` worker actors, on the GPUs that torch finds. Takes 3 to
-    8 s."""
+    8 s. It listens on the loopback address alone, and answers to who has the token in its folder."""
     import torch
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on this host only, for this process's actors
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -47,6 +74,10 @@ def start_private_cluster(*, num_workers: int) -> PrivateCluster:
     os.environ.setdefault("RAY_worker_niceness", "0")  # a worker is the system, not a batch job beside it
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns of signal handlers, which are ours
     folder = Path(tempfile.mkdtemp(prefix="quire-"))
+    cluster = PrivateCluster(folder)
+    # Ray replaces a loopback address by the host's own, and then its processes listen on all addresses. This is its
+    # switch for desktops, which it reads from the environment only when it is imported.
+    reachable, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         ray.init(
             address="local",
@@ -58,12 +89,14 @@ def start_private_cluster(*, num_workers: int) -> PrivateCluster:
             log_to_driver=True,
             logging_level=logging.ERROR,
             configure_logging=False,
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "ray"),  # which it opens to all users
         )
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        cluster.stop()
         raise
-    return PrivateCluster(folder)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = reachable
+    return cluster
 
 
 def workers_on_gpus(device: str, workers: int, *, may_grow: bool = False) -> bool:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quire_cluster.channel import ChannelClosed, StepChannel, decoded, encoded
+from quire_cluster.channel import ChannelClosed, StepChannel
+from quire_cluster.wire import from_bytes, to_bytes
 
 _FIRST = 1 << 16  # bytes of a message's first tensor; its own length is in the first 8
 _PLANS, _RESULTS = 0, 1  # tags
 _CLOSED = (1 << 63) - 1  # a length that says: no more
+_LONGEST = 1 << 30  # bytes of a message
 
 
 def _send(data: bytes | None, to: int, tag: int, group: dist.ProcessGroup) -> None:
@@ -40,6 +42,8 @@ def _receive(source: int, tag: int, group: dist.ProcessGroup) -> bytes:
         length = int.from_bytes(raw[:8], "little")
         if length == _CLOSED:
             raise ChannelClosed("rank 0 closed the relay")
+        if length > _LONGEST:
+            raise ChannelClosed(f"rank {source} announced a message of {length} bytes")
         if length <= _FIRST - 8:
             return raw[8 : 8 + length]
         rest = torch.empty(length - (_FIRST - 8), dtype=torch.uint8)
@@ -57,11 +61,11 @@ class RemoteChannel:
 
     def receive_plan(self, alive: Callable[[], bool] = lambda: True) -> Any:
         """The next plan. Raises ChannelClosed."""
-        return decoded(_receive(0, _PLANS, self._group))
+        return from_bytes(_receive(0, _PLANS, self._group))
 
     def send_result(self, message: Any) -> None:
         """The rank that draws → rank 0."""
-        _send(encoded(message), 0, _RESULTS, self._group)
+        _send(to_bytes(message), 0, _RESULTS, self._group)
 
     def mark(self, rank: int) -> None:
         """Signs of life stay on the host: that this rank stalls shows in those that wait for it."""
@@ -92,7 +96,7 @@ class RelayingChannel:
             for rank in self._remote:
                 _send(None, rank, _PLANS, self._group)
             raise
-        data = encoded(plan)
+        data = to_bytes(plan)
         for rank in self._remote:
             _send(data, rank, _PLANS, self._group)
         return plan
@@ -100,7 +104,7 @@ class RelayingChannel:
     def _bring_results(self, drawing: int) -> None:
         try:
             while True:
-                self._channel.send_result(decoded(_receive(drawing, _RESULTS, self._group)))
+                self._channel.send_result(from_bytes(_receive(drawing, _RESULTS, self._group)))
         except ChannelClosed:
             self._channel.close()
 

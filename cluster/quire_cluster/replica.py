@@ -24,6 +24,7 @@ from quire_protos.v1 import engine_pb2_grpc
 from ray.util.placement_group import PlacementGroup
 
 from quire_cluster.convert import BATCH_BYTES, KEEPALIVE, MESSAGE_BYTES, logprobs_to_proto, request_from_proto
+from quire_cluster.keys import KeyInterceptor, Keys
 from quire_cluster.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -350,10 +351,16 @@ class Replica:
         self._ended: asyncio.Future[None] | None = None
 
     async def start(
-        self, config: EngineConfig, threads: int, placement: PlacementGroup, host: str, patience: float
+        self,
+        config: EngineConfig,
+        threads: int,
+        placement: PlacementGroup,
+        host: str,
+        patience: float,
+        secret: str,
     ) -> tuple[str, int]:
-        """Starts the workers (`patience`: of their lease) and the session service; returns its address and the engine's
-        context length."""
+        """Starts the workers (`patience`: of their lease) and the session service on `host`, for who sends `secret`;
+        returns its address and the engine's context length."""
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
         self._workers = await loop.run_in_executor(
@@ -370,12 +377,13 @@ class Replica:
         self._engine = EngineThread(self._workers, loop, self._failed)
         self._service = EngineService(self._engine)
         self._server = grpc.aio.server(
+            interceptors=[KeyInterceptor(Keys([secret]), refusal="sessions are for this cluster's gateways")],
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
                 *KEEPALIVE,
-            ]
+            ],
         )
         engine_pb2_grpc.add_EngineServicer_to_server(self._service, self._server)
         port = self._server.add_insecure_port(f"{host}:0")

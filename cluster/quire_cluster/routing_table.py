@@ -1,6 +1,6 @@
 """Where requests can go: what the controller publishes and gateways follow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Key = tuple[int, int, str]  # slot, epoch, address: a controller that was started again counts its epochs anew
 
@@ -14,6 +14,7 @@ class ReplicaEntry:
     address: str
     max_model_len: int
     load_seconds: float = 0.0  # from its start until it served
+    secret: str = field(default="", repr=False)  # that a session with it must send
 
     @property
     def key(self) -> Key:

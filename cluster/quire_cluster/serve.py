@@ -26,6 +26,7 @@ from quire_cluster.controller import Controller
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
+from quire_cluster.keys import Keys
 from quire_cluster.local_ray import PrivateCluster, start_private_cluster, workers_on_gpus
 from quire_cluster.routing_table import Key, RoutingTable
 
@@ -100,7 +101,7 @@ class Server:
             http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
             http_task = asyncio.ensure_future(http.serve(sockets=[listener]))
             self.http_port = listener.getsockname()[1]
-            grpc_server = GrpcServer(service, api_key=self._serve.api_key)
+            grpc_server = GrpcServer(service, keys=Keys([self._serve.api_key]) if self._serve.api_key else None)
             self.grpc_port = await grpc_server.start(self._serve.host, self._serve.grpc_port)
             service.dispatcher.on_silence = self._report_silence
             watchers += [

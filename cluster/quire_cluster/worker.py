@@ -26,11 +26,11 @@ class Worker:
         self._group: Any = None
         self._remote: list[int] = []
 
-    def host_store(self, size: int) -> int:
-        """Opens the rendezvous of the group and returns its port."""
+    def host_store(self, size: int, address: str) -> int:
+        """Opens the rendezvous of the group at an address of this host, and returns its port."""
         from quire_engine.parallel import ParallelGroup
 
-        self._store = ParallelGroup.host_store(size)
+        self._store = ParallelGroup.host_store(size, address)
         return int(self._store.port)
 
     def host(self) -> tuple[str, str]:

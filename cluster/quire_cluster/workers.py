@@ -110,8 +110,8 @@ class Workers:
             hosts = [actor.host.remote().future().result() for actor in self._actors]
             here = ray.get_runtime_context().get_node_id()
             self._remote = [rank for rank, (node, _) in enumerate(hosts) if node != here]
-            port = self._actors[0].host_store.remote(size).future().result() if size > 1 else 0
             address = hosts[0][1] if self._remote else "127.0.0.1"
+            port = self._actors[0].host_store.remote(size, address).future().result() if size > 1 else 0
             loading = [
                 actor.load.remote(config, threads, f"{address}:{port}", self._remote).future() for actor in self._actors
             ]

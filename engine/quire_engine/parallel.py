@@ -5,6 +5,7 @@ slices every layer; from stage to stage, pipeline parallelism hands the activati
 """
 
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -82,6 +83,7 @@ class ParallelGroup:
             return ParallelGroup()
         if address == "127.0.0.1":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         store = TCPStore(address, port, everyone, False, timeout=_MEETING)
         on_gpus = device.type == "cuda"
         dist.init_process_group(
@@ -118,9 +120,17 @@ class ParallelGroup:
         return group
 
     @staticmethod
-    def host_store(size: int) -> TCPStore:
-        """The rendezvous the ranks meet at; keep it while they join. Its `port` is chosen by the system."""
-        return TCPStore("0.0.0.0", 0, size, True, wait_for_workers=False, timeout=_MEETING)
+    def host_store(size: int, address: str = "127.0.0.1") -> TCPStore:
+        """The rendezvous the ranks meet at; keep it while they join. Its `port` is chosen by the system.
+
+        Neither it nor gloo and NCCL can ask who connects: `address` is the only one of this host that it listens on,
+        and between hosts the network must be one's own.
+        """
+        listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        port = listener.getsockname()[1]
+        return TCPStore(
+            address, port, size, True, wait_for_workers=False, timeout=_MEETING, master_listen_fd=listener.detach()
+        )
 
     @property
     def first(self) -> bool:

@@ -1,7 +1,6 @@
 """The gRPC API for clients, with the health service and reflection."""
 
 import asyncio
-import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -28,6 +27,7 @@ from quire_protos.v1 import inference_pb2_grpc
 from quire_cluster.gateway.generation import Delta, Generation
 from quire_cluster.gateway.pooling import pooled, shortened, tokens_of
 from quire_cluster.gateway.service import Service
+from quire_cluster.keys import KeyInterceptor, Keys
 
 log = logging.getLogger(__name__)
 MAX_MESSAGE = 32 << 20
@@ -248,46 +248,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return pb.ListModelsResponse(models=models)
 
 
-class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Every call but the health service's needs `authorization: Bearer KEY`."""
-
-    def __init__(self, key: str) -> None:
-        self._expected = f"Bearer {key}"
-
-        async def refuse(request: Any, context: Any) -> None:
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "missing or wrong API key; send metadata 'authorization: Bearer KEY'",
-            )
-
-        async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            await refuse(request, context)
-            yield None
-
-        self._refusals = {
-            (False, False): grpc.unary_unary_rpc_method_handler(refuse),
-            (False, True): grpc.unary_stream_rpc_method_handler(refuse_stream),
-            (True, True): grpc.stream_stream_rpc_method_handler(refuse_stream),
-        }
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Checked per call, before its handler sees anything."""
-        handler = await continuation(details)
-        if handler is None or details.method.startswith("/grpc.health.v1.Health/"):
-            return handler
-        given = dict(details.invocation_metadata).get("authorization", "")
-        if hmac.compare_digest(str(given).encode(), self._expected.encode()):
-            return handler
-        return self._refusals[handler.request_streaming, handler.response_streaming]
-
-
 class GrpcServer:
     """The server with its health and reflection services."""
 
-    def __init__(self, service: Service, *, api_key: str | None) -> None:
-        interceptors = [KeyInterceptor(api_key)] if api_key else []
+    def __init__(self, service: Service, *, keys: Keys | None) -> None:
+        """`keys`: that every call but the health service's must send one of."""
+        refusal = "missing or wrong API key; send metadata 'authorization: Bearer KEY'"
         self._server = grpc.aio.server(
-            interceptors=interceptors,
+            interceptors=[KeyInterceptor(keys, refusal=refusal, open_services=[health.SERVICE_NAME])] if keys else [],
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE),
                 ("grpc.max_send_message_length", MAX_MESSAGE),

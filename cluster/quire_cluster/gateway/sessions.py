@@ -16,6 +16,7 @@ from quire_protos.v1 import engine_pb2_grpc
 
 from quire_cluster.convert import BATCH_BYTES, KEEPALIVE, MESSAGE_BYTES
 from quire_cluster.gateway.generation import Choice
+from quire_cluster.keys import bearer
 from quire_cluster.policies.routing import ReplicaLoad
 from quire_cluster.policies.suspicion import Patience, Silence, Standing
 from quire_cluster.routing_table import ReplicaEntry
@@ -137,7 +138,7 @@ class ReplicaSession:
         try:
             async with grpc.aio.insecure_channel(self.entry.address, options=_OPTIONS) as channel:
                 stub: Any = engine_pb2_grpc.EngineStub(channel)
-                async for update in stub.Session(self._messages()):
+                async for update in stub.Session(self._messages(), metadata=bearer(self.entry.secret)):
                     self._hear(update)
         except grpc.aio.AioRpcError as error:
             log.info("session with replica %d (epoch %d) broke: %s", *self.key[:2], error.code().name)

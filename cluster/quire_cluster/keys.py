@@ -1,0 +1,60 @@
+"""Keys that callers send as `Authorization: Bearer KEY`: over HTTP, over gRPC, and from gateway to replica."""
+
+import hmac
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+
+HEADER = "authorization"
+
+
+class Keys:
+    """The keys that are good."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = [key.encode() for key in keys]
+
+    def match(self, given: str) -> bool:
+        """Whether the header's value names one of them; how long that takes tells nothing of them. The scheme's name
+        is case-insensitive."""
+        scheme, _, key = given.partition(" ")
+        sent = key.strip().encode()
+        found = [hmac.compare_digest(sent, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(found)
+
+
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    """Metadata of a gRPC call that sends a key."""
+    return ((HEADER, f"Bearer {key}"),)
+
+
+class KeyInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses every call without a key (UNAUTHENTICATED), before its first message is read."""
+
+    def __init__(self, keys: Keys, *, refusal: str, open_services: Sequence[str] = ()) -> None:
+        """`refusal`: what the caller is told. `open_services`: who calls those needs no key."""
+        self._keys = keys
+        self._open = tuple(f"/{service}/" for service in open_services)
+
+        async def refuse(request: Any, context: Any) -> None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, refusal)
+
+        async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            await refuse(request, context)
+            yield None
+
+        self._refusals = {
+            (False, False): grpc.unary_unary_rpc_method_handler(refuse),
+            (False, True): grpc.unary_stream_rpc_method_handler(refuse_stream),
+            (True, True): grpc.stream_stream_rpc_method_handler(refuse_stream),
+        }
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Checked per call, before its handler sees anything."""
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(self._open):
+            return handler
+        if self._keys.match(str(dict(details.invocation_metadata).get(HEADER, ""))):
+            return handler
+        return self._refusals[handler.request_streaming, handler.response_streaming]
