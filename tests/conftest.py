@@ -234,3 +234,34 @@ def two_replicas(checkpoint: Callable[[str], Path]) -> Iterator[RunningServer]:
     )
     yield server
     assert server.stop() == 0, server.log
+
+
+KEYS = ("first-key", "second-key")
+
+
+@pytest.fixture(scope="session")
+def guarded(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server with keys, sites that may call it, and little patience."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("\n".join(KEYS) + "\n\n")
+    server = RunningServer(
+        str(checkpoint("qwen2")),
+        "--served-model-name",
+        "tiny,org/tiny",
+        "--api-key-file",
+        str(keys),
+        "--allowed-hosts",
+        "models.example",
+        "--allowed-origins",
+        "https://app.example",
+        "--header-timeout",
+        "2",
+        "--body-timeout",
+        "4",
+        "--write-timeout",
+        "3",
+        "--max-connections",
+        "40",
+    )
+    yield server
+    assert server.stop() == 0, server.log

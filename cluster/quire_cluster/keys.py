@@ -1,12 +1,15 @@
 """Keys that callers send as `Authorization: Bearer KEY`: over HTTP, over gRPC, and from gateway to replica."""
 
 import hmac
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
+from quire_engine.errors import InvalidParameter
 
 HEADER = "authorization"
+VARIABLE = "QUIRE_API_KEY"
 
 
 class Keys:
@@ -22,6 +25,35 @@ class Keys:
         sent = key.strip().encode()
         found = [hmac.compare_digest(sent, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(found)
+
+
+def read_keys(key: str | None, file: str | None, environment: Mapping[str, str]) -> Keys | None:
+    """The keys of --api-key or --api-key-file (one a line), or else of the environment; None where no key was given.
+    Raises InvalidParameter for one that no header can carry, and above all for an empty one."""
+    if key is not None and file is not None:
+        raise InvalidParameter("give either --api-key or --api-key-file", "api_key_file")
+    if file is not None:
+        try:
+            lines = Path(file).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidParameter(f"--api-key-file cannot be read: {error}", "api_key_file") from error
+        keys, source = [line.strip() for line in lines if line.strip()], "--api-key-file"
+        if not keys:
+            raise InvalidParameter(f"--api-key-file {file} has no key; write one a line", "api_key_file")
+    elif key is not None:
+        keys, source = [key], "--api-key"
+    elif VARIABLE in environment:
+        keys, source = [environment[VARIABLE]], VARIABLE
+    else:
+        return None
+    for one in keys:
+        if not (one.isascii() and one.isprintable() and one and " " not in one):
+            raise InvalidParameter(
+                f"{source} holds an empty key, or one with spaces or other than ASCII characters; "
+                "give another, or none at all to let everybody in",
+                "api_key",
+            )
+    return Keys(keys)
 
 
 def bearer(key: str) -> tuple[tuple[str, str], ...]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import uvicorn
 from quire_engine import allocator
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError, ServerError, Unavailable
@@ -21,12 +20,14 @@ from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import ModelFiles, find_model
 
-from quire_cluster.config import ServeConfig
+from quire_cluster.config import ServeConfig, entries
 from quire_cluster.controller import Controller
+from quire_cluster.gateway.connection import HttpConfig, HttpServer, Limits, raise_open_files
+from quire_cluster.gateway.doors import Doors
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
-from quire_cluster.keys import Keys
+from quire_cluster.keys import read_keys
 from quire_cluster.local_ray import PrivateCluster, start_private_cluster, workers_on_gpus
 from quire_cluster.routing_table import Key, RoutingTable
 
@@ -68,11 +69,18 @@ class Server:
         """Serves until `stop`. Raises ServerError when the model cannot be served."""
         loop = asyncio.get_running_loop()
         self._catch_signals()
+        config = self._serve
+        keys = read_keys(config.api_key, config.api_key_file, os.environ)
+        doors = Doors.of(config.host, keys, entries(config.allowed_hosts), entries(config.allowed_origins))
+        connections = raise_open_files(config.max_connections)
+        if connections < config.max_connections:
+            log.warning("the system's limit on open files leaves room for %d connections; see ulimit -n", connections)
+        limits = Limits(connections, config.header_timeout, config.body_timeout, config.write_timeout)
         listener = bind(self._serve.host, self._serve.port, "port")
         bind(self._serve.host, self._serve.grpc_port, "grpc-port").close()
         watchers: list[asyncio.Task[None]] = []
         service: Service | None = None
-        http: uvicorn.Server | None = None
+        http: HttpServer | None = None
         http_task: asyncio.Task[None] | None = None
         grpc_server: GrpcServer | None = None
         try:
@@ -87,21 +95,10 @@ class Server:
             allocator.return_freed_memory()
             self._catch_signals()  # Ray has put its own handlers in front
             await self._start_controller()
-            http = uvicorn.Server(
-                uvicorn.Config(
-                    Api(service).app(self._serve.api_key),
-                    log_config=None,
-                    access_log=False,
-                    lifespan="off",
-                    timeout_graceful_shutdown=1,
-                    timeout_keep_alive=75,
-                    backlog=4096,
-                )
-            )
-            http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+            http = HttpServer(HttpConfig(doors.before(Api(service).app()), limits))
             http_task = asyncio.ensure_future(http.serve(sockets=[listener]))
             self.http_port = listener.getsockname()[1]
-            grpc_server = GrpcServer(service, keys=Keys([self._serve.api_key]) if self._serve.api_key else None)
+            grpc_server = GrpcServer(service, keys=keys, connections=connections, handshake=config.header_timeout)
             self.grpc_port = await grpc_server.start(self._serve.host, self._serve.grpc_port)
             service.dispatcher.on_silence = self._report_silence
             watchers += [
@@ -223,7 +220,7 @@ class Server:
     async def _shut_down(
         self,
         service: Service | None,
-        http: uvicorn.Server | None,
+        http: HttpServer | None,
         http_task: "asyncio.Task[None] | None",
         grpc_server: GrpcServer | None,
         watchers: "list[asyncio.Task[None]]",

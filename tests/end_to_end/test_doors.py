@@ -1,54 +1,260 @@
-"""What listens, and what those get who have no key: every socket of a running server is tried."""
+"""Who gets in: every socket of a running server is tried without a key, and HTTP from sites that have no business."""
 
 import ipaddress
-import socket
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
+import openai
 import psutil
 import pytest
-from conftest import RunningServer, processes, wait_until
-from quire_protos.v1 import engine_pb2, engine_pb2_grpc
+from conftest import KEYS, RunningServer
+from quire import Client
+from quire_protos.v1 import engine_pb2
 
-NEITHER = "no name and no answer: it hangs up on what is not its own protocol"
-KINDS = {
-    "quire": "HTTP and gRPC for clients, and the driver's port for its actors",
+# Every kind of process that may listen, and with what.
+LISTENERS = {
+    "server": "HTTP and gRPC for clients; Ray's port of the driver",
     "gcs_server": "Ray's store",
-    "raylet": "Ray's node manager and object manager",
-    "ray::RuntimeEnvAgent": "Ray's agent",
-    "ray::Controller": "an actor's port",
-    "ray::Replica": "an actor's port, and the sessions",
-    "ray::Worker": "an actor's port; the rendezvous and gloo of several ranks, which cannot ask who connects",
-    "monitor.py": "Ray's autoscaler: numbers for Prometheus, at a port of its own",
+    "raylet": "Ray's node manager and its object manager",
+    "ray::RuntimeEnvAgent": "Ray's agent, in HTTP",
+    "ray::Controller": "Ray's port of an actor",
+    "ray::Replica": "Ray's port of an actor; sessions",
+    "ray::Worker": "Ray's port of an actor; the rendezvous of several ranks, gloo and NCCL",
+    "monitor.py": "Ray's autoscaler",
 }
+# Which of these answer who has no key, and why that does no harm.
+OPEN = {
+    "monitor.py": "numbers for Prometheus, which cannot be turned off",
+}
+METHODS = [
+    "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "ray.rpc.InternalKVGcsService/InternalKVGet",
+    "ray.rpc.NodeManagerService/GetNodeStats",
+    "ray.rpc.ObjectManagerService/Pull",
+    "ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "quire.v1.Engine/Session",
+    "quire.v1.Inference/ListModels",
+]
+CODE = grpc.StatusCode
 
 
 def kind_of(process: psutil.Process) -> str:
     command = process.cmdline()
     if any(part.endswith("monitor.py") for part in command):
         return "monitor.py"
-    if "quire_cluster.cli.main" in command or any("quire" in part for part in command[1:4]):
-        return "quire"
+    if "quire.cli.main" in command:
+        return "server"
     return command[0].split(".")[0] if command[0].startswith("ray::") else process.name()
 
 
-def listeners(server: RunningServer) -> list[tuple[str, str, int]]:
-    """Kind of process, address and port of each listening socket of a server and of all below it."""
-    root = psutil.Process(server.process.pid)
-    found = []
+def listeners(root: psutil.Process) -> list[tuple[str, str, int]]:
+    """Kind, address and port of each listening socket of a process and of all below it."""
+    return [
+        (kind_of(process), connection.laddr.ip, connection.laddr.port)
+        for process in [root, *root.children(recursive=True)]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
+def call(port: int, method: str, token: str | None = None) -> grpc.StatusCode:
+    """What a call with an empty message gets."""
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            if method.endswith("Session"):
+                next(channel.stream_stream(f"/{method}")(iter([b""]), timeout=10, metadata=metadata))
+            else:
+                channel.unary_unary(f"/{method}")(b"", timeout=10, metadata=metadata)
+        except grpc.RpcError as error:
+            return error.code()
+    return CODE.OK
+
+
+def ray_token(root: psutil.Process) -> str:
+    [raylet] = [process for process in root.children(recursive=True) if process.name() == "raylet"]
+    path = Path(raylet.environ()["RAY_AUTH_TOKEN_PATH"])
+    assert path.stat().st_mode & 0o077 == 0
+    assert path.parent.stat().st_mode & 0o077 == 0
+    return path.read_text()
+
+
+def test_nothing_listens_beyond_this_host_and_nothing_answers_without_a_key(guarded: RunningServer) -> None:
+    root = psutil.Process(guarded.process.pid)
+    token = ray_token(root)
+    public = {int(address.rsplit(":", 1)[1]) for address in (guarded.url, guarded.grpc)}
+    seen, inside = set(), set()
+    for kind, address, port in listeners(root):
+        assert kind in LISTENERS, (kind, address, port)
+        seen.add(kind)
+        ip = ipaddress.ip_address(address.removeprefix("::ffff:"))
+        assert ip.is_loopback, (kind, address, port)
+        refused = {method: call(port, method) for method in METHODS}
+        assert CODE.OK not in refused.values(), (kind, port, refused)
+        with_token = {call(port, method, token) for method in METHODS}
+        if CODE.UNAUTHENTICATED in refused.values():
+            if port not in public:
+                inside.add(kind)
+            continue  # it speaks gRPC
+        assert with_token == {CODE.UNAVAILABLE}, (kind, port, with_token)
+        if kind in OPEN:
+            continue
+        for path in ("/", "/get_or_create_runtime_env", "/v1/models", "/metrics"):
+            assert httpx.post(f"http://127.0.0.1:{port}{path}", content=b"").status_code == 401, (kind, port, path)
+    assert seen | {"monitor.py"} == LISTENERS.keys(), "else the list is out of date (another server may have its port)"
+    assert inside == {"server", "gcs_server", "raylet", "ray::Controller", "ray::Replica", "ray::Worker"}
+
+
+def test_the_key_of_the_cluster_is_not_that_of_a_session(guarded: RunningServer) -> None:
+    root = psutil.Process(guarded.process.pid)
+    token = ray_token(root)
+    tried = 0
+    for kind, _, port in listeners(root):
+        if kind == "ray::Replica" and call(port, "quire.v1.Engine/Session") is CODE.UNAUTHENTICATED:
+            for wrong in (token, KEYS[0], "Bearer", ""):
+                assert call(port, "quire.v1.Engine/Session", wrong) in (CODE.UNAUTHENTICATED, CODE.UNIMPLEMENTED)
+            tried += 1
+    assert tried >= 1
+    assert engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name == "quire.v1.Engine"
+
+
+def test_ray_lets_in_who_has_the_token(guarded: RunningServer) -> None:
+    """Which shows that the calls above are refused for the want of it alone."""
+    root = psutil.Process(guarded.process.pid)
+    token = ray_token(root)
+    [store] = [port for kind, _, port in listeners(root) if kind == "gcs_server"]
+    assert call(store, METHODS[0], token) is CODE.OK
+    assert call(store, METHODS[0], "0" * 64) is CODE.UNAUTHENTICATED
+
+
+def test_secrets_are_on_no_command_line(guarded: RunningServer) -> None:
+    root = psutil.Process(guarded.process.pid)
+    token = ray_token(root)
     for process in [root, *root.children(recursive=True)]:
-        for connection in process.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                found.append((kind_of(process), connection.laddr.ip, connection.laddr.port))
-    return found
+        command = " ".join(process.cmdline())
+        assert not any(secret in command for secret in (token, *KEYS)), command
 
 
-def test_nothing_listens_beyond_this_host(two_replicas: RunningServer) -> None:
-    found = listeners(two_replicas)
-    print(found)
-    assert {kind for kind, _, _ in found} <= KINDS.keys()
-    for kind, address, port in found:
-        ip = ipaddress.ip_address(address)
-        inner = getattr(ip, "ipv4_mapped", None) or ip
-        assert inner.is_loopback, (kind, address, port)
+def test_every_route_but_health_wants_a_key(guarded: RunningServer) -> None:
+    for method, route in (
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/tiny"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("GET", "/metrics"),
+        ("GET", "/nowhere"),
+        ("GET", "//health"),
+        ("GET", "/health/"),
+        ("OPTIONS", "/v1/models"),
+    ):
+        for wrong in (
+            {},
+            {"authorization": KEYS[0]},
+            {"authorization": f"Basic {KEYS[0]}"},
+        ):
+            answer = httpx.request(method, guarded.url + route, headers=wrong)
+            assert answer.status_code == 401, (route, wrong)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json()["error"]["type"] == "authentication_error"
+    for route in ("/health", "/ready"):
+        assert httpx.get(guarded.url + route).status_code == 200
+    for key in KEYS:
+        for scheme in ("Bearer", "bearer", "BEARER "):
+            headers = {"authorization": f"{scheme} {key}"}
+            assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong").models.list()
+
+
+def test_every_call_but_health_wants_a_key(guarded: RunningServer) -> None:
+    with Client(guarded.grpc) as without, Client(guarded.grpc, api_key=KEYS[1]) as with_key:
+        for try_it in (without.models, lambda: without.tokenize("w5"), lambda: without.generate([5, 6])):
+            with pytest.raises(grpc.RpcError) as failed:
+                try_it()
+            assert failed.value.code() is CODE.UNAUTHENTICATED
+        assert len(with_key.generate([5, 6], max_tokens=3, ignore_eos=True).outputs[0].token_ids) == 3
+
+
+def test_models_one_by_one(guarded: RunningServer) -> None:
+    client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=KEYS[0])
+    assert [client.models.retrieve(model.id).id for model in client.models.list()] == ["tiny", "org/tiny"]
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("org/other")
+    assert missing.value.code == "model_not_found"
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    nowhere = httpx.get(f"{guarded.url}/v1/nowhere", headers=headers)
+    assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (404, None)
+    wrong = httpx.get(f"{guarded.url}/v1/completions", headers=headers)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert set(httpx.put(f"{guarded.url}/health", headers=headers).headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+def test_names_and_sites(guarded: RunningServer) -> None:
+    port = guarded.url.rsplit(":", 1)[1]
+    key = {"authorization": f"Bearer {KEYS[0]}"}
+
+    def get(**headers: str) -> httpx.Response:
+        return httpx.get(f"{guarded.url}/v1/models", headers=key | headers)
+
+    for host in ("localhost", f"LOCALHOST:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "models.example"):
+        assert get(host=host).status_code == 200, host
+    for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "0.0.0.0", "[", "x" * 5000, ""):
+        answer = get(host=host)
+        assert answer.status_code == 403, host
+        assert "--allowed-hosts" in answer.json()["error"]["message"]
+        assert httpx.get(f"{guarded.url}/health", headers={"host": host}).status_code == 403
+    for origin in ("https://app.example", guarded.url, "http://localhost:3000"):
+        assert get(origin=origin).status_code == 200, origin
+    for origin in ("https://evil.example", "null", "https://app.example.evil.example", "http://app.example", ""):
+        answer = get(origin=origin)
+        assert answer.status_code == 403, origin
+        assert "--allowed-origins" in answer.json()["error"]["message"]
+
+
+def test_scripts_of_an_allowed_site(guarded: RunningServer) -> None:
+    url = f"{guarded.url}/v1/chat/completions"
+    asks = {"origin": "https://app.example", "access-control-request-method": "POST"}
+    asks |= {"access-control-request-headers": "authorization,content-type,x-stainless-os"}
+    allowed = httpx.options(url, headers=asks)
+    assert allowed.status_code == 200, "a browser sends no key with this question"
+    assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+    assert "POST" in allowed.headers["access-control-allow-methods"]
+    assert "authorization" in allowed.headers["access-control-allow-headers"]
+    refused = httpx.options(url, headers=asks | {"origin": "https://evil.example"})
+    assert refused.status_code == 403
+    assert "access-control-allow-origin" not in refused.headers
+    answer = httpx.post(url, headers={"origin": "https://app.example"}, json={})
+    assert answer.status_code == 401
+    assert answer.headers["access-control-allow-origin"] == "https://app.example", "else its page cannot read why"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        (["--api-key", ""], {}, "--api-key holds an empty key"),
+        (["--api-key", "a b"], {}, "--api-key holds an empty key, or one with spaces"),
+        (["--api-key", "a", "--api-key-file", "b"], {}, "either --api-key or --api-key-file"),
+        (["--api-key-file", "/nowhere"], {}, "--api-key-file cannot be read"),
+        (["--api-key-file", os.devnull], {}, "has no key; write one a line"),
+        ([], {"QUIRE_API_KEY": ""}, "QUIRE_API_KEY holds an empty key"),
+    ],
+)
+def test_keys_that_are_none(checkpoint: Any, arguments: list[str], environment: dict[str, str], named: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "quire.cli.main", "serve", str(checkpoint("qwen2")), "--port", "0", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr

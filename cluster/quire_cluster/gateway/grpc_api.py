@@ -31,6 +31,8 @@ from quire_cluster.keys import KeyInterceptor, Keys
 
 log = logging.getLogger(__name__)
 MAX_MESSAGE = 32 << 20
+_METADATA = 16 << 10
+_STREAMS = 1024  # of one connection
 SERVICE = "quire.v1.Inference"
 _SCALARS = [
     "n",
@@ -251,8 +253,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 class GrpcServer:
     """The server with its health and reflection services."""
 
-    def __init__(self, service: Service, *, keys: Keys | None) -> None:
-        """`keys`: that every call but the health service's must send one of."""
+    def __init__(self, service: Service, *, keys: Keys | None, connections: int, handshake: float) -> None:
+        """`keys`: that every call but the health service's must send one of. `connections`: the most at a time, and of
+        calls. `handshake`: seconds until a connection speaks HTTP/2."""
         refusal = "missing or wrong API key; send metadata 'authorization: Bearer KEY'"
         self._server = grpc.aio.server(
             interceptors=[KeyInterceptor(keys, refusal=refusal, open_services=[health.SERVICE_NAME])] if keys else [],
@@ -260,7 +263,17 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", MAX_MESSAGE),
                 ("grpc.max_send_message_length", MAX_MESSAGE),
                 ("grpc.so_reuseport", 0),
+                ("grpc.max_metadata_size", _METADATA),
+                ("grpc.absolute_max_metadata_size", _METADATA),
+                ("grpc.max_allowed_incoming_connections", connections),
+                ("grpc.max_concurrent_streams", _STREAMS),
+                ("grpc.server_handshake_timeout_ms", int(handshake * 1000)),
+                ("grpc.max_connection_idle_ms", 600_000),
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ],
+            maximum_concurrent_rpcs=connections,
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(service), self._server)
         self._health = health.aio.HealthServicer()

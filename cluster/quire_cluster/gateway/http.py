@@ -1,6 +1,5 @@
 """The OpenAI HTTP API."""
 
-import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -18,10 +17,11 @@ from quire_engine.errors import (
     UnknownModel,
 )
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from quire_cluster.gateway import pooling
 from quire_cluster.gateway.chat import ChatCompletions
@@ -40,7 +40,6 @@ from quire_cluster.gateway.service import Service
 
 log = logging.getLogger(__name__)
 MAX_BODY = 32 << 20
-_OPEN_ROUTES = ("/health", "/ready")
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -77,7 +76,8 @@ def error_body(error: QuireError, status: int) -> dict[str, Any]:
     }
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     parameter = error.parameter if isinstance(error, InvalidParameter) else None
-    code = {404: "model_not_found", 429: "queue_full"}.get(status)
+    codes: dict[type[QuireError], str] = {UnknownModel: "model_not_found", QueueFull: "queue_full"}
+    code = codes.get(type(error))
     return {"error": {"message": str(error), "type": kind, "param": parameter, "code": code}}
 
 
@@ -135,33 +135,17 @@ async def read_body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-class KeyCheck:
-    """Every route but health and readiness needs the key, where there is one."""
-
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self._app = app
-        self._expected = f"Bearer {key}".encode() if key else None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._expected is not None and scope["type"] == "http" and scope["path"] not in _OPEN_ROUTES:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                error = InvalidParameter("missing or wrong API key; send 'Authorization: Bearer KEY'")
-                await json_response(error_body(error, 401), 401)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
 class Api:
     """The routes over one service."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    def app(self, api_key: str | None) -> ASGIApp:
-        """The ASGI application: the key's check outermost, then the routes."""
+    def app(self) -> ASGIApp:
+        """The ASGI application, without doors."""
         routes = [
             Route("/v1/models", self._guarded(self.models), methods=["GET"]),
+            Route("/v1/models/{name:path}", self._guarded(self.model), methods=["GET"]),
             Route("/v1/completions", self._guarded(self.completions), methods=["POST"]),
             Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
             Route("/v1/embeddings", self._guarded(self.embeddings), methods=["POST"]),
@@ -174,7 +158,7 @@ class Api:
             Route("/metrics", self.metrics, methods=["GET"]),
         ]
         handlers: dict[Any, Any] = {404: self._no_route, 405: self._no_route}
-        return KeyCheck(Starlette(routes=routes, exception_handlers=handlers), api_key)
+        return Starlette(routes=routes, exception_handlers=handlers)
 
     def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Errors become OpenAI's; what is not ours to tell stays in the log."""
@@ -194,25 +178,35 @@ class Api:
         return handle
 
     async def _no_route(self, request: Request, error: Exception) -> Response:
-        status = getattr(error, "status_code", 404)
-        return json_response(
+        assert isinstance(error, HTTPException), "the routes raise no other for these"
+        status = error.status_code
+        response = json_response(
             error_body(BadMethod(f"{request.method} {request.url.path} is not served"), status), status
         )
+        response.headers.update(error.headers or {})  # Allow
+        return response
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
+        return json_response({"object": "list", "data": [self._described(name) for name in self._service.names]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{name}"""
+        name = request.path_params["name"]
+        if not name:
+            return await self.models(request)
+        self._service.check_model(name)
+        return json_response(self._described(name))
+
+    def _described(self, name: str) -> dict[str, Any]:
         service = self._service
-        data = [
-            {
-                "id": name,
-                "object": "model",
-                "created": service.created,
-                "owned_by": "quire",
-                "max_model_len": service.max_model_len,
-            }
-            for name in service.names
-        ]
-        return json_response({"object": "list", "data": data})
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "quire",
+            "max_model_len": service.max_model_len,
+        }
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
