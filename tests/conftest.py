@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from families import ENCODERS, FALLBACK, FAMILIES, REFUSED, TINY
@@ -157,6 +158,25 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not happen in time"
         time.sleep(0.1)
+
+
+def kind_of(process: psutil.Process) -> str:
+    command = process.cmdline()
+    if any(part.endswith("monitor.py") for part in command):
+        return "monitor.py"
+    if "quire.cli.main" in command:
+        return "server"
+    return command[0].split(".")[0] if command[0].startswith("ray::") else process.name()
+
+
+def listeners(root: psutil.Process) -> list[tuple[str, str, int]]:
+    """Kind, address and port of each listening socket of a process and of all below it."""
+    return [
+        (kind_of(process), connection.laddr.ip, connection.laddr.port)
+        for process in [root, *root.children(recursive=True)]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
 
 
 class RunningServer:

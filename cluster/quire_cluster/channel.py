@@ -36,6 +36,16 @@ class _Timespec(ctypes.Structure):
     _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
 
 
+def encoded(message: Any) -> bytes:
+    """A plan or a result as bytes."""
+    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decoded(data: bytes | memoryview) -> Any:
+    """The reverse, for bytes that a worker or replica of this engine has made."""
+    return pickle.loads(data)
+
+
 def _size() -> int:
     return _HEADER + 2 * _SLOTS * _CAPACITY
 
@@ -118,7 +128,7 @@ class StepChannel:
             self._wake(word)
 
     def _send(self, word: int, message: Any) -> None:
-        data, flag = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL), 0
+        data, flag = encoded(message), 0
         number = self._sequence[word]
         start = _slot(word, number)
         if (old := self._large.pop(start, None)) is not None:
@@ -149,7 +159,7 @@ class StepChannel:
         start = _slot(word, seen)
         length = int.from_bytes(self._map[start : start + 8], "little")
         data = memoryview(self._map)[start + 8 : start + 8 + length % _ELSEWHERE]
-        return pickle.loads(data if length < _ELSEWHERE else Path(bytes(data).decode()).read_bytes())
+        return decoded(data if length < _ELSEWHERE else Path(bytes(data).decode()).read_bytes())
 
     def _sleep(self, word: int, value: int) -> None:
         """Until the word differs from `value`, 50 ms at most (futex(2))."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from quire_engine.request import EngineSampling
+from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.step import NewRow, StepPlan, StepResult, TokenLogprobs
 
-_RECORDS = (StepPlan, NewRow, EngineSampling, StepResult, TokenLogprobs)
+_RECORDS = (StepPlan, NewRow, EngineSampling, TokenSet, StepResult, TokenLogprobs)
 _NAMES = {kind: [f.name for f in fields(kind)] for kind in _RECORDS}
 _ARRAYS = ("<i4", "<i8", "<f4", "|b1")
 _TUPLE = len(_RECORDS)  # codes of MessagePack's extension types: a record's place in the list, then these

@@ -8,10 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
-from conftest import processes, wait_until
+from conftest import listeners, processes, wait_until
 from quire import LLM, SamplingParams
 from quire_cluster.local_ray import start_private_cluster
 from quire_cluster.workers import Workers
@@ -27,12 +28,15 @@ PROMPTS = [[7, 8, 9], list(range(20, 60)), [5] * 17, [11], [12, 13], [14], list(
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """Of a machine with four GPUs, as far as Ray knows; torch finds none and computes on the CPU."""
+    before = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 4)
         running = start_private_cluster(num_workers=4)
     yield
     running.stop()
     assert not ray.is_initialized()
+    left = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
+    assert left == {name: value for name, value in before.items() if name.startswith("RAY_AUTH")}
 
 
 def truth(folder: Path, prompt: list[int]) -> tuple[list[int], list[float]]:
@@ -124,6 +128,13 @@ def test_each_rank_takes_a_gpu_of_its_own(checkpoint: Make) -> None:
         for placement, workers in replicas:
             workers.close()
             remove_placement_group(placement)
+
+
+def test_ranks_meet_where_nobody_else_comes(checkpoint: Make) -> None:
+    with LLM(str(checkpoint("llama")), tensor_parallel_size=2, kv_cache_memory_bytes=1 << 20):
+        found = [one for one in listeners(psutil.Process()) if one[0] == "ray::Worker"]
+    assert len(found) > 2, "Ray's port of each, and where they meet"
+    assert {address.removeprefix("::ffff:") for _, address, _ in found} == {"127.0.0.1"}
 
 
 def test_fewer_gpus_than_ranks_are_refused_with_the_mend(checkpoint: Make) -> None:

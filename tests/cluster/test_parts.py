@@ -1,13 +1,17 @@
 """The parts between processes, each by itself."""
 
+import asyncio
 import math
 import os
+import pickle
 import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -19,11 +23,13 @@ from quire_cluster.convert import (
     sampling_from_proto,
     sampling_to_proto,
 )
+from quire_cluster.gateway.doors import BodyCheck
 from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patience
+from quire_cluster.wire import from_bytes, to_bytes
 from quire_cluster.workers import first_failure
-from quire_engine.errors import InvalidParameter, OutOfMemory
+from quire_engine.errors import InvalidParameter, OutOfMemory, Unavailable
 from quire_engine.request import EngineSampling, TokenSet
-from quire_engine.step import NewRow, StepPlan, TokenLogprobs
+from quire_engine.step import NewRow, StepPlan, StepResult, TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
 from ray.exceptions import ActorDiedError
 
@@ -142,6 +148,87 @@ def test_logprobs_survive_the_wire() -> None:
     back = logprobs_from_proto(pb.TopLogprobs.FromString(message.SerializeToString()))
     for name in TokenLogprobs.__slots__:
         assert np.array_equal(getattr(back, name), getattr(scores, name))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal, arrays by content and type, whatever they are in."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and one.flags.writeable == other.flags.writeable and np.array_equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if is_dataclass(one):
+        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    return bool(one == other)
+
+
+def test_steps_survive_the_way_between_hosts() -> None:
+    generator = np.random.default_rng(0)
+
+    def ints(count: int) -> Any:
+        return generator.integers(-1, 1 << 30, count, np.int32)
+
+    params = EngineSampling(
+        seed=2**64 - 1, logit_bias={3: -2.5}, bad_words=((4,), (5, 6)), allowed_token_ids=TokenSet.of((1, 9)), top_p=0.1
+    )
+    rows = [NewRow(3, params, 7, ints(3)), NewRow(0, EngineSampling(), 1, ints(0))]
+    plan = StepPlan(ints(3), ints(3), ints(3), ints(9), ints(3) > 5, *(ints(4) for _ in range(5)), new_rows=rows)
+    none = np.zeros((2, 0), np.float32)
+    scores = TokenLogprobs(ints(2), generator.random(2, np.float32), ints(2), none.astype(np.int32), none)
+    vectors = generator.random((3, 2), np.float32)
+    result = StepResult(ints(3), {5: scores}, {0: scores}, {7: "no token is left"}, vectors)
+    for message in (plan, StepPlan.empty(), result, StepResult(ints(1))):
+        assert same(from_bytes(to_bytes(message)), message)
+        with pytest.raises(ValueError):
+            from_bytes(to_bytes(message)[:-1])
+    for foreign in (msgpack.packb(msgpack.ExtType(99, b"")), pickle.dumps(plan), b""):
+        with pytest.raises((ValueError, IndexError, TypeError)):
+            from_bytes(foreign)
+    with pytest.raises(ValueError):
+        to_bytes(open)  # type: ignore[arg-type]
+
+
+def test_bodies_are_bounded_together() -> None:
+    """What is being read counts, not what was read or given up; who comes too late is told to try again."""
+
+    async def held_back(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+
+    check = BodyCheck(held_back, held=100)
+    scope = {"type": "http", "headers": []}
+
+    def sender(*parts: tuple[int, bool], then: asyncio.Event | None = None) -> Any:
+        messages = [{"type": "http.request", "body": b"x" * size, "more_body": more} for size, more in parts]
+
+        async def receive() -> Any:
+            if len(messages) == 1 and then is not None:
+                await then.wait()
+            return messages.pop(0)
+
+        return receive
+
+    async def run() -> None:
+        end = asyncio.Event()
+        first = asyncio.ensure_future(check(scope, sender((60, True), (0, False), then=end), print))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="try again"):
+            await check(scope, sender((30, True), (30, True)), print)
+        await check(scope, sender((30, True), (10, True), (1000, False)), print)
+        end.set()
+        await first
+        gone = asyncio.ensure_future(check(scope, sender((90, True), (0, False), then=asyncio.Event()), print))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait([gone])
+        await check(scope, sender((100, True), (0, False)), print)
+
+    asyncio.run(run())
 
 
 class Clock:

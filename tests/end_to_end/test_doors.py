@@ -12,7 +12,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from conftest import KEYS, RunningServer
+from conftest import KEYS, RunningServer, listeners
 from quire import Client
 from quire_protos.v1 import engine_pb2
 
@@ -41,25 +41,6 @@ METHODS = [
     "quire.v1.Inference/ListModels",
 ]
 CODE = grpc.StatusCode
-
-
-def kind_of(process: psutil.Process) -> str:
-    command = process.cmdline()
-    if any(part.endswith("monitor.py") for part in command):
-        return "monitor.py"
-    if "quire.cli.main" in command:
-        return "server"
-    return command[0].split(".")[0] if command[0].startswith("ray::") else process.name()
-
-
-def listeners(root: psutil.Process) -> list[tuple[str, str, int]]:
-    """Kind, address and port of each listening socket of a process and of all below it."""
-    return [
-        (kind_of(process), connection.laddr.ip, connection.laddr.port)
-        for process in [root, *root.children(recursive=True)]
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    ]
 
 
 def call(port: int, method: str, token: str | None = None) -> grpc.StatusCode:
