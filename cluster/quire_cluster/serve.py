@@ -98,7 +98,7 @@ class Server:
             http = HttpServer(HttpConfig(doors.before(Api(service).app()), limits))
             http_task = asyncio.ensure_future(http.serve(sockets=[listener]))
             self.http_port = listener.getsockname()[1]
-            grpc_server = GrpcServer(service, keys=keys, connections=connections, handshake=config.header_timeout)
+            grpc_server = GrpcServer(service, limits, keys=keys)
             self.grpc_port = await grpc_server.start(self._serve.host, self._serve.grpc_port)
             service.dispatcher.on_silence = self._report_silence
             watchers += [

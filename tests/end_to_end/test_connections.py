@@ -3,14 +3,18 @@
 import contextlib
 import gzip
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
 
+import grpc
 import httpx
 import psutil
 import pytest
 from conftest import KEYS, RunningServer, wait_until
+from quire_protos.v1 import inference_pb2 as pb
+from quire_protos.v1 import inference_pb2_grpc
 
 KEY = f"Authorization: Bearer {KEYS[0]}\r\n"
 BODY = json.dumps({"prompt": [5, 6], "max_tokens": 2, "temperature": 0}).encode()
@@ -240,21 +244,52 @@ def open_connections(server: RunningServer, client: int | None = None) -> int:
     )
 
 
+LONG = {"n": 8, "max_tokens": 480, "ignore_eos": True, "logprobs": 20}
+
+
+def count(server: RunningServer, name: str) -> float:
+    """The sum of a metric over its labels."""
+    text = httpx.get(f"{server.url}/metrics", headers={"authorization": f"Bearer {KEYS[0]}"}).text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if re.match(rf"quire:{name}[{{ ]", line))
+
+
 def test_a_stream_that_nobody_reads_is_let_go(guarded: RunningServer) -> None:
-    body = {"prompt": [5, 6], "n": 16, "max_tokens": 480, "ignore_eos": True, "stream": True, "logprobs": 20}
-    content = json.dumps(body).encode()
+    content = json.dumps(LONG | {"prompt": [5, 6], "stream": True}).encode()
+    before = count(guarded, "request_success_total")
     wire = Wire(guarded, receive_buffer=4096).send(post(body=content), content)
     assert wire._until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
     wait_until(lambda: open_connections(guarded, wire.port) == 0, PATIENCE)
-    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    wait_until(lambda: count(guarded, "request_success_total") == before + 8, PATIENCE)
+    wait_until(lambda: count(guarded, "num_requests_running") == 0, PATIENCE)
 
-    def running() -> bool:
-        text = httpx.get(f"{guarded.url}/metrics", headers=headers).text
-        return any(
-            float(line.split()[-1]) for line in text.splitlines() if line.startswith("quire:num_requests_running{")
-        )
 
-    wait_until(lambda: not running())
+def test_a_call_whose_answers_nobody_reads_is_let_go(guarded: RunningServer) -> None:
+    before = count(guarded, "request_success_total")
+    narrow = [("grpc.http2.lookahead_bytes", 16384), ("grpc.http2.bdp_probe", 0)]
+    with grpc.insecure_channel(guarded.grpc, options=narrow) as channel:
+        stub, key = inference_pb2_grpc.InferenceStub(channel), [("authorization", f"Bearer {KEYS[0]}")]
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), sampling=pb.SamplingParams(**LONG | {"n": 2}))
+        stream = stub.Generate(request, metadata=key)
+        next(stream)
+        wait_until(lambda: count(guarded, "request_success_total") == before + 2, PATIENCE)
+        with pytest.raises(grpc.RpcError) as ended:
+            list(stream)
+        assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert stub.ListModels(pb.ListModelsRequest(), metadata=key).models
+
+
+def test_metadata_and_messages_are_bounded(guarded: RunningServer) -> None:
+    models = pb.ListModelsRequest()
+    with grpc.insecure_channel(guarded.grpc, options=[("grpc.max_metadata_size", 1 << 20)]) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        key = ("authorization", f"Bearer {KEYS[0]}")
+        assert stub.ListModels(models, metadata=[key, ("x", "y" * 8000)]).models
+        with pytest.raises(grpc.RpcError) as large:
+            stub.ListModels(models, metadata=[key, ("x", "y" * 40_000)])
+        assert large.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(grpc.RpcError) as longer:
+            stub.Tokenize(pb.TokenizeRequest(text="w" * (33 << 20)), metadata=[key])
+        assert longer.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_a_slow_reader_is_not(guarded: RunningServer) -> None:

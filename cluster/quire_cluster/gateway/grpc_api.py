@@ -1,9 +1,10 @@
 """The gRPC API for clients, with the health service and reflection."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -24,6 +25,7 @@ from quire_engine.text.params import SamplingParams
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
+from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.generation import Delta, Generation
 from quire_cluster.gateway.pooling import pooled, shortened, tokens_of
 from quire_cluster.gateway.service import Service
@@ -95,10 +97,12 @@ async def _fail(context: Any, error: QuireError) -> NoReturn:
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Inference over one service."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, write_timeout: float) -> None:
+        """`write_timeout`: seconds that a client may leave a message of a stream unread."""
         self._service = service
+        self._write_timeout = write_timeout
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Text or token ids in, tokens out."""
 
         async def prompt() -> list[int]:
@@ -106,11 +110,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 return await self._service.tokenize(request.text, add_special_tokens=True)
             return list(request.token_ids.ids)
 
-        responses = self._run("Generate", request, prompt, 16, context)
-        async for response in responses:
-            yield response
+        await self._write(self._run("Generate", request, prompt, 16, context), context)
 
-    async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def Chat(self, request: pb.ChatRequest, context: Any) -> None:
         """A conversation in, the answer out."""
 
         async def prompt() -> list[int]:
@@ -129,8 +131,20 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 )
             return await self._service.render(messages, add_generation_prompt=opening, continue_final_message=going_on)
 
-        async for response in self._run("Chat", request, prompt, None, context):
-            yield response
+        await self._write(self._run("Chat", request, prompt, None, context), context)
+
+    async def _write(self, responses: AsyncGenerator[pb.GenerateResponse], context: Any) -> None:
+        """One after the other. A client that makes no room for the next in time loses the call."""
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                try:
+                    async with asyncio.timeout(self._write_timeout):
+                        await context.write(response)
+                except TimeoutError:
+                    break
+            else:
+                return
+        await _fail(context, DeadlineExceeded(f"the answer was left unread for {self._write_timeout:g} s"))
 
     async def _run(
         self,
@@ -139,7 +153,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         prompt: Callable[[], Awaitable[list[int]]],
         max_tokens: int | None,
         context: Any,
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> AsyncGenerator[pb.GenerateResponse]:
         service = self._service
         generation: Generation | None = None
         try:
@@ -253,9 +267,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 class GrpcServer:
     """The server with its health and reflection services."""
 
-    def __init__(self, service: Service, *, keys: Keys | None, connections: int, handshake: float) -> None:
-        """`keys`: that every call but the health service's must send one of. `connections`: the most at a time, and of
-        calls. `handshake`: seconds until a connection speaks HTTP/2."""
+    def __init__(self, service: Service, limits: Limits, *, keys: Keys | None) -> None:
+        """`keys`: that every call but the health service's must send one of."""
         refusal = "missing or wrong API key; send metadata 'authorization: Bearer KEY'"
         self._server = grpc.aio.server(
             interceptors=[KeyInterceptor(keys, refusal=refusal, open_services=[health.SERVICE_NAME])] if keys else [],
@@ -265,17 +278,17 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_metadata_size", _METADATA),
                 ("grpc.absolute_max_metadata_size", _METADATA),
-                ("grpc.max_allowed_incoming_connections", connections),
+                ("grpc.max_allowed_incoming_connections", limits.connections),
                 ("grpc.max_concurrent_streams", _STREAMS),
-                ("grpc.server_handshake_timeout_ms", int(handshake * 1000)),
+                ("grpc.server_handshake_timeout_ms", int(limits.head * 1000)),
                 ("grpc.max_connection_idle_ms", 600_000),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ],
-            maximum_concurrent_rpcs=connections,
+            maximum_concurrent_rpcs=limits.connections,
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(service), self._server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(service, limits.write), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
