@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -189,6 +190,54 @@ def test_steps_survive_the_way_between_hosts() -> None:
             from_bytes(foreign)
     with pytest.raises(ValueError):
         to_bytes(open)  # type: ignore[arg-type]
+
+
+RELAY = """
+import sys, torch.distributed as dist
+from quire_cluster.channel import ChannelClosed, StepChannel
+from quire_cluster.relay import RelayingChannel, RemoteChannel
+from quire_engine.step import StepPlan, StepResult
+import numpy as np
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+group = dist.new_group(backend="gloo")
+if rank:
+    channel = RemoteChannel(group)
+    try:
+        while True:
+            channel.send_result(StepResult(channel.receive_plan().token_ids))
+    except ChannelClosed as closed:
+        print(closed)
+else:
+    replica = StepChannel.create()
+    relay = RelayingChannel(StepChannel.open(replica.path), group, [1], 1)
+    for size in (0, 1, 16_000, 17_000, 1_000_000):
+        plan = StepPlan.empty()
+        plan.token_ids = np.arange(size, dtype=np.int32)
+        replica.send_plan(plan)
+        assert np.array_equal(relay.receive_plan().token_ids, plan.token_ids)
+        assert np.array_equal(replica.receive_result().tokens, plan.token_ids)
+    replica.close()
+    try:
+        relay.receive_plan()
+    except ChannelClosed:
+        print("closed")
+"""
+
+
+def test_a_step_s_way_to_another_host_and_back(tmp_path: Path) -> None:
+    """Small and large, until the replica closes."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RELAY, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in reversed(ranks)]
+    assert said == ["rank 0 closed the relay\n", "closed\n"]
 
 
 def test_bodies_are_bounded_together() -> None:
