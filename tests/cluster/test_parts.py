@@ -25,6 +25,7 @@ from quire_cluster.convert import (
     sampling_to_proto,
 )
 from quire_cluster.gateway.doors import BodyCheck
+from quire_cluster.keys import read_keys
 from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patience
 from quire_cluster.wire import from_bytes, to_bytes
 from quire_cluster.workers import first_failure
@@ -278,6 +279,35 @@ def test_bodies_are_bounded_together() -> None:
         await check(scope, sender((100, True), (0, False)), print)
 
     asyncio.run(run())
+
+
+def test_keys(tmp_path: Path) -> None:
+    several, none = tmp_path / "several", tmp_path / "none"
+    several.write_text("one\n\n two \n")
+    none.write_text("\n")
+    variable = {"QUIRE_API_KEY": "three"}
+    assert read_keys(None, None, {}) is None, "everybody"
+    for key, file, environment, good, bad in (
+        ("zero", None, variable, ["zero"], ["three", ""]),
+        (None, str(several), variable, ["one", "two"], ["three", "", "one two"]),
+        (None, None, variable, ["three"], ["", "Three"]),
+    ):
+        keys = read_keys(key, file, environment)
+        assert keys is not None
+        assert all(keys.match(f"{scheme} {one}") for one in good for scheme in ("Bearer", "bearer", "BEARER"))
+        assert not any(keys.match(f"Bearer {one}") or keys.match(one) for one in (*good, *bad) if one not in good)
+        assert not any(keys.match(one) or keys.match(f"Basic {one}") for one in good)
+    for key, file, environment, named in (
+        ("", None, {}, "--api-key holds an empty key"),
+        ("a b", None, {}, "with spaces"),
+        ("schlüssel", None, {}, "other than ASCII"),
+        ("a", str(several), {}, "either --api-key or --api-key-file"),
+        (None, "/nowhere", {}, "--api-key-file cannot be read"),
+        (None, str(none), {}, "has no key; write one a line"),
+        (None, None, {"QUIRE_API_KEY": ""}, "QUIRE_API_KEY holds an empty key"),
+    ):
+        with pytest.raises(InvalidParameter, match=named):
+            read_keys(key, file, environment)
 
 
 class Clock:

@@ -87,14 +87,15 @@ class Connection(HttpToolsProtocol):
             return
         idle = next((other for other in self.connections if isinstance(other, Connection) and other.idle), None)
         if idle is not None:
+            self.connections.discard(idle)
             idle.transport.close()
         elif over > _RESERVE:
             self._hang_up(503, _CROWDED)
 
     @property
     def idle(self) -> bool:
-        """Between two requests."""
-        return self.timeout_keep_alive_task is not None and not self.transport.is_closing()
+        """Between two requests, the answer to the first on its way."""
+        return self.timeout_keep_alive_task is not None and self.transport.get_write_buffer_size() == 0
 
     def data_received(self, data: bytes) -> None:
         """An offer to upgrade (to HTTP/2, say) is not taken. The parser believes that it is, and that no body follows:
