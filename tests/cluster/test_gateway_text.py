@@ -54,7 +54,7 @@ async def talk(
     await server.start()
     try:
         service.dispatcher.update_table(RoutingTable(1, (ReplicaEntry(0, 1, f"127.0.0.1:{port}", 1000),)))
-        transport = httpx.ASGITransport(Api(service).app(None))
+        transport = httpx.ASGITransport(Api(service).app())
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway/v1", timeout=60) as client:
             answers = await asyncio.gather(*(client.post(route, json=body) for route, body in calls))
         return answers, replica

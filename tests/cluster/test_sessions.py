@@ -353,7 +353,7 @@ def test_a_replica_that_drains_is_asked_once(tokenizer: Tokenizer) -> None:
 @asynccontextmanager
 async def http(service: Service, **options: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FakeReplica]]:
     replica = await FakeReplica(**options).start()
-    app = Api(service).app(None)
+    app = Api(service).app()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
         assert (await client.get("/health")).status_code == 200, "it is starting"
         assert (await client.get("/ready")).status_code == 503
@@ -419,7 +419,7 @@ def test_headers_of_many_prompts_wait_for_their_admission_alone(service: Callabl
         gate = service()
         async with http(gate) as (_, replica):
             replica.holds = lambda submit: True
-            app = Api(gate).app(None)
+            app = Api(gate).app()
             begun, left = asyncio.Event(), asyncio.Event()
             content = httpx.Request("POST", "http://x", json=body(PROMPTS * 16, stream=True)).content
             messages = iter([{"type": "http.request", "body": content, "more_body": False}])
