@@ -124,7 +124,6 @@ def test_plan(checkpoint: Make) -> None:
         ("--max-num-seqs 1000000", "max_num_seqs is 1000000; it must be at most 65536"),
         ("--max-num-batched-tokens 1000000000", "it must be at most 16777216"),
         ("--memory-gib 0.01 --max-num-seqs 65536 --max-num-batched-tokens 16777216", "lower --max-num-batched-tokens"),
-        ("--memory-gib 0.07 --max-num-seqs 65536 --max-num-batched-tokens 65536", "lower --max-num-seqs"),
         ("-tp 1000000", "cannot be split"),
         ("-pp 1000000", "cannot be split"),
         ("--gpu H100 --attention-backend native", "attention_backend native is for float32 on a CPU"),

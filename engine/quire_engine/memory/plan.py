@@ -260,14 +260,14 @@ def plan_memory(
 def _check_sizes(limits: SchedulerLimits, spec: DecoderSpec, dtype: torch.dtype, free_bytes: int) -> None:
     """Raises OutOfMemory where one of a step's largest buffers alone does not fit.
 
-    A dry run would show it as well, but its tables and rows are real ones.
+    A dry run would show it as well, but its tables and rows are real ones. Small ones are left to it: it says more.
     """
     for size, mend in (
         (limits.most_tokens * spec.hidden_size * dtype.itemsize, "--max-num-batched-tokens"),
         (limits.most_draws * spec.vocab_size * 4, "--max-num-seqs"),
         (limits.max_num_seqs * -(-limits.max_model_len // limits.block_size) * 4, "--max-num-seqs or --max-model-len"),
     ):
-        if size > free_bytes:
+        if size > max(free_bytes, GIB):
             raise OutOfMemory(
                 f"a step's buffers take {size / GIB:.2f} GiB and more of the {free_bytes / GIB:.2f} GiB there are; "
                 f"lower {mend}"
