@@ -217,5 +217,5 @@ def test_scripts_of_an_allowed_site(guarded: RunningServer) -> None:
 def test_an_empty_key_is_none(checkpoint: Callable[[str], Path]) -> None:
     server = RunningServer(str(checkpoint("qwen2")), "--api-key", "", wait=False)
     assert server.wait() == 1
-    assert "quire: --api-key holds an empty key" in server.log
+    assert "quire: api_key is ''" in server.log
     assert "Traceback" not in server.log
