@@ -3,18 +3,25 @@
 python benchmarks/host_side.py scheduler
 python benchmarks/host_side.py steps
 python benchmarks/host_side.py streams [--streams 1,64,256]
+python benchmarks/host_side.py gaps
 """
 
 import argparse
+import contextlib
+import json
 import random
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -126,40 +133,77 @@ def null_checkpoint(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w2").save_pretrained(folder)
 
 
+@contextlib.contextmanager
+def serving(*arguments: str) -> Iterator[str]:
+    """`quire serve` as a process; its address."""
+    command = [sys.executable, "-m", "quire.cli.main", "serve", *arguments, "--port", "0", "--grpc-port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert server.stdout is not None
+    try:
+        yield next(m[1] for line in server.stdout if (m := re.search(r"OpenAI API +(http://\S+)/v1", line)))
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def streams(counts: list[int]) -> None:
     """`quire serve` as a process, the load generator as another."""
     with tempfile.TemporaryDirectory() as folder:
         null_checkpoint(Path(folder))
-        command = [sys.executable, "-m", "quire.cli.main", "serve", folder, "--port", "0", "--grpc-port", "0"]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert server.stdout is not None
-        try:
-            url = next(m[1] for line in server.stdout if (m := re.search(r"OpenAI API +(http://\S+)/v1", line)))
-            subprocess.run(
-                [
-                    sys.executable,
-                    str(Path(__file__).with_name("load.py")),
-                    "--url",
-                    url,
-                    "--token-range",
-                    "3",
-                    "1000",
-                    "--input-tokens",
-                    "16",
-                    "--concurrency",
-                    ",".join(map(str, counts)),
-                ],
-                check=True,
-            )
-        finally:
-            server.terminate()
-            server.wait()
+        with serving(folder) as url:
+            load = [sys.executable, str(Path(__file__).with_name("load.py")), "--url", url]
+            tokens = ["--token-range", "3", "1000", "--input-tokens", "16"]
+            subprocess.run([*load, *tokens, "--concurrency", ",".join(map(str, counts))], check=True)
+
+
+LARGE: dict[str, tuple[str, Callable[[], Any]]] = {
+    "a million floats for a prompt": ("/v1/completions", lambda: {"prompt": [0.5] * 1_000_000}),
+    "a million token ids": ("/v1/completions", lambda: {"prompt": [5] * 1_000_000}),
+    "30 MB of text": ("/v1/completions", lambda: {"prompt": "the quick brown fox " * 1_500_000}),
+    "256 prompts of 20k characters": (  # too long with what is to be generated, so that no engine has to compute them
+        "/v1/completions",
+        lambda: {"prompt": ["the quick " * 2000] * 256, "max_tokens": 8000},
+    ),
+    "8 million objects": ("/v1/completions", lambda: {"prompt": [{}] * 8_000_000}),
+    "40,000 turns": ("/v1/chat/completions", lambda: {"messages": [{"role": "user", "content": "hello"}] * 40_000}),
+    "tokenize 4 MB": ("/tokenize", lambda: {"prompt": "the quick brown fox " * 200_000}),
+    "detokenize a million ids": ("/detokenize", lambda: {"tokens": [1000] * 1_000_000}),
+    "scores of a prompt of 1,500 tokens": (
+        "/v1/completions",
+        lambda: {"prompt": [1000] * 1500, "max_tokens": 1, "prompt_logprobs": 20},
+    ),
+}
+
+
+def gaps() -> None:
+    """The longest answer of /health while another client sends each of these to the demo model."""
+    with serving() as url:
+        for name, (route, content) in LARGE.items():
+            body = json.dumps(content()).encode()
+            request = urllib.request.Request(url + route, body, {"content-type": "application/json"})
+            done = threading.Event()
+
+            def send(request: urllib.request.Request = request, done: threading.Event = done) -> None:
+                with contextlib.suppress(OSError):  # a refusal is an answer
+                    urllib.request.urlopen(request).read()
+                done.set()
+
+            sender = threading.Thread(target=send)
+            begun = time.perf_counter()
+            sender.start()
+            longest = 0.0
+            while not done.is_set():
+                asked = time.perf_counter()
+                urllib.request.urlopen(f"{url}/health").read()
+                longest = max(longest, time.perf_counter() - asked)
+            sender.join()
+            print(f"{name:36s} {longest * 1e3:6.0f} ms of {(time.perf_counter() - begun) * 1e3:7.0f}", flush=True)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="What the host costs.")
-    parser.add_argument("part", choices=["scheduler", "steps", "streams"])
+    parser.add_argument("part", choices=["scheduler", "steps", "streams", "gaps"])
     parser.add_argument("--streams", type=lambda text: [int(part) for part in text.split(",")], default=[1, 64, 256])
     arguments = parser.parse_args()
     if arguments.part == "scheduler":
@@ -171,6 +215,8 @@ def main() -> None:
         torch.set_num_threads(1)
         for requests in (1, 64, 256):
             print(f"{requests} requests: {whole_step(requests) * 1e6:.0f} µs")
+    elif arguments.part == "gaps":
+        gaps()
     else:
         streams(arguments.streams)
 

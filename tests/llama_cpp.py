@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(sys.prefix) / "llama.cpp"
-_NEEDED = ("conversion", "gguf-py")
+_NEEDED = ("conversion", "gguf-py", "models")
 
 
 def unpack(archive: Path) -> None:

@@ -112,10 +112,14 @@ class _Gathered:
     def __init__(self) -> None:
         self._outputs: dict[int, Output] = {}
         self._last = pb.GenerateResponse()
+        self._prompt_logprobs: list[Any] = []
 
     def add(self, message: pb.GenerateResponse) -> None:
+        self._prompt_logprobs += message.prompt_logprobs
         if message.HasField("usage"):
             self._last = message
+            return
+        if message.prompt_logprobs:
             return
         delta = _delta(message)
         whole = self._outputs.setdefault(delta.index, Output(delta.index))
@@ -133,7 +137,7 @@ class _Gathered:
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
-            prompt_logprobs=list(self._last.prompt_logprobs),
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 
@@ -222,7 +226,7 @@ class Client(_Base):
     def _follow(call: Any) -> Iterator[Output]:
         try:
             for message in call:
-                if not message.HasField("usage"):
+                if not (message.HasField("usage") or message.prompt_logprobs):
                     yield _delta(message)
         finally:
             call.cancel()
@@ -286,7 +290,7 @@ class AsyncClient(_Base):
     async def _follow(call: Any) -> AsyncIterator[Output]:
         try:
             async for message in call:
-                if not message.HasField("usage"):
+                if not (message.HasField("usage") or message.prompt_logprobs):
                     yield _delta(message)
         finally:
             call.cancel()

@@ -16,6 +16,7 @@ from quire_engine.engine import Engine, Executor
 from quire_engine.errors import ContextTooLong, EngineFailure, InvalidParameter, QuireError
 from quire_engine.pooling import pooling_of
 from quire_engine.request import EngineSampling, Request, check_length
+from quire_engine.spec import Pooling
 from quire_engine.step import Floats, TokenLogprobs
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
@@ -143,13 +144,10 @@ class LLM:
         """
         if self._pooling is None:
             raise InvalidParameter("this model generates; open it with task='embed'", "task")
-        context = self._executor.limits.max_model_len - 1
         requests: list[Request] = []
         for text in _batch(texts, "texts"):
             tokens = self._tokens(text, "texts")
-            self._check_ids(tokens, "texts")
-            if not 1 <= len(tokens) <= context:
-                raise ContextTooLong(f"a text has {len(tokens)} tokens; from 1 to {context} fit", "texts")
+            self.check_text(tokens)
             sampling = EngineSampling(temperature=0.0, max_tokens=1)
             requests.append(Request(next(self._ids), tokens, len(tokens), sampling, arrival=time.time()))
         for request in requests:
@@ -158,6 +156,13 @@ class LLM:
         while self.engine.has_work:
             found |= {request.id: vector for request, vector in self.engine.step().vectors}
         return [found[request.id] for request in requests]
+
+    def check_text(self, tokens: list[int]) -> None:
+        """Raises InvalidParameter or ContextTooLong for token ids that `embed` would refuse."""
+        self._check_ids(tokens, "texts")
+        context = self._executor.limits.max_model_len - 1
+        if not 1 <= len(tokens) <= context:
+            raise ContextTooLong(f"a text has {len(tokens)} tokens; from 1 to {context} fit", "texts")
 
     def chat(
         self,
@@ -171,6 +176,11 @@ class LLM:
         prompts = [self.tokenizer.render(one, add_generation_prompt=True, continue_final_message=False) for one in many]
         params = sampling_params or SamplingParams(max_tokens=None)
         return self.generate(prompts, params, use_tqdm=use_tqdm, add_special_tokens=False)
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """Of a model that gives vectors or scores instead of text."""
+        return self._pooling
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises InvalidParameter or ContextTooLong for what `generate` would refuse."""
@@ -196,15 +206,14 @@ class LLM:
         self.check(prompt, params)
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         made = []
-        for index in range(params.n):
-            sampling = params.for_engine(
-                self.tokenizer,
-                vocab_size=self._vocab_size,
-                end_tokens=self._end_tokens,
-                room=self.engine.scheduler.context - len(prompt),
-                seed=seed,
-                choice=index,
-            )
+        samplings = params.for_choices(
+            self.tokenizer,
+            vocab_size=self._vocab_size,
+            end_tokens=self._end_tokens,
+            room=self.engine.scheduler.context - len(prompt),
+            seed=seed,
+        )
+        for index, sampling in enumerate(samplings):
             completion = Completion(index, "", [], "")
             if params.logprobs is not None:
                 completion.logprobs = []

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -93,6 +94,7 @@ class Server:
                     raise failed
             service = loading.result()
             allocator.return_freed_memory()
+            gc.freeze()  # modules and tokenizer stay; a collection that goes through them holds the loop up
             self._catch_signals()  # Ray has put its own handlers in front
             await self._start_controller()
             http = HttpServer(HttpConfig(doors.before(Api(service).app()), limits))

@@ -32,13 +32,13 @@ def test_run_batch(checkpoint: Make, tmp_path: Path) -> None:
         {"custom_id": "f", "method": "POST", "url": "/v1/chat/completions", "body": chat | {"stream": True}},
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(json.dumps(line) for line in lines) + "\nnot json\n")
+    source.write_text("\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n\nnot json\n")
     done = quire("run-batch", str(source), "-o", str(target), "--model", folder)
     assert done.returncode == 0, done.stderr
     assert "2 of 7 requests done" in done.stdout
     assert "Requests: 100%" in done.stderr
     results = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [result["custom_id"] for result in results] == ["a", "b", "c", "d", "e", "f", "line-7"]
+    assert [result["custom_id"] for result in results] == ["a", "b", "c", "d", "e", "f", "line-8"]
     assert [result["response"]["status_code"] for result in results] == [200, 200, 400, 400, 400, 400, 400]
     with LLM(folder) as llm:
         [truth] = llm.generate("w5 w17", SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)
@@ -47,6 +47,14 @@ def test_run_batch(checkpoint: Make, tmp_path: Path) -> None:
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11}
     assert len(results[1]["response"]["body"]["choices"]) == 2
     assert results[2]["response"]["body"]["error"]["param"] == "temperature"
+    stopped = target.read_bytes().splitlines(keepends=True)
+    target.write_bytes(b"".join(stopped[:2]) + stopped[2][:40])
+    again = quire("run-batch", str(source), "-o", str(target), "--model", folder)
+    assert "0 of 5 requests done (2 had results already)" in again.stdout, again.stdout + again.stderr
+    assert target.read_bytes().splitlines(keepends=True)[:2] == stopped[:2]
+    assert [json.loads(line)["custom_id"] for line in target.read_text().splitlines()] == [
+        result["custom_id"] for result in results
+    ]
 
 
 def test_run_batch_says_what_is_wrong(checkpoint: Make, tmp_path: Path) -> None:
@@ -54,6 +62,18 @@ def test_run_batch_says_what_is_wrong(checkpoint: Make, tmp_path: Path) -> None:
     assert missing.returncode == 1
     assert "cannot be read" in missing.stderr
     assert "Traceback" not in missing.stderr
+    source, other = tmp_path / "in.jsonl", tmp_path / "notes.txt"
+    source.write_text("{}\n")
+    other.write_text("my notes\n")
+    for target, message in (
+        (tmp_path / "nowhere/out", "cannot be written"),
+        (tmp_path, "cannot be written"),
+        (other, "no result"),
+    ):
+        refused = quire("run-batch", str(source), "-o", str(target), "--model", str(checkpoint("qwen3")))
+        assert refused.returncode == 1
+        assert message in refused.stderr
+    assert other.read_text() == "my notes\n"
 
 
 def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path) -> None:

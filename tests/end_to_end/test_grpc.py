@@ -12,7 +12,7 @@ import pytest
 from conftest import RunningServer
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from quire import AsyncClient, Client
 
 ROOT = Path(__file__).parents[2]
@@ -145,16 +145,29 @@ def test_a_generated_stub_needs_nothing_of_ours(two_replicas: RunningServer, tmp
     assert done.stdout.strip() == "9"
 
 
-def test_reflection_and_health(two_replicas: RunningServer) -> None:
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_and_health(two_replicas: RunningServer, version: str) -> None:
     with grpc.insecure_channel(two_replicas.grpc) as channel:
-        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        own = f"grpc.reflection.{version}.ServerReflection"
+        reflection = channel.stream_stream(
+            f"/{own}/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
         requests = [
             reflection_pb2.ServerReflectionRequest(list_services=""),
             reflection_pb2.ServerReflectionRequest(file_containing_symbol="quire.v1.Inference"),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=own),
         ]
-        listed, described = reflection.ServerReflectionInfo(iter(requests))
+        listed, described, itself = reflection(iter(requests))
+        assert itself.HasField("file_descriptor_response")
         names = {service.name for service in listed.list_services_response.service}
-        assert names == {"quire.v1.Inference", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        assert names == {
+            "quire.v1.Inference",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1.ServerReflection",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
         file = descriptor_pb2.FileDescriptorProto.FromString(
             described.file_descriptor_response.file_descriptor_proto[0]
         )

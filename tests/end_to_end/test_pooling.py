@@ -1,6 +1,7 @@
 """A real embedding model (all-MiniLM-L6-v2), with real clients: equal to transformers' states, averaged by hand."""
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from conftest import RunningServer
 from quire import LLM, Client
+from quire.cli.batch import run_batch
+from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import inference_pb2, inference_pb2_grpc
 from transformers import AutoModel, AutoTokenizer
@@ -120,6 +123,40 @@ def test_scores_and_ranks(server: RunningServer, truth: np.ndarray) -> None:
     assert order[0] == 1, "bread is about bread"
 
 
+def test_a_batch_of_vectors_and_scores(folder: Path, truth: np.ndarray, tmp_path: Path) -> None:
+    bodies: list[tuple[str, dict]] = [
+        ("/v1/embeddings", {"input": TEXTS[:2], "model": "m"}),
+        ("/v1/score", {"text_1": TEXTS[0], "text_2": TEXTS[1:4]}),
+        ("/v2/rerank", {"query": TEXTS[0], "documents": [{"text": text} for text in TEXTS[1:4]], "top_n": 1}),
+        ("/v1/embeddings", {"input": "word " * 600}),
+        ("/v1/embeddings", {"input": TEXTS[0], "dimensions": 400}),
+        ("/v1/completions", {"prompt": "x"}),
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"custom_id": str(i), "url": url, "body": body} for i, (url, body) in enumerate(bodies)]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    run_batch(EngineConfig(model=str(folder)), str(source), str(target))
+    answers = [json.loads(line)["response"] for line in target.read_text().splitlines()]
+    assert [answer["status_code"] for answer in answers] == [200, 200, 200, 400, 400, 400]
+    embedded, scored, ranked = (answer["body"] for answer in answers[:3])
+    assert np.abs(np.array([item["embedding"] for item in embedded["data"]]) - truth[:2]).max() < 2e-6
+    expected = truth[0] @ truth[1:4].T
+    assert np.abs(np.array([item["score"] for item in scored["data"]]) - expected).max() < 2e-6
+    assert ranked["results"][0]["document"] == {"text": TEXTS[2]}
+
+
+@pytest.mark.parametrize("route", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_rerank_as_clients_of_others_send_it(server: RunningServer, route: str) -> None:
+    """Documents as texts or as objects, together."""
+    documents = [TEXTS[1], {"text": TEXTS[2]}, {"text": TEXTS[3]}]
+    body = {"model": "minilm", "query": TEXTS[0], "documents": documents, "top_n": None}
+    answer = httpx.post(server.url + route, json=body).json()
+    assert answer["results"][0]["index"] == 1
+    assert answer["results"][0]["document"] == {"text": TEXTS[2]}
+    assert len(answer["results"]) == 3
+    assert answer["id"]
+
+
 def test_nothing_to_score_is_said(server: RunningServer) -> None:
     for body in ({"text_1": [], "text_2": []}, {"text_1": "x", "text_2": []}, {"text_1": ["x", "y"], "text_2": ["z"]}):
         assert httpx.post(f"{server.url}/v1/score", json=body).status_code == 400
@@ -130,6 +167,9 @@ def test_grpc(server: RunningServer, truth: np.ndarray) -> None:
         assert np.abs(np.array(client.embed(TEXTS)) - truth).max() < 2e-6
     with grpc.insecure_channel(server.grpc) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
+        with pytest.raises(grpc.RpcError) as many:
+            stub.Embed(inference_pb2.EmbedRequest(inputs=[inference_pb2.EmbedInput(text="x")] * 3000))
+        assert many.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         with pytest.raises(grpc.RpcError) as caught:
             stub.Embed(inference_pb2.EmbedRequest())
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

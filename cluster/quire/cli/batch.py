@@ -1,143 +1,112 @@
-"""`quire run-batch`: OpenAI's batch file format, offline. One line in, one line out, in the same order."""
+"""`quire run-batch`: OpenAI's batch file format, offline. One line in, one line out, in the same order.
 
-import time
-import uuid
+Results are written as they come. A run that was stopped goes on where it was: what has a result in the output already
+(told by its custom_id) is not run again.
+"""
+
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import orjson
-from quire_cluster.gateway.http import error_body, http_status, validated
-from quire_cluster.gateway.schema import ChatCompletionRequest, CompletionRequest
 from quire_engine.config import EngineConfig
-from quire_engine.errors import InvalidParameter, QuireError
-from quire_engine.text.params import SamplingParams
+from quire_engine.errors import InvalidParameter, RequestError
 
+from quire.cli.batch_lines import Line, line_of
 from quire.cli.terminal import say
-from quire.llm import LLM, RequestOutput
+from quire.llm import LLM
 
-_CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
-_UNSUPPORTED = ("stream", "logprobs", "top_logprobs", "prompt_logprobs", "echo", "return_token_ids")
-
-
-class _Entry:
-    """One line of the input: what to run, or why it cannot be."""
-
-    def __init__(self, llm: LLM, line: bytes, number: int) -> None:
-        self.custom_id: str | None = None
-        self.error: QuireError | None = None
-        self.prompt: list[int] = []
-        self.params = SamplingParams()
-        self.model = ""
-        try:
-            self._read(llm, line)
-        except QuireError as error:
-            self.error = error
-        self.custom_id = self.custom_id or f"line-{number}"
-
-    def _read(self, llm: LLM, line: bytes) -> None:
-        try:
-            entry = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise InvalidParameter(f"the line is not JSON: {error}") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("body"), dict):
-            raise InvalidParameter("the line needs an object with custom_id, url and body", "body")
-        if not isinstance(custom_id := entry.get("custom_id"), str | None):
-            raise InvalidParameter("custom_id is not text", "custom_id")
-        self.custom_id = custom_id
-        self.url = entry.get("url")
-        body = entry["body"]
-        if self.url == _CHAT:
-            chat = validated(ChatCompletionRequest, body)
-            self.params, self.model = chat.sampling(), chat.model or ""
-            prompt = llm.tokenizer.render(
-                [message.for_template() for message in chat.messages],
-                add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
-                continue_final_message=chat.continue_final_message,
-                **(chat.chat_template_kwargs or {}),
-            )
-            self.prompt = llm.tokenizer.encode(prompt, add_special_tokens=False)
-        elif self.url == _TEXT:
-            text = validated(CompletionRequest, body)
-            self.params, self.model = text.sampling(), text.model or ""
-            if isinstance(text.prompt, str):
-                self.prompt = llm.tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)
-            elif text.prompt and all(isinstance(token, int) for token in text.prompt):
-                self.prompt = list(text.prompt)  # type: ignore[arg-type]
-            else:
-                raise InvalidParameter("a batch line takes one prompt: a text or token ids", "prompt")
-        else:
-            raise InvalidParameter(f"url is {self.url!r}; served are {_CHAT} and {_TEXT}", "url")
-        for name in _UNSUPPORTED:
-            if body.get(name):
-                raise InvalidParameter(f"{name} is not supported in batches; leave it out", name)
-        llm.check(self.prompt, self.params)
-
-    def result(self, output: RequestOutput | None) -> dict[str, Any]:
-        """The line of the output."""
-        line: dict[str, Any] = {
-            "id": f"batch_req_{uuid.uuid4().hex}",
-            "custom_id": self.custom_id,
-            "error": None,
-        }
-        failed = next((one.error for one in output.outputs if one.error is not None), None) if output else None
-        if output is None or failed is not None:
-            error = self.error or failed or QuireError("not run")
-            status = http_status(error)
-            return line | {
-                "response": {
-                    "status_code": status,
-                    "request_id": line["id"],
-                    "body": error_body(error, status),
-                }
-            }
-        chat = self.url == _CHAT
-        choices: list[dict[str, Any]] = []
-        for completion in output.outputs:
-            shown: dict[str, Any] = (
-                {"message": {"role": "assistant", "content": completion.text}} if chat else {"text": completion.text}
-            )
-            choices.append(
-                {"index": completion.index, "finish_reason": completion.finish_reason, "logprobs": None} | shown
-            )
-        generated = sum(len(completion.token_ids) for completion in output.outputs)
-        body = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": int(time.time()),
-            "model": self.model,
-            "choices": choices,
-            "usage": {
-                "prompt_tokens": len(self.prompt),
-                "completion_tokens": generated,
-                "total_tokens": len(self.prompt) + generated,
-            },
-        }
-        return line | {"response": {"status_code": 200, "request_id": line["id"], "body": body}}
+_SHARE = 1024  # lines that run together, and are written together
+_BOM = b"\xef\xbb\xbf"
 
 
 def run_batch(config: EngineConfig, source: str, target: str) -> None:
     """Runs every line that can be run; a line that cannot gets its error. Raises InvalidParameter for the files."""
+    lines = _read(Path(source))
+    output = Path(target)
+    done = _done(output)
+    given = {name: value for name, value in vars(config).items() if name != "model"}
+    with _open(output) as file, LLM(config.model, **given) as llm:
+        good = run = 0
+        seen: set[str] = set()
+        for start in range(0, len(lines), _SHARE):
+            share = [line_of(llm, data, number) for number, data in lines[start : start + _SHARE]]
+            for line in share:
+                if line.custom_id in seen:
+                    line.fail(InvalidParameter(f"custom_id {line.custom_id!r:.100} is an earlier line's", "custom_id"))
+                seen.add(line.custom_id)
+            share = [line for line in share if line.custom_id not in done]
+            _run(llm, share)
+            run += len(share)
+            good += sum(line.error is None for line in share)
+            file.writelines(orjson.dumps(line.result()) + b"\n" for line in share)
+            file.flush()
+            os.fsync(file.fileno())
+    before = f" ({len(lines) - run} had results already)" if run < len(lines) else ""
+    say(f"{good} of {run} requests done{before}, written to {target}")
+
+
+def _run(llm: LLM, lines: list[Line]) -> None:
+    """All together; where that fails for a request's sake, one by one, so that only that one is lost."""
+    runnable = [line for line in lines if line.error is None]
     try:
-        lines = [line for line in Path(source).read_bytes().splitlines() if line.strip()]
+        if llm.pooling is None:
+            prompts, params = [line.prompt for line in runnable], [line.params for line in runnable]
+            for line, output in zip(runnable, llm.generate(prompts, params) if runnable else [], strict=True):
+                line.take(output)
+        elif runnable:
+            vectors = iter(llm.embed([tokens for line in runnable for tokens in line.inputs]))
+            for line in runnable:
+                line.take_vectors([next(vectors) for _ in line.inputs])
+    except RequestError as error:
+        if len(runnable) == 1:
+            runnable[0].fail(error)
+            return
+        for line in runnable:
+            _run(llm, [line])
+
+
+def _read(source: Path) -> list[tuple[int, bytes]]:
+    """Each line that is not blank, with its number in the file."""
+    try:
+        data = source.read_bytes()
     except OSError as error:
         raise InvalidParameter(f"{source} cannot be read: {error.strerror}", "input") from error
+    lines = [(number, line) for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), 1) if line.strip()]
     if not lines:
         raise InvalidParameter(f"{source} holds no requests", "input")
-    _write(target, "ab", b"")  # what cannot be written is known before the work
-    given = {name: value for name, value in vars(config).items() if name != "model"}
-    with LLM(config.model, **given) as llm:
-        entries = [_Entry(llm, line, number) for number, line in enumerate(lines, 1)]
-        good = [entry for entry in entries if entry.error is None]
-        outputs = llm.generate([entry.prompt for entry in good], [entry.params for entry in good]) if good else []
-        results = dict(zip(map(id, good), outputs, strict=True))
-        written = [orjson.dumps(entry.result(results.get(id(entry)))) for entry in entries]
-    _write(target, "wb", b"\n".join(written) + b"\n")
-    say(f"{len(good)} of {len(entries)} requests done, written to {target}")
+    return lines
 
 
-def _write(target: str, mode: str, content: bytes) -> None:
+def _open(target: Path) -> BinaryIO:
+    """To append to, before anything is loaded."""
     try:
-        with open(target, mode) as file:
-            file.write(content)
+        return target.open("ab")
     except OSError as error:
         raise InvalidParameter(f"{target} cannot be written: {error.strerror}", "output") from error
+
+
+def _done(target: Path) -> set[str]:
+    """The custom_ids that have a result. A last line that was cut short is taken away."""
+    if not target.is_file():
+        return set()
+    try:
+        data = target.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        found = set(_ids(data[:whole], target))
+        if whole < len(data):
+            os.truncate(target, whole)
+    except OSError as error:
+        raise InvalidParameter(f"{target} cannot be written: {error.strerror}", "output") from error
+    return found
+
+
+def _ids(data: bytes, target: Path) -> Iterator[str]:
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            yield orjson.loads(line)["custom_id"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidParameter(
+                f"line {number} of {target} is no result of a batch; name another output file", "output"
+            ) from error

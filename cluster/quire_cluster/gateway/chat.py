@@ -23,7 +23,7 @@ class ChatCompletions(Endpoint):
                 messages,
                 add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
                 continue_final_message=body.continue_final_message,
-                variables=body.chat_template_kwargs,
+                variables=body.template_variables(self._service.tokenizer.template_variables),
             )
         ]
 
@@ -33,10 +33,7 @@ class ChatCompletions(Endpoint):
         return {"id": identity, "object": kind, "created": self._created, "model": self._model}
 
     def _echo(self) -> str:
-        last = self._body.messages[-1]
-        if not self._body.echo:
-            return ""
-        return str(last.for_template().get("content", ""))
+        return self._body.messages[-1].text if self._body.echo else ""
 
     def _opening(self, generation: Generation, index: int) -> dict[str, Any] | None:
         delta = {"role": "assistant", "content": self._echo()}

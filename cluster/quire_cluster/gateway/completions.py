@@ -45,11 +45,9 @@ class Completions(Endpoint):
             raise InvalidParameter(
                 f"{len(given)} prompts times n make more than {MAX_ANSWERS} answers; ask for fewer", "n"
             )
-        special = self._body.add_special_tokens
-        return [
-            await self._service.tokenize(one, add_special_tokens=special) if isinstance(one, str) else list(one)
-            for one in given
-        ]
+        if not isinstance(given[0], str):
+            return given
+        return await self._service.tokenize_all(given, add_special_tokens=self._body.add_special_tokens)
 
     def _envelope(self, *, chunk: bool) -> dict[str, Any]:
         identity = f"cmpl-{self._generations[0].facts.request_id}"

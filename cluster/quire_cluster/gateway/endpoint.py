@@ -14,9 +14,12 @@ from quire_engine.text.params import SamplingParams
 from starlette.requests import Request
 from starlette.responses import Response
 
+from quire_cluster.gateway.encoding import in_pieces
 from quire_cluster.gateway.events import EventStream, stream_error, while_connected
 from quire_cluster.gateway.generation import Delta, Generation, all_admitted
 from quire_cluster.gateway.service import Service
+
+_TOKENS, _SCORED = 4096, 128  # of an answer that is written on the event loop: without and with log-probabilities
 
 
 class Endpoint(ABC):
@@ -108,8 +111,23 @@ class Endpoint(ABC):
                 parts[number][delta.index].append(delta)
         choices: list[dict[str, Any]] = []
         for generation, of_choices in zip(self._generations, parts, strict=True):
-            choices += [self._whole_choice(len(choices) + i, generation, part) for i, part in enumerate(of_choices)]
+            choices += await self._whole_choices(len(choices), generation, of_choices)
         return choices
+
+    async def _whole_choices(
+        self, first: int, generation: Generation, parts: list[list[Delta]]
+    ) -> list[dict[str, Any]]:
+        """Of one prompt, off the event loop where there is much to write."""
+
+        def work() -> list[dict[str, Any]]:
+            return [
+                in_pieces(self._whole_choice(first + number, generation, part)) for number, part in enumerate(parts)
+            ]
+
+        scored = self._params.prompt_logprobs is not None or self._params.logprobs is not None
+        prompt = len(generation.facts.prompt) if scored or self._body.echo or self._body.return_token_ids else 0
+        tokens = prompt * len(parts) + generation.num_output_tokens
+        return await asyncio.to_thread(work) if tokens > (_SCORED if scored else _TOKENS) else work()
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         """One event per delta. The envelope is encoded once; a token costs one small encoding."""
@@ -126,7 +144,11 @@ class Endpoint(ABC):
         try:
             for number, generation in enumerate(self._generations):
                 for index in range(per_prompt):
-                    opening = self._opening(generation, number * per_prompt + index)
+                    place = number * per_prompt + index
+                    if self._body.echo and len(generation.facts.prompt) > _TOKENS:
+                        opening = await asyncio.to_thread(self._opening, generation, place)
+                    else:
+                        opening = self._opening(generation, place)
                     if opening is not None:
                         yield event(opening)
             async for number, delta in self._all_deltas():

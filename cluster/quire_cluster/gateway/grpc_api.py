@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from quire_engine.errors import (
+    ContextTooLong,
     DeadlineExceeded,
     InvalidParameter,
     OutOfMemory,
@@ -25,14 +25,20 @@ from quire_engine.text.params import SamplingParams
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
+from quire_cluster.gateway import reflection
 from quire_cluster.gateway.connection import Limits
+from quire_cluster.gateway.fields import MAX_MESSAGES
 from quire_cluster.gateway.generation import Delta, Generation
-from quire_cluster.gateway.pooling import pooled, shortened, tokens_of
+from quire_cluster.gateway.pooling import check_count, pooled, shortened, tokens_of
 from quire_cluster.gateway.service import Service
+from quire_cluster.gateway.texts import MAX_LISTED
 from quire_cluster.keys import KeyInterceptor, Keys
 
 log = logging.getLogger(__name__)
-MAX_MESSAGE = 32 << 20
+MAX_REQUEST = 8 << 20  # bytes; a message of many small parts takes long to read, and the loop waits for it
+MAX_ANSWER = 32 << 20
+_FRAME = 64  # bytes around a vector, at most
+_POSITIONS = 4096  # of which the log-probabilities go in one message
 _METADATA = 16 << 10
 _STREAMS = 1024  # of one connection
 SERVICE = "quire.v1.Inference"
@@ -89,6 +95,20 @@ def sampling_from_proto(message: pb.SamplingParams, *, max_tokens: int | None) -
     return SamplingParams(**given)
 
 
+def _ids(given: Sequence[int], most: int, name: str) -> list[int]:
+    """Counted before they are copied. Raises ContextTooLong."""
+    if len(given) > most:
+        raise ContextTooLong(f"{name} has {len(given)} token ids; at most {most} fit; shorten it", name)
+    return list(given)
+
+
+def _messages(request: pb.ChatRequest) -> list[dict[str, Any]]:
+    return [
+        {"role": message.role, "content": message.content} | ({"name": message.name} if message.name else {})
+        for message in request.messages
+    ]
+
+
 async def _fail(context: Any, error: QuireError) -> NoReturn:
     await context.abort(status_code(error), str(error))
     raise AssertionError("abort() raises")
@@ -107,8 +127,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         async def prompt() -> list[int]:
             if request.WhichOneof("prompt") == "text":
-                return await self._service.tokenize(request.text, add_special_tokens=True)
-            return list(request.token_ids.ids)
+                return await self._service.tokenize(request.text)
+            return _ids(request.token_ids.ids, self._service.max_model_len, "prompt")
 
         await self._write(self._run("Generate", request, prompt, 16, context), context)
 
@@ -116,12 +136,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """A conversation in, the answer out."""
 
         async def prompt() -> list[int]:
-            if not request.messages:
-                raise InvalidParameter("messages is empty", "messages")
-            messages = [
-                {"role": message.role, "content": message.content} | ({"name": message.name} if message.name else {})
-                for message in request.messages
-            ]
+            if not 1 <= len(request.messages) <= MAX_MESSAGES:
+                raise InvalidParameter(
+                    f"there are {len(request.messages)} messages; from 1 to {MAX_MESSAGES} are read", "messages"
+                )
+            messages = await asyncio.to_thread(_messages, request)
             going_on = request.continue_final_message
             opening = request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
             if going_on and opening:
@@ -173,7 +192,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     if delta.error is not None:
                         raise delta.error
                     yield self._response(generation, delta)
-            yield self._last(generation)
+            async for response in self._last(generation):
+                yield response
         except QuireError as error:
             if generation is None:
                 service.refused(error, route=route)
@@ -202,14 +222,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 response.stop_reason = str(delta.stop_reason)
         return response
 
-    def _last(self, generation: Generation) -> pb.GenerateResponse:
+    async def _last(self, generation: Generation) -> AsyncGenerator[pb.GenerateResponse]:
+        """The prompt's scores, in as many messages as they need, and the usage."""
         response = pb.GenerateResponse(request_id=generation.facts.request_id)
-        for scores in generation.choices[0].prompt_logprobs:
-            response.prompt_logprobs.extend(self._position(scores, at) for at in range(len(scores.chosen)))
+        scored = [(scores, at) for scores in generation.choices[0].prompt_logprobs for at in range(len(scores.chosen))]
+        for start in range(0, len(scored), _POSITIONS):
+            share = scored[start : start + _POSITIONS]
+            positions = await asyncio.to_thread(self._positions, share)
+            response.prompt_logprobs.extend(positions)
+            if start + _POSITIONS < len(scored):
+                yield response
+                response = pb.GenerateResponse(request_id=generation.facts.request_id)
         response.usage.prompt_tokens = len(generation.facts.prompt)
         response.usage.completion_tokens = generation.num_output_tokens
         response.usage.cached_tokens = generation.cached_tokens
-        return response
+        yield response
+
+    def _positions(self, scored: list[tuple[TokenLogprobs, int]]) -> list[pb.PositionLogprobs]:
+        return [self._position(scores, at) for scores, at in scored]
 
     def _position(self, scores: TokenLogprobs, at: int) -> pb.PositionLogprobs:
         text = self._service.tokenizer.token_text
@@ -225,26 +255,46 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         """A vector per input."""
-        inputs = [one.text if one.WhichOneof("input") == "text" else list(one.token_ids.ids) for one in request.inputs]
         left = context.time_remaining()
         deadline = time.monotonic() + left if left is not None and left < 1e8 else 0.0
         try:
             self._service.check_model(request.model)
             dimensions = request.dimensions if request.HasField("dimensions") else None
-            tokens = await tokens_of(self._service, inputs)
+            check_count(len(request.inputs))
+            self._check_answer(len(request.inputs), dimensions)
+            longest = self._service.max_model_len
+            tokens = await tokens_of(
+                self._service,
+                [
+                    one.text if one.WhichOneof("input") == "text" else _ids(one.token_ids.ids, longest, "inputs")
+                    for one in request.inputs
+                ],
+            )
             vectors = await pooled(self._service, tokens, "Embed", scores=False, deadline=deadline)
-            embeddings = [pb.Embedding(values=shortened(vector, dimensions)) for vector in vectors]
+            embeddings = await asyncio.to_thread(
+                lambda: [pb.Embedding(values=shortened(vector, dimensions)) for vector in vectors]
+            )
         except QuireError as error:
             self._service.refused(error, route="Embed")
             await _fail(context, error)
         return pb.EmbedResponse(embeddings=embeddings, usage=pb.Usage(prompt_tokens=sum(map(len, tokens))))
+
+    def _check_answer(self, count: int, dimensions: int | None) -> None:
+        """Raises InvalidParameter for vectors that one message could not hold, before they are computed."""
+        size = min(dimensions or self._service.vector_size, self._service.vector_size)
+        most = max(1, (MAX_ANSWER - _FRAME) // (4 * size + _FRAME)) if size else count
+        if count > most:
+            raise InvalidParameter(
+                f"{count} vectors of {size} numbers are more than one answer holds; send at most {most} inputs at once",
+                "inputs",
+            )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids of a text."""
         try:
             self._service.check_model(request.model)
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-            tokens = await self._service.encode(request.text, add_special_tokens=special)
+            tokens = await self._service.texts.encode(request.text, add_special_tokens=special)
         except QuireError as error:
             await _fail(context, error)
         return pb.TokenizeResponse(token_ids=tokens, max_model_len=self._service.max_model_len)
@@ -253,7 +303,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """The text of token ids."""
         try:
             self._service.check_model(request.model)
-            text = self._service.tokenizer.decode(list(request.token_ids), skip_special_tokens=False)
+            text = await self._service.texts.decode(_ids(request.token_ids, MAX_LISTED, "token_ids"))
         except QuireError as error:
             await _fail(context, error)
         return pb.DetokenizeResponse(text=text)
@@ -273,8 +323,8 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=[KeyInterceptor(keys, refusal=refusal, open_services=[health.SERVICE_NAME])] if keys else [],
             options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE),
-                ("grpc.max_send_message_length", MAX_MESSAGE),
+                ("grpc.max_receive_message_length", MAX_REQUEST),
+                ("grpc.max_send_message_length", MAX_ANSWER),
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_metadata_size", _METADATA),
                 ("grpc.absolute_max_metadata_size", _METADATA),
@@ -291,8 +341,7 @@ class GrpcServer:
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(service, limits.write), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflection.enable((SERVICE, health.SERVICE_NAME), self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Binds and serves; the port it got. Raises RuntimeError or OSError when the port is taken."""

@@ -2,10 +2,9 @@
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
-from pydantic import BaseModel, ValidationError
 from quire_engine.errors import (
     DeadlineExceeded,
     InvalidParameter,
@@ -24,8 +23,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from quire_cluster.gateway import pooling
+from quire_cluster.gateway.bodies import Body, BodyTooLarge, read
 from quire_cluster.gateway.chat import ChatCompletions
-from quire_cluster.gateway.completions import Completions
+from quire_cluster.gateway.completions import MAX_PROMPTS, Completions
 from quire_cluster.gateway.events import while_connected
 from quire_cluster.gateway.schema import (
     ChatCompletionRequest,
@@ -39,12 +39,6 @@ from quire_cluster.gateway.schema import (
 from quire_cluster.gateway.service import Service
 
 log = logging.getLogger(__name__)
-MAX_BODY = 32 << 20
-Body = TypeVar("Body", bound=BaseModel)
-
-
-class BodyTooLarge(RequestError):
-    """More than MAX_BODY bytes."""
 
 
 class BadMethod(RequestError):
@@ -99,42 +93,6 @@ def error_response(error: QuireError) -> Response:
     return response
 
 
-def parse(kind: type[Body], data: bytes) -> Body:
-    """Raises InvalidParameter, naming the field."""
-    try:
-        content = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise InvalidParameter(f"the body is not JSON: {error}") from error
-    return validated(kind, content)
-
-
-def validated(kind: type[Body], content: Any) -> Body:
-    """The same of what is parsed already."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = [str(part) for part in first["loc"]]
-        field = where[0] if where else None
-        if first["type"] == "extra_forbidden":
-            raise InvalidParameter(f"{'.'.join(where)} is not a parameter of this call; leave it out", field) from error
-        raise InvalidParameter(f"{'.'.join(where) or 'the body'}: {first['msg']}", field) from error
-
-
-async def read_body(request: Request) -> bytes:
-    """Raises BodyTooLarge as soon as it is known, without reading on."""
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > MAX_BODY:
-        raise BodyTooLarge(f"the body has {announced} bytes; at most {MAX_BODY} are read")
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY:
-            raise BodyTooLarge(f"the body has more than {MAX_BODY} bytes, which is the most that is read")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
 class Api:
     """The routes over one service."""
 
@@ -150,7 +108,7 @@ class Api:
             Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
             Route("/v1/embeddings", self._guarded(self.embeddings), methods=["POST"]),
             Route("/v1/score", self._guarded(self.score), methods=["POST"]),
-            Route("/v1/rerank", self._guarded(self.rerank), methods=["POST"]),
+            *(Route(f"{root}/rerank", self._guarded(self.rerank), methods=["POST"]) for root in ("", "/v1", "/v2")),
             Route("/tokenize", self._guarded(self.tokenize), methods=["POST"]),
             Route("/detokenize", self._guarded(self.detokenize), methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
@@ -210,32 +168,32 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
-        body = parse(CompletionRequest, await read_body(request))
+        body = await self._read(request, CompletionRequest, prompts=MAX_PROMPTS)
         return await Completions(self._service, body, request).respond()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        body = parse(ChatCompletionRequest, await read_body(request))
+        body = await self._read(request, ChatCompletionRequest)
         return await ChatCompletions(self._service, body, request).respond()
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
-        body = parse(EmbeddingRequest, await read_body(request))
+        body = await self._read(request, EmbeddingRequest, prompts=pooling.MAX_INPUTS)
         return json_response(await while_connected(request, pooling.embeddings(self._service, body)))
 
     async def score(self, request: Request) -> Response:
         """POST /v1/score"""
-        body = parse(ScoreRequest, await read_body(request))
+        body = await self._read(request, ScoreRequest, prompts=pooling.MAX_INPUTS)
         return json_response(await while_connected(request, pooling.score(self._service, body)))
 
     async def rerank(self, request: Request) -> Response:
-        """POST /v1/rerank"""
-        body = parse(RerankRequest, await read_body(request))
+        """POST /v1/rerank, /v2/rerank and /rerank"""
+        body = await self._read(request, RerankRequest, prompts=pooling.MAX_INPUTS)
         return json_response(await while_connected(request, pooling.rerank(self._service, body)))
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""
-        body = parse(TokenizeRequest, await read_body(request))
+        body = await self._read(request, TokenizeRequest)
         service = self._service
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
@@ -247,21 +205,26 @@ class Api:
                 continue_final_message=False,
             )
         else:
-            tokens = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+            tokens = await service.texts.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         content: dict[str, Any] = {
             "count": len(tokens),
             "max_model_len": service.max_model_len,
             "tokens": tokens,
         }
         if body.return_token_strs:
-            content["token_strs"] = [service.tokenizer.token_text(token) for token in tokens]
+            content["token_strs"] = await service.texts.spellings(tokens)
         return json_response(content)
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize"""
-        body = parse(DetokenizeRequest, await read_body(request))
+        body = await self._read(request, DetokenizeRequest)
         self._service.check_model(body.model)
-        return json_response({"prompt": self._service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return json_response({"prompt": await self._service.texts.decode(body.tokens)})
+
+    async def _read(self, request: Request, kind: type[Body], *, prompts: int = 1) -> Body:
+        """A body that so many prompts fit in."""
+        service = self._service
+        return await read(request, kind, service.texts.bytes_of(service.max_model_len, prompts))
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 while the first replica starts, and then while every replica is there and makes progress."""

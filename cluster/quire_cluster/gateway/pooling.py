@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 from quire_engine.errors import InvalidParameter
 from quire_engine.step import Floats
 
@@ -17,14 +19,18 @@ MAX_INPUTS = 2048
 Text = str | list[int]
 
 
+def check_count(inputs: int) -> None:
+    """Raises InvalidParameter for none, or too many."""
+    if not 1 <= inputs <= MAX_INPUTS:
+        raise InvalidParameter(f"there are {inputs} inputs; from 1 to {MAX_INPUTS} are taken at once", "input")
+
+
 async def tokens_of(service: Service, inputs: Sequence[Text]) -> list[list[int]]:
     """Of texts, or of what is token ids already. Raises InvalidParameter for none, or too many."""
-    if not 1 <= len(inputs) <= MAX_INPUTS:
-        raise InvalidParameter(f"there are {len(inputs)} inputs; from 1 to {MAX_INPUTS} are taken at once", "input")
-    return [
-        await service.tokenize(text, add_special_tokens=True, parameter="input") if isinstance(text, str) else text
-        for text in inputs
-    ]
+    check_count(len(inputs))
+    texts = [text for text in inputs if isinstance(text, str)]
+    found = iter(await service.tokenize_all(texts, parameter="input"))
+    return [next(found) if isinstance(text, str) else text for text in inputs]
 
 
 async def pooled(
@@ -54,59 +60,94 @@ async def embeddings(service: Service, body: EmbeddingRequest) -> dict[str, Any]
     """POST /v1/embeddings"""
     service.check_model(body.model)
     tokens = await tokens_of(service, body.inputs())
+    vectors = await pooled(service, tokens, "/v1/embeddings", scores=False)
+    data = await asyncio.to_thread(embedding_objects, vectors, body)
+    return {"object": "list", "data": data, "model": body.model or service.names[0], "usage": usage(tokens)}
+
+
+def embedding_objects(vectors: list[Floats], body: EmbeddingRequest) -> list[orjson.Fragment]:
+    """The answer's `data`, encoded one by one, so that other threads run in between."""
     data = []
-    for index, vector in enumerate(await pooled(service, tokens, "/v1/embeddings", scores=False)):
+    for index, vector in enumerate(vectors):
         values = shortened(vector, body.dimensions).astype("<f4")
-        shown: Any = values.tolist()
-        if body.encoding_format == "base64":
-            shown = base64.b64encode(values.tobytes()).decode()
-        data.append({"object": "embedding", "index": index, "embedding": shown})
-    return {"object": "list", "data": data, "model": body.model or service.names[0], "usage": _usage(tokens)}
+        shown: Any = base64.b64encode(values.tobytes()).decode() if body.encoding_format == "base64" else values
+        one = {"object": "embedding", "index": index, "embedding": shown}
+        data.append(orjson.Fragment(orjson.dumps(one, option=orjson.OPT_SERIALIZE_NUMPY)))
+    return data
 
 
 async def score(service: Service, body: ScoreRequest) -> dict[str, Any]:
-    """POST /v1/score: every text_1 with its text_2, or one text_1 with each of them."""
+    """POST /v1/score"""
     service.check_model(body.model)
+    values, counted = await _scores(service, score_pairs(body), "/v1/score")
+    return score_answer(body.model or service.names[0], values, counted)
+
+
+def score_pairs(body: ScoreRequest) -> list[tuple[str, str]]:
+    """Every text_1 with its text_2, or one text_1 with each of them."""
     firsts = [body.text_1] if isinstance(body.text_1, str) else body.text_1
     seconds = [body.text_2] if isinstance(body.text_2, str) else body.text_2
     if not firsts or len(firsts) not in (1, len(seconds)):
         raise InvalidParameter(f"text_1 has {len(firsts)} texts and text_2 {len(seconds)}", "text_1")
-    pairs = list(zip(firsts * (len(seconds) // len(firsts)), seconds, strict=True))
-    scores, usage = await _scores(service, pairs, "/v1/score")
-    data = [{"object": "score", "index": index, "score": value} for index, value in enumerate(scores)]
-    return {"object": "list", "data": data, "model": body.model or service.names[0], "usage": usage}
+    return list(zip(firsts * (len(seconds) // len(firsts)), seconds, strict=True))
+
+
+def score_answer(model: str, values: list[float], counted: dict[str, int]) -> dict[str, Any]:
+    """As the field writes it."""
+    data = [{"object": "score", "index": index, "score": value} for index, value in enumerate(values)]
+    return {"object": "list", "data": data, "model": model, "usage": counted}
 
 
 async def rerank(service: Service, body: RerankRequest) -> dict[str, Any]:
-    """POST /v1/rerank: the documents, the most relevant first."""
+    """POST /v1/rerank, /v2/rerank and /rerank"""
     service.check_model(body.model)
+    values, counted = await _scores(service, rerank_pairs(body), "/v1/rerank")
+    return rerank_answer(body, body.model or service.names[0], values, counted)
+
+
+def rerank_pairs(body: RerankRequest) -> list[tuple[str, str]]:
+    """The query with each document."""
     if body.top_n is not None and body.top_n < 1:
         raise InvalidParameter(f"top_n is {body.top_n}; it must be at least 1", "top_n")
-    scores, usage = await _scores(service, [(body.query, document) for document in body.documents], "/v1/rerank")
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
-    results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
+    return [(body.query, document) for document in body.documents]
+
+
+def rerank_answer(body: RerankRequest, model: str, values: list[float], counted: dict[str, int]) -> dict[str, Any]:
+    """The documents, the most relevant first, as clients of Jina's and Cohere's read them."""
+    order = sorted(range(len(values)), key=lambda index: -values[index])[: body.top_n]
+    results: list[dict[str, Any]] = [{"index": index, "relevance_score": values[index]} for index in order]
     if body.return_documents:
         for result in results:
             result["document"] = {"text": body.documents[result["index"]]}
-    return {"model": body.model or service.names[0], "results": results, "usage": usage}
+    return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results, "usage": counted}
 
 
 async def _scores(service: Service, pairs: list[tuple[str, str]], route: str) -> tuple[list[float], dict[str, int]]:
     """A classifier's, or the cosine between two embeddings; and what was computed for them."""
-    if not 1 <= len(pairs) <= MAX_INPUTS:
-        raise InvalidParameter(f"there are {len(pairs)} pairs; from 1 to {MAX_INPUTS} are scored at once", "documents")
+    check_pairs(len(pairs))
     if service.pooling is not None and service.pooling.scores:
-        encode = service.tokenizer.encode_pair
-        tokens = await asyncio.to_thread(lambda: [encode(*pair) for pair in pairs])
+        tokens = await service.texts.pairs(pairs, context=service.max_model_len)
         values = await pooled(service, tokens, route, scores=True)
-        return [float(value[0]) for value in values], _usage(tokens)
+        return [float(value[0]) for value in values], usage(tokens)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     tokens = await tokens_of(service, texts)
     vectors = await pooled(service, tokens, route, scores=False)
+    return cosines(pairs, texts, vectors), usage(tokens)
+
+
+def check_pairs(count: int) -> None:
+    """Raises InvalidParameter for none, or too many."""
+    if not 1 <= count <= MAX_INPUTS:
+        raise InvalidParameter(f"there are {count} pairs; from 1 to {MAX_INPUTS} are scored at once", "documents")
+
+
+def cosines(pairs: list[tuple[str, str]], texts: list[str], vectors: list[Floats]) -> list[float]:
+    """Of each pair, from the vectors of its texts."""
     units = {text: vector / np.linalg.norm(vector) for text, vector in zip(texts, vectors, strict=True)}
-    return [float(units[first] @ units[second]) for first, second in pairs], _usage(tokens)
+    return [float(units[first] @ units[second]) for first, second in pairs]
 
 
-def _usage(tokens: list[list[int]]) -> dict[str, int]:
+def usage(tokens: list[list[int]]) -> dict[str, int]:
+    """What was computed."""
     count = sum(len(one) for one in tokens)
     return {"prompt_tokens": count, "total_tokens": count}

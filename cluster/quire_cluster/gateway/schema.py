@@ -1,12 +1,25 @@
-"""The OpenAI API's requests, as far as they are served. A field that is not here is refused by name."""
+"""The OpenAI API's requests, as far as they are served. A field that is not here is refused by name; what asks for
+nothing here is accepted, and listed in docs/api.md."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from quire_engine.errors import InvalidParameter
-from quire_engine.text.params import MAX_BIASES, MAX_STOP_TOKENS, SamplingParams
+from quire_engine.text.params import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_TOKENS, SamplingParams
 
-Text = Annotated[str, Field(max_length=1 << 24)]
+from quire_cluster.gateway.fields import (
+    Documents,
+    Ignored,
+    Int32,
+    Messages,
+    Prompts,
+    Strict,
+    Text,
+    TextOrTexts,
+    TokenIds,
+    at_most,
+)
+
 _SHARED = [
     "n",
     "min_tokens",
@@ -31,53 +44,54 @@ _SHARED = [
 ]
 
 
-class Strict(BaseModel):
-    """Unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
 class StreamOptions(Strict):
     """What a stream says besides its tokens."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Ignored = None
 
 
 class _Sampling(Strict):
     """Parameters of both kinds of completion. None means: not given."""
 
     model: str | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    n: Int32 | None = None
+    max_tokens: Int32 | None = None
+    min_tokens: Int32 | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Int32 | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKENS)
+    stop: TextOrTexts | None = None
+    stop_token_ids: Annotated[TokenIds | None, at_most(MAX_STOP_TOKENS)] = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[Text] | None = None
+    prompt_logprobs: Int32 | None = None
+    logit_bias: Annotated[dict[str, float] | None, at_most(MAX_BIASES)] = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Annotated[TextOrTexts | None, at_most(MAX_BAD_WORDS)] = None
     structured_outputs: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512)
     echo: bool = False
-    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    priority: Int32 = 0
     request_id: str | None = Field(None, max_length=128, pattern=r"^[\w.:\-]+$")
     return_token_ids: bool = False
     cache_salt: str | None = Field(None, max_length=256)
+    store: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
 
     def _params(self, *, max_tokens: int | None, logprobs: int | None, **others: Any) -> SamplingParams:
         given = {name: value for name in _SHARED if (value := getattr(self, name)) is not None} | others
@@ -91,9 +105,9 @@ class _Sampling(Strict):
 class CompletionRequest(_Sampling):
     """POST /v1/completions"""
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
-    logprobs: int | None = None
-    best_of: int | None = None
+    prompt: Prompts
+    logprobs: Int32 | None = None
+    best_of: Int32 | None = None
     suffix: str | None = None
     add_special_tokens: bool = True
 
@@ -110,29 +124,6 @@ class CompletionRequest(_Sampling):
         return self._params(max_tokens=max_tokens, logprobs=self.logprobs, **scored)
 
 
-class TextPart(Strict):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    """One message; what else a template may read (name, tool calls of a past turn) is passed on to it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: str = Field(max_length=64)
-    content: Text | list[TextPart] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """Parts joined: templates of text models want a string."""
-        message = self.model_dump(exclude_none=True)
-        if isinstance(self.content, list):
-            message["content"] = "".join(part.text for part in self.content)
-        return message
-
-
 class ResponseFormat(Strict):
     """Only plain text, for now."""
 
@@ -142,19 +133,22 @@ class ResponseFormat(Strict):
 class ChatCompletionRequest(_Sampling):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1, max_length=100_000)
-    max_completion_tokens: int | None = None
+    messages: Messages
+    max_completion_tokens: Int32 | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Int32 | None = None
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
+    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
+    reasoning_effort: str | None = Field(None, max_length=32)
+    verbosity: str | None = Field(None, max_length=32)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    prediction: Ignored = None
 
     def sampling(self) -> SamplingParams:
         """Raises InvalidParameter."""
@@ -165,8 +159,6 @@ class ChatCompletionRequest(_Sampling):
                 "chat_template cannot come with a request; start the server with --chat-template",
                 "chat_template",
             )
-        if self.reasoning_effort is not None:
-            raise InvalidParameter("reasoning_effort is not supported; leave it out", "reasoning_effort")
         if (
             self.continue_final_message
             and self.add_generation_prompt
@@ -183,15 +175,28 @@ class ChatCompletionRequest(_Sampling):
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return self._params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
+    def template_variables(self, known: frozenset[str]) -> dict[str, Any]:
+        """What the chat template gets besides the messages. `known`: what it reads. Raises InvalidParameter."""
+        variables = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            if "reasoning_effort" not in known:
+                raise InvalidParameter(
+                    "reasoning_effort is not read by this model's chat template; leave it out", "reasoning_effort"
+                )
+            variables.setdefault("reasoning_effort", self.reasoning_effort)
+        if self.verbosity is not None and "verbosity" in known:
+            variables.setdefault("verbosity", self.verbosity)
+        return variables
+
 
 class EmbeddingRequest(Strict):
     """POST /v1/embeddings"""
 
     model: str | None = None
-    input: Text | list[Text] | list[int] | list[list[int]]
+    input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-    user: str | None = None
+    dimensions: Int32 | None = None
+    user: Ignored = None
 
     def inputs(self) -> list[str | list[int]]:
         """One or several."""
@@ -205,18 +210,20 @@ class ScoreRequest(Strict):
     """POST /v1/score"""
 
     model: str | None = None
-    text_1: Text | list[Text]
-    text_2: Text | list[Text]
+    text_1: TextOrTexts
+    text_2: TextOrTexts
+    user: Ignored = None
 
 
 class RerankRequest(Strict):
-    """POST /v1/rerank"""
+    """POST /v1/rerank, /v2/rerank and /rerank"""
 
     model: str | None = None
     query: Text
-    documents: list[Text]
-    top_n: int | None = None
+    documents: Documents
+    top_n: Int32 | None = None
     return_documents: bool = True
+    user: Ignored = None
 
 
 class TokenizeRequest(Strict):
@@ -224,7 +231,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -234,7 +241,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[int] = Field(max_length=1 << 22)
+    tokens: TokenIds
 
 
 def _token_id(key: str) -> int:

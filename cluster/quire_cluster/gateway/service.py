@@ -1,13 +1,13 @@
 """What every way in has in common: check, render, tokenize, dispatch; and at the end, the metrics and one line of
 log."""
 
-import asyncio
 import hashlib
 import json
 import logging
 import random
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quire_engine.config import EngineConfig
@@ -31,12 +31,10 @@ from quire_engine.weights.resolve import ModelFiles
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
 from quire_cluster.gateway.sessions import ReplicaSession
+from quire_cluster.gateway.texts import Texts
 from quire_cluster.observability.metrics import Metrics
 
 access_log = logging.getLogger("quire.requests")
-_LARGE_TEXT = 20_000  # characters from which a text is tokenized off the event loop
-_CHARACTERS_PER_TOKEN = 6  # more than in nearly any text
-_CUT_SLACK = 16  # tokens that may differ because a text was cut
 _STALL = 10.0  # seconds a busy engine may go without a step before it counts as hung
 _SILENCE = 5.0  # seconds a replica may go without a report
 _REJECTIONS = {QueueFull: "queue_full", ContextTooLong: "context_too_long", Unavailable: "unavailable"}
@@ -58,16 +56,17 @@ class Service:
         """`max_waiting`: requests that wait while there is no replica. `pooling`: of a model that gives vectors or
         scores instead of tokens."""
         self.tokenizer = tokenizer
+        self.texts = Texts(tokenizer)
         self.pooling = pooling
         self.names = names
         self.max_model_len = max_model_len
         self.vocab_size: int = files.config["vocab_size"]
+        self.vector_size: int = files.config.get("hidden_size") or 0  # numbers of an embedding
         self.created = int(time.time())
         self.metrics = Metrics(names[0])
         self.dispatcher = Dispatcher(self._on_load, self._on_steps, max_waiting=max_waiting)
         self.draining = False
         self._end_tokens = end_tokens(files, tokenizer)
-        self._longest_token = max(len(tokenizer.token_text(token)) for token in _sample_of_long_tokens(tokenizer))
 
     @staticmethod
     def load(files: ModelFiles, config: EngineConfig, *, names: list[str], chat_template: str | None) -> "Service":
@@ -136,25 +135,18 @@ class Service:
                 "model",
             )
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool, parameter: str = "prompt") -> list[int]:
-        """A prompt's token ids. One far beyond the context is refused (ContextTooLong) for its beginning alone."""
-        beginning = self.max_model_len * _CHARACTERS_PER_TOKEN
-        if len(text) > beginning:
-            some = len(await self.encode(text[:beginning], add_special_tokens=False))
-            if some > self.max_model_len + _CUT_SLACK or len(text) > self.max_model_len * self._longest_token:
-                raise ContextTooLong(
-                    f"the {parameter} has {len(text)} characters, and more tokens than the context of "
-                    f"{self.max_model_len} holds; shorten it",
-                    parameter,
-                )
-        return await self.encode(text, add_special_tokens=add_special_tokens)
+    async def tokenize(self, text: str) -> list[int]:
+        """A prompt's token ids. Raises ContextTooLong for one far beyond the context."""
+        [tokens] = await self.tokenize_all([text])
+        return tokens
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of any text; a large one off the event loop."""
-        encode = self.tokenizer.encode
-        if len(text) < _LARGE_TEXT:
-            return encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(lambda: encode(text, add_special_tokens=add_special_tokens))
+    async def tokenize_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, parameter: str = "prompt"
+    ) -> list[list[int]]:
+        """The same for several. The first that is too long is told."""
+        return await self.texts.prompts(
+            texts, context=self.max_model_len, add_special_tokens=add_special_tokens, parameter=parameter
+        )
 
     async def render(
         self,
@@ -162,16 +154,16 @@ class Service:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool,
-        variables: dict[str, Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """A conversation's prompt."""
-        text = self.tokenizer.render(
+        return await self.texts.conversation(
             messages,
+            context=self.max_model_len,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            **(variables or {}),
+            variables=variables or {},
         )
-        return await self.tokenize(text, add_special_tokens=False, parameter="messages")
 
     def start(
         self,
@@ -215,17 +207,13 @@ class Service:
             raise Unavailable("this server is shutting down; try another one")
         self._check_prompt(prompt)
         seed = params.seed if params.seed is not None else random.getrandbits(63)
-        samplings = [
-            params.for_engine(
-                self.tokenizer,
-                vocab_size=self.vocab_size,
-                end_tokens=self._end_tokens,
-                room=max(1, self.max_model_len - len(prompt)),
-                seed=seed,
-                choice=index,
-            )
-            for index in range(params.n)
-        ]
+        samplings = params.for_choices(
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            end_tokens=self._end_tokens,
+            room=max(1, self.max_model_len - len(prompt)),
+            seed=seed,
+        )
         salt = hashlib.sha256(cache_salt.encode()).digest() if cache_salt else b""
         facts = RequestFacts(
             request_id=request_id or uuid.uuid4().hex,
@@ -299,9 +287,3 @@ class Service:
         if error is not None:
             line["error"] = str(error)[:200]
         access_log.info(json.dumps(line))
-
-
-def _sample_of_long_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the longest tokens, by their raw spelling."""
-    vocabulary = tokenizer.vocabulary()
-    return [token for _, token in sorted(vocabulary.items(), key=lambda item: -len(item[0]))[:16]]

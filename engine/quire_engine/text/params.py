@@ -1,13 +1,14 @@
 """What a caller asks for, texts included; checked here, once, for every way in (HTTP, gRPC, offline)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
 from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.text.tokenizer import Tokenizer
 
+MAX_INT = 2**31 - 1
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
@@ -55,8 +56,8 @@ class SamplingParams:
                 "max_tokens",
             )
         if self.max_tokens is not None:
-            _between("max_tokens", self.max_tokens, 0, None)
-        _between("min_tokens", self.min_tokens, 0, None)
+            _between("max_tokens", self.max_tokens, 0, MAX_INT)
+        _between("min_tokens", self.min_tokens, 0, MAX_INT)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameter(
                 f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens})", "min_tokens"
@@ -65,7 +66,7 @@ class SamplingParams:
         if not self.top_p > 0:
             raise InvalidParameter(f"top_p is {self.top_p}; it must be above 0 and at most 1", "top_p")
         _between("top_p", self.top_p, 0, 1)
-        _between("top_k", self.top_k, -1, None)
+        _between("top_k", self.top_k, -1, MAX_INT)
         _between("min_p", self.min_p, 0, 1)
         _between("presence_penalty", self.presence_penalty, -2, 2)
         _between("frequency_penalty", self.frequency_penalty, -2, 2)
@@ -97,9 +98,10 @@ class SamplingParams:
         """Raises InvalidParameter for token ids that the model's logits do not have, and for more min_tokens than the
         prompt leaves room for."""
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-            for token in getattr(self, name) or ():
-                if not 0 <= token < vocab_size:
-                    raise InvalidParameter(f"{name} holds {token}; token ids go from 0 to {vocab_size - 1}", name)
+            tokens = getattr(self, name)
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+                raise InvalidParameter(f"{name} holds {wrong}; token ids go from 0 to {vocab_size - 1}", name)
         if self.min_tokens > room:
             raise InvalidParameter(
                 f"min_tokens is {_short(self.min_tokens)}; the prompt leaves {room} tokens of the context; lower "
@@ -107,17 +109,11 @@ class SamplingParams:
                 "min_tokens",
             )
 
-    def for_engine(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        vocab_size: int,
-        end_tokens: tuple[int, ...],
-        room: int,
-        seed: int,
-        choice: int = 0,
-    ) -> EngineSampling:
-        """The part the engine sees, in tokens. `room`: tokens left of the context; choice i draws with `seed` + i.
+    def for_choices(
+        self, tokenizer: Tokenizer, *, vocab_size: int, end_tokens: tuple[int, ...], room: int, seed: int
+    ) -> list[EngineSampling]:
+        """The part the engine sees, in tokens, of each of the `n` choices. `room`: tokens left of the context; choice i
+        draws with `seed` + i.
 
         Raises InvalidParameter as `check` does.
         """
@@ -134,7 +130,7 @@ class SamplingParams:
                     "bad_words and min_tokens rule out every one of allowed_token_ids: nothing could be drawn",
                     "allowed_token_ids",
                 )
-        return EngineSampling(
+        first = EngineSampling(
             max_tokens=most,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
@@ -144,18 +140,22 @@ class SamplingParams:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
-            seed=(seed + choice) % 2**64,
+            seed=seed % 2**64,
             stop_token_ids=stops,
             logprobs=self.logprobs,
-            prompt_logprobs=self.prompt_logprobs if choice == 0 else None,  # the prompt is the same for all
+            prompt_logprobs=self.prompt_logprobs,
             logit_bias=self.logit_bias or None,
             allowed_token_ids=TokenSet.of(self.allowed_token_ids or ()),
             bad_words=bad_words,
         )
+        others = (  # the prompt is the same for all
+            replace(first, seed=(seed + choice) % 2**64, prompt_logprobs=None) for choice in range(1, self.n)
+        )
+        return [first, *others]
 
 
 def _between(name: str, value: float, least: float, most: float | None) -> None:
-    finite = math.isfinite(value)
+    finite = isinstance(value, int) or math.isfinite(value)
     if not finite or value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
         raise InvalidParameter(f"{name} is {_short(value)}; it must be {bounds}", name)

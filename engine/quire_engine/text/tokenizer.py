@@ -5,21 +5,27 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quire_kernels.cache_folder import cache_folder
 
-from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.errors import ContextTooLong, InvalidParameter, ModelError
+from quire_engine.text.chat_template import ChatTemplate
 from quire_engine.text.detokenizer import Detokenizer, TokenTable
 from quire_engine.weights.resolve import ModelFiles
 
 log = logging.getLogger(__name__)
 
 
+LARGE_TEXT = 4096  # characters (or tokens) from which other threads run meanwhile
+_SHARE = 1 << 20  # characters
+Item = TypeVar("Item")
+
+
 class Tokenizer:
-    """One model's tokenizer and chat template. Thread-safe where tokenizers is."""
+    """One model's tokenizer and chat template, for any number of threads."""
 
     def __init__(self, backend: Any, chat_template: str | None = None) -> None:
         """`backend`: a transformers tokenizer. `chat_template` replaces its own."""
@@ -33,8 +39,7 @@ class Tokenizer:
         fast.no_padding()
         self._backend = backend
         self._fast = fast
-        if chat_template is not None:
-            backend.chat_template = chat_template
+        self._template, self._no_template = _chat_template(backend, chat_template)
         self._table = TokenTable(fast)
         self.size = len(backend)
 
@@ -73,24 +78,41 @@ class Tokenizer:
         return self._backend.eos_token_id
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether conversations can be rendered."""
-        return bool(self._backend.chat_template)
+    def template_variables(self) -> frozenset[str]:
+        """What callers may set in the chat template."""
+        return self._template.variables if self._template is not None else frozenset()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
-        return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self.encode_all([text], add_special_tokens=add_special_tokens)[0]
 
-    def encode_pair(self, first: str, second: str) -> list[int]:
-        """Token ids of two texts with whatever the model wants between them."""
-        return list(self._fast.encode(first, second).ids)
+    def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, most: int | None = None
+    ) -> list[list[int]]:
+        """Token ids of each text. Other threads run meanwhile, except for texts of a few words. Raises ContextTooLong
+        for a text of more than `most` tokens."""
+        if sum(map(len, texts)) < LARGE_TEXT:
+            return [self._fast.encode(text, add_special_tokens=add_special_tokens).ids for text in texts]
+        ids: list[list[int]] = []
+        for some in _shares(texts, len):  # in batches, which give up the interpreter's lock, as `encode` does not
+            found = self._fast.encode_batch_fast(some, add_special_tokens=add_special_tokens)
+            longest = max(map(len, found))
+            if most is not None and longest > most:
+                raise ContextTooLong(f"a text has {longest} tokens; at most {most} are taken; shorten it", "prompt")
+            ids += [one.ids for one in found]
+        return ids
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of two texts with whatever the model wants between them, for each pair."""
+        shares = _shares(pairs, lambda pair: len(pair[0]) + len(pair[1]))
+        return [one.ids for some in shares for one in self._fast.encode_batch_fast(some)]
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, in which U+FFFD stands for what is no character. Raises InvalidParameter for ids that
         are not in the vocabulary."""
-        for token in token_ids:
-            if not 0 <= token < self.size:
-                raise InvalidParameter(f"token id {token} is not in the vocabulary (0 to {self.size - 1})", "tokens")
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.size:
+            wrong = next(token for token in token_ids if not 0 <= token < self.size)
+            raise InvalidParameter(f"token id {wrong} is not in the vocabulary (0 to {self.size - 1})", "tokens")
         return self._table.text(token_ids, skip_special_tokens=skip_special_tokens)
 
     def vocabulary(self) -> dict[str, int]:
@@ -112,28 +134,18 @@ class Tokenizer:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the model was trained to see it. Raises InvalidParameter when the template refuses it."""
-        if not self.has_chat_template:
-            raise InvalidParameter(
-                "this model has no chat template; use completions, or start the server with --chat-template",
-                "messages",
-            )
-        try:
-            return str(
-                self._backend.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    **variables,
-                )
-            )
-        except Exception as error:  # templates are programs: whatever they raise is about these messages
-            raise InvalidParameter(
-                f"the chat template refuses these messages: {str(error)[:200]}", "messages"
-            ) from error
+        """A conversation as the model was trained to see it. Raises InvalidParameter when the template refuses it, and
+        for variables that it does not read."""
+        if self._template is None:
+            raise InvalidParameter(f"{self._no_template}; use completions, or start the server with --chat-template")
+        return self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables or {},
+        )
 
     def spellings(self, word: str) -> Iterable[tuple[int, ...]]:
         """Token sequences that write a word: at the start of a text, and after a space."""
@@ -163,6 +175,33 @@ def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
         strange = ", ".join(str(token) for token in found if token not in known)
         log.warning("eos_token_id has %s, which the vocabulary of %d tokens lacks; left out", strange, size)
     return known
+
+
+def _shares(values: Sequence[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """What is encoded at once: an encoding takes many times the memory of its text."""
+    share: list[Item] = []
+    total = 0
+    for value in values:
+        share.append(value)
+        total += size(value)
+        if total >= _SHARE:
+            yield share
+            share, total = [], 0
+    if share:
+        yield share
+
+
+def _chat_template(backend: Any, given: str | None) -> tuple[ChatTemplate | None, str]:
+    """The one given, or the model's own; else why there is none. Raises ModelError for a given one that is broken."""
+    if given is not None:
+        return ChatTemplate(given, backend.special_tokens_map), ""
+    if not backend.chat_template:
+        return None, "this model has no chat template"
+    try:
+        return ChatTemplate(backend.get_chat_template(), backend.special_tokens_map), ""
+    except (ModelError, ValueError) as error:
+        log.warning("conversations cannot be served: %s", error)
+        return None, "this model's chat template cannot be used"
 
 
 def _kept_conversion(path: Path) -> Path:

@@ -1,0 +1,186 @@
+"""The kinds of fields that requests have. Where a value may have one of several forms, or be long, it is checked by
+hand: pydantic would try every form on every item and write an error for each."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_TEXT = 1 << 24  # characters
+MAX_TOKENS = 1 << 20  # token ids of one call
+MAX_MESSAGES = 100_000
+MAX_ROLE = 64  # characters
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors, and null means left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name in values:
+            if name not in cls.model_fields:
+                raise _wrong(f"{name[:60]} is not a parameter of this call; leave it out", field=name[:60])
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _wrong(message: str, *, field: str | None = None) -> PydanticCustomError:
+    """`field`: which one is at fault, where that is not the one that is being checked."""
+    return PydanticCustomError("wrong", "{message}", {"message": message, "field": field})
+
+
+def text(value: Any) -> str:
+    """A text of a length that could fit any context."""
+    if not isinstance(value, str):
+        raise _wrong("it must be a text")
+    if len(value) > MAX_TEXT:
+        raise _wrong(f"it has {len(value)} characters; at most {MAX_TEXT} are read")
+    return value
+
+
+def _all(kind: type, values: Iterable[Any]) -> bool:
+    """Whether every one is exactly of a kind (True is no integer)."""
+    return set(map(type, values)) <= {kind}
+
+
+def text_or_texts(value: Any) -> str | list[str]:
+    """Of a list, the first wrong item alone is told."""
+    if isinstance(value, list):
+        if not _all(str, value):
+            raise _wrong("it must be a text or a list of texts")
+        return value
+    return text(value)
+
+
+def prompts(value: Any) -> str | list[str] | list[int] | list[list[int]]:
+    """A text, texts, token ids, or lists of token ids."""
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, list):
+        if _all(str, value):
+            return value
+        if _all(int, value):
+            return _token_ids(value)
+        if _all(list, value):
+            for one in value:
+                if not _all(int, one):
+                    break
+                _token_ids(one)
+            else:
+                return value
+    raise _wrong("it must be a text, a list of texts, a list of token ids, or a list of such lists")
+
+
+def _token_ids(value: list[int]) -> list[int]:
+    if len(value) > MAX_TOKENS:
+        raise _wrong(f"it has {len(value)} token ids; at most {MAX_TOKENS} are read")
+    if value and not 0 <= min(value) <= max(value) < 2**31:
+        raise _wrong("it holds a number that is no token id")
+    return value
+
+
+def token_ids(value: Any) -> list[int]:
+    """A list of them."""
+    if not isinstance(value, list) or not _all(int, value):
+        raise _wrong("it must be a list of token ids")
+    return _token_ids(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message; what else a template may read (name, tool calls of a past turn) is passed on to it."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None
+    more: dict[str, Any]
+
+    def for_template(self) -> dict[str, Any]:
+        """As the chat template gets it."""
+        return {"role": self.role, "content": self.content} | self.more
+
+    @property
+    def text(self) -> str:
+        """Its content as one text."""
+        if isinstance(self.content, list):
+            return "\n".join(part["text"] for part in self.content)
+        return self.content or ""
+
+
+def messages(value: Any) -> list[Message]:
+    """A conversation. The first thing that is wrong with it is told."""
+    if not isinstance(value, list):
+        raise _wrong("it must be a list of messages")
+    if not 1 <= len(value) <= MAX_MESSAGES:
+        raise _wrong(f"it has {len(value)} messages; from 1 to {MAX_MESSAGES} are read")
+    return [_message(place, one) for place, one in enumerate(value)]
+
+
+def _message(place: int, value: Any) -> Message:
+    role = value.get("role") if isinstance(value, dict) else None
+    if not isinstance(role, str) or len(role) > MAX_ROLE:
+        raise _wrong(f"message {place} has no role; give an object with role and content")
+    try:
+        content = _content(value.get("content"))
+    except PydanticCustomError as error:
+        raise _wrong(f"the content of message {place}: {error.message()}") from error
+    more = {name: more for name, more in value.items() if more is not None and name not in ("role", "content")}
+    return Message(role, content, more)
+
+
+def _content(value: Any) -> str | list[dict[str, Any]] | None:
+    """A text, or parts that are texts. What else parts hold asks for nothing here."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [_part(part) for part in value]
+    return text(value)
+
+
+def _part(part: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        raise _wrong(f"parts of type {str(kind)[:40]!r} are not supported; only 'text' is")
+    for name in part:
+        if name not in ("type", "text", "cache_control"):
+            raise _wrong(f"a part of type 'text' has no {name[:60]}; leave it out")
+    return {"type": "text", "text": text(part.get("text"))}
+
+
+def documents(value: Any) -> list[str]:
+    """Texts, or objects that hold a text."""
+    if not isinstance(value, list):
+        raise _wrong("it must be a list of texts, or of objects with a text")
+    return [text(one.get("text") if isinstance(one, dict) else one) for one in value]
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """So many entries of a list or an object, counted before any is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (list, dict)) and len(value) > limit:
+            raise _wrong(f"it has {len(value)} entries; at most {limit} are allowed")
+        return value
+
+    return BeforeValidator(check)
+
+
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Text = Annotated[str, PlainValidator(text)]
+TextOrTexts = Annotated[str | list[str], PlainValidator(text_or_texts)]
+Prompts = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(prompts)]
+TokenIds = Annotated[list[int], PlainValidator(token_ids)]
+Messages = Annotated[list[Message], PlainValidator(messages)]
+Documents = Annotated[list[str], PlainValidator(documents)]
+
+
+class WithoutEffect:
+    """Marks a field that asks for nothing here; docs/api.md lists them."""
+
+
+Ignored = Annotated[Any, WithoutEffect()]

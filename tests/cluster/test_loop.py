@@ -1,0 +1,159 @@
+"""The gateway's event loop goes on while it works on what a caller sends, however large."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import httpx
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from quire_cluster.gateway import bodies
+from quire_cluster.gateway.connection import Limits
+from quire_cluster.gateway.encoding import in_pieces
+from quire_cluster.gateway.grpc_api import GrpcServer
+from quire_cluster.gateway.http import Api
+from quire_cluster.gateway.service import Service
+from quire_engine.text.tokenizer import Tokenizer
+from quire_engine.weights.resolve import DEMO_MODEL, resolve
+from quire_protos.v1 import inference_pb2 as pb
+from quire_protos.v1 import inference_pb2_grpc
+
+LIMITS = Limits(connections=16, head=60.0, body=60.0, write=60.0)
+WORDS = "the quick brown fox jumps over the lazy dog and runs away "
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(resolve(DEMO_MODEL))
+
+
+def service(tokenizer: Tokenizer) -> Service:
+    """Without replicas: what is sent here is refused, or needs none."""
+    return Service(resolve(DEMO_MODEL), tokenizer, names=["demo"], max_model_len=8192, max_waiting=16)
+
+
+def text(size: int) -> str:
+    return WORDS * (size // len(WORDS))
+
+
+def parts(kind: str, count: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": kind, "text": "hello"}] * count}]
+
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+SENT: dict[str, tuple[str, Callable[[], Any], int]] = {
+    "floats for a prompt": (TEXT, lambda: {"prompt": [0.5] * 1_000_000}, 400),
+    "floats for stop": (TEXT, lambda: {"prompt": "x", "stop": [0.5] * 1_000_000}, 400),
+    "token ids": (TEXT, lambda: {"prompt": [5] * 1_000_000}, 400),
+    "prompts": (TEXT, lambda: {"prompt": [text(20_000)] * 128, "max_tokens": 9000}, 400),
+    "a long prompt": (TEXT, lambda: {"prompt": text(30 << 20)}, 400),
+    "objects": (TEXT, lambda: {"prompt": [{}] * 8_000_000}, 413),
+    "unknown names": (TEXT, lambda: {f"a{i}": 1 for i in range(200_000)}, 400),
+    "turns": (CHAT, lambda: {"messages": [{"role": "user", "content": "hello"}] * 40_000}, 400),
+    "parts": (CHAT, lambda: {"messages": parts("text", 50_000)}, 400),
+    "wrong parts": (CHAT, lambda: {"messages": parts("image_url", 50_000)}, 400),
+    "tokenize": ("/tokenize", lambda: {"prompt": text(2 << 20)}, 200),
+    "tokenize 8 MB": ("/tokenize", lambda: {"prompt": text(8 << 20)}, 413),
+    "detokenize": ("/detokenize", lambda: {"tokens": [1000] * 900_000}, 200),
+    "detokenize 4 M": ("/detokenize", lambda: {"tokens": [1000] * 4_000_000}, 413),
+    "texts to embed": ("/v1/embeddings", lambda: {"input": [text(5000)] * 500}, 400),
+    "texts to rank": ("/rerank", lambda: {"query": "x", "documents": [text(5000)] * 500}, 400),
+}
+
+
+async def longest_gap(work: Awaitable[Any]) -> tuple[float, float, Any]:
+    """The longest time for which the loop did nothing else, the whole time, and what came of it."""
+    last = begun = time.monotonic()
+    longest = 0.0
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        await asyncio.sleep(0.002)
+        now = time.monotonic()
+        longest, last = max(longest, now - last), now
+    return longest, last - begun, await task
+
+
+def check(longest: float, whole: float) -> None:
+    """Of what blocks the loop, the longest gap is the whole time. Small works may take what a slow machine takes."""
+    assert longest < 0.25 + whole / 4, f"the loop stood for {longest:.2f} s of {whole:.2f} s"
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_over_http(name: str, tokenizer: Tokenizer) -> None:
+    route, content, status = SENT[name]
+    body = orjson.dumps(content())
+
+    async def run() -> tuple[float, float, httpx.Response]:
+        transport = httpx.ASGITransport(Api(service(tokenizer)).app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            return await longest_gap(client.post(route, content=body))
+
+    longest, whole, answer = asyncio.run(run())
+    assert answer.status_code == status, answer.text[:300]
+    check(longest, whole)
+
+
+CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "Tokenize": ("Tokenize", lambda: pb.TokenizeRequest(text=text(2 << 20))),
+    "Detokenize": ("Detokenize", lambda: pb.DetokenizeRequest(token_ids=[1000] * 900_000)),
+    "token ids": ("Generate", lambda: pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1000] * 3_000_000))),
+    "a long prompt": ("Generate", lambda: pb.GenerateRequest(text=text(7 << 20))),
+    "turns": ("Chat", lambda: pb.ChatRequest(messages=[pb.ChatMessage(role="user", content="hello")] * 90_000)),
+    "nothing to embed": ("Embed", lambda: pb.EmbedRequest(inputs=[pb.EmbedInput()] * 2_000_000)),
+    "texts to embed": ("Embed", lambda: pb.EmbedRequest(inputs=[pb.EmbedInput(text=text(5000))] * 500)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_over_grpc(name: str, tokenizer: Tokenizer) -> None:
+    method, make = CALLS[name]
+    request = make()
+
+    async def run() -> tuple[float, float, Any]:
+        server = GrpcServer(service(tokenizer), LIMITS, keys=None)
+        port = await server.start("127.0.0.1", 0)
+        options = [("grpc.max_receive_message_length", 64 << 20)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+            call = getattr(inference_pb2_grpc.InferenceStub(channel), method)
+
+            async def ended() -> Any:
+                try:
+                    answer = call(request)
+                    return [one async for one in answer] if hasattr(answer, "__aiter__") else await answer
+                except grpc.aio.AioRpcError as error:
+                    return error.code()
+
+            found = await longest_gap(ended())
+        await server.stop(0)
+        return found
+
+    longest, whole, answer = asyncio.run(run())
+    if name not in ("Tokenize", "Detokenize"):
+        assert answer is grpc.StatusCode.INVALID_ARGUMENT, answer
+    check(longest, whole)
+
+
+@given(st.binary(max_size=40).map(lambda noise: bytes(b'"\\,{[a'[byte % 6] for byte in noise)), st.integers(1, 5))
+def test_values_are_counted_outside_of_texts(data: bytes, piece: int) -> None:
+    """Character by character."""
+    expected, inside, escaped = 0, False, False
+    for byte in data:
+        if inside:
+            inside, escaped = escaped or byte != ord('"'), byte == ord("\\") and not escaped
+        elif byte == ord('"'):
+            inside = True
+        else:
+            expected += {ord(","): 1, ord("{"): 4, ord("["): 4}.get(byte, 0)
+    with pytest.MonkeyPatch().context() as patched:
+        patched.setattr(bodies, "_PIECE", piece)
+        if piece > 1 or b"\\" not in data:  # an escape takes two
+            assert bodies._weight_outside_texts(data) == expected
+
+
+def test_long_lists_are_encoded_as_they_would_be_at_once() -> None:
+    content = {"a": [{"x": i} for i in range(1000)], "b": {"c": list(range(700)), "d": [1, 2]}, "e": [], "f": "g"}
+    assert orjson.dumps(in_pieces(content)) == orjson.dumps(content)
