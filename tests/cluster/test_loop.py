@@ -17,8 +17,9 @@ from quire_cluster.gateway.encoding import in_pieces
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
+from quire_engine.config import DEMO_MODEL
 from quire_engine.text.tokenizer import Tokenizer
-from quire_engine.weights.resolve import DEMO_MODEL, resolve
+from quire_engine.weights.resolve import resolve
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
