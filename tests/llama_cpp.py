@@ -1,8 +1,8 @@
 """Runs llama.cpp's own converter (convert_hf_to_gguf.py), which `make test` unpacks beside the virtual environment's
-packages:
+packages, with the vocabularies that llama.cpp is tested with:
 
-python tests/llama_cpp.py FOLDER...    writes FOLDER/../FOLDER.gguf for each, unquantized, with words for tokens
-python tests/llama_cpp.py --unpack ARCHIVE    takes the converter out of llama-cpp-python's source archive
+python tests/llama_cpp.py FOLDER...    writes FOLDER/../FOLDER.gguf for each, unquantized, with letters for tokens
+python tests/llama_cpp.py --unpack ARCHIVE    takes these out of llama-cpp-python's source archive
 """
 
 import json
@@ -33,6 +33,7 @@ def convert(folders: list[Path], split: int = 0) -> None:
     import gguf
     import torch
     from conversion.base import ModelBase, ModelType, get_model_architecture
+    from tokenizers.pre_tokenizers import ByteLevel
 
     logging.disable(logging.WARNING)
     load = ModelBase.load_hparams
@@ -41,10 +42,18 @@ def convert(folders: list[Path], split: int = 0) -> None:
         """Published configs have fields that transformers has renamed since; the converter asks for those."""
         return {**load(folder, is_mistral_format), **json.loads((folder / "config.json").read_text())}
 
-    def words(model: Any) -> None:
-        """In place of each family's tokenizer, which tiny models lack."""
+    def letters(model: Any) -> None:
+        """In place of each family's tokenizer, which tiny models lack: bytes, and some with a space before them."""
+        size = model.hparams["vocab_size"]
+        alphabet = sorted(ByteLevel.alphabet())
+        pairs = [("Ġ", letter) for letter in alphabet][: size - 3 - len(alphabet)]
+        tokens = ["<unk>", "<s>", "</s>", *alphabet, *map("".join, pairs)]
+        assert len(tokens) == size
         model.gguf_writer.add_tokenizer_model("gpt2")
-        model.gguf_writer.add_token_list([f"w{i}" for i in range(model.hparams["vocab_size"])])
+        model.gguf_writer.add_tokenizer_pre("gpt-2")
+        model.gguf_writer.add_token_list(tokens)
+        model.gguf_writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (size - 3))
+        model.gguf_writer.add_token_merges(list(map(" ".join, pairs)))
         model.gguf_writer.add_bos_token_id(1)
         model.gguf_writer.add_eos_token_id(2)
 
@@ -52,7 +61,7 @@ def convert(folders: list[Path], split: int = 0) -> None:
     for folder in folders:
         config = ModelBase.load_hparams(folder, False)
         kind = conversion.get_model_class(get_model_architecture(config, ModelType.TEXT))
-        changes = {"set_vocab": words, "model_arch": kind.model_arch}
+        changes = {"set_vocab": letters, "model_arch": kind.model_arch}
         if not config.get("num_nextn_predict_layers"):
             changes["no_mtp"] = True  # the config may not say so where the checkpoint has layers that predict further
         converter = type(kind.__name__, (kind,), changes)

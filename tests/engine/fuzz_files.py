@@ -8,11 +8,13 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["quire_engine.weights"]):
+with atheris.instrument_imports(include=["quire_engine.weights", "quire_engine.text.gguf"]):
     from quire_engine.errors import ModelError
+    from quire_engine.text.gguf.build import build
     from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
     from quire_engine.weights.gguf.families import config_of
     from quire_engine.weights.gguf.file import GGUFFile
+    from quire_engine.weights.gguf.vocabulary import Vocabulary
     from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
 
 
@@ -25,6 +27,10 @@ def gguf(path: Path) -> None:
     file = GGUFFile(path)
     config_of(file)
     read_all(GGUFCheckpoint(file))
+    vocabulary = Vocabulary(path, file.metadata)
+    assert all(end < len(vocabulary.tokens) for end in vocabulary.ends)
+    fast = build(vocabulary).backend_tokenizer
+    fast.decode(fast.encode("ab a\n").ids)
 
 
 def safetensors(path: Path) -> None:

@@ -5,6 +5,7 @@ What its files cannot say (a window in Llama, which layers rotate) the tiny mode
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ from greedy import engine_for, prompts, run, truth
 from layouts import MXFP4_CONFIG, as_internlm2, from_mxfp4, in_mxfp4, rewritten
 from quire_engine.config import EngineConfig
 from quire_engine.errors import ModelError
-from quire_engine.weights.gguf.families import FAMILIES
+from quire_engine.text.tokenizer import Tokenizer, end_tokens
+from quire_engine.weights.gguf.families import FAMILIES, config_of
+from quire_engine.weights.gguf.file import GGUFFile
 from quire_engine.weights.resolve import find_model, resolve
 from safetensors.torch import load_file
 
@@ -146,6 +149,95 @@ def test_every_architecture_is_written(folder: Path) -> None:
     written = {find_model(EngineConfig(model=str(file))).gguf for file in folder.glob("*.gguf")}
     found = {file.metadata["general.architecture"] for file in written if file is not None}
     assert set(FAMILIES) - found == {"mistral"}
+
+
+def test_every_file_has_its_tokenizer(folder: Path) -> None:
+    for name in (*WRITTEN, *LIKE):
+        files = resolve(str(folder / f"{name}.gguf"))
+        tokenizer = Tokenizer.load(files)
+        text = " A naïve café\n— 你好 🌍"
+        tokens = tokenizer.encode(text)
+        assert max(tokens) > 3 + 256, "spaces are merged with what follows"
+        assert tokenizer.decode(tokens) == text
+        assert end_tokens(files, tokenizer) == (2,)
+
+
+def changed(folder: Path, name: str, changes: dict[str, Any]) -> GGUFFile:
+    """A file's header with other metadata; `arch.` in keys is its architecture."""
+    file = GGUFFile(folder / f"{name}.gguf")
+    arch = file.metadata["general.architecture"]
+    for key, value in changes.items():
+        file.metadata[key.replace("arch.", f"{arch}.")] = value
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("llama", "arch.feed_forward_length", [96, 96, 64]),
+        ("llama", "arch.attention.head_count", [4, 2, 4]),
+        ("llama", "arch.attention.head_count_kv", [2, 0, 2]),
+        ("llama", "arch.attention.head_count_kv", [2, 2]),
+        ("llama", "arch.attention.sliding_window", 64),
+        ("llama", "arch.attention.sliding_window_pattern", [True, False, True]),
+        ("llama", "arch.attention.temperature_scale", 0.1),
+        ("llama", "arch.attention.clamp_kqv", 8.0),
+        ("llama", "arch.attention.causal", False),
+        ("llama", "arch.logit_scale", 0.25),
+        ("llama", "arch.final_logit_softcapping", 30.0),
+        ("llama", "arch.embedding_length", "wide"),
+        ("llama", "arch.rope.dimension_count", 8),
+        ("llama", "arch.rope.freq_base_swa", 500.0),
+        ("llama", "arch.rope.scaling.type", "dynamic"),
+        ("llama", "arch.rope.scaling.attn_factor", 1.2),
+        ("llama", "arch.rope.scaling.alpha", 1000.0),
+        ("llama", "arch.rope.something_new", 1),
+        ("lfm2", "arch.attention.head_count_kv", [0, 2, 1]),
+        ("gemma2", "arch.attention.sliding_window_pattern", [True, False]),
+        ("qwen3_moe", "arch.expert_gating_func", 2),
+        ("qwen3_moe", "arch.expert_weights_norm", False),
+        ("lfm2_moe", "arch.expert_gating_func", 1),
+        ("qwen3_5", "arch.nextn_predict_layers", 1),
+        ("olmoe", "arch.expert_group_count", 4),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(folder: Path, name: str, key: str, value: Any) -> None:
+    file = changed(folder, name, {key: value})
+    named = key.replace("arch.", f"{file.metadata['general.architecture']}.")
+    with pytest.raises(ModelError, match=re.escape(named)):
+        config_of(file)
+
+
+def test_what_nobody_knows_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config_of(changed(folder, "llama", {"arch.vocab_size": 300, "arch.rope.freq_base_swa": 10000.0}))
+    assert not caplog.messages
+    config_of(changed(folder, "llama", {"arch.colour": "red"}))
+    assert caplog.messages == ["llama.gguf: llama.colour is not understood and has no effect"]
+
+
+def test_what_files_say_layer_by_layer(folder: Path) -> None:
+    """Lists of equal values are one value."""
+    plain = config_of(changed(folder, "llama", {}))
+    lists = {"arch.attention.head_count_kv": [2] * 3, "arch.feed_forward_length": [plain["intermediate_size"]] * 3}
+    assert config_of(changed(folder, "llama", lists)) == plain
+    windows = {"arch.attention.sliding_window": 64, "arch.attention.sliding_window_pattern": [False, True, True]}
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    for name in ("gemma2", "gpt_oss", "olmo3"):
+        assert config_of(changed(folder, name, windows))["layer_types"] == kinds
+    every = config_of(changed(folder, "gemma2", {"arch.attention.sliding_window_pattern": 3}))
+    assert every["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
+
+
+def test_older_names_of_linear_scaling(folder: Path) -> None:
+    for changes in ({"arch.rope.scaling.factor": 4.0}, {"arch.rope.scale_linear": 4.0}):
+        config = config_of(changed(folder, "qwen3", {"arch.rope.scaling.type": "linear"} | changes))
+        assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+        assert config_of(changed(folder, "qwen3", changes)) == config, "linear is what scaling is by default"
+
+
+def test_a_part_of_each_head_turns(folder: Path) -> None:
+    """As in Phi-4-mini."""
+    assert config_of(changed(folder, "phi3", {"arch.rope.dimension_count": 12}))["partial_rotary_factor"] == 12 / 16
 
 
 def test_a_model_in_several_files(folder: Path, tmp_path: Path) -> None:

@@ -1,15 +1,9 @@
 """Texts to tokens and back, through transformers and tokenizers."""
 
-import hashlib
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-from quire_kernels.cache_folder import cache_folder
 
 from quire_engine.errors import ContextTooLong, InvalidParameter, ModelError
 from quire_engine.text.chat_template import ChatTemplate
@@ -17,8 +11,6 @@ from quire_engine.text.detokenizer import Detokenizer, TokenTable
 from quire_engine.weights.resolve import ModelFiles
 
 log = logging.getLogger(__name__)
-
-
 LARGE_TEXT = 4096  # characters (or tokens) from which other threads run meanwhile
 _SHARE = 1 << 20  # characters
 Item = TypeVar("Item")
@@ -45,31 +37,25 @@ class Tokenizer:
 
     @staticmethod
     def load(files: ModelFiles, *, other: str | None = None, chat_template: str | None = None) -> "Tokenizer":
-        """The model's own tokenizer, or `other` (a folder or hub id). Raises ModelError.
+        """The model's own tokenizer, or `other` (a folder or hub id). Raises ModelError."""
+        if files.vocabulary is not None and not other:
+            from quire_engine.text.gguf.build import build
 
-        One that has to be converted (GGUF, SentencePiece) is kept converted, since that takes seconds.
-        """
+            return Tokenizer(build(files.vocabulary), chat_template)
         from transformers import AutoTokenizer
 
         source = Path(other).expanduser() if other else files.folder
-        gguf = {"gguf_file": files.gguf_path.name} if files.gguf_path and not other else {}
-        kept = _kept_conversion(files.gguf_path) if files.gguf_path and not other else None
         try:
-            if kept and (kept / "tokenizer.json").exists():
-                return Tokenizer(AutoTokenizer.from_pretrained(str(kept), local_files_only=True), chat_template)
             backend = AutoTokenizer.from_pretrained(
                 str(source) if source.exists() else other,
                 trust_remote_code=False,
                 local_files_only=not other,
-                **gguf,
             )
         except Exception as error:  # transformers raises nearly anything here
             raise ModelError(
                 f"tokenizer of {other or files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); "
                 "give one with --tokenizer"
             ) from error
-        if kept:
-            _keep(backend, kept)
         return Tokenizer(backend, chat_template)
 
     @property
@@ -202,22 +188,3 @@ def _chat_template(backend: Any, given: str | None) -> tuple[ChatTemplate | None
     except (ModelError, ValueError) as error:
         log.warning("conversations cannot be served: %s", error)
         return None, "this model's chat template cannot be used"
-
-
-def _kept_conversion(path: Path) -> Path:
-    status = path.stat()
-    identity = json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    return cache_folder() / "tokenizers" / hashlib.sha256(identity.encode()).hexdigest()[:24]
-
-
-def _keep(backend: Any, folder: Path) -> None:
-    """Writes the conversion whole or not at all; a full disk only costs the next start some seconds."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            backend.save_pretrained(scratch)
-            os.rename(scratch, folder)
-            os.mkdir(scratch)  # for TemporaryDirectory to remove
-    except OSError as error:
-        if not folder.exists():
-            log.warning("the converted tokenizer could not be kept for the next start: %s", error)

@@ -13,6 +13,7 @@ from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
 from quire_engine.weights.gguf.families import config_of
 from quire_engine.weights.gguf.file import GGUFFile, model_name, split_names
+from quire_engine.weights.gguf.vocabulary import Vocabulary
 from quire_engine.weights.hf_config import completed
 from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
 
@@ -35,6 +36,11 @@ class ModelFiles:
         return GGUFFile(self.gguf_path) if self.gguf_path else None
 
     @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """What the GGUF file says of its tokenizer, where it is one."""
+        return Vocabulary(self.gguf.path, self.gguf.metadata) if self.gguf else None
+
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The Hugging Face config, made whole by `completed`. Raises ModelError where there is none that can be
         read."""
@@ -53,9 +59,11 @@ class ModelFiles:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, or nothing."""
+        """generation_config.json, or nothing; of a GGUF file, the tokens that end a generation."""
+        if self.vocabulary is not None:
+            return {"eos_token_id": list(self.vocabulary.ends)}
         path = self.folder / "generation_config.json"
-        if self.gguf_path or not path.exists():
+        if not path.exists():
             return {}
         try:
             return dict(json.loads(path.read_text()))

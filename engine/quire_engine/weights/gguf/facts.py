@@ -1,52 +1,132 @@
 """A GGUF file's metadata as the facts of Hugging Face configs."""
 
+import math
 from typing import Any
 
 from quire_engine.errors import ModelError
-from quire_engine.weights.gguf.file import GGUFFile
+from quire_engine.weights.gguf.file import GGUFFile, shown
 
 _MISSING = object()
+_WHOLE_NUMBERS = (
+    "count",
+    "count_kv",
+    "length",
+    "length_mla",
+    "size",
+    "rank",
+    "kernel",
+    "l_cache",
+    "interval",
+    "window",
+)
+_SOME_LAYERS_ATTEND = ("granitehybrid", "lfm2", "lfm2moe")  # those with key-value heads
 
 
 class Facts:
-    """A file's metadata, without the name of its architecture before them."""
+    """A file's metadata, without the name of its architecture before them. It remembers what it was asked for."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
+        self.architecture = str(file.metadata.get("general.architecture"))
+        self.asked: set[str] = set()
 
     def __call__(self, key: str, default: Any = _MISSING) -> Any:
-        """Raises ModelError for what is missing and has no default."""
-        arch = self.file.metadata["general.architecture"]
-        value = self.file.metadata.get(f"{arch}.{key}", default)
-        if value is _MISSING:
-            raise ModelError(f"{self.file.path.name} lacks {arch}.{key} in its metadata; convert it again")
+        """One value for all layers. Raises ModelError for what is missing and has no default, and for a list whose
+        values differ."""
+        value = self._value(key, default)
+        if isinstance(value, list):
+            if not value or any(other != value[0] for other in value):
+                raise self.fault(key, f"differs from layer to layer ({shown(value)}), which is not served")
+            value = value[0]
+        if isinstance(value, list) or (isinstance(value, str) and not isinstance(default, str)):
+            raise self.fault(key, f"is {shown(value)}, no number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.fault(key, f"is {value}, which is not finite")
+        if key.endswith(_WHOLE_NUMBERS) and value is not None and (type(value) is not int or value < 0):
+            raise self.fault(key, f"is {shown(value)}, no whole number")
         return value
+
+    def positive(self, key: str) -> int:
+        """A number of something that every model of the architecture has."""
+        value = self(key)
+        if type(value) is not int or value < 1:
+            raise self.fault(key, f"is {shown(value)}, which no model has")
+        return value
+
+    def each(self, key: str) -> list[Any] | None:
+        """Layer by layer, where the file says it so. Raises ModelError for another number of layers."""
+        value = self._value(key, None)
+        if not isinstance(value, list):
+            return None
+        if len(value) != self.layers:
+            raise self.fault(key, f"has {len(value)} values for {self.layers} layers")
+        if not all(type(one) in (bool, int) for one in value):
+            raise self.fault(key, f"is {shown(value)}, which are not whole numbers")
+        return value
+
+    def fault(self, key: str, what: str) -> ModelError:
+        """The error that names a key."""
+        return ModelError(f"{self.file.path.name}: {self.architecture}.{key[:80]} {what}")
+
+    def unread(self) -> dict[str, Any]:
+        """What the file says of the architecture and nobody asked for."""
+        prefix = f"{self.architecture}."
+        said = {key.removeprefix(prefix): value for key, value in self.file.metadata.items() if key.startswith(prefix)}
+        return {key: value for key, value in said.items() if key not in self.asked}
 
     def has(self, tensor: str) -> bool:
         """Whether some layer has a tensor of this name."""
         return any(name.endswith(f".{tensor}") for name in self.file.tensors)
 
     @property
+    def layers(self) -> int:
+        """Each has tensors, so there are not more than these."""
+        count = self.positive("block_count")
+        if count > len(self.file.tensors):
+            raise self.fault("block_count", f"is {count}, but the file has {len(self.file.tensors)} tensors")
+        return count
+
+    @property
     def head_dim(self) -> int:
         """Of keys."""
         heads = self("attention.head_count") or 1  # 0: the model has no attention
-        return int(self("attention.key_length", None) or self("embedding_length") // heads)
+        size = int(self("attention.key_length", None) or self("embedding_length") // heads)
+        if size < 1:
+            raise self.fault("attention.head_count", f"is {heads}, too many for vectors of {self('embedding_length')}")
+        return size
 
     @property
     def kv_heads(self) -> int:
         """Of layers that have any, where the file says it layer by layer."""
-        count = self("attention.head_count_kv", self("attention.head_count"))
-        return max(count) if isinstance(count, list) else count
+        key = "attention.head_count_kv"
+        counts = self.each(key)
+        if counts is None:
+            return int(self(key, self("attention.head_count")))
+        allowed = {0, max(counts)} if self.architecture in _SOME_LAYERS_ATTEND else {max(counts)}
+        if set(counts) - allowed:
+            raise self.fault(key, f"differs from layer to layer ({shown(counts)}), which is not served")
+        return int(max(counts))
 
     @property
     def layer_types(self) -> dict[str, Any]:
-        """Which layers have a window, where the file says it layer by layer."""
-        pattern = self("attention.sliding_window_pattern", None)
+        """Which layers have a window, where the file says so: all but every so many, or layer by layer."""
+        key = "attention.sliding_window_pattern"
+        local = self.each(key)
+        if local is None:
+            every = self(key, 0)
+            local = [(layer + 1) % every for layer in range(self.layers)] if every else None
         if not self("attention.sliding_window", None):
-            pattern = [False] * self("block_count")
-        if not isinstance(pattern, list):
+            local = [False] * self.layers
+        if local is None:
             return {}
-        return {"layer_types": ["sliding_attention" if local else "full_attention" for local in pattern]}
+        return {"layer_types": ["sliding_attention" if window else "full_attention" for window in local]}
+
+    def _value(self, key: str, default: Any) -> Any:
+        self.asked.add(key)
+        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
+        if value is _MISSING:
+            raise ModelError(f"{self.file.path.name} lacks {self.architecture}.{key} in its metadata; convert it again")
+        return value
 
     @property
     def theta(self) -> float:
@@ -63,7 +143,11 @@ def experts(get: Facts) -> dict[str, Any]:
 
 
 def mixture(get: Facts) -> dict[str, Any]:
-    return {"num_local_experts": get("expert_count"), "num_experts_per_tok": get("expert_used_count")}
+    return {
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "intermediate_size": get("expert_feed_forward_length", None) or get("feed_forward_length"),
+    }
 
 
 def deepseek_experts(get: Facts) -> dict[str, Any]:
@@ -82,13 +166,14 @@ def deepseek_experts(get: Facts) -> dict[str, Any]:
 
 def deepseek(get: Facts) -> dict[str, Any]:
     rotated, groups = get("rope.dimension_count"), get("expert_group_count", 1)
+    keys, values = get("attention.key_length"), get("attention.value_length")  # of what is cached, in newer files
     facts = deepseek_experts(get) | {
         "num_key_value_heads": get("attention.head_count"),
         "q_lora_rank": get("attention.q_lora_rank", None),
         "kv_lora_rank": get("attention.kv_lora_rank"),
         "qk_rope_head_dim": rotated,
-        "qk_nope_head_dim": (get("attention.key_length_mla", None) or get("attention.key_length")) - rotated,
-        "v_head_dim": get("attention.value_length_mla", None) or get("attention.value_length"),
+        "qk_nope_head_dim": (get("attention.key_length_mla", None) or keys) - rotated,
+        "v_head_dim": get("attention.value_length_mla", None) or values,
         "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
         "num_nextn_predict_layers": 0,
     }
@@ -103,7 +188,7 @@ def glm4_moe(get: Facts) -> dict[str, Any]:
     return (
         deepseek_experts(get)
         | partial_rotary(get)
-        | {"num_nextn_predict_layers": extra, "num_hidden_layers": get("block_count") - extra}
+        | {"num_nextn_predict_layers": extra, "num_hidden_layers": get.layers - extra}
     )
 
 
@@ -125,9 +210,13 @@ def qwen2_moe(get: Facts) -> dict[str, Any]:
 def gemma2(get: Facts) -> dict[str, Any]:
     largest = get("block_count") == 46  # the 27B model alone scales by the width of the residual
     return {
+        "sliding_window": get("attention.sliding_window", 4096),
+        "layer_types": None,  # every other one, whatever the file says
         "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": get("final_logit_softcapping", 30.0),
-        "query_pre_attn_scalar": get("embedding_length") // get("attention.head_count") if largest else get.head_dim,
+        "query_pre_attn_scalar": get("embedding_length") // get.positive("attention.head_count")
+        if largest
+        else get.head_dim,
     }
 
 
@@ -135,8 +224,9 @@ def gemma3(get: Facts) -> dict[str, Any]:
     largest = get("block_count") == 62
     return {
         "rope_parameters": apart(get, get("rope.freq_base_swa", 10000.0)),
-        "sliding_window_pattern": get("attention.sliding_window_pattern", 6),
-        "query_pre_attn_scalar": get("embedding_length") // get("attention.head_count") if largest else get.head_dim,
+        "query_pre_attn_scalar": get("embedding_length") // get.positive("attention.head_count")
+        if largest
+        else get.head_dim,
     }
 
 
@@ -196,8 +286,8 @@ def mpt(get: Facts) -> dict[str, Any]:
 
 
 def qwen3_next(get: Facts) -> dict[str, Any]:
-    values = get("ssm.time_step_rank")
-    recurrent = get("attention.recurrent_layers", None)
+    values = get.positive("ssm.time_step_rank")
+    recurrent = get.each("attention.recurrent_layers")
     facts = partial_rotary(get) | {
         "linear_num_key_heads": get("ssm.group_count"),
         "linear_num_value_heads": values,
@@ -217,7 +307,7 @@ def qwen3_next_moe(get: Facts) -> dict[str, Any]:
 
 def lfm2(get: Facts) -> dict[str, Any]:
     eps = get("attention.layer_norm_rms_epsilon")
-    kinds = ["full_attention" if heads else "conv" for heads in get("attention.head_count_kv")]
+    kinds = ["full_attention" if heads else "conv" for heads in _attending(get)]
     return {
         "norm_eps": eps,
         "layer_types": kinds,
@@ -232,7 +322,7 @@ def lfm2_moe(get: Facts) -> dict[str, Any]:
 
 
 def mamba2(get: Facts) -> dict[str, Any]:
-    heads = get("ssm.time_step_rank")
+    heads = get.positive("ssm.time_step_rank")
     return {
         "num_heads": heads,
         "head_dim": get("ssm.inner_size") // heads,
@@ -246,9 +336,9 @@ def mamba2(get: Facts) -> dict[str, Any]:
 
 
 def granite_hybrid(get: Facts) -> dict[str, Any]:
-    heads = get("ssm.time_step_rank")
+    heads = get.positive("ssm.time_step_rank")
     return granite_moe(get) | {
-        "layer_types": ["attention" if count else "mamba" for count in get("attention.head_count_kv")],
+        "layer_types": ["attention" if heads else "mamba" for heads in _attending(get)],
         "position_embedding_type": "rope" if get("rope.scaling.finetuned", False) else None,
         "mamba_n_heads": heads,
         "mamba_d_head": get("ssm.inner_size") // heads,
@@ -260,8 +350,13 @@ def granite_hybrid(get: Facts) -> dict[str, Any]:
     }
 
 
+def _attending(get: Facts) -> list[int]:
+    """The number of key-value heads of each layer; 0: it has no attention."""
+    return get.each("attention.head_count_kv") or [get.kv_heads] * get.layers
+
+
 def olmo3(get: Facts) -> dict[str, Any]:
-    return get.layer_types | {"rope_parameters": apart(get, get.theta)}
+    return {"rope_parameters": apart(get, get.theta)}
 
 
 def apart(get: Facts, theta: float) -> dict[str, Any]:
@@ -298,16 +393,23 @@ def _rope_scaling(get: Facts) -> dict[str, Any]:
             "attention_factor": get("rope.scaling.attn_factor", None),
             "original_max_position_embeddings": get("rope.scaling.original_context_length"),
         }
-    kind = get("rope.scaling.type", "none")
-    if kind in ("none", ""):
+    kind = get("rope.scaling.type", "linear")
+    factor = get("rope.scaling.factor", 0.0) or get("rope.scale_linear", 0.0) or 1.0
+    if kind in ("none", "") or (kind == "linear" and factor == 1):
         return {}
-    return {
-        "rope_type": kind,
-        "factor": get("rope.scaling.factor", 1.0),
-        "original_max_position_embeddings": get("rope.scaling.original_context_length", None),
-        "beta_fast": get("rope.scaling.yarn_beta_fast", None),
-        "beta_slow": get("rope.scaling.yarn_beta_slow", None),
-    }
+    if kind not in ("linear", "yarn"):
+        raise get.fault(
+            "rope.scaling.type", f"is {shown(kind)}; served are none, linear and yarn, and longrope's tensors"
+        )
+    scaling = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling |= {
+            "original_max_position_embeddings": get("rope.scaling.original_context_length", None),
+            "attention_factor": get("rope.scaling.yarn_attn_factor", None),
+            "beta_fast": get("rope.scaling.yarn_beta_fast", None),
+            "beta_slow": get("rope.scaling.yarn_beta_slow", None),
+        }
+    return scaling
 
 
 def _numbers(file: GGUFFile, name: str) -> list[float]:

@@ -10,6 +10,7 @@ from quire_engine.weights.gguf import facts, layouts
 from quire_engine.weights.gguf.facts import Facts
 from quire_engine.weights.gguf.file import GGUFFile
 from quire_engine.weights.gguf.layouts import Made
+from quire_engine.weights.gguf.unread import refuse_unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class GGUFFamily:
     made: Mapping[str, Made] = field(default_factory=dict)  # by their names within a layer
     facts: Callable[[Facts], dict[str, Any]] = lambda get: {}
     norms_from_one: bool = False  # norms are stored with 1 added
+    windows: bool = False  # some of its layers, or all, may have one
 
 
 FAMILIES: dict[str, GGUFFamily] = {
@@ -37,7 +39,9 @@ FAMILIES: dict[str, GGUFFamily] = {
         architecture="GlmForCausalLM", tensors={"ffn_up": "mlp.gate_up_proj"}, facts=facts.partial_rotary
     ),
     "cohere2": GGUFFamily(
-        architecture="Cohere2ForCausalLM", facts=lambda get: facts.layer_norm(get) | {"logit_scale": get("logit_scale")}
+        architecture="Cohere2ForCausalLM",
+        facts=lambda get: facts.layer_norm(get) | {"logit_scale": get("logit_scale")},
+        windows=True,
     ),
     "command-r": GGUFFamily(
         architecture="CohereForCausalLM", facts=lambda get: facts.layer_norm(get) | {"logit_scale": get("logit_scale")}
@@ -60,9 +64,7 @@ FAMILIES: dict[str, GGUFFamily] = {
         made=layouts.correction("mlp.moe_statics.e_score_correction_bias"),
         facts=facts.ernie_moe,
     ),
-    "exaone4": GGUFFamily(
-        architecture="Exaone4ForCausalLM", tensors=layouts.SANDWICH, facts=lambda get: get.layer_types
-    ),
+    "exaone4": GGUFFamily(architecture="Exaone4ForCausalLM", tensors=layouts.SANDWICH, windows=True),
     "falcon": GGUFFamily(
         architecture="FalconForCausalLM",
         layers="transformer.h",
@@ -72,10 +74,18 @@ FAMILIES: dict[str, GGUFFamily] = {
     ),
     "gemma": GGUFFamily(architecture="GemmaForCausalLM", norms_from_one=True),
     "gemma2": GGUFFamily(
-        architecture="Gemma2ForCausalLM", tensors=layouts.SANDWICH, facts=facts.gemma2, norms_from_one=True
+        architecture="Gemma2ForCausalLM",
+        tensors=layouts.SANDWICH,
+        facts=facts.gemma2,
+        norms_from_one=True,
+        windows=True,
     ),
     "gemma3": GGUFFamily(
-        architecture="Gemma3ForCausalLM", tensors=layouts.SANDWICH, facts=facts.gemma3, norms_from_one=True
+        architecture="Gemma3ForCausalLM",
+        tensors=layouts.SANDWICH,
+        facts=facts.gemma3,
+        norms_from_one=True,
+        windows=True,
     ),
     "glm4": GGUFFamily(
         architecture="Glm4ForCausalLM",
@@ -97,6 +107,7 @@ FAMILIES: dict[str, GGUFFamily] = {
         tensors=layouts.NORM_BETWEEN | {"ffn_gate_inp": "mlp.router"},
         made=layouts.GPT_OSS_EXPERTS,
         facts=lambda get: facts.mixture(get) | {"rope_parameters": facts.rope_parameters(get) | {"truncate": False}},
+        windows=True,
     ),
     "gpt2": GGUFFamily(
         architecture="GPT2LMHeadModel",
@@ -178,7 +189,7 @@ FAMILIES: dict[str, GGUFFamily] = {
             | {"rotary_dim": get("rope.dimension_count"), "intermediate_size": get("expert_feed_forward_length")}
         ),
     ),
-    "mistral": GGUFFamily(architecture="MistralForCausalLM", made=layouts.INTERLEAVED),
+    "mistral": GGUFFamily(architecture="MistralForCausalLM", made=layouts.INTERLEAVED, windows=True),
     "mpt": GGUFFamily(
         architecture="MptForCausalLM",
         layers="transformer.blocks",
@@ -204,7 +215,7 @@ FAMILIES: dict[str, GGUFFamily] = {
         made=layouts.INTERLEAVED,
         facts=lambda get: {"clip_qkv": get("attention.clamp_kqv", None)},
     ),
-    "olmo2": GGUFFamily(architecture="Olmo2ForCausalLM", tensors=layouts.SANDWICH, facts=lambda get: get.layer_types),
+    "olmo2": GGUFFamily(architecture="Olmo2ForCausalLM", tensors=layouts.SANDWICH, windows=True),
     "olmoe": GGUFFamily(
         architecture="OlmoeForCausalLM", facts=lambda get: facts.experts(get) | {"norm_topk_prob": False}
     ),
@@ -219,7 +230,10 @@ FAMILIES: dict[str, GGUFFamily] = {
         facts=lambda get: facts.layer_norm(get) | facts.partial_rotary(get),
     ),
     "phi3": GGUFFamily(
-        architecture="Phi3ForCausalLM", tensors={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+        architecture="Phi3ForCausalLM",
+        tensors={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        facts=facts.partial_rotary,
+        windows=True,
     ),
     "qwen2": GGUFFamily(architecture="Qwen2ForCausalLM"),
     "qwen2moe": GGUFFamily(
@@ -277,6 +291,7 @@ FAMILIES: dict[str, GGUFFamily] = {
         architecture="Starcoder2ForCausalLM",
         tensors={"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
         facts=facts.layer_norm,
+        windows=True,
     ),
 }
 _MIXTRAL = GGUFFamily(
@@ -315,15 +330,15 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": meta["general.architecture"],
-        "hidden_size": get("embedding_length"),
+        "hidden_size": get.positive("embedding_length"),
         "intermediate_size": get("feed_forward_length", None) or get("expert_feed_forward_length", 0),
-        "num_hidden_layers": get("block_count"),
+        "num_hidden_layers": get.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": get.kv_heads,
         "head_dim": get.head_dim,
         "max_position_embeddings": get("context_length"),
         "rope_parameters": facts.rope_parameters(get),
-        "sliding_window": get("attention.sliding_window", None),
+        "sliding_window": None,
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": bias,
@@ -338,6 +353,11 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     config["rms_norm_eps"] = eps if eps is not None else get("attention.layer_norm_epsilon")
     if original := config["rope_parameters"].get("original_max_position_embeddings"):
         config["original_max_position_embeddings"] = original
+    if family.windows:
+        config["sliding_window"] = get("attention.sliding_window", None)
+        config |= get.layer_types
     for token in ("bos_token_id", "eos_token_id"):
         config[token] = meta.get(f"tokenizer.ggml.{token}")
-    return config | family.facts(get)
+    config |= family.facts(get)
+    refuse_unread(get, config)
+    return config

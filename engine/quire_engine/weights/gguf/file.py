@@ -114,6 +114,13 @@ class GGUFFile:
         return torch.from_numpy(np.array(values, np.float32)).reshape(-1, *info.shape[1:])
 
 
+def shown(value: Any) -> str:
+    """What a file says, in words short enough for an error; texts of a list without their marks."""
+    if isinstance(value, list):
+        return ", ".join(str(one)[:80] for one in value[:8]) + (", …" if len(value) > 8 else "")
+    return repr(value)[:80]
+
+
 def model_name(path: Path) -> str:
     """The file's name without its ending and the number of its part."""
     split = _SPLIT_NAME.fullmatch(path.name)
