@@ -153,7 +153,7 @@ def ancestors(pid: int) -> set[int]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = 240.0) -> None:
     until = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < until, "it did not happen in time"
@@ -214,7 +214,7 @@ class RunningServer:
     def log(self) -> str:
         return "".join(self._lines)
 
-    def _find(self, pattern: str, timeout: float = 120.0) -> str:
+    def _find(self, pattern: str, timeout: float = 240.0) -> str:
         until = time.monotonic() + timeout
         while time.monotonic() < until:
             if found := re.search(pattern, self.log):
@@ -223,7 +223,7 @@ class RunningServer:
             time.sleep(0.05)
         raise AssertionError(f"no {pattern} within {timeout} s:\n{self.log}")
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 240.0) -> int:
         code = self.process.wait(timeout)
         self._reader.join(5)
         return code

@@ -16,7 +16,7 @@ def llm(checkpoint: Callable[[str], Path]) -> LLM:
 
 def test_an_engine_failure_ends_one_choice(llm: LLM) -> None:
     good = SamplingParams(temperature=0, max_tokens=9)
-    impossible = SamplingParams(temperature=0, allowed_token_ids=[5], bad_words=["w5"])
+    impossible = SamplingParams(temperature=0, allowed_token_ids=[5], bad_words=["w5 w5"])
     [alone] = llm.generate("w5 w17", good, use_tqdm=False)
     first, failed, last = llm.generate(["w5 w17"] * 3, [good, impossible, good], use_tqdm=False)
     assert first.outputs == last.outputs == alone.outputs

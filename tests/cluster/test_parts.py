@@ -56,7 +56,7 @@ def test_the_channel_between_two_processes() -> None:
         assert back[0] == number
         assert np.array_equal(back[1], message[1])
     channel.close()
-    assert other.communicate(timeout=10)[0] == "closed\n"
+    assert other.communicate(timeout=120)[0] == "closed\n"
 
 
 def test_a_dead_other_side_is_noticed() -> None:

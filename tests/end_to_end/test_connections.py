@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 
 import grpc
-import httpx
 import psutil
 import pytest
 from conftest import KEYS, RunningServer, wait_until
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
+from web import http
 
 KEY = f"Authorization: Bearer {KEYS[0]}\r\n"
 BODY = json.dumps({"prompt": [5, 6], "max_tokens": 2, "temperature": 0}).encode()
@@ -234,7 +234,7 @@ def test_idle_connections_make_room(guarded: RunningServer) -> None:
     wait_until(lambda: open_connections(guarded) == 0)
     idle = [Wire(guarded).send("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") for _ in range(40)]
     assert [connection.answer()[0] for connection in idle] == [200] * 40
-    assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
+    assert http.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
 
 
 def open_connections(server: RunningServer, client: int | None = None) -> int:
@@ -251,7 +251,7 @@ LONG = {"n": 4, "max_tokens": 300, "ignore_eos": True, "logprobs": 20}
 
 def count(server: RunningServer, name: str) -> float:
     """The sum of a metric over its labels."""
-    text = httpx.get(f"{server.url}/metrics", headers={"authorization": f"Bearer {KEYS[0]}"}).text
+    text = http.get(f"{server.url}/metrics", headers={"authorization": f"Bearer {KEYS[0]}"}).text
     return sum(float(line.split()[-1]) for line in text.splitlines() if re.match(rf"quire:{name}[{{ ]", line))
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import KEYS, RunningServer, listeners
 from quire import Client
 from quire_protos.v1 import engine_pb2
+from web import http
 
 # Every kind of process that may listen, and with what.
 LISTENERS = {
@@ -46,9 +47,9 @@ def call(port: int, method: str, token: str | None = None) -> grpc.StatusCode:
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             if method.endswith("Session"):
-                next(channel.stream_stream(f"/{method}")(iter([b""]), timeout=10, metadata=metadata))
+                next(channel.stream_stream(f"/{method}")(iter([b""]), timeout=60, metadata=metadata))
             else:
-                channel.unary_unary(f"/{method}")(b"", timeout=10, metadata=metadata)
+                channel.unary_unary(f"/{method}")(b"", timeout=60, metadata=metadata)
         except grpc.RpcError as error:
             return error.code()
     return CODE.OK
@@ -83,7 +84,7 @@ def test_nothing_listens_beyond_this_host_and_nothing_answers_without_a_key(guar
         if kind in OPEN:
             continue
         for path in ("/", "/get_or_create_runtime_env", "/v1/models", "/metrics"):
-            assert httpx.post(f"http://127.0.0.1:{port}{path}", content=b"").status_code == 401, (kind, port, path)
+            assert http.post(f"http://127.0.0.1:{port}{path}", content=b"").status_code == 401, (kind, port, path)
     assert seen | {"monitor.py"} == LISTENERS.keys(), "else the list is out of date (another server may have its port)"
     assert inside == {"server", "gcs_server", "raylet", "ray::Controller", "ray::Replica", "ray::Worker"}
 
@@ -138,16 +139,16 @@ def test_every_route_but_health_wants_a_key(guarded: RunningServer) -> None:
             {"authorization": KEYS[0]},
             {"authorization": f"Basic {KEYS[0]}"},
         ):
-            answer = httpx.request(method, guarded.url + route, headers=wrong)
+            answer = http.request(method, guarded.url + route, headers=wrong)
             assert answer.status_code == 401, (route, wrong)
             assert answer.headers["www-authenticate"] == "Bearer"
             assert answer.json()["error"]["type"] == "authentication_error"
     for route in ("/health", "/ready"):
-        assert httpx.get(guarded.url + route).status_code == 200
+        assert http.get(guarded.url + route).status_code == 200
     for key in KEYS:
         for scheme in ("Bearer", "bearer", "BEARER "):
             headers = {"authorization": f"{scheme} {key}"}
-            assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
+            assert http.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong").models.list()
 
@@ -168,9 +169,9 @@ def test_models_one_by_one(guarded: RunningServer) -> None:
         client.models.retrieve("org/other")
     assert missing.value.code == "model_not_found"
     headers = {"authorization": f"Bearer {KEYS[0]}"}
-    nowhere = httpx.get(f"{guarded.url}/v1/nowhere", headers=headers)
+    nowhere = http.get(f"{guarded.url}/v1/nowhere", headers=headers)
     assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (404, None)
-    wrong = httpx.get(f"{guarded.url}/v1/completions", headers=headers)
+    wrong = http.get(f"{guarded.url}/v1/completions", headers=headers)
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert set(httpx.put(f"{guarded.url}/health", headers=headers).headers["allow"].split(", ")) == {"GET", "HEAD"}
 
@@ -180,7 +181,7 @@ def test_names_and_sites(guarded: RunningServer) -> None:
     key = {"authorization": f"Bearer {KEYS[0]}"}
 
     def get(**headers: str) -> httpx.Response:
-        return httpx.get(f"{guarded.url}/v1/models", headers=key | headers)
+        return http.get(f"{guarded.url}/v1/models", headers=key | headers)
 
     for host in ("localhost", f"LOCALHOST:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "models.example"):
         assert get(host=host).status_code == 200, host
@@ -188,7 +189,7 @@ def test_names_and_sites(guarded: RunningServer) -> None:
         answer = get(host=host)
         assert answer.status_code == 403, host
         assert "--allowed-hosts" in answer.json()["error"]["message"]
-        assert httpx.get(f"{guarded.url}/health", headers={"host": host}).status_code == 403
+        assert http.get(f"{guarded.url}/health", headers={"host": host}).status_code == 403
     for origin in ("https://app.example", guarded.url, "http://localhost:3000"):
         assert get(origin=origin).status_code == 200, origin
     for origin in ("https://evil.example", "null", "https://app.example.evil.example", "http://app.example", ""):
@@ -201,15 +202,15 @@ def test_scripts_of_an_allowed_site(guarded: RunningServer) -> None:
     url = f"{guarded.url}/v1/chat/completions"
     asks = {"origin": "https://app.example", "access-control-request-method": "POST"}
     asks |= {"access-control-request-headers": "authorization,content-type,x-stainless-os"}
-    allowed = httpx.options(url, headers=asks)
+    allowed = http.options(url, headers=asks)
     assert allowed.status_code == 200, "a browser sends no key with this question"
     assert allowed.headers["access-control-allow-origin"] == "https://app.example"
     assert "POST" in allowed.headers["access-control-allow-methods"]
     assert "authorization" in allowed.headers["access-control-allow-headers"]
-    refused = httpx.options(url, headers=asks | {"origin": "https://evil.example"})
+    refused = http.options(url, headers=asks | {"origin": "https://evil.example"})
     assert refused.status_code == 403
     assert "access-control-allow-origin" not in refused.headers
-    answer = httpx.post(url, headers={"origin": "https://app.example"}, json={})
+    answer = http.post(url, headers={"origin": "https://app.example"}, json={})
     assert answer.status_code == 401
     assert answer.headers["access-control-allow-origin"] == "https://app.example", "else its page cannot read why"
 

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from conftest import RunningServer, ancestors, processes, wait_until
 from quire import AsyncClient
+from web import LIMIT, http
 
 NUM_STREAMS = 16
 NUM_TOKENS = 200
@@ -42,7 +43,7 @@ async def run_streams(server: RunningServer, disturb: Callable[[], None] | None 
         tokens: list[int] = []
         finish = None
         prompt = [5 + number, 17, 30 + 2 * number, 99]
-        async for output in client.stream(prompt, max_tokens=NUM_TOKENS, ignore_eos=True, timeout=120, **options):
+        async for output in client.stream(prompt, max_tokens=NUM_TOKENS, ignore_eos=True, timeout=LIMIT, **options):
             if not tokens:
                 await begun.wait()
             tokens += output.token_ids
@@ -62,7 +63,7 @@ def both_serve(server: RunningServer) -> None:
     """Waits until both replicas do, and nothing is left of those before them."""
 
     def done() -> bool:
-        answer = httpx.get(f"{server.url}/ready")
+        answer = http.get(f"{server.url}/ready")
         replicas = answer.json()["replicas"] if answer.status_code == 200 else 0
         return replicas == 2 and all(len(processes(server, kind)) == 2 for kind in ("Worker", "Replica"))
 
@@ -83,7 +84,7 @@ def test_a_killed_process_costs_no_token(two_replicas: RunningServer, kind: str)
     both_serve(server)  # the replica comes back, all of it anew
     after = set(processes(server, "Worker") + processes(server, "Replica"))
     assert len(after & before) == 2
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert http.get(f"{server.url}/health").status_code == 200
 
 
 def test_a_request_that_allows_no_token_fails_alone(two_replicas: RunningServer) -> None:
@@ -97,7 +98,7 @@ def test_a_request_that_allows_no_token_fails_alone(two_replicas: RunningServer)
     def ask() -> None:
         impossible = {"model": "tiny", "prompt": [5, 6, 7], "allowed_token_ids": [5]}
         answers.extend(
-            httpx.post(f"{server.url}/v1/completions", json=impossible | asked, timeout=60)
+            http.post(f"{server.url}/v1/completions", json=impossible | asked)
             for asked in (
                 {"bad_words": ["w5 w5"], "temperature": 0},  # one token can be drawn, and then none
                 {"bad_words": ["w5 w5"], "temperature": 1},
@@ -124,7 +125,7 @@ def test_a_replica_that_hangs_is_found_and_costs_no_token(two_replicas: RunningS
     assert "says nothing for 10 s" in server.log
     wait_until(lambda: victim not in processes(server, "Replica"))
     both_serve(server)
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert http.get(f"{server.url}/health").status_code == 200
 
 
 def test_a_worker_that_hangs_is_found_and_costs_no_token(two_replicas: RunningServer) -> None:
@@ -186,7 +187,7 @@ def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:
 
     assert asyncio.run(stream()) == 300
     assert server.wait() == 0, server.log
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
     assert set(Path("/tmp").glob("quire-*")) <= folders
     assert set(Path("/dev/shm").iterdir()) <= segments
 
@@ -227,7 +228,7 @@ def ray_cluster(*cpus: int, gpus: int = 0) -> Iterator[tuple[str, list[subproces
             for node in reversed(nodes):
                 node.terminate()
             for node in nodes:
-                node.wait(30)
+                node.wait(120)
 
 
 def both_gpus_are_taken(server: RunningServer) -> bool:
@@ -242,13 +243,13 @@ def test_a_running_cluster_is_joined_and_left_as_it_was(
     with ray_cluster(2, gpus=2) as (address, (head,)):
         for _ in range(2):  # what the first one left behind would be in the second one's way
             server = RunningServer(str(checkpoint("llama")), "-dp", "2", "--ray-address", address)
-            answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "w5", "max_tokens": 3})
+            answer = http.post(f"{server.url}/v1/completions", json={"prompt": "w5", "max_tokens": 3})
             assert answer.status_code == 200
             wait_until(partial(both_gpus_are_taken, server))
             assert server.stop() == 0, server.log
             assert head.poll() is None
         nobody = RunningServer(str(checkpoint("llama")), "--ray-address", "127.0.0.1:1", wait=False)
-        assert nobody.wait(90) == 1
+        assert nobody.wait() == 1
         assert "no Ray cluster answers" in nobody.log
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from quire_cluster.gateway import schema
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
+from web import http
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CHAT = {"messages": [{"role": "user", "content": "w5 w6"}], "max_tokens": 4}
@@ -114,7 +115,7 @@ class Canary:
         self._thread = threading.Thread(target=self._run)
 
     def _ask(self) -> list[int]:
-        answer = httpx.post(f"{self._url}/v1/completions", json=self.BODY, timeout=300)
+        answer = http.post(f"{self._url}/v1/completions", json=self.BODY)
         answer.raise_for_status()
         return answer.json()["choices"][0]["token_ids"]
 
@@ -144,7 +145,7 @@ def canary(two_replicas: RunningServer) -> Iterator[None]:
     assert canary.problem is None
     assert canary.rounds
     assert processes(two_replicas, "Worker") + processes(two_replicas, "Replica") == before
-    assert httpx.get(f"{two_replicas.url}/health", timeout=60).status_code == 200
+    assert http.get(f"{two_replicas.url}/health").status_code == 200
 
 
 MANY = settings(

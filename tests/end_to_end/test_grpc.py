@@ -3,17 +3,16 @@
 import asyncio
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import grpc
-import httpx
 import pytest
-from conftest import RunningServer
+from conftest import RunningServer, wait_until
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from quire import AsyncClient, Client
+from web import http
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +23,7 @@ def client(two_replicas: RunningServer) -> Client:
 
 
 def test_generate_equals_http(two_replicas: RunningServer, client: Client) -> None:
-    over_http = httpx.post(
+    over_http = http.post(
         f"{two_replicas.url}/v1/completions",
         json={"prompt": [5, 17, 30], "max_tokens": 12, "temperature": 0, "return_token_ids": True},
     ).json()["choices"][0]
@@ -97,7 +96,7 @@ def test_bad_prompts(client: Client) -> None:
 
 def test_cancelling_a_stream_frees_its_pages(two_replicas: RunningServer, client: Client) -> None:
     def running() -> float:
-        text = httpx.get(f"{two_replicas.url}/metrics").text
+        text = http.get(f"{two_replicas.url}/metrics").text
         lines = [line for line in text.splitlines() if line.startswith("quire:num_requests_running{")]
         return sum(float(line.split()[-1]) for line in lines)
 
@@ -106,10 +105,7 @@ def test_cancelling_a_stream_frees_its_pages(two_replicas: RunningServer, client
         next(stream)
     for stream in streams:
         stream.close()
-    until = time.monotonic() + 10
-    while running():
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: not running())
 
 
 def test_64_streams(two_replicas: RunningServer) -> None:

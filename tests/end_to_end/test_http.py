@@ -13,7 +13,8 @@ import openai
 import pytest
 import torch
 import transformers
-from conftest import RunningServer
+from conftest import RunningServer, wait_until
+from web import LIMIT, http
 
 
 @pytest.fixture
@@ -258,7 +259,7 @@ BAD = [
 
 @pytest.mark.parametrize(("route", "body", "status", "parameter"), BAD)
 def test_bad_input(two_replicas: RunningServer, route: str, body: dict, status: int, parameter: str | None) -> None:
-    answer = httpx.post(f"{two_replicas.url}/v1/{route}", json=body)
+    answer = http.post(f"{two_replicas.url}/v1/{route}", json=body)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert error["param"] == parameter or parameter is None, error
@@ -279,13 +280,13 @@ def test_malformed_bodies(two_replicas: RunningServer) -> None:
         b'{"a":' * 5000,
         json.dumps("x").encode(),
     ):
-        answer = httpx.post(url, content=body)
+        answer = http.post(url, content=body)
         assert answer.status_code == 400, (body[:20], answer.text)
         assert answer.json()["error"]["type"] == "invalid_request_error"
     nan = b'{"messages": [{"role": "user", "content": "w5"}], "temperature": NaN}'
-    assert httpx.post(url, content=nan).status_code == 400
-    assert httpx.get(f"{two_replicas.url}/nowhere").status_code == 404
-    assert httpx.get(url).status_code == 405
+    assert http.post(url, content=nan).status_code == 400
+    assert http.get(f"{two_replicas.url}/nowhere").status_code == 404
+    assert http.get(url).status_code == 405
 
 
 def test_a_body_of_100_megabytes_is_refused_unread(two_replicas: RunningServer) -> None:
@@ -299,13 +300,13 @@ def test_a_body_of_100_megabytes_is_refused_unread(two_replicas: RunningServer) 
 
     url = f"{two_replicas.url}/v1/completions"
     try:
-        answer = httpx.post(url, content=body(), headers={"content-length": str(100 << 20)})
+        answer = http.post(url, content=body(), headers={"content-length": str(100 << 20)})
         assert answer.status_code == 413
         assert "bytes" in answer.json()["error"]["message"]
     except httpx.WriteError:
         pass  # it hung up on the rest, which is as good
     assert sent < 100 << 20
-    assert httpx.get(f"{two_replicas.url}/health").status_code == 200
+    assert http.get(f"{two_replicas.url}/health").status_code == 200
 
 
 def test_bad_input_leaves_other_streams_alone(two_replicas: RunningServer) -> None:
@@ -317,7 +318,7 @@ def test_bad_input_leaves_other_streams_alone(two_replicas: RunningServer) -> No
         return (await client.post(f"{url}/v1/completions", json=body)).json()["choices"][0]["token_ids"]
 
     async def both() -> tuple[list[int], list[int]]:
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=LIMIT) as client:
             alone = await victim(client)
             beside = asyncio.ensure_future(victim(client))
             hostile = [client.post(f"{url}/v1/{route}", json=bad) for route, bad, _, _ in BAD]
@@ -344,11 +345,11 @@ def test_bad_input_leaves_other_streams_alone(two_replicas: RunningServer) -> No
 
 def test_tokenize_and_detokenize(two_replicas: RunningServer) -> None:
     url = two_replicas.url
-    answer = httpx.post(f"{url}/tokenize", json={"prompt": "w5 w299 what", "return_token_strs": True}).json()
+    answer = http.post(f"{url}/tokenize", json={"prompt": "w5 w299 what", "return_token_strs": True}).json()
     assert answer["tokens"] == [5, 299, 3]
     assert answer["token_strs"] == ["w5", "w299", "<unk>"]
-    assert httpx.post(f"{url}/detokenize", json={"tokens": [5, 299]}).json() == {"prompt": "w5w299"}
-    assert httpx.post(f"{url}/detokenize", json={"tokens": [300]}).status_code == 400
+    assert http.post(f"{url}/detokenize", json={"tokens": [5, 299]}).json() == {"prompt": "w5w299"}
+    assert http.post(f"{url}/detokenize", json={"tokens": [300]}).status_code == 400
 
 
 def metric(text: str, name: str) -> float:
@@ -358,21 +359,26 @@ def metric(text: str, name: str) -> float:
 
 def test_metrics(two_replicas: RunningServer) -> None:
     url = two_replicas.url
-    before = httpx.get(f"{url}/metrics").text
+    before = http.get(f"{url}/metrics").text
     body = {"prompt": [200 + i for i in range(50)], "max_tokens": 8, "ignore_eos": True, "n": 2}
-    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
-    time.sleep(0.6)
-    after = httpx.get(f"{url}/metrics").text
+    assert http.post(f"{url}/v1/completions", json=body).status_code == 200
+    after = before
 
     def grown(name: str) -> float:
         return metric(after, name) - metric(before, name)
+
+    def told() -> bool:  # replicas report now and then
+        nonlocal after
+        after = http.get(f"{url}/metrics").text
+        return grown("request_success_total") == 2 and not metric(after, "num_requests_running")
+
+    wait_until(told)
 
     assert grown("prompt_tokens_total") == 50
     assert grown("generation_tokens_total") == 16
     assert grown("request_success_total") == 2
     assert grown("time_to_first_token_seconds_count") == 2
     assert grown("inter_token_latency_seconds_count") == 14
-    assert metric(after, "num_requests_running") == 0
     assert metric(after, "kv_cache_usage_perc") == 0
     for name in ("num_requests_waiting", "cache_config_info", "num_preemptions_total", "prefix_cache_queries_total"):
         assert f"quire:{name}" in after
@@ -380,7 +386,7 @@ def test_metrics(two_replicas: RunningServer) -> None:
 
 async def wait_until_idle(client: httpx.AsyncClient, url: str) -> float:
     """The share of pages in use once no request is left in any engine (reports come four times a second)."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + LIMIT
     quiet = 0
     while quiet < 3:
         await asyncio.sleep(0.3)
@@ -403,7 +409,7 @@ def test_64_streams(two_replicas: RunningServer) -> None:
 
     async def all_of_them() -> list[int]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=60, limits=limits) as client:
+        async with httpx.AsyncClient(timeout=LIMIT, limits=limits) as client:
             return await asyncio.gather(*(one(client, number) for number in range(64)))
 
     assert min(asyncio.run(all_of_them())) >= 20
@@ -423,14 +429,14 @@ def test_500_cancelled_requests_leave_no_page_behind(two_replicas: RunningServer
             pass
 
     async def storm() -> None:
-        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+        async with httpx.AsyncClient(timeout=LIMIT, limits=httpx.Limits(max_connections=None)) as client:
             assert await wait_until_idle(client, url) == 0
             for start in range(0, 500, 50):
                 await asyncio.gather(*(one(client, start + i) for i in range(50)))
             assert await wait_until_idle(client, url) == 0
 
     asyncio.run(storm())
-    answer = httpx.post(f"{url}/v1/completions", json=TEXT)
+    answer = http.post(f"{url}/v1/completions", json=TEXT)
     assert answer.status_code == 200
 
 

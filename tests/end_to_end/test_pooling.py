@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -18,6 +17,7 @@ from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import inference_pb2, inference_pb2_grpc
 from transformers import AutoModel, AutoTokenizer
+from web import http
 
 TEXTS = [
     "How do I bake bread at home?",
@@ -94,19 +94,19 @@ def test_inputs_of_all_kinds_and_fewer_dimensions(server: RunningServer, truth: 
     ],
 )
 def test_what_is_wrong_is_named(server: RunningServer, body: dict, named: str) -> None:
-    answer = httpx.post(f"{server.url}/v1/embeddings", json=body)
+    answer = http.post(f"{server.url}/v1/embeddings", json=body)
     assert answer.status_code == 400
     assert named in answer.json()["error"]["message"]
-    assert httpx.get(f"{server.url}/ready").status_code == 200
+    assert http.get(f"{server.url}/ready").status_code == 200
 
 
 def test_a_model_of_the_other_kind_says_so(server: RunningServer, two_replicas: RunningServer) -> None:
     messages = [{"role": "user", "content": "x"}]
     for path, body in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": messages})):
-        answer = httpx.post(f"{server.url}/v1/{path}", json=body)
+        answer = http.post(f"{server.url}/v1/{path}", json=body)
         assert answer.status_code == 400
         assert "/v1/embeddings" in answer.json()["error"]["message"]
-    answer = httpx.post(f"{two_replicas.url}/v1/embeddings", json={"input": "w5"})
+    answer = http.post(f"{two_replicas.url}/v1/embeddings", json={"input": "w5"})
     assert answer.status_code == 400
     assert "--task embed" in answer.json()["error"]["message"]
 
@@ -114,9 +114,9 @@ def test_a_model_of_the_other_kind_says_so(server: RunningServer, two_replicas: 
 def test_scores_and_ranks(server: RunningServer, truth: np.ndarray) -> None:
     """Cosines."""
     expected = truth[0] @ truth[1:4].T
-    answer = httpx.post(f"{server.url}/v1/score", json={"text_1": TEXTS[0], "text_2": TEXTS[1:4]}).json()
+    answer = http.post(f"{server.url}/v1/score", json={"text_1": TEXTS[0], "text_2": TEXTS[1:4]}).json()
     assert np.abs(np.array([item["score"] for item in answer["data"]]) - expected).max() < 2e-6
-    answer = httpx.post(f"{server.url}/v1/rerank", json={"query": TEXTS[0], "documents": TEXTS[1:4], "top_n": 2}).json()
+    answer = http.post(f"{server.url}/v1/rerank", json={"query": TEXTS[0], "documents": TEXTS[1:4], "top_n": 2}).json()
     order = np.argsort(-expected)[:2].tolist()
     assert [item["index"] for item in answer["results"]] == order
     assert [item["document"]["text"] for item in answer["results"]] == [TEXTS[1 + index] for index in order]
@@ -150,7 +150,7 @@ def test_rerank_as_clients_of_others_send_it(server: RunningServer, route: str) 
     """Documents as texts or as objects, together."""
     documents = [TEXTS[1], {"text": TEXTS[2]}, {"text": TEXTS[3]}]
     body = {"model": "minilm", "query": TEXTS[0], "documents": documents, "top_n": None}
-    answer = httpx.post(server.url + route, json=body).json()
+    answer = http.post(server.url + route, json=body).json()
     assert answer["results"][0]["index"] == 1
     assert answer["results"][0]["document"] == {"text": TEXTS[2]}
     assert len(answer["results"]) == 3
@@ -159,7 +159,7 @@ def test_rerank_as_clients_of_others_send_it(server: RunningServer, route: str) 
 
 def test_nothing_to_score_is_said(server: RunningServer) -> None:
     for body in ({"text_1": [], "text_2": []}, {"text_1": "x", "text_2": []}, {"text_1": ["x", "y"], "text_2": ["z"]}):
-        assert httpx.post(f"{server.url}/v1/score", json=body).status_code == 400
+        assert http.post(f"{server.url}/v1/score", json=body).status_code == 400
 
 
 def test_grpc(server: RunningServer, truth: np.ndarray) -> None:

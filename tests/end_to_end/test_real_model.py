@@ -1,6 +1,5 @@
 """The demo model: equal to transformers token by token, and served by the command that needs no argument."""
 
-import httpx
 import openai
 import pytest
 import torch
@@ -9,6 +8,7 @@ from quire import LLM, SamplingParams
 from quire_engine.config import DEMO_MODEL
 from quire_engine.weights.resolve import resolve
 from transformers import AutoModelForCausalLM
+from web import http
 
 PROMPTS = [
     "The capital of France is",
@@ -63,7 +63,7 @@ def server() -> RunningServer:
 
 
 def test_it_answers(server: RunningServer) -> None:
-    assert httpx.get(f"{server.url}/ready").status_code == 200
+    assert http.get(f"{server.url}/ready").status_code == 200
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     answer = client.chat.completions.create(
         model="SmolLM2-135M-Instruct",
@@ -78,8 +78,8 @@ def test_a_prompt_of_thousands_of_tokens(server: RunningServer) -> None:
     """In chunks; the second time nearly all of it comes from the prefix cache."""
     text = "This is a long story about nothing at all. " * 300
     body = {"prompt": text, "max_tokens": 4, "temperature": 0}
-    first = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()
-    second = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()
+    first = http.post(f"{server.url}/v1/completions", json=body).json()
+    second = http.post(f"{server.url}/v1/completions", json=body).json()
     assert first["usage"]["prompt_tokens"] > 2000
     assert first["choices"][0]["text"] == second["choices"][0]["text"]
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]

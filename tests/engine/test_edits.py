@@ -82,7 +82,7 @@ def test_every_token_is_the_likeliest_of_those_left(checkpoint: Make, overlapped
     generator = np.random.default_rng(0)
     shared = generator.integers(4, _OFTEN, 40).tolist()
     requests = []
-    for number in range(40):
+    for number in range(24):
         prompt = shared[: generator.integers(41)] + generator.integers(4, _OFTEN, generator.integers(1, 30)).tolist()
         requests.append(Request(number, list(prompt), len(prompt), random_params(generator, prompt)))
         engine.add(requests[-1])
