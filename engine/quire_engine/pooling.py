@@ -58,7 +58,7 @@ def _separator(files: ModelFiles) -> int:
         tokenizer = json.loads((files.folder / "tokenizer.json").read_text())
         known = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
         return int((known | tokenizer["model"]["vocab"])[name])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"tokenizer_config.json and tokenizer.json do not tell the separator ({error}), which a pair's second text "
             "follows"
@@ -80,7 +80,7 @@ def _described(folder: Path) -> Pooling | None:
                 f"modules.json has {', '.join(sorted(strange))}; served are Transformer, Pooling, Normalize"
             )
         pooling: dict[str, Any] = json.loads((folder / dict(modules)["Pooling"] / "config.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"modules.json is not what sentence-transformers writes ({error})") from error
     chosen = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
     if len(chosen) != 1 or chosen[0] not in _MODES:
@@ -98,7 +98,7 @@ def _max_tokens(folder: Path) -> int | None:
     for path in sorted(folder.glob("sentence_*_config.json")):
         try:
             found = json.loads(path.read_text()).get("max_seq_length")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path.name} is not what sentence-transformers writes ({error})") from error
         if found is None:
             continue

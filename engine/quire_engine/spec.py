@@ -11,7 +11,6 @@ from quire_engine.errors import ModelError
 
 Config = Mapping[str, Any]
 PoolingKind = Literal["last", "mean", "cls"]
-_ROPE_ALIASES = {"su": "longrope"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +136,8 @@ class Rotary:
     @property
     def kind(self) -> str:
         """The scaling's."""
-        name = self.scaling.get("rope_type", self.scaling.get("type", "default"))
-        return _ROPE_ALIASES.get(name, name)
+        name: str = self.scaling.get("rope_type", self.scaling.get("type", "default"))
+        return name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

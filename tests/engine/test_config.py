@@ -162,3 +162,47 @@ def test_what_is_no_config_is_named(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ModelError, match=named):
             spec_of(resolve(str(tmp_path)).config)
+
+
+def test_old_names_of_published_configs() -> None:
+    """Nemotron-H says its layers in letters; Phi-3's first config calls longrope "su"."""
+    letters = {"architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": "M-M*-", "num_hidden_layers": 5}
+    spec = spec_of(completed(letters))
+    assert (spec.num_layers, spec.recurrent_layers, spec.without_mixer) == (5, {0, 2}, {1, 4})
+    rope = {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    phi = {"architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 131072, "rope_scaling": rope}
+    old, new = (spec_of(completed(phi | {"rope_scaling": rope | {"type": kind}})) for kind in ("su", "longrope"))
+    assert old == new
+    assert old.rope is not None
+    assert (old.rope.kind, old.rope.scaling["original_max_position_embeddings"]) == ("longrope", 4096)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "[" * 200_000,
+        '{"a": {"__float__": []}}',
+        '{"architectures": 5}',
+        '{"architectures": [null]}',
+        '{"architectures": [["LlamaForCausalLM"]]}',
+        '{"model_type": []}',
+        '{"architectures": ["Gemma3ForConditionalGeneration"], "text_config": 5}',
+        '{"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"model_type": {}}}',
+        '{"architectures": ["DeepseekV3ForCausalLM"], "moe_layer_freq": 0}',
+        '{"architectures": ["DeepseekV3ForCausalLM"], "moe_layer_freq": "x"}',
+        '{"architectures": ["BertModel"], "num_attention_heads": 0}',
+        '{"architectures": ["FalconForCausalLM"], "hidden_size": 1000000000000000000000000000000}',
+        '{"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "linear", "factor": null}}',
+    ],
+)
+def test_values_of_any_kind_are_refused(tmp_path: Path, written: str) -> None:
+    (tmp_path / "config.json").write_text(written)
+    with pytest.raises(ModelError, match=r"config\.json|text_config"):
+        spec_of(resolve(str(tmp_path)).config)
+
+
+@pytest.mark.parametrize("written", ["5", "[1]", "null", "[" * 200_000])
+def test_a_generation_config_that_is_no_object_is_refused(tmp_path: Path, written: str) -> None:
+    (tmp_path / "generation_config.json").write_text(written)
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        resolve(str(tmp_path)).generation_config  # noqa: B018

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from quire_engine.errors import ModelError
+from quire_engine.layers.rotary import cos_sin_table
 from quire_engine.models import (
     arcee,
     bert,
@@ -125,8 +126,14 @@ def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
     Raises ModelError for what is not served."""
     try:
         spec = _family_spec(config)
+        for rope in (spec.rope, spec.local_rope):
+            if rope is not None:
+                cos_sin_table(rope, 1)  # whether its numbers are numbers
     except KeyError as error:
         raise ModelError(f"config.json lacks {error.args[0]}") from error
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        # Of fields that transformers' class takes as they come.
+        raise ModelError(f"config.json has a value that its family cannot have: {error}") from error
     if (whole := config.get("text_part_of")) is not None:
         spec = _within(spec, TEXT_PARTS[whole])
     if pooling is None:

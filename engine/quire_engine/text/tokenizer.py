@@ -154,11 +154,10 @@ def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
     if configured is None:
         configured = files.config.get("eos_token_id")
     named = [*(configured if isinstance(configured, list) else [configured]), tokenizer.end_token]
-    found = [token for token in dict.fromkeys(named) if token is not None]
     size = files.config["vocab_size"]
-    known = tuple(token for token in found if type(token) is int and 0 <= token < size)
-    if len(known) < len(found):
-        strange = ", ".join(str(token) for token in found if token not in known)
+    known = tuple(dict.fromkeys(token for token in named if type(token) is int and 0 <= token < size))
+    if left := [token for token in named if token is not None and token not in known]:
+        strange = ", ".join(f"{token!r:.40}" for token in left)
         log.warning("eos_token_id has %s, which the vocabulary of %d tokens lacks; left out", strange, size)
     return known
 

@@ -12,6 +12,7 @@ from quire_engine.errors import ModelError
 from quire_engine.weights.text_parts import TEXT_PARTS
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "Model")
+_TAKEN_TOO = ("hybrid_override_pattern", "mtp_hybrid_override_pattern")  # computed, and what published configs say
 _OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings")
 
 
@@ -21,12 +22,16 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ModelError for a config that transformers refuses.
     """
+    _check_names(config)
     config = {**config, "architectures": config.get("architectures") or _architectures(config)}
     name = next((name for name in config["architectures"] if name in TEXT_PARTS), None)
     if name is None:
         kind = _kind_of(config["architectures"]) or config.get("model_type")
         return _filled(config, kind) if _is_known(kind) else config
-    text = dict(config.get("text_config") or config)  # Qwen2.5-VL's published configs have no part of their own
+    text = config.get("text_config") or config  # Qwen2.5-VL's published configs have no part of their own
+    if not isinstance(text, Mapping):
+        raise ModelError(f"text_config is {text!r:.80}; it must be an object")
+    _check_names(text)
     if not _is_known(kind := text.get("model_type")):
         raise ModelError(f"text_config has model_type {kind!r}, which transformers does not know")
     whole = _filled(text, kind)
@@ -34,6 +39,15 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     whole = _filled(whole.get("text_config") or whole, _kind_of(architectures))
     kept = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
     return whole | kept | {"architectures": architectures, "text_part_of": name}
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(kind, str | None) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ModelError(
+            f"config.json has model_type {kind!r:.80} and architectures {names!r:.80}; they must be a text and a list "
+            "of texts"
+        )
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
@@ -77,6 +91,9 @@ def _filled(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
 
     cls = CONFIG_MAPPING[kind]
     given = {key: value for key, value in config.items() if _is_settable(cls, key)}
+    rope = given.get("rope_scaling")
+    if isinstance(rope, Mapping) and rope.get("type") == "su":  # Phi-3's first name of it
+        given["rope_scaling"] = {**rope, "type": "longrope"}
     try:
         made = cls(**copy.deepcopy(given))  # some keep and change what they are given
         names = {alias: getattr(made, name) for alias, name in cls.attribute_map.items() if hasattr(made, name)}
@@ -91,7 +108,7 @@ def _filled(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
 
 def _is_settable(cls: type, key: str) -> bool:
     """Not what a class computes from other fields, nor what is fixed for it."""
+    if key in ("model_type", "transformers_version"):
+        return False
     computed = getattr(cls, key, None)
-    return key not in ("model_type", "transformers_version") and not (
-        isinstance(computed, property) and computed.fset is None
-    )
+    return key in _TAKEN_TOO or not (isinstance(computed, property) and computed.fset is None)

@@ -51,7 +51,7 @@ class ModelFiles:
             config = json.loads(path.read_text(), object_hook=_infinities)
         except OSError as error:
             raise ModelError(f"{self.name} has no config.json; a checkpoint folder needs one") from error
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ModelError(f"config.json of {self.name} is not JSON: {error}") from error
         if not isinstance(config, dict):
             raise ModelError(f"config.json of {self.name} is not an object")
@@ -67,8 +67,8 @@ class ModelFiles:
             return {}
         try:
             return dict(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ModelError(f"generation_config.json of {self.name} is not JSON: {error}") from error
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise ModelError(f"generation_config.json of {self.name} is not an object in JSON: {error}") from error
 
     def checkpoint(self) -> Checkpoint:
         """The weights. Raises ModelError for pickles, and for corrupt or missing files."""

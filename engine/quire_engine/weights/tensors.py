@@ -54,7 +54,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     try:
         found: dict[str, str] = json.loads(path.read_text())["weight_map"]
         strange = [file for file in found.values() if Path(file).name != file]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{_INDEX} is not a safetensors index ({error}); download it again") from error
     if strange:
         raise ModelError(f"{_INDEX} names {strange[0]!r}, which is no file beside it")
