@@ -110,12 +110,21 @@ def test_files_without_an_index(checkpoint: Make, tmp_path: Path) -> None:
     assert "model.norm.weight" in SafetensorsCheckpoint(tmp_path / "one").names()
 
 
+def test_an_index_may_name_what_was_left_out(checkpoint: Make, tmp_path: Path) -> None:
+    """Converters of pickles drop a tied head from the files, and keep its name in the index."""
+    index = sharded(checkpoint, tmp_path)
+    named = index | {"model.extra": index["model.norm.weight"]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    assert set(SafetensorsCheckpoint(tmp_path).names()) == set(index)
+
+
 def test_an_index_that_is_wrong(checkpoint: Make, tmp_path: Path) -> None:
     index = sharded(checkpoint, tmp_path)
     path = tmp_path / "model.safetensors.index.json"
     file = index["model.norm.weight"]
+    other = next(name for name in index.values() if name != file)
     for changed, named in (
-        (index | {"model.extra": file}, f"{file} lacks the tensor model.extra"),
+        (index | {"model.norm.weight": other}, f"{other} lacks the tensor model.norm.weight"),
         (index | {"model.norm.weight": "model-9.safetensors"}, "lacks model-9.safetensors"),
         (index | {"model.norm.weight": "../model.safetensors"}, "names '../model.safetensors'"),
         ({name: file for name, file in index.items() if name != "model.norm.weight"}, r"no tensor model\.norm\.weight"),

@@ -119,6 +119,8 @@ ENCODERS: dict[str, Callable[[Config], DecoderSpec]] = {
     "XLMRoberta": bert.roberta,
 }
 _HEADLESS = ("Model", "ForSequenceClassification")
+# Raised for values of fields that transformers' class takes as they come.
+_WRONG_VALUE = (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
@@ -131,8 +133,7 @@ def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
                 cos_sin_table(rope, 1)  # whether its numbers are numbers
     except KeyError as error:
         raise ModelError(f"config.json lacks {error.args[0]}") from error
-    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        # Of fields that transformers' class takes as they come.
+    except _WRONG_VALUE as error:
         raise ModelError(f"config.json has a value that its family cannot have: {error}") from error
     if (whole := config.get("text_part_of")) is not None:
         spec = _within(spec, TEXT_PARTS[whole])

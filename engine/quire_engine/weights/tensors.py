@@ -106,10 +106,12 @@ class SafetensorsCheckpoint:
                 twice = next(name for file in files for name in names[file] if weight_map[name] != file)
                 raise ModelError(f"tensor {twice} is in several of {', '.join(files)}; download their {_INDEX}")
         there = {file: set(names[file]) for file in files}
+        held = set().union(*there.values())
         for name, file in weight_map.items():
-            if name not in there[file]:
+            if name in there[file]:
+                self._where[name] = handles[file]
+            elif name in held:  # what no file holds (a tied head) converters from pickles leave in the index
                 raise ModelError(f"{file} lacks the tensor {name}, which {_INDEX} has there; download both again")
-            self._where[name] = handles[file]
 
     def names(self) -> list[str]:
         """All tensors."""
