@@ -102,8 +102,6 @@ class Connection(HttpToolsProtocol):
         so it gets the head again, without the offer."""
         self._unset_keepalive_if_required()
         in_head = self._head_since is not None
-        if not in_head and self._body_since is None:
-            self._head_since = self.loop.time()
         rest = memoryview(data)
         try:
             while rest:
@@ -124,6 +122,12 @@ class Connection(HttpToolsProtocol):
             self._hang_up(431, _TOO_LONG)
         elif len(self.pipeline) > _PIPELINED:
             self.transport.abort()
+        elif self._head_since is None and self._body_since is None and self.cycle.response_complete:
+            # The rest of a body that was answered before, or a blank line: it is between two requests again.
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _head_without_offer(self) -> bytes:
         first = b" ".join((self.parser.get_method(), self.url, b"HTTP/" + self.parser.get_http_version().encode()))
@@ -173,13 +177,15 @@ class Connection(HttpToolsProtocol):
     def check(self) -> None:
         """Hangs up on who takes too long."""
         now, limits = self.loop.time(), self._limits
+        if self.pipeline and self._body_since is not None:
+            self._body_since = now  # it is not read before its turn
         if self._head_since is not None and now - self._head_since > limits.head:
             if self._head_bytes:
                 self._hang_up(408, f"the request's headers took more than {limits.head:g} s")
             else:
                 self.transport.close()
         elif self._body_since is not None and now - self._body_since > limits.body:
-            self._hang_up(408, f"the request's body took more than {limits.body:g} s", instead=not self.pipeline)
+            self._hang_up(408, f"the request's body took more than {limits.body:g} s", instead=True)
         size = self.transport.get_write_buffer_size()
         if size == 0:
             self._unread = None

@@ -1,0 +1,85 @@
+"""The clocks of HTTP connections, with limits so short that a test can wait for them."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from quire_cluster.gateway.connection import HttpConfig, HttpServer, Limits
+from quire_cluster.gateway.doors import Doors
+from quire_cluster.keys import Keys
+from starlette.types import Receive, Scope, Send
+
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+KEY = b"Authorization: Bearer key\r\n"
+LINES = 30
+
+
+async def _stream(scope: Scope, receive: Receive, send: Send) -> None:
+    """Reads the body, and then answers for longer than any of the limits."""
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(LINES):
+        await send({"type": "http.response.body", "body": b"line\n", "more_body": True})
+        await asyncio.sleep(0.1)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@asynccontextmanager
+async def connection() -> AsyncIterator[tuple[HttpServer, asyncio.StreamReader, asyncio.StreamWriter]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        doors = Doors.of("127.0.0.1", Keys(["key"]), (), ())
+        config = HttpConfig(doors.before(_stream), Limits(connections=10, head=1.0, body=1.0, write=60.0))
+        config.timeout_keep_alive = 1
+        server = HttpServer(config)
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        try:
+            async with asyncio.timeout(60):
+                yield server, reader, writer
+        finally:
+            writer.close()
+            server.should_exit = True
+            await serving
+
+
+def test_a_body_that_comes_after_its_refusal_leaves_no_connection_open() -> None:
+    async def run() -> None:
+        async with connection() as (server, reader, writer):
+            writer.write(HEAD + b"Content-Length: 4\r\n\r\nab")
+            await reader.readuntil(b"}}")
+            writer.write(b"cd")
+            assert await reader.read() == b"", "it is hung up on"
+            while server.server_state.connections:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_a_blank_line_after_a_request_ends_no_answer() -> None:
+    async def run() -> None:
+        async with connection() as (_, reader, writer):
+            writer.write(HEAD + KEY + b"Content-Length: 2\r\n\r\nab")
+            await reader.readuntil(b"line")
+            writer.write(b"\r\n")
+            answer = await reader.readuntil(b"0\r\n\r\n")
+            assert answer.count(b"line") == LINES - 1
+            assert await reader.read() == b"", "and then it is idle"
+
+    asyncio.run(run())
+
+
+def test_a_body_that_is_not_read_yet_is_not_late() -> None:
+    """Of a request that waits for the answer to the one before it."""
+
+    async def run() -> None:
+        async with connection() as (_, reader, writer):
+            body = bytes(1 << 20)
+            writer.write(HEAD + KEY + b"Content-Length: 2\r\n\r\nab")
+            await reader.readuntil(b"line")
+            writer.write(HEAD + KEY + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            for lines in (LINES - 1, LINES):
+                assert (await reader.readuntil(b"0\r\n\r\n")).count(b"line") == lines
+
+    asyncio.run(run())
