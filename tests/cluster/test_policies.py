@@ -68,7 +68,7 @@ def test_of_requests_only_the_poison_is_convicted(explained: bool) -> None:
                 running.add(trial)
             if poison in running and logs[poison] + lag >= kills_at:
                 now, deaths = now + generator.choice((0.1, 30.0)), deaths + 1
-                found = [one for one in running if losses[one].lost(now, logs[one], explained=explained)]
+                found = [one for one in running if losses[one].lost(now, logs[one], begun=True, explained=explained)]
                 assert found in ([], [poison])
                 convicted = found[0] if found else None
                 waiting += sorted(running)
@@ -85,7 +85,7 @@ def test_of_requests_only_the_poison_is_convicted(explained: bool) -> None:
 def test_a_request_that_was_cleared_starts_afresh() -> None:
     losses = Losses()
     for number in range(5):
-        assert not losses.lost(100.0 * number, 10 * number, explained=True)
+        assert not losses.lost(100.0 * number, 10 * number, begun=True, explained=True)
         assert losses.suspected
         assert not losses.grown(10 * number + PROOF - 1)
         assert losses.grown(10 * number + PROOF)
@@ -94,9 +94,9 @@ def test_a_request_that_was_cleared_starts_afresh() -> None:
 
 def test_replicas_that_vanish_together_count_once_and_no_more() -> None:
     losses = Losses()
-    assert not losses.lost(10.0, 5, explained=False)
-    assert not losses.lost(10.3, 5, explained=False)
-    assert losses.lost(10.6, 5, explained=False), "whatever kills each replica in turn is stopped all the same"
+    assert not losses.lost(10.0, 5, begun=True, explained=False)
+    assert not losses.lost(10.3, 5, begun=True, explained=False)
+    assert losses.lost(10.6, 5, begun=True, explained=False), "whatever kills each replica in turn is stopped all the same"
 
 
 def test_a_model_that_dies_loading_is_not_started_for_ever() -> None:

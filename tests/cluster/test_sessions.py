@@ -518,3 +518,34 @@ def test_following_the_controller_never_ends_unseen(
     asyncio.run(run())
     assert "the head is gone" in caplog.text
     assert "a bug" in caplog.text
+
+
+def test_what_kills_replicas_before_its_start_ends_too(tokenizer: Tokenizer) -> None:
+    """Nobody has said that it was in a step; what only waits beside it goes on, however many replicas are lost."""
+
+    async def run() -> None:
+        async with gateway(tokenizer, 2) as g:
+
+            def kills(replica: FakeReplica) -> Callable[[pb.Submit], pb.Ending | None]:
+                def look(submit: pb.Submit) -> None:
+                    if submit.prompt[0] == 99:
+                        replica.die("the engine failed")
+
+                return look
+
+            async def bring_back() -> None:
+                while True:
+                    await asyncio.sleep(0.1)
+                    for replica in g.replicas:
+                        replica.alive = True
+
+            controller = asyncio.ensure_future(bring_back())
+            for replica in g.replicas:
+                replica.refuses = kills(replica)
+            poison = g.start([99, 1])
+            with pytest.raises(PoisonRequest):
+                await tokens(poison)
+            assert sum(replica.deaths for replica in g.replicas) <= 4
+            controller.cancel()
+
+    asyncio.run(run())

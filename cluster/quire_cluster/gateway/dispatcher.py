@@ -215,7 +215,7 @@ class Dispatcher:
             )
         for choice, begun in sorted(choices, key=lambda one: _arrival(one[0])):
             self._place.pop(choice, None)
-            if begun and choice.losses.lost(now, len(choice.output), explained=bool(failure)):
+            if choice.losses.lost(now, len(choice.output), begun=begun, explained=bool(failure)):
                 log.error("request %s ends: replicas died under it again and again", choice.facts.request_id)
                 choice.end("error", error=PoisonRequest(_POISON))
             else:
@@ -294,8 +294,8 @@ class Dispatcher:
 
 
 _POISON = (
-    "two replicas died while they computed this request, so it is not sent to a third; if it should be served, show it "
-    "to the server's operator, whose log says what the replicas died of"
+    "two replicas died with this request, or more, so it is not sent to another; if it should be served, show it to the "
+    "server's operator, whose log says what the replicas died of"
 )
 
 

@@ -5,6 +5,9 @@ until its log is longer by PROOF tokens than when its replica was lost: then it 
 like any other. A suspect whose replica is lost again ends with an error. So only one is under trial at a replica, and
 what ran beside it is never punished: it has passed its own trial, or has had none.
 
+What only waited at the lost replica is not suspected, until that has happened BESIDE times: something may kill before
+any step is announced.
+
 Two replicas that vanish together, without a word, died of something else (their host, the controller): they count as
 one.
 """
@@ -13,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 PROOF = 3  # tokens: the log lags two steps in flight behind what was computed
+BESIDE = 3  # replicas
 _TOGETHER = 2.0  # seconds
 
 
@@ -24,15 +28,20 @@ class Losses:
     _since: float = -math.inf  # when the first of these was lost
     _length: int = 0  # of its log then, in tokens
     _forgiven: bool = False
+    _beside: int = 0  # replicas lost at which it waited, ever
 
     @property
     def suspected(self) -> bool:
         """Whether it has to be alone."""
         return self.count > 0
 
-    def lost(self, now: float, length: int, *, explained: bool) -> bool:
-        """The replica that computed it is gone at `now` (seconds), its log being `length` tokens long. `explained`: it
-        said itself that it failed. True: the request is to blame."""
+    def lost(self, now: float, length: int, *, begun: bool, explained: bool) -> bool:
+        """The replica that had it is gone at `now` (seconds), its log being `length` tokens long. `begun`: it was in a
+        step there. `explained`: the replica said itself that it failed. True: the request is to blame."""
+        if not begun:
+            self._beside += 1
+            if self._beside < BESIDE:
+                return False
         together = not explained and now - self._since < _TOGETHER
         if self.count and (self._forgiven or not together):
             self.count += 1
