@@ -113,6 +113,7 @@ class Controller:
         slot = self._slots[index]
         while not self._stopping:
             try:
+                self._remove(slot)  # what could not be given back before
                 await self._start(index, slot)
                 await slot.actor.run.remote()
                 return  # it was stopped
@@ -122,7 +123,10 @@ class Controller:
                 cause = root_cause(error)
                 log.error("replica %d (epoch %d) is gone: %s", index, slot.epoch, cause)
             service = time.monotonic() - slot.since if slot.entry is not None else None
-            self._remove(slot)
+            try:
+                self._remove(slot)
+            except Exception:
+                log.exception("what replica %d held could not be given back; it is tried again", index)
             if isinstance(cause, Hang):
                 slot.patience = more_patience(slot.patience, service or 0.0)
                 log.warning("its workers get %g times as long from now on", slot.patience)

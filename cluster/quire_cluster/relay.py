@@ -106,6 +106,8 @@ class RelayingChannel:
             while True:
                 self._channel.send_result(from_bytes(_receive(drawing, _RESULTS, self._group)))
         except ChannelClosed:
+            pass
+        finally:  # whatever it was, nobody waits for a result that will not come
             self._channel.close()
 
     def send_result(self, message: Any) -> None:

@@ -93,7 +93,8 @@ class EngineThread:
         self._wake.set()
 
     def load(self) -> pb.Load:
-        """A report for the gateways. Reads counters that the engine's thread writes; each is whole by itself."""
+        """A report for the gateways. Reads counters that the engine's thread writes: each is whole by itself, but a
+        difference of two that are of different moments can be below 0."""
         scheduler = self._engine.scheduler
         pool, stats = scheduler.pool, scheduler.stats
         allocated, unused = scheduler.slots()
@@ -103,7 +104,7 @@ class EngineThread:
             pages_total=pool.num_pages,
             pages_used=pool.num_used,
             slots_allocated=allocated,
-            slots_unused=unused,
+            slots_unused=max(0, unused),
             steps=self._engine.steps,
             busy=self._stepping or self._engine.has_work,
             step_age=time.monotonic() - self._last_step,
@@ -183,7 +184,7 @@ class EngineThread:
     def _rest(self) -> None:
         """Until something comes; an engine that stays idle checks its invariants once."""
         self._wake.clear()
-        if self._inbox or self._workers.failure is not None:
+        if self._inbox or self._stopping or self._workers.failure is not None:
             return
         if not self._wake.wait(_FREE_CHECK):
             self._engine.scheduler.check_integrity()
@@ -277,11 +278,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any
     ) -> AsyncIterator[pb.SessionUpdate]:
-        """Until the gateway hangs up; then its requests are aborted."""
+        """Until the gateway hangs up; then its requests are aborted. A session whose reader or heartbeat fails ends too:
+        half of one would be taken for a replica that hangs."""
         session = GatewaySession()
         self._sessions.add(session)
         reader = asyncio.ensure_future(self._read(session, request_iterator))
         beat = asyncio.ensure_future(self._beat(session))
+        for task in (reader, beat):
+            task.add_done_callback(lambda _: session.updates.put_nowait(None))
         try:
             while (update := await session.updates.get()) is not None:
                 yield merged(update, session.updates)
@@ -308,7 +312,6 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     session.put(refused)
                     continue
                 engine.put(functools.partial(engine.submit, session, submit))
-        session.updates.put_nowait(None)
 
     async def _beat(self, session: GatewaySession) -> None:
         while True:

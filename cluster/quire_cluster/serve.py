@@ -161,6 +161,8 @@ class Server:
             raise Unavailable(f"no Ray cluster answers at {self._serve.ray_address}: {error}") from error
 
     async def _start_controller(self) -> None:
+        if self._controller is not None:  # lost from sight, but perhaps alive: two would take each other's places
+            ray.kill(self._controller)
         config, serve = self._engine, self._serve
         total = config.num_workers * serve.data_parallel_size
         on_gpu = workers_on_gpus(config.device, total, may_grow=self._cluster is None)

@@ -1,7 +1,9 @@
-"""The clocks of HTTP connections, with limits so short that a test can wait for them."""
+"""Clocks and limits of HTTP connections, so short that a test can wait for them."""
 
 import asyncio
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -83,3 +85,17 @@ def test_a_body_that_is_not_read_yet_is_not_late() -> None:
                 assert (await reader.readuntil(b"0\r\n\r\n")).count(b"line") == lines
 
     asyncio.run(run())
+
+
+def test_open_files_are_shared_by_both_ways_in() -> None:
+    """HTTP and gRPC take as many connections each."""
+    script = (
+        "import resource\n"
+        "from quire_cluster.gateway.connection import raise_open_files\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (512, 1024))\n"
+        "print(raise_open_files(4096), raise_open_files(9), *resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    connections, few, soft, hard = map(int, done.stdout.split())
+    assert 2 * connections < soft == hard == 1024
+    assert few == 9

@@ -96,7 +96,9 @@ def test_replicas_that_vanish_together_count_once_and_no_more() -> None:
     losses = Losses()
     assert not losses.lost(10.0, 5, begun=True, explained=False)
     assert not losses.lost(10.3, 5, begun=True, explained=False)
-    assert losses.lost(10.6, 5, begun=True, explained=False), "whatever kills each replica in turn is stopped all the same"
+    assert losses.lost(10.6, 5, begun=True, explained=False), (
+        "whatever kills each replica in turn is stopped all the same"
+    )
 
 
 def test_a_model_that_dies_loading_is_not_started_for_ever() -> None:

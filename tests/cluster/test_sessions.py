@@ -5,8 +5,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 from fake_replica import FakeReplica, token_at
@@ -17,17 +19,18 @@ from quire_cluster.gateway.generation import Generation, RequestFacts
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_cluster.policies.suspicion import Patience
-from quire_cluster.replica import merged
-from quire_cluster.routing_table import Key, RoutingTable
+from quire_cluster.replica import EngineService, EngineThread, merged
+from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
 from quire_cluster.serve import Server
-from quire_engine.config import EngineConfig
+from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import DeadlineExceeded, EngineFailure, InvalidParameter, PoisonRequest, QueueFull, Unavailable
-from quire_engine.request import EngineSampling, TokenSet
+from quire_engine.request import EngineSampling, Request, TokenSet
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import find_model
 from quire_protos.v1 import engine_pb2 as pb
+from quire_protos.v1 import engine_pb2_grpc
 
 TOKENS = 30
 PROMPTS = [[5 + number, 17, 30] for number in range(16)]
@@ -547,5 +550,60 @@ def test_what_kills_replicas_before_its_start_ends_too(tokenizer: Tokenizer) -> 
                 await tokens(poison)
             assert sum(replica.deaths for replica in g.replicas) <= 4
             controller.cancel()
+
+    asyncio.run(run())
+
+
+def test_half_of_a_session_is_none(tokenizer: Tokenizer) -> None:
+    """A replica whose heartbeat fails: the gateway opens another session, instead of taking it for one that hangs."""
+
+    class Engine:
+        """What the service asks of an engine's thread."""
+
+        reports = 0
+
+        def load(self) -> pb.Load:
+            self.reports += 1
+            if self.reports == 3:
+                raise ValueError("a bug")
+            return pb.Load(most_requests=8)
+
+        def put(self, action: Callable[[], None]) -> None:
+            pass
+
+    async def run() -> None:
+        engine: Any = Engine()
+        server = grpc.aio.server()
+        engine_pb2_grpc.add_EngineServicer_to_server(EngineService(engine), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        endless = Patience(avoid=1e9, move=1e9)
+        dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8, patience=endless)
+        dispatcher.update_table(RoutingTable(1, (ReplicaEntry(0, 1, f"127.0.0.1:{port}", 4096),)))
+        await until(lambda: engine.reports > 5)
+        await dispatcher.close()
+        await server.stop(0)
+
+    asyncio.run(run())
+
+
+def test_a_report_between_two_moments_of_the_engine() -> None:
+    """Its thread may have given back a request's pages, and not yet said that nothing is computed."""
+
+    async def run() -> None:
+        limits = SchedulerLimits(
+            num_pages=8,
+            block_size=16,
+            max_model_len=99,
+            max_num_seqs=4,
+            max_num_batched_tokens=64,
+            max_num_queued_reqs=8,
+        )
+        workers: Any = SimpleNamespace(limits=limits)
+        engine = EngineThread(workers, asyncio.get_running_loop(), lambda error: None)
+        request = Request(1, [5], 1, EngineSampling(max_tokens=1))
+        request.num_computed = 1
+        engine._engine.scheduler.running.append(request)
+        assert engine.load().slots_unused == 0
 
     asyncio.run(run())

@@ -21,7 +21,7 @@ _UNREAD_BYTES = 1 << 20  # of a body that goes on after its answer
 _PIPELINED = 32  # requests that wait for the answer to the one before them
 _RESERVE = 64  # connections beyond the limit that are told so, and answered about health
 _OPEN_FILES = 1 << 20
-_OTHER_FILES = 256  # that a server needs besides its connections
+_OTHER_FILES = 256  # that a server needs besides its connections, _RESERVE among them
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Limits:
 
 
 def raise_open_files(wanted: int) -> int:
-    """Lets this process and its children open as many files as the system allows it; returns how many of the `wanted`
-    connections that is enough for."""
+    """Lets this process and its children open as many files as the system allows it; returns how many
+    connections of HTTP, and as many of gRPC, that is enough for: `wanted`, or fewer."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         soft = most
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _OTHER_FILES))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, (soft - _OTHER_FILES) // 2))
 
 
 def _refusal(status: int, why: str) -> ASGIApp:
