@@ -278,8 +278,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any
     ) -> AsyncIterator[pb.SessionUpdate]:
-        """Until the gateway hangs up; then its requests are aborted. A session whose reader or heartbeat fails ends too:
-        half of one would be taken for a replica that hangs."""
+        """Until the gateway hangs up; then its requests are aborted. It ends too where its reader or heartbeat fails:
+        half a session would be taken for a replica that hangs."""
         session = GatewaySession()
         self._sessions.add(session)
         reader = asyncio.ensure_future(self._read(session, request_iterator))

@@ -294,8 +294,8 @@ class Dispatcher:
 
 
 _POISON = (
-    "two replicas died with this request, or more, so it is not sent to another; if it should be served, show it to the "
-    "server's operator, whose log says what the replicas died of"
+    "two replicas died with this request, or more, so it is not sent to another; if it should be served, show it to "
+    "the server's operator, whose log says what the replicas died of"
 )
 
 
