@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
-from quire_cluster.convert import MESSAGE_BYTES
+from quire_cluster.convert import KEEPALIVE, MESSAGE_BYTES
 from quire_cluster.routing_table import ReplicaEntry
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
@@ -46,7 +46,7 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
 
     async def start(self) -> "FakeReplica":
         """Listens."""
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MESSAGE_BYTES)]
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MESSAGE_BYTES), *KEEPALIVE]
         self._server = grpc.aio.server(options=options)
         engine_pb2_grpc.add_EngineServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port("127.0.0.1:0")

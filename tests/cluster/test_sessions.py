@@ -178,6 +178,22 @@ def test_no_message_is_too_large(tokenizer: Tokenizer) -> None:
     asyncio.run(run())
 
 
+def test_many_small_requests_are_not_written_at_once(tokenizer: Tokenizer) -> None:
+    """Each takes the event loop for a while, however few bytes it has."""
+
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            [replica] = g.replicas
+            words = tuple((4 + number, 5) for number in range(500))
+            generation = g.start([5, 6], 128, max_tokens=1, bad_words=words)
+            assert await tokens(generation) == [token_at([5, 6], 0)]
+            assert len(replica.submitted) == 128
+            size = replica.submitted[0].ByteSize()
+            assert max(replica.message_sizes) < 40 * size
+
+    asyncio.run(run())
+
+
 def test_a_request_too_large_for_any_message_is_refused_alone(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

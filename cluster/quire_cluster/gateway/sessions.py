@@ -24,6 +24,7 @@ from quire_cluster.routing_table import ReplicaEntry
 log = logging.getLogger(__name__)
 _PAUSES = (0.05, 2.0)  # seconds before it is opened again: the first, and the longest
 _LARGEST_SUBMIT = MESSAGE_BYTES // 2
+_MOST_SUBMITS = 32  # in a message: the event loop waits while it is built
 _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -182,7 +183,7 @@ class ReplicaSession:
         message = pb.SessionRequest(abort=self._aborts)  # which the replica does first: they make room
         self._aborts.clear()
         size = 0
-        while self._submits and size < BATCH_BYTES:
+        while self._submits and size < BATCH_BYTES and len(message.submit) < _MOST_SUBMITS:
             wire_id = self._submits.popleft()
             choice = self.live.get(wire_id)
             if choice is None:
