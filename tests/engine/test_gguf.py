@@ -23,6 +23,7 @@ from quire_engine.errors import ModelError
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
 from quire_engine.weights.gguf.families import FAMILIES, config_of
 from quire_engine.weights.gguf.file import GGUFFile
+from quire_engine.weights.hf_config import completed
 from quire_engine.weights.resolve import find_model, resolve
 from safetensors.torch import load_file
 
@@ -226,12 +227,17 @@ def test_what_files_say_layer_by_layer(folder: Path) -> None:
         assert config_of(changed(folder, name, windows))["layer_types"] == kinds
     every = config_of(changed(folder, "gemma2", {"arch.attention.sliding_window_pattern": 3}))
     assert every["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
+    unsaid = changed(folder, "gemma2", {})
+    del unsaid.metadata["gemma2.attention.sliding_window"]
+    older = completed(config_of(unsaid))
+    assert older["sliding_window"] == 4096
+    assert older["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def test_older_names_of_linear_scaling(folder: Path) -> None:
     for changes in ({"arch.rope.scaling.factor": 4.0}, {"arch.rope.scale_linear": 4.0}):
         config = config_of(changed(folder, "qwen3", {"arch.rope.scaling.type": "linear"} | changes))
-        assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+        assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
         assert config_of(changed(folder, "qwen3", changes)) == config, "linear is what scaling is by default"
 
 

@@ -109,17 +109,22 @@ class Facts:
 
     @property
     def layer_types(self) -> dict[str, Any]:
-        """Which layers have a window, where the file says so: all but every so many, or layer by layer."""
+        """Which layers have a window, where the file says so: none, all but every so many, or layer by layer."""
         key = "attention.sliding_window_pattern"
         local = self.each(key)
+        if not self("attention.sliding_window", None):
+            local = [0] * self.layers
         if local is None:
             every = self(key, 0)
             local = [(layer + 1) % every for layer in range(self.layers)] if every else None
-        if not self("attention.sliding_window", None):
-            local = [False] * self.layers
         if local is None:
             return {}
         return {"layer_types": ["sliding_attention" if window else "full_attention" for window in local]}
+
+    @property
+    def theta(self) -> float:
+        """The base of RoPE."""
+        return float(self("rope.freq_base", 10000.0))
 
     def _value(self, key: str, default: Any) -> Any:
         self.asked.add(key)
@@ -127,11 +132,6 @@ class Facts:
         if value is _MISSING:
             raise ModelError(f"{self.file.path.name} lacks {self.architecture}.{key} in its metadata; convert it again")
         return value
-
-    @property
-    def theta(self) -> float:
-        """The base of RoPE."""
-        return float(self("rope.freq_base", 10000.0))
 
 
 def experts(get: Facts) -> dict[str, Any]:
@@ -209,9 +209,9 @@ def qwen2_moe(get: Facts) -> dict[str, Any]:
 
 def gemma2(get: Facts) -> dict[str, Any]:
     largest = get("block_count") == 46  # the 27B model alone scales by the width of the residual
-    return {
-        "sliding_window": get("attention.sliding_window", 4096),
-        "layer_types": None,  # every other one, whatever the file says
+    said = get("attention.sliding_window", None) is not None
+    unsaid = {} if said else {"sliding_window": 4096, "layer_types": None}  # in older files: that of every other layer
+    return unsaid | {
         "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": get("final_logit_softcapping", 30.0),
         "query_pre_attn_scalar": get("embedding_length") // get.positive("attention.head_count")
@@ -356,7 +356,7 @@ def _attending(get: Facts) -> list[int]:
 
 
 def olmo3(get: Facts) -> dict[str, Any]:
-    return {"rope_parameters": apart(get, get.theta)}
+    return {"rope_parameters": apart(get, get("rope.freq_base_swa", get.theta))}
 
 
 def apart(get: Facts, theta: float) -> dict[str, Any]:

@@ -338,7 +338,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "head_dim": get.head_dim,
         "max_position_embeddings": get("context_length"),
         "rope_parameters": facts.rope_parameters(get),
-        "sliding_window": None,
+        "sliding_window": get("attention.sliding_window", None) if family.windows else None,
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": bias,
@@ -354,7 +354,6 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     if original := config["rope_parameters"].get("original_max_position_embeddings"):
         config["original_max_position_embeddings"] = original
     if family.windows:
-        config["sliding_window"] = get("attention.sliding_window", None)
         config |= get.layer_types
     for token in ("bos_token_id", "eos_token_id"):
         config[token] = meta.get(f"tokenizer.ggml.{token}")
