@@ -40,6 +40,7 @@ def host_share(running: int, steps: int = 200) -> dict[str, float]:
     """Median seconds per step of what the host does for `running` decoding requests, without a device: schedule,
     batch (the step's arrays, packed into the buffer that one copy would take), commit. Steps overlap, as on a GPU."""
     limits = SchedulerLimits(
+        vocab_size=32000,
         num_pages=running * 40,
         block_size=16,
         max_model_len=640,

@@ -169,6 +169,7 @@ class EngineConfig:
 class SchedulerLimits:
     """What the scheduler works within, once the model and the device are known."""
 
+    vocab_size: int
     num_pages: int
     block_size: int
     max_model_len: int

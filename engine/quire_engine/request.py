@@ -1,5 +1,6 @@
 """A request: what it asks for, its token log, where it stands, and its one ending."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
@@ -7,7 +8,9 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from quire_engine.errors import ContextTooLong
+from quire_engine.errors import ContextTooLong, InvalidParameter
+
+MAX_LOGPROBS = 20  # alternatives beside a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,23 @@ class TokenSet:
         return np.flatnonzero(np.unpackbits(np.frombuffer(self.bits, np.uint8), bitorder="little"))
 
 
+_BOUNDS = (
+    ("temperature", 0, math.inf),
+    ("top_p", 0, 1),
+    ("min_p", 0, 1),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("repetition_penalty", 0.009, 101),  # a float32 is near 0.01 and 100
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSampling:
     """What it asks of the sampler, in tokens: texts (stop strings, words) are the gateway's and never come here.
 
-    Defaults as in the field. All bounds were checked where the request came in; see text/params.py.
+    Defaults as in the field. What clients are told of bounds is in text/params.py; `check` holds what a step relies on.
     """
 
     max_tokens: int = 16
@@ -56,6 +71,21 @@ class EngineSampling:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: TokenSet = TokenSet()  # empty: all
     bad_words: tuple[tuple[int, ...], ...] = ()
+
+    def check(self, vocab_size: int) -> None:
+        """Raises InvalidParameter for what would harm the step it is in, and so its neighbours."""
+        for name, least, most in _BOUNDS:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:  # NaN is within nothing
+                raise InvalidParameter(f"{name} is {value}; it must be between {least} and {most}", name)
+        biases = self.logit_bias or {}
+        for name, ids in (("logit_bias", biases), ("allowed_token_ids", self.allowed_token_ids.ids()[-1:])):
+            if any(not 0 <= token < vocab_size for token in ids):
+                raise InvalidParameter(f"{name} holds an id outside the vocabulary of {vocab_size} tokens", name)
+        if not all(math.isfinite(bias) for bias in biases.values()):
+            raise InvalidParameter("logit_bias holds a value that is not finite", "logit_bias")
+        if not all(self.bad_words):
+            raise InvalidParameter("bad_words holds a word of no tokens", "bad_words")
 
     @property
     def greedy(self) -> bool:
@@ -122,6 +152,14 @@ class Request:
         self.stop_ids = frozenset(self.params.stop_token_ids)
         self.end_length = self.num_prompt + self.params.max_tokens
         self.min_length = self.num_prompt + self.params.min_tokens
+
+    def check(self, vocab_size: int) -> None:
+        """Raises InvalidParameter for a log or for parameters that would harm the step it is in."""
+        if not 0 < self.num_prompt <= len(self.tokens):
+            raise InvalidParameter("the prompt has no tokens", "prompt")
+        if min(self.tokens) < 0 or max(self.tokens) >= vocab_size:
+            raise InvalidParameter(f"a token id is outside 0 to {vocab_size - 1}", "prompt")
+        self.params.check(vocab_size)
 
     @property
     def num_output(self) -> int:

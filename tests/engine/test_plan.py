@@ -140,7 +140,13 @@ def test_published_models(tmp_path: Path, name: str) -> None:
 def test_a_plan_of_stages_covers_the_model(tmp_path: Path) -> None:
     facts, size = PUBLISHED["Llama-3.1-8B"]
     limits = SchedulerLimits(
-        num_pages=0, block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=16, max_num_queued_reqs=0
+        vocab_size=128256,
+        num_pages=0,
+        block_size=16,
+        max_model_len=128,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        max_num_queued_reqs=0,
     )
     parts = [
         allocated(

@@ -84,6 +84,7 @@ def expected_output(request: Request, prompt: list[int]) -> list[int]:
 
 def limits(**changes: int | bool) -> SchedulerLimits:
     base = {
+        "vocab_size": 1 << 31,
         "num_pages": 12,
         "block_size": 4,
         "max_model_len": 40,

@@ -145,6 +145,7 @@ class ModelRunner:
             allocator.return_freed_memory()
             allocator.keep_freed_memory()
         self.limits = SchedulerLimits(
+            vocab_size=self.spec.vocab_size,
             num_pages=num_pages,
             block_size=config.block_size,
             max_model_len=memory.max_model_len + (pooling is not None),  # which generates nothing

@@ -151,6 +151,7 @@ def _kernels_per_layer(spec: DecoderSpec) -> int:
 def dry_limits(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> SchedulerLimits:
     """How large steps become, before it is known how many pages there are."""
     return SchedulerLimits(
+        vocab_size=spec.vocab_size,
         num_pages=0,
         block_size=config.block_size,
         max_model_len=resolve_max_model_len(config, spec),

@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
-from quire_engine.request import EngineSampling, TokenSet
+from quire_engine.request import MAX_LOGPROBS, EngineSampling, TokenSet
 from quire_engine.text.tokenizer import Tokenizer
 
 MAX_INT = 2**31 - 1
 MAX_CHOICES = 128
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1000
 MAX_STOP_TOKENS = 256
