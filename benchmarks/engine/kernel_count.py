@@ -23,6 +23,7 @@ from quire_engine.models.decoder import Layer
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.step import StepPlan
+from quire_engine.weights.hf_config import completed
 from quire_engine.weights.random import RandomWeights
 from quire_kernels.backends import AttentionBatch
 from quire_kernels.cache_write import Rope
@@ -82,7 +83,7 @@ def layer_launches(
     shape: str, quantization: dict[str, Any] | None, requests: int, deterministic: bool = False
 ) -> list[str]:
     """Of a layer in the middle of the model, decoding so many requests of up to 8,192 tokens."""
-    spec = spec_of(SHAPES[shape])
+    spec = spec_of(completed(SHAPES[shape]))
     scheme = quantization_of({"quantization_config": quantization} if quantization else {}, None)
     fp8_cache = bool(quantization) and "fp8" in str(quantization)
 
@@ -201,7 +202,7 @@ def table() -> str:
     for shape, name, quantization, deterministic in ROWS:
         many, one = (layer_launches(shape, quantization, requests, deterministic) for requests in (64, 1))
         count = str(len(many)) + (f" ({len(one)})" if len(one) != len(many) else "")
-        kind = "experts" if spec_of(SHAPES[shape]).experts is not None else "dense"
+        kind = "experts" if spec_of(completed(SHAPES[shape])).experts is not None else "dense"
         fewest = len(FEWEST[kind].split(", "))
         lines.append(f"| {shape} | {name} | {count} | {fewest} | {', '.join(many)} |")
     lines += [

@@ -24,6 +24,7 @@ from quire_engine.memory.dry_run import DryGroup, allocated
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.step import StepResult
+from quire_engine.weights.hf_config import completed
 from quire_kernels.hardware import hardware
 from shapes import SHAPES
 
@@ -82,7 +83,7 @@ class Work:
     @staticmethod
     def of(shape: str, runner: ModelRunner, options: dict[str, Any], expert_bytes: float) -> "Work":
         """From shapes alone, and the runner's plan."""
-        spec = spec_of(SHAPES[shape])
+        spec = spec_of(completed(SHAPES[shape]))
         found = allocated(
             spec,
             quantization_of(SHAPES[shape], options.get("quantization")),

@@ -18,6 +18,7 @@ from findings import tell
 from models import add, prompts, runner_of
 from quire_engine.engine import Engine
 from quire_engine.models.families import spec_of
+from quire_engine.weights.hf_config import completed
 from shapes import SHAPES
 
 PROMPT = 50
@@ -90,7 +91,7 @@ def spread(shape: str, scored: Scored) -> tuple[float, float]:
 
 def ways_of(shape: str, backend: str) -> dict[str, dict[str, Any]]:
     """Latent attention is not to be had deterministic; torch's operators neither so nor as graphs."""
-    latent = spec_of(SHAPES[shape]).latent is not None
+    latent = spec_of(completed(SHAPES[shape])).latent is not None
     left_out = ("graphs", "deterministic") if backend == "torch" else ("deterministic",) if latent else ()
     return {name: options for name, options in WAYS.items() if not any(word in name for word in left_out)}
 
@@ -99,7 +100,7 @@ def main(shape: str, backend: str, device: str, dtypes: list[str], requests: int
     """Every dtype and way. What fails is a finding."""
     load = Load(shape, requests, new_tokens)
     exact, _ = generate(load, "cpu", dtype="float32")
-    tips = 0.1 if spec_of(SHAPES[shape]).experts is not None else 0.0
+    tips = 0.1 if spec_of(completed(SHAPES[shape])).experts is not None else 0.0
     for dtype in dtypes:
         allowed = spread(shape, generate(load, "cpu", dtype=dtype))[0] if dtype != "float32" else 0.0
         kept: dict[bool, Scored] = {}

@@ -80,8 +80,8 @@ class Scheduler:
         return len(self._in_flight)
 
     def add(self, request: Request) -> None:
-        """Accepts a request. Raises InvalidParameter for what no step can compute, ContextTooLong for what can never fit,
-        QueueFull (not for one that is resumed), DeadlineExceeded (by arrival)."""
+        """Accepts a request. Raises InvalidParameter for what no step can compute, ContextTooLong for what can never
+        fit, QueueFull (not for one that is resumed), DeadlineExceeded (by arrival)."""
         limits = self.limits
         assert request.id not in self.requests, f"request id {request.id} is used twice"
         request.check(limits.vocab_size)

@@ -17,6 +17,7 @@ from quire_engine.memory.plan import MemoryPlan, Target, gpu_target, plan_memory
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.request import EngineSampling, Request
+from quire_engine.weights.hf_config import completed
 from quire_engine.weights.resolve import find_model
 from quire_kernels.hardware import CHIPS
 from torch.profiler import ProfilerActivity, profile
@@ -150,7 +151,7 @@ def test_a_plan_of_stages_covers_the_model(tmp_path: Path) -> None:
     )
     parts = [
         allocated(
-            spec_of(facts),
+            spec_of(completed(facts)),
             quantization_of({}, None),
             DryGroup(stage=stage, stages=3, dtype=torch.bfloat16),
             limits,
