@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import RunningServer
 from quire import LLM, SamplingParams
+from quire.cli.batch import run_batch
 from quire.cli.main import main
+from quire_engine.config import EngineConfig
+from quire_engine.errors import InvalidParameter
 
 Make = Callable[[str], Path]
 
@@ -30,16 +33,17 @@ def test_run_batch(checkpoint: Make, tmp_path: Path) -> None:
         {"custom_id": "d", "method": "POST", "url": "/v1/embeddings", "body": {}},
         {"custom_id": "e", "method": "POST", "url": "/v1/completions", "body": {"prompt": [5] * 600}},
         {"custom_id": "f", "method": "POST", "url": "/v1/chat/completions", "body": chat | {"stream": True}},
+        {"custom_id": "g", "method": "POST", "url": "/v1/completions", "body": {"prompt": [5], "logprobs": 0}},
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n\nnot json\n")
     done = quire("run-batch", str(source), "-o", str(target), "--model", folder)
     assert done.returncode == 0, done.stderr
-    assert "2 of 7 requests done" in done.stdout
+    assert "2 of 8 requests done" in done.stdout
     assert "Requests: 100%" in done.stderr
     results = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [result["custom_id"] for result in results] == ["a", "b", "c", "d", "e", "f", "line-8"]
-    assert [result["response"]["status_code"] for result in results] == [200, 200, 400, 400, 400, 400, 400]
+    assert [result["custom_id"] for result in results] == ["a", "b", "c", "d", "e", "f", "g", "line-9"]
+    assert [result["response"]["status_code"] for result in results] == [200, 200, 400, 400, 400, 400, 400, 400]
     with LLM(folder) as llm:
         [truth] = llm.generate("w5 w17", SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)
     body = results[0]["response"]["body"]
@@ -50,7 +54,7 @@ def test_run_batch(checkpoint: Make, tmp_path: Path) -> None:
     stopped = target.read_bytes().splitlines(keepends=True)
     target.write_bytes(b"".join(stopped[:2]) + stopped[2][:40])
     again = quire("run-batch", str(source), "-o", str(target), "--model", folder)
-    assert "0 of 5 requests done (2 had results already)" in again.stdout, again.stdout + again.stderr
+    assert "0 of 6 requests done (2 had results already)" in again.stdout, again.stdout + again.stderr
     assert target.read_bytes().splitlines(keepends=True)[:2] == stopped[:2]
     assert [json.loads(line)["custom_id"] for line in target.read_text().splitlines()] == [
         result["custom_id"] for result in results
@@ -74,6 +78,22 @@ def test_run_batch_says_what_is_wrong(checkpoint: Make, tmp_path: Path) -> None:
         assert refused.returncode == 1
         assert message in refused.stderr
     assert other.read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes", b'{"id":"batch_results"}', b'{"custom_id": "a", "url": "u", "body": {}}', b"5", b"5\n"]
+)
+def test_run_batch_writes_into_nothing_but_its_own_results(tmp_path: Path, content: bytes) -> None:
+    """Whether it ends with a line's end or not, and be it the input itself."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "precious"
+    source.write_bytes(content)
+    target.write_bytes(content)
+    for output in (source, target):
+        with pytest.raises(InvalidParameter, match=r"line 1 of .* is no result of a batch; name another output file"):
+            run_batch(
+                EngineConfig(model="/no/model/is/looked/for"), str(target if output is source else source), str(output)
+            )
+        assert output.read_bytes() == content
 
 
 def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from quire.llm import LLM
 
 _SHARE = 1024  # lines that run together, and are written together
 _BOM = b"\xef\xbb\xbf"
+_RESULT = b'{"id":"batch_req_'  # every result begins so; nothing else is added to, or cut
 
 
 def run_batch(config: EngineConfig, source: str, target: str) -> None:
@@ -88,14 +89,17 @@ def _open(target: Path) -> BinaryIO:
 
 
 def _done(target: Path) -> set[str]:
-    """The custom_ids that have a result. A last line that was cut short is taken away."""
+    """The custom_ids that have a result. A last one that was cut short is taken away. Raises InvalidParameter where
+    the file holds anything else."""
     if not target.is_file():
         return set()
     try:
         data = target.read_bytes()
         whole = data.rfind(b"\n") + 1
         found = set(_ids(data[:whole], target))
-        if whole < len(data):
+        if cut := data[whole:]:
+            if cut[: len(_RESULT)] != _RESULT[: len(cut)]:
+                raise _foreign(target, data.count(b"\n") + 1)
             os.truncate(target, whole)
     except OSError as error:
         raise InvalidParameter(f"{target} cannot be written: {error.strerror}", "output") from error
@@ -103,10 +107,14 @@ def _done(target: Path) -> set[str]:
 
 
 def _ids(data: bytes, target: Path) -> Iterator[str]:
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        if not line.startswith(_RESULT):
+            raise _foreign(target, number)
         try:
             yield orjson.loads(line)["custom_id"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise InvalidParameter(
-                f"line {number} of {target} is no result of a batch; name another output file", "output"
-            ) from error
+        except (ValueError, KeyError) as error:
+            raise _foreign(target, number) from error
+
+
+def _foreign(target: Path, number: int) -> InvalidParameter:
+    return InvalidParameter(f"line {number} of {target} is no result of a batch; name another output file", "output")

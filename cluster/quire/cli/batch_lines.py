@@ -57,7 +57,7 @@ class Line:
             raise InvalidParameter(f"url is {url!r:.100}; with this model {', '.join(served)} are served", "url")
         if url in (_CHAT, _TEXT):
             for parameter in _UNSUPPORTED:
-                if body.get(parameter):
+                if body.get(parameter) is not None and body[parameter] is not False:  # 0 log-probabilities are some
                     raise InvalidParameter(f"{parameter} is not supported in batches; leave it out", parameter)
             self._read_prompt(llm, url, body)
         elif url == _EMBED:
