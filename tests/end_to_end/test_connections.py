@@ -158,6 +158,28 @@ def test_targets(wire: Wire, guarded: RunningServer) -> None:
     assert wire.ended()
 
 
+def test_a_chunk_that_is_none_is_said(wire: Wire) -> None:
+    """Its head was read, and an answer is due."""
+    chunked = post().replace(f"Content-Length: {len(BODY)}", "Transfer-Encoding: chunked")
+    wire.send(chunked)
+    time.sleep(0.05)
+    status, headers, _ = wire.send("zz\r\n").answer()
+    assert (status, headers["connection"]) == (400, "close")
+    assert wire.ended()
+
+
+def test_who_leaves_with_requests_in_line_leaves_no_work(guarded: RunningServer) -> None:
+    """The request that runs is told, not the last one alone."""
+    before = count(guarded, "request_success_total")
+    long = json.dumps({"prompt": [5, 6], "max_tokens": 480, "ignore_eos": True, "n": 64}).encode()
+    wire = Wire(guarded)
+    wire.send(post(body=long), long, *[post(body=BODY), BODY] * 40)
+    assert wire.ended()
+    wait_until(lambda: count(guarded, "request_success_total") > before)
+    wait_until(lambda: count(guarded, "num_requests_running") == 0)
+    assert "Exception in ASGI application" not in guarded.log
+
+
 def test_bodies_are_read_as_they_are(wire: Wire) -> None:
     packed = gzip.compress(BODY)
     status, headers, body = wire.send(post("Content-Encoding: gzip\r\n", body=packed), packed).answer()

@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import orjson
 import uvicorn
 from quire_engine.errors import InvalidParameter
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from quire_cluster.gateway.doors import OPEN_ROUTES
 from quire_cluster.gateway.http import error_body, json_response
@@ -77,6 +78,7 @@ class Connection(HttpToolsProtocol):
         self._body_since: float | None = None
         self._body_bytes = 0
         self._unread: tuple[int, float] | None = None  # bytes that the client has not taken, and since when
+        self._due: deque[RequestResponseCycle] = deque()  # requests without a whole answer, the one that runs first
 
     def connection_made(self, transport: Any) -> None:
         """Beyond the limit, connections that idle make room."""
@@ -91,6 +93,12 @@ class Connection(HttpToolsProtocol):
             idle.transport.close()
         elif over > _RESERVE:
             self._hang_up(503, _CROWDED)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Told to every request of it: uvicorn tells the last one alone, and not the one that runs."""
+        for cycle in self._due:
+            _end(cycle)
+        super().connection_lost(exc)
 
     @property
     def idle(self) -> bool:
@@ -115,7 +123,9 @@ class Connection(HttpToolsProtocol):
                     self.parser.feed_data(self._head_without_offer())
                     rest = rest[offer.args[0] :]
         except httptools.HttpParserError:
-            self._hang_up(400, "this is no HTTP/1.1 request")
+            self._hang_up(
+                400, "this is no HTTP/1.1 request", instead=self._body_since is not None and not self.pipeline
+            )
             return
         self._head_bytes = self._head_bytes + len(data) if in_head and self._head_since is not None else 0
         if self._head_bytes > _HEAD_BYTES:
@@ -158,6 +168,12 @@ class Connection(HttpToolsProtocol):
         else:
             self.app = self._answers
         super().on_headers_complete()
+        self._due.append(self.cycle)
+
+    def on_response_complete(self) -> None:
+        """The next one runs."""
+        self._due.popleft()
+        super().on_response_complete()
 
     def on_body(self, body: bytes) -> None:
         """What comes after the answer is read too, for a while: a client that is hung up on while it sends may miss
@@ -204,7 +220,15 @@ class Connection(HttpToolsProtocol):
             content = orjson.dumps(error_body(InvalidParameter(why), status))
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(content)
             self.transport.write(STATUS_LINE[status] + head + content)
+        for unanswered in self._due:
+            _end(unanswered)
         self.transport.close()
+
+
+def _end(cycle: RequestResponseCycle) -> None:
+    """Nobody waits for its answer any more."""
+    cycle.disconnected = True
+    cycle.message_event.set()
 
 
 class HttpConfig(uvicorn.Config):
