@@ -94,6 +94,26 @@ def test_bad_prompts(client: Client) -> None:
     assert failed.value.code() is CODE.RESOURCE_EXHAUSTED, "the message size is bounded"
 
 
+def test_bytes_that_are_no_message_are_refused_and_leave_no_traceback(two_replicas: RunningServer) -> None:
+    with grpc.insecure_channel(two_replicas.grpc) as channel:
+        inference, reflection = "/quire.v1.Inference/", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+        calls = [
+            channel.unary_unary(f"{inference}Tokenize"),
+            channel.unary_stream(f"{inference}Generate"),
+            channel.unary_unary("/grpc.health.v1.Health/Check"),
+            channel.stream_stream(reflection),
+        ]
+        for content in (b"\xff\xff\xff", b"\x0a\x03\xff\xfe\xfd"):  # no message; a text that is not UTF-8
+            for call in calls:
+                with pytest.raises(grpc.RpcError) as failed:
+                    streamed = isinstance(call, grpc.StreamStreamMultiCallable)
+                    answer = call(iter([content]) if streamed else content, timeout=60)
+                    list(answer) if not isinstance(answer, bytes) else None
+                assert failed.value.code() is CODE.INVALID_ARGUMENT, failed.value.details()
+                assert "generated from the .proto files" in failed.value.details()
+    assert "Traceback" not in two_replicas.log
+
+
 def test_cancelling_a_stream_frees_its_pages(two_replicas: RunningServer, client: Client) -> None:
     def running() -> float:
         text = http.get(f"{two_replicas.url}/metrics").text

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
@@ -26,6 +25,7 @@ from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
 from quire_cluster.gateway import reflection
+from quire_cluster.gateway.calls import CallGuard
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.fields import MAX_MESSAGES
 from quire_cluster.gateway.generation import Delta, Generation
@@ -34,7 +34,6 @@ from quire_cluster.gateway.service import Service
 from quire_cluster.gateway.texts import MAX_LISTED
 from quire_cluster.keys import KeyInterceptor, Keys
 
-log = logging.getLogger(__name__)
 MAX_REQUEST = 8 << 20  # bytes; a message of many small parts takes long to read, and the loop waits for it
 MAX_ANSWER = 32 << 20
 _FRAME = 64  # bytes around a vector, at most
@@ -198,11 +197,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             if generation is None:
                 service.refused(error, route=route)
             await _fail(context, error)
-        except (asyncio.CancelledError, GeneratorExit):
-            raise
-        except Exception:
-            log.exception("%s failed", route)
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error; it is in the server's log")
         finally:
             if generation is not None:
                 service.finished(generation, route=route)
@@ -320,8 +314,9 @@ class GrpcServer:
     def __init__(self, service: Service, limits: Limits, *, keys: Keys | None) -> None:
         """`keys`: that every call but the health service's must send one of."""
         refusal = "missing or wrong API key; send metadata 'authorization: Bearer KEY'"
+        doors = [KeyInterceptor(keys, refusal=refusal, open_services=[health.SERVICE_NAME])] if keys else []
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(keys, refusal=refusal, open_services=[health.SERVICE_NAME])] if keys else [],
+            interceptors=[*doors, CallGuard()],
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST),
                 ("grpc.max_send_message_length", MAX_ANSWER),
