@@ -23,7 +23,7 @@ class Strict(BaseModel):
     @classmethod
     def _given(cls, values: Any) -> Any:
         if not isinstance(values, dict):
-            return values
+            raise _wrong("it must be an object with named fields")
         for name in values:
             if name not in cls.model_fields:
                 raise _wrong(f"{name[:60]} is not a parameter of this call; leave it out", field=name[:60])
