@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,30 @@ Make = Callable[[str], Path]
 def quire(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "quire.cli.main", *arguments]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240, check=False)
+
+
+_SWALLOWING = """
+import os, signal, sys, time
+from quire.cli.main import main
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "quire_cluster.serve":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except BaseException:
+                pass
+
+sys.meta_path.insert(0, Finder())
+sys.exit(main(["serve", "/no/model"]))
+"""
+
+
+def test_an_interrupt_while_modules_are_imported_is_not_lost() -> None:
+    """Some of them catch whatever is raised in them."""
+    done = subprocess.run([sys.executable, "-c", _SWALLOWING], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_run_batch(checkpoint: Make, tmp_path: Path) -> None:

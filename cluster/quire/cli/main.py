@@ -6,6 +6,7 @@ What a command takes is read and checked before what it needs is imported: torch
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -93,6 +94,9 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Any]]:
 
 
 def _serve(arguments: argparse.Namespace, config: ServeConfig, engine: EngineConfig) -> None:
+    # Until the server listens to signals there is nothing to put away, and what is imported may swallow an exception.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from quire_cluster.serve import Server, serve
 
     def on_ready(server: Server) -> None:
