@@ -14,6 +14,7 @@ import ray
 from quire_engine.errors import InvalidParameter
 from ray import _raylet
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 
 log = logging.getLogger(__name__)
 _REMOVAL_PATIENCE = 5.0  # seconds
@@ -34,6 +35,13 @@ class PrivateCluster:
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
         _authenticate({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": None, "RAY_AUTH_TOKEN_PATH": str(token)})
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the processes without which Ray does nothing are there."""
+        node = ray_worker._global_node
+        needed = {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}
+        return node is not None and not needed & {kind for kind, _ in node.dead_processes()}
 
     def stop(self) -> None:
         """Idempotent. Ray's processes may write their last lines while the folder goes, so it is tried again."""

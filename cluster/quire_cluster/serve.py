@@ -189,6 +189,9 @@ class Server:
                 version, pause = table.version, _WATCH_RETRY
                 continue
             except ray.exceptions.RayActorError:
+                if self._cluster is not None and not self._cluster.is_whole:
+                    self._give_up(service, "the private Ray cluster died; start the server again")
+                    return
                 log.error("the controller died; it is started again")
                 dead = True
             except Exception:
@@ -198,14 +201,18 @@ class Server:
 
     def _follow(self, table: RoutingTable, service: Service) -> None:
         if table.failure is not None:
-            self._failure = table.failure
-            service.dispatcher.give_up(f"no replica could be started: {table.failure}")
-            self.stop()
+            self._give_up(service, table.failure)
             return
         service.dispatcher.update_table(table)
         if service.dispatcher.max_model_len:
             # An engine that pools has one place more, for the token that it does not generate.
             service.max_model_len = service.dispatcher.max_model_len - (service.pooling is not None)
+
+    def _give_up(self, service: Service, why: str) -> None:
+        """No replica will serve any more."""
+        self._failure = why
+        service.dispatcher.give_up(f"no replica could be started: {why}")
+        self.stop()
 
     def _report_silence(self, key: Key) -> None:
         self._controller.suspect.remote(key)

@@ -608,6 +608,7 @@ def test_a_report_between_two_moments_of_the_engine() -> None:
 
     async def run() -> None:
         limits = SchedulerLimits(
+            vocab_size=300,
             num_pages=8,
             block_size=16,
             max_model_len=99,

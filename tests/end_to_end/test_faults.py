@@ -164,17 +164,21 @@ def test_the_controller_dies_and_the_streams_go_on(two_replicas: RunningServer) 
     both_serve(server)
 
 
+def children(server: RunningServer) -> set[int]:
+    return {
+        int(p.name)
+        for p in Path("/proc").iterdir()
+        if p.name.isdigit() and server.process.pid in ancestors(int(p.name))
+    }
+
+
 def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:
     """SIGTERM during a stream: the stream finishes, and then no process, no memory segment and no folder is left."""
     folders = set(Path("/tmp").glob("quire-*"))
     segments = set(Path("/dev/shm").iterdir())
     server = RunningServer(str(checkpoint("llama")))
-    children = {
-        int(p.name)
-        for p in Path("/proc").iterdir()
-        if p.name.isdigit() and server.process.pid in ancestors(int(p.name))
-    }
-    assert len(children) > 3
+    below = children(server)
+    assert len(below) > 3
 
     async def stream() -> int:
         count = 0
@@ -187,9 +191,20 @@ def test_nothing_is_left_behind(checkpoint: Callable[[str], Path]) -> None:
 
     assert asyncio.run(stream()) == 300
     assert server.wait() == 0, server.log
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
     assert set(Path("/tmp").glob("quire-*")) <= folders
     assert set(Path("/dev/shm").iterdir()) <= segments
+
+
+def test_a_dead_cluster_ends_the_server(checkpoint: Callable[[str], Path]) -> None:
+    """Without Ray nothing can be started again."""
+    server = RunningServer(str(checkpoint("llama")))
+    raylets = [pid for pid in children(server) if "raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_text()]
+    for pid in raylets:
+        os.kill(pid, signal.SIGKILL)
+    assert raylets
+    assert server.wait() == 1
+    assert "the private Ray cluster died" in server.log
 
 
 @contextmanager

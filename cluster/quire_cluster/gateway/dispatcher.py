@@ -8,7 +8,15 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-from quire_engine.errors import DeadlineExceeded, EngineFailure, PoisonRequest, QueueFull, QuireError, Unavailable
+from quire_engine.errors import (
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidParameter,
+    PoisonRequest,
+    QueueFull,
+    QuireError,
+    Unavailable,
+)
 from quire_protos.v1 import engine_pb2 as pb
 
 from quire_cluster.convert import error_from_proto, logprobs_from_proto
@@ -108,7 +116,7 @@ class Dispatcher:
         """Sends every choice to a replica; one that finds none waits for it.
 
         Raises Unavailable before the first replica, and where too much waits for one; QueueFull where replicas have
-        said that they cannot take as much.
+        said that they cannot take as much; InvalidParameter where they never can.
         """
         if not self.max_model_len:
             raise Unavailable("no replica is ready yet; try again when /ready answers 200")
@@ -117,8 +125,16 @@ class Dispatcher:
             if len(self._homeless) + len(choices) > self._max_waiting:
                 raise Unavailable(f"no replica is there now, and {len(self._homeless)} requests wait; try again later")
         elif not has_room((session.as_load() for session in sessions), len(choices)):
-            waiting = sum(session.load.waiting for session in sessions)
-            raise QueueFull(f"{waiting} requests wait already; try again later")
+            most = sum(session.load.most_requests for session in sessions)
+            if len(choices) > most:
+                raise InvalidParameter(
+                    f"n is {len(choices)}, and {most} answers run and wait at a time; ask for fewer, or start the "
+                    "server with a larger --max-num-queued-reqs",
+                    "n",
+                )
+            raise QueueFull(
+                f"so many requests run and wait that there is no room for {len(choices)} more; try again later"
+            )
         for choice in choices:
             self._guard(choice, self._send)
 
