@@ -196,9 +196,10 @@ def test_threads_do_not_share_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed.is_set()
 
 
-def test_a_broken_template_is_said_at_the_start() -> None:
+@pytest.mark.parametrize("source", ["{% for x in %}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", 5])
+def test_a_broken_template_is_said_at_the_start(source: Any) -> None:
     with pytest.raises(ModelError, match=r"not valid Jinja.*--chat-template"):
-        ChatTemplate("{% for %}", {})
+        ChatTemplate(source, {})
 
 
 def test_templates_cannot_reach_into_the_interpreter() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,8 @@ def test_a_family_that_transformers_lacks_has_its_own_defaults() -> None:
     [
         ({"model_type": "qwen3"}, "Qwen3ForCausalLM"),
         ({"model_type": "gpt2"}, "GPT2LMHeadModel"),
+        ({"model_type": "mpt", "architectures": ["MPTForCausalLM"]}, "MptForCausalLM"),
+        ({"model_type": "llama", "architectures": ["LLaMAForCausalLM"]}, "LlamaForCausalLM"),
         ({"model_type": "xlm-roberta"}, "XLMRobertaModel"),
         ({"model_type": "qwen3_5_text"}, "Qwen3_5ForCausalLM"),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "Gemma3ForCausalLM"),
@@ -153,7 +156,19 @@ def test_what_is_no_config_is_named(tmp_path: Path) -> None:
             {"architectures": ["LlamaForCausalLM"], "hidden_size": "wide"},
             "not one of llama in transformers.*hidden_size",
         ),
-        ({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 0}, "not one of llama in transformers"),
+        ({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 0}, "num_attention_heads 0; it must be from 1"),
+        ({"model_type": "llama", "max_position_embeddings": -5}, "max_position_embeddings -5; it must be from 1"),
+        ({"model_type": "qwen2", "num_hidden_layers": 10**9}, "num_hidden_layers 1000000000; it must be .* to 16384"),
+        ({"model_type": "gpt2", "n_layer": 0}, "n_layer 0; it must be from 1"),
+        ({"model_type": "llama", "rope_theta": -1e4}, "rope_theta -10000.0; it must be a number above 0"),
+        ({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": "4"}}, "factor '4'; it must be a number"),
+        ({"model_type": "llama", "rope_scaling": {"type": "yarn", "factor": math.nan}}, "factor nan; it must be"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "1 numbers|48 numbers|short_factor",
+        ),
+        ({"architectures": [None]}, r"architectures \[None\]; they must be"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": [1]}, "text_config is"),
         (
             {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float99"},
             "not one of llama in transformers.*float99",

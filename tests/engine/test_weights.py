@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,38 @@ def test_configs_that_are_not_served(checkpoint: Make, tmp_path: Path, change: d
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
         greedy(folder, [5])
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"[]", b"[" * 100_000, b'{"\xe9": 1}', b"version https://git-lfs.github.com"]
+)
+def test_what_is_no_json_is_named(checkpoint: Make, tmp_path: Path, name: str, content: bytes | None) -> None:
+    """`None`: a folder where the file belongs."""
+    folder = copy(checkpoint("llama"), tmp_path)
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=re.escape(name) + " (is|of|cannot)"):
+        files = resolve(str(folder))
+        _ = files.config, files.generation_config, files.checkpoint()
+
+
+def test_what_is_no_whole_checkpoint_is_named(checkpoint: Make, tmp_path: Path) -> None:
+    folder = copy(checkpoint("llama"), tmp_path)
+    weights = folder / "model.safetensors"
+    weights.rename(folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="an adapter"):
+        resolve(str(folder)).checkpoint()
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ModelError, match="git lfs pull"):
+        resolve(str(folder)).checkpoint()
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    with pytest.raises(ModelError, match="adapter: merge it"):
+        _ = resolve(str(folder)).config
 
 
 def test_pickles_are_refused(checkpoint: Make, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Fields of a config made whole (`weights.hf_config`) as facts, where nearly every family says them the same way."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,22 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "relu": Activation.RELU,
     "relu2": Activation.RELU_SQUARED,
+}
+_ROPE_NUMBERS = {
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+}
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -100,4 +117,27 @@ def rotary_of(
     )
     if rotary.kind not in _ROPE_KINDS:
         raise ModelError(f"rope_scaling has rope_type {rotary.kind!r}; known are {', '.join(_ROPE_KINDS)}")
+    _check(rotary, head_dim)
     return rotary
+
+
+def _check(rotary: Rotary, head_dim: int) -> None:
+    """Raises ModelError for numbers of which no angles can be made."""
+    if rotary.dim <= 0 or rotary.dim % 2:
+        raise ModelError(
+            f"RoPE turns {rotary.dim} dimensions of a head of {head_dim}; it must be an even number of them"
+        )
+    if lacking := [name for name in _ROPE_NEEDS.get(rotary.kind, ()) if rotary.scaling.get(name) is None]:
+        raise ModelError(f"rope_scaling lacks {', '.join(lacking)}, which {rotary.kind} needs")
+    for name in sorted(_ROPE_NUMBERS & rotary.scaling.keys()):
+        value = rotary.scaling[name]
+        if value is not None and not (_is_number(value) and value > 0):
+            raise ModelError(f"rope_scaling has {name} {value!r}; it must be a number above 0")
+    for name in ("short_factor", "long_factor") if rotary.kind == "longrope" else ():
+        factors = rotary.scaling[name]
+        if len(factors) != rotary.dim // 2 or not all(_is_number(factor) and factor > 0 for factor in factors):
+            raise ModelError(f"rope_scaling must have {rotary.dim // 2} numbers above 0 in {name}, one a pair")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

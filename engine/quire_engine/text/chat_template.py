@@ -58,7 +58,7 @@ class ChatTemplate:
         try:
             tree = environment.parse(source)
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError, TypeError) as error:  # TypeError: what is no text
             raise ModelError(
                 f"the chat template is not valid Jinja ({error}); give another one with --chat-template"
             ) from error

@@ -13,6 +13,14 @@ from quire_engine.weights.text_parts import TEXT_PARTS
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "Model")
 _TAKEN_TOO = ("hybrid_override_pattern", "mtp_hybrid_override_pattern")  # computed, and what published configs say
+_SIZES = {  # what is counted, and how much of it is no mistake
+    "num_hidden_layers": 1 << 14,
+    "vocab_size": 1 << 28,
+    "hidden_size": 1 << 24,
+    "num_attention_heads": 1 << 20,
+    "num_key_value_heads": 1 << 20,
+    "max_position_embeddings": 1 << 48,
+}
 _OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings")
 
 
@@ -23,7 +31,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises ModelError for a config that transformers refuses.
     """
     _check_names(config)
-    config = {**config, "architectures": config.get("architectures") or _architectures(config)}
+    config = {**config, "architectures": _architectures(config)}
     name = next((name for name in config["architectures"] if name in TEXT_PARTS), None)
     if name is None:
         kind = _kind_of(config["architectures"]) or config.get("model_type")
@@ -51,6 +59,14 @@ def _check_names(config: Mapping[str, Any]) -> None:
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
+    """Those that the config names, as transformers spells them (MPTForCausalLM, PhiMoEForCausalLM are published); else
+    what its model type is."""
+    usual = _usual(config)
+    spelled = {name.lower(): name for name in usual}
+    return [spelled.get(name.lower(), name) for name in config.get("architectures") or usual]
+
+
+def _usual(config: Mapping[str, Any]) -> list[str]:
     """What transformers makes of a model type: an encoder without a head, else a language model."""
     from transformers.models.auto import modeling_auto
 
@@ -69,7 +85,7 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
 def _is_known(kind: Any) -> bool:
     from transformers import CONFIG_MAPPING
 
-    return kind in CONFIG_MAPPING
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
 
 
 def _kind_of(architectures: list[str]) -> str | None:
@@ -94,6 +110,7 @@ def _filled(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
     rope = given.get("rope_scaling")
     if isinstance(rope, Mapping) and rope.get("type") == "su":  # Phi-3's first name of it
         given["rope_scaling"] = {**rope, "type": "longrope"}
+    _check_sizes(given, {name: alias for alias, name in cls.attribute_map.items()})
     try:
         made = cls(**copy.deepcopy(given))  # some keep and change what they are given
         names = {alias: getattr(made, name) for alias, name in cls.attribute_map.items() if hasattr(made, name)}
@@ -104,6 +121,14 @@ def _filled(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
     if "rope_parameters" in whole:
         given.pop("rope_scaling", None)  # their older name
     return given | names | whole
+
+
+def _check_sizes(given: Mapping[str, Any], usual_name: Mapping[str, str]) -> None:
+    """Before a class makes lists of them. Raises ModelError."""
+    for key, value in given.items():
+        most = _SIZES.get(usual_name.get(key, key))
+        if most is not None and isinstance(value, int) and not 1 <= value <= most:
+            raise ModelError(f"config.json has {key} {value}; it must be from 1 to {most}")
 
 
 def _is_settable(cls: type, key: str) -> bool:

