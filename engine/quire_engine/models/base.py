@@ -128,15 +128,17 @@ def _check(rotary: Rotary, head_dim: int) -> None:
             f"RoPE turns {rotary.dim} dimensions of a head of {head_dim}; it must be an even number of them"
         )
     if lacking := [name for name in _ROPE_NEEDS.get(rotary.kind, ()) if rotary.scaling.get(name) is None]:
-        raise ModelError(f"rope_scaling lacks {', '.join(lacking)}, which {rotary.kind} needs")
+        raise ModelError(f"rope_scaling of config.json lacks {', '.join(lacking)}, which {rotary.kind} needs")
     for name in sorted(_ROPE_NUMBERS & rotary.scaling.keys()):
         value = rotary.scaling[name]
         if value is not None and not (_is_number(value) and value > 0):
-            raise ModelError(f"rope_scaling has {name} {value!r}; it must be a number above 0")
+            raise ModelError(f"rope_scaling of config.json has {name} {value!r}; it must be a number above 0")
     for name in ("short_factor", "long_factor") if rotary.kind == "longrope" else ():
         factors = rotary.scaling[name]
         if len(factors) != rotary.dim // 2 or not all(_is_number(factor) and factor > 0 for factor in factors):
-            raise ModelError(f"rope_scaling must have {rotary.dim // 2} numbers above 0 in {name}, one a pair")
+            raise ModelError(
+                f"rope_scaling of config.json must have {rotary.dim // 2} numbers above 0 in {name}, one a pair"
+            )
 
 
 def _is_number(value: Any) -> bool:

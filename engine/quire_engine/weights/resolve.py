@@ -74,7 +74,7 @@ class ModelFiles:
         if self.gguf is not None:
             return GGUFCheckpoint(self.gguf)
         if not any(self.folder.glob("*.safetensors")):
-            pickles = sorted(f.name for f in self.folder.iterdir() if f.suffix in PICKLES)
+            pickles = sorted(f.name for f in self.folder.glob("*") if f.suffix in PICKLES)
             if pickles:
                 raise ModelError(
                     f"{self.name} holds only pickled weights ({pickles[0]}), which can run code when they are read; "
@@ -101,7 +101,7 @@ def resolve(model: str, *, revision: str | None = None, download_dir: str | None
     """Finds a model. Raises ModelError, saying what was looked for and what would be found."""
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):  # unlike pathlib's, False for what can be no path
-        if not (path / "config.json").exists() and (found := _only_gguf(path)) is not None:
+        if not os.path.exists(path / "config.json") and (found := _only_gguf(path)) is not None:
             return ModelFiles(model_name(found), path, found)
         return ModelFiles(path.resolve().name or str(path), path)
     if os.path.isfile(path):
