@@ -333,9 +333,6 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "hidden_size": get.positive("embedding_length"),
         "intermediate_size": get("feed_forward_length", None) or get("expert_feed_forward_length", 0),
         "num_hidden_layers": get.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": get.kv_heads,
-        "head_dim": get.head_dim,
         "max_position_embeddings": get("context_length"),
         "rope_parameters": facts.rope_parameters(get),
         "sliding_window": get("attention.sliding_window", None) if family.windows else None,
@@ -349,6 +346,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "use_qk_norm": get.has("attn_q_norm.weight"),
         "torch_dtype": "float32",
     }
+    if heads:  # Mamba-2 has none
+        config |= {"num_attention_heads": heads, "num_key_value_heads": get.kv_heads, "head_dim": get.head_dim}
     eps = get("attention.layer_norm_rms_epsilon", None)
     config["rms_norm_eps"] = eps if eps is not None else get("attention.layer_norm_epsilon")
     if original := config["rope_parameters"].get("original_max_position_embeddings"):
