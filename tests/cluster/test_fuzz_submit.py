@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("atheris", reason="it has no package for this machine")
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+pytest.importorskip("atheris", reason="it has no package for this machine")
 pytestmark = pytest.mark.slow
 
 
