@@ -5,6 +5,7 @@ import sys
 import time
 
 import atheris
+from google.protobuf.message import DecodeError
 from quire_cluster.convert import request_from_proto
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
@@ -46,7 +47,7 @@ class Fuzzer:
         if data[:1] == b"\0":
             try:
                 message = pb.Submit.FromString(data[1:])
-            except Exception:  # not a message
+            except DecodeError:  # not a message
                 return
         else:
             message = fields(atheris.FuzzedDataProvider(data))

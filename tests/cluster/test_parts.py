@@ -192,7 +192,7 @@ def test_steps_survive_the_way_between_hosts() -> None:
         with pytest.raises((ValueError, IndexError, TypeError)):
             from_bytes(foreign)
     with pytest.raises(ValueError):
-        to_bytes(open)  # type: ignore[arg-type]
+        to_bytes(open)
 
 
 RELAY = """
