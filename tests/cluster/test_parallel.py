@@ -63,9 +63,9 @@ RANKS: dict[str, dict[str, Any]] = {
         ("mistral", "2"),  # the other families: tests/engine/test_ranks.py
         ("llama", "4, each key-value head on two"),
         ("qwen3_moe", "2, whole experts"),
-        ("qwen2", "2 stages"),
+        pytest.param("qwen2", "2 stages", marks=pytest.mark.slow),
         ("qwen3_moe", "2 stages of 2"),
-        ("nemotron_h", "2 stages"),
+        pytest.param("nemotron_h", "2 stages", marks=pytest.mark.slow),
     ],
 )
 def test_ranks(checkpoint: Make, family: str, ranks: str) -> None:
