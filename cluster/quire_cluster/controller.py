@@ -125,7 +125,7 @@ class Controller:
             service = time.monotonic() - slot.since if slot.entry is not None else None
             try:
                 self._remove(slot)
-            except Exception:
+            except Exception:  # Ray's, of any kind: a slot that nobody keeps would be empty for ever
                 log.exception("what replica %d held could not be given back; it is tried again", index)
             if isinstance(cause, Hang):
                 slot.patience = more_patience(slot.patience, service or 0.0)

@@ -194,7 +194,7 @@ class Server:
                     return
                 log.error("the controller died; it is started again")
                 dead = True
-            except Exception:
+            except Exception:  # whoever follows no more would serve by an old table for ever
                 log.exception("following the controller failed; it is tried again")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_WATCH_RETRY)

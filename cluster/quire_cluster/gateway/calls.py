@@ -53,6 +53,6 @@ async def _guarded(method: str, context: Any) -> AsyncIterator[None]:
             grpc.StatusCode.INVALID_ARGUMENT,
             f"this is no message that {method} takes; write it with code generated from the .proto files, in UTF-8",
         )
-    except Exception:
+    except Exception:  # a bug of ours: gRPC itself would tell the caller its text
         log.exception("%s failed", method)
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; it is in the server's log")

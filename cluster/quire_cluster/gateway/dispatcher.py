@@ -283,7 +283,7 @@ class Dispatcher:
             last, before = time.monotonic(), last
             try:
                 self._look(last, last - before)
-            except Exception:
+            except Exception:  # without this clock requests would wait for ever
                 log.exception("looking after replicas failed; it goes on")
 
     def _look(self, now: float, passed: float) -> None:

@@ -129,7 +129,7 @@ class Api:
             except QuireError as error:
                 self._service.refused(error, route=request.url.path)
                 return error_response(error)
-            except Exception:
+            except Exception:  # a bug of ours: the caller gets its 500, and the log the cause
                 log.exception("a request to %s failed", request.url.path)
                 return json_response(error_body(QuireError("internal error; it is in the server's log"), 500), 500)
 

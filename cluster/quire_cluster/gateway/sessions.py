@@ -143,7 +143,7 @@ class ReplicaSession:
                     self._hear(update)
         except grpc.aio.AioRpcError as error:
             log.info("session with replica %d (epoch %d) broke: %s", *self.key[:2], error.code().name)
-        except Exception:
+        except Exception:  # whatever it was, the session is opened again: without one the replica is lost to us
             log.exception("session with replica %d (epoch %d) failed", *self.key[:2])
         finally:
             self._work.set()
