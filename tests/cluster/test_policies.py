@@ -55,38 +55,105 @@ def test_of_requests_only_the_poison_is_convicted(explained: bool) -> None:
     clock stands at a loss: what is resent kills at once, or after a rebuild."""
     generator = random.Random(0)
     for _ in range(300):
-        count = generator.randrange(1, 12)
-        poison, kills_at = generator.randrange(count), generator.randrange(6)
-        logs, losses = [generator.randrange(6) for _ in range(count)], [Losses() for _ in range(count)]
-        logs[poison] = min(logs[poison], kills_at)
-        running, waiting, trial = set(range(count)), [], None
-        now, lag, deaths, convicted = 0.0, generator.randrange(3), 0, None
-        while convicted is None:
-            assert deaths < 4, "the poison is found"
-            if trial is None and waiting:
-                trial = waiting.pop(0)
-                running.add(trial)
-            if poison in running and logs[poison] + lag >= kills_at:
-                now, deaths = now + generator.choice((0.1, 30.0)), deaths + 1
-                found = [one for one in running if losses[one].lost(now, logs[one], begun=True, explained=explained)]
-                assert found in ([], [poison])
-                convicted = found[0] if found else None
-                waiting += sorted(running)
-                running, trial = set(), None
-                continue
-            for one in running:
-                logs[one] += 1
-                if losses[one].grown(logs[one]) and one == trial:
-                    trial = None
-        assert deaths == 2 or not explained
-        assert deaths <= 3
+        life = Life(generator, generator.randrange(1, 12), poisons=1, latest=6, explained=explained)
+        while life.poisons:
+            life.step()
+        assert life.deaths <= (2 if explained else 3)
+
+
+@pytest.mark.parametrize("explained", [True, False])
+def test_each_of_many_poisons_is_convicted_and_nothing_beside_it(explained: bool) -> None:
+    """Others arrive all the time, poison among them that kills at its start, while nothing waits for its trial."""
+    generator = random.Random(1)
+    for _ in range(200):
+        life = Life(
+            generator, generator.randrange(1, 12), poisons=generator.randrange(1, 5), latest=PROOF, explained=explained
+        )
+        poisons = len(life.poisons)
+        for _ in range(generator.randrange(30)):
+            if life.trial is None and not life.waiting and generator.random() < 0.4:
+                poisons += life.arrive(poison=generator.random() < 0.3)
+            life.step()
+        while life.poisons:
+            life.step()
+        assert life.deaths <= poisons * (2 if explained else 3)
+
+
+class Life:
+    """Of requests at one replica, which is there again at once. Each step they all get a token."""
+
+    def __init__(self, generator: random.Random, count: int, *, poisons: int, latest: int, explained: bool) -> None:
+        self.generator, self.explained = generator, explained
+        self.logs: list[int] = []
+        self.losses: list[Losses] = []
+        self.poisons: dict[int, int] = {}  # the token that it kills at, before the `latest`
+        self.latest = latest
+        self.running: set[int] = set()
+        self.waiting: list[int] = []  # suspects
+        self.later: list[int] = []  # what is sent when they have had their trials
+        self.trial: int | None = None
+        self.now, self.lag, self.deaths = 0.0, generator.randrange(3), 0
+        chosen = set(generator.sample(range(count), min(poisons, count)))
+        for number in range(count):
+            self.arrive(poison=number in chosen, log=generator.randrange(latest))
+
+    def arrive(self, *, poison: bool, log: int = 0) -> bool:
+        number = len(self.logs)
+        if poison:
+            self.poisons[number] = self.generator.randrange(self.latest)
+            log = min(log, self.poisons[number])
+        self.logs.append(log)
+        self.losses.append(Losses())
+        self._send(number)
+        return poison
+
+    def _send(self, number: int) -> None:
+        self.losses[number].sent(self.logs[number])
+        self.running.add(number)
+
+    def step(self) -> None:
+        assert self.deaths < 100, "what kills is found"
+        if self.trial is None and self.waiting:
+            self.trial = self.waiting.pop(0)
+            self._send(self.trial)
+        while self.trial is None and self.later:
+            self._send(self.later.pop())
+        if any(number in self.running and self.logs[number] + self.lag >= at for number, at in self.poisons.items()):
+            self._die()
+            return
+        for number in self.running:
+            self.logs[number] += 1
+            if self.losses[number].grown(self.logs[number]) and number == self.trial:
+                self.trial = None
+
+    def _die(self) -> None:
+        self.now, self.deaths = self.now + self.generator.choice((0.1, 30.0)), self.deaths + 1
+        unproven = {number for number in self.running if not self.losses[number].proven(self.logs[number])}
+        convicted = {
+            number
+            for number in self.running
+            if self.losses[number].lost(
+                self.now,
+                near=number in unproven or not unproven,
+                explained=self.explained,
+                alone=unproven <= {number},
+            )
+        }
+        assert convicted <= set(self.poisons)
+        for number in convicted:
+            del self.poisons[number]
+        going_on, self.running, self.trial = sorted(self.running - convicted), set(), None
+        for number in going_on:
+            (self.waiting if self.losses[number].suspected else self.later).append(number)
 
 
 def test_a_request_that_was_cleared_starts_afresh() -> None:
     losses = Losses()
     for number in range(5):
-        assert not losses.lost(100.0 * number, 10 * number, begun=True, explained=True)
+        losses.sent(10 * number)
+        assert not losses.lost(100.0 * number, near=True, explained=True, alone=True)
         assert losses.suspected
+        losses.sent(10 * number)
         assert not losses.grown(10 * number + PROOF - 1)
         assert losses.grown(10 * number + PROOF)
         assert not losses.suspected
@@ -94,9 +161,9 @@ def test_a_request_that_was_cleared_starts_afresh() -> None:
 
 def test_replicas_that_vanish_together_count_once_and_no_more() -> None:
     losses = Losses()
-    assert not losses.lost(10.0, 5, begun=True, explained=False)
-    assert not losses.lost(10.3, 5, begun=True, explained=False)
-    assert losses.lost(10.6, 5, begun=True, explained=False), (
+    assert not losses.lost(10.0, near=True, explained=False, alone=True)
+    assert not losses.lost(10.3, near=True, explained=False, alone=True)
+    assert losses.lost(10.6, near=True, explained=False, alone=True), (
         "whatever kills each replica in turn is stopped all the same"
     )
 

@@ -45,8 +45,8 @@ class Dispatcher:
     ) -> None:
         """`max_waiting`: requests that wait while there is no replica."""
         self._sessions: dict[Key, ReplicaSession] = {}
-        self._homeless: dict[Choice, float] = {}  # choices that wait for a replica → since when
-        self._suspects: dict[Choice, float] = {}  # choices that wait for a replica without another suspect
+        self._homeless: dict[Choice, float] = {}  # choices that wait for a replica without a suspect → since when
+        self._suspects: dict[Choice, float] = {}  # suspects that do
         self._turn = itertools.count()
         self._place: dict[Choice, tuple[ReplicaSession, int]] = {}
         self._up: dict[int, float] = {}  # slots that have had a replica → when it last was there
@@ -124,7 +124,7 @@ class Dispatcher:
         if not sessions:
             if len(self._homeless) + len(choices) > self._max_waiting:
                 raise Unavailable(f"no replica is there now, and {len(self._homeless)} requests wait; try again later")
-        elif not has_room((session.as_load() for session in sessions), len(choices)):
+        elif not has_room((session.as_load() for session in sessions), len(choices) + len(self._homeless)):
             most = sum(session.load.most_requests for session in sessions)
             if len(choices) > most:
                 raise InvalidParameter(
@@ -148,19 +148,20 @@ class Dispatcher:
             self._release(choice, tell=True)
 
     def _send(self, choice: Choice) -> None:
-        """To the best replica; a suspect to one without another, a choice that finds none to those that wait."""
+        """To the best replica that may have it; a choice that finds none waits."""
         now = time.monotonic()
         if choice.facts.deadline and choice.facts.deadline <= now:
             choice.end("error", error=DeadlineExceeded("the deadline passed before the end"))
             return
         suspected = choice.losses.suspected
-        sessions = {s.key: s for s in self.sessions if not suspected or s.suspect is None}
+        sessions = {session.key: session for session in self._open_to(suspected)}
         chosen = choose_replica({key: session.as_load() for key, session in sessions.items()}, next(self._turn))
         if chosen is None:
             (self._suspects if suspected else self._homeless)[choice] = now
             return
         session = sessions[chosen]
         choice.epoch += 1
+        choice.losses.sent(len(choice.output))
         if suspected:
             session.suspect = choice
         self._place[choice] = (session, session.submit(choice))
@@ -173,23 +174,31 @@ class Dispatcher:
                 self._acquit(session)
 
     def _acquit(self, session: ReplicaSession) -> None:
-        """Its suspect has ended, or done nothing: the next one may come."""
+        """Its suspect has ended, or done nothing: others may come."""
         session.suspect = None
-        self._place_suspects()
-
-    def _place_suspects(self) -> None:
-        while self._suspects and any(session.suspect is None for session in self.sessions):
-            choice = min(self._suspects, key=_arrival)
-            del self._suspects[choice]
-            self._guard(choice, self._send)
+        self._place_waiting()
 
     def _place_waiting(self) -> None:
-        """In the order of their arrival."""
-        if self.sessions:
-            waiting, self._homeless = sorted(self._homeless, key=_arrival), {}
-            for choice in waiting:
-                self._guard(choice, self._send)
-            self._place_suspects()
+        """In the order of their arrival; first suspects, beside which nothing new may be."""
+        for suspected, waiting in ((True, self._suspects), (False, self._homeless)):
+            if not waiting or not self._open_to(suspected):
+                continue
+            for choice in sorted(waiting, key=_arrival):
+                if not self._open_to(suspected):
+                    break
+                if waiting.pop(choice, None) is not None:
+                    self._guard(choice, self._send)
+
+    def _open_to(self, suspected: bool) -> list[ReplicaSession]:
+        """Replicas that have no suspect. To one: where there is nothing that may kill as well, if possible, and nowhere
+        once half of all have theirs, so that the others go on."""
+        sessions = self.sessions
+        free = [session for session in sessions if session.suspect is None]
+        if not suspected:
+            return free
+        if len(sessions) - len(free) >= max(1, len(sessions) // 2):
+            return []
+        return [session for session in free if not session.unproven] or free
 
     # ---- what sessions say ----------------------------------------------------------------------------------------
 
@@ -222,6 +231,7 @@ class Dispatcher:
     def lost(self, session: ReplicaSession, choices: list[tuple[Choice, bool]], failure: str) -> None:
         """A replica is gone: its choices go on elsewhere, from their logs, unless one is to blame."""
         now = time.monotonic()
+        unproven = [choice for choice, begun in choices if begun and not choice.losses.proven(len(choice.output))]
         if choices:
             log.warning(
                 "replica %d (epoch %d) is lost%s; %d requests go on elsewhere",
@@ -231,12 +241,14 @@ class Dispatcher:
             )
         for choice, begun in sorted(choices, key=lambda one: _arrival(one[0])):
             self._place.pop(choice, None)
-            if choice.losses.lost(now, len(choice.output), begun=begun, explained=bool(failure)):
+            alone = unproven in ([], [choice])
+            near = begun and (choice in unproven or not unproven)
+            if choice.losses.lost(now, near=near, explained=bool(failure), alone=alone):
                 log.error("request %s ends: replicas died under it again and again", choice.facts.request_id)
                 choice.end("error", error=PoisonRequest(_POISON))
             else:
                 self._guard(choice, self._send)
-        self._place_suspects()
+        self._place_waiting()
 
     def ended(self, session: ReplicaSession) -> None:
         """A session that is not opened again."""

@@ -80,6 +80,11 @@ class ReplicaSession:
         """Whether something new may be sent there."""
         return self.open and self.wanted and not self.draining
 
+    @property
+    def unproven(self) -> bool:
+        """Whether something may be there that has done no step, or only its first ones."""
+        return any(not choice.losses.proven(len(choice.output)) for choice in self.live.values())
+
     def as_load(self) -> ReplicaLoad:
         """What routing asks."""
         return ReplicaLoad(

@@ -1,12 +1,14 @@
 """Which request is to blame for the replicas that died.
 
-The rule: what was in a lost replica's last step is suspected. A suspect is sent on with no other suspect beside it,
-until its log is longer by PROOF tokens than when its replica was lost: then it has passed what may have killed, and is
-like any other. A suspect whose replica is lost again ends with an error. So only one is under trial at a replica, and
-what ran beside it is never punished: it has passed its own trial, or has had none.
+What was in a lost replica's last step and has just come there is suspected; where nothing has, all that was in that
+step. A request has just come until its log has grown by PROOF tokens there. A suspect is sent on with no other suspect
+beside it, and nothing new comes to it until then: so it has passed what may have killed, and is like any other. A
+suspect whose replica is lost again ends with an error, unless something else had just come there: then that is
+suspected too. So what ran beside the one to blame is not punished: it has passed its own trial, or still has it before
+it. (Of two that kill, one may do it late, beside a suspect that the other has left.)
 
-What only waited at the lost replica is not suspected, until that has happened BESIDE times: something may kill before
-any step is announced.
+What was only beside is not suspected, until that has happened BESIDE times: something may kill before any step is
+announced, or late.
 
 Two replicas that vanish together, without a word, died of something else (their host, the controller): they count as
 one.
@@ -26,35 +28,43 @@ class Losses:
 
     count: int = 0  # replicas lost under it that it has not been cleared of
     _since: float = -math.inf  # when the first of these was lost
-    _length: int = 0  # of its log then, in tokens
+    _length: int = 0  # of its log when it was last sent, in tokens
     _forgiven: bool = False
-    _beside: int = 0  # replicas lost at which it waited, ever
+    _beside: int = 0  # replicas lost at which it waited or had long run, ever
 
     @property
     def suspected(self) -> bool:
         """Whether it has to be alone."""
         return self.count > 0
 
-    def lost(self, now: float, length: int, *, begun: bool, explained: bool) -> bool:
-        """The replica that had it is gone at `now` (seconds), its log being `length` tokens long. `begun`: it was in a
-        step there. `explained`: the replica said itself that it failed. True: the request is to blame."""
-        if not begun:
+    def sent(self, length: int) -> None:
+        """It goes to a replica, its log being `length` tokens long."""
+        self._length = length
+
+    def proven(self, length: int) -> bool:
+        """Whether it has done no harm where it is, now that its log has `length` tokens."""
+        return length >= self._length + PROOF
+
+    def lost(self, now: float, *, near: bool, explained: bool, alone: bool) -> bool:
+        """The replica that had it is gone at `now` (seconds). `near`: it was in a step, and nothing else there is more
+        suspicious. `explained`: the replica said itself that it failed. `alone`: nothing else is as suspicious. True:
+        the request is to blame."""
+        if not near:
             self._beside += 1
             if self._beside < BESIDE:
                 return False
         together = not explained and now - self._since < _TOGETHER
-        if self.count and (self._forgiven or not together):
+        if self.count and alone and (self._forgiven or not together):
             self.count += 1
             return True
-        self._forgiven = self.count > 0
+        self._forgiven = self._forgiven or self.count > 0 and together
         if not self.count:
             self.count, self._since = 1, now
-        self._length = length
         return False
 
     def grown(self, length: int) -> bool:
         """Its log has `length` tokens now. True: it is cleared."""
-        if not self.count or length < self._length + PROOF:
+        if not self.count or not self.proven(length):
             return False
         self.count, self._forgiven = 0, False
         return True
