@@ -57,7 +57,7 @@ class Losses:
         if self.count and alone and (self._forgiven or not together):
             self.count += 1
             return True
-        self._forgiven = self._forgiven or self.count > 0 and together
+        self._forgiven = self._forgiven or (self.count > 0 and together)
         if not self.count:
             self.count, self._since = 1, now
         return False
