@@ -62,6 +62,9 @@ kernel-table: $(VENV)/.installed
 families-table: $(VENV)/.installed
 	$(BIN)/pytest -q --write-tables tests/engine/test_families.py tests/engine/test_ranks.py tests/engine/test_verified_table.py
 
+options-table: $(VENV)/.installed
+	$(BIN)/pytest -q --write-tables tests/cluster/test_options.py
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(ROOMS)
 	$(BIN)/ruff format $(ROOMS)

@@ -122,7 +122,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-tables", action="store_true", help="write docs/families.md anew")
+    parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ anew")
 
 
 def processes(server: "RunningServer | int", kind: str) -> list[int]:

