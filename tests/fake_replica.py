@@ -36,6 +36,7 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
         self.refuses: Callable[[pb.Submit], pb.Ending | None] = lambda submit: None
         self.last_words = "a worker process died"
         self.silent = False
+        self.step_age = 0.0  # seconds without a step, while it is busy
         self.num_sessions = 0
         self.alive = True
         self.deaths = 0
@@ -95,6 +96,7 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
     async def _beat(self, updates: Updates) -> None:
         while True:
             load = pb.Load(running=len(self._running), most_requests=self.most_requests)
+            load.busy, load.step_age = self.step_age > 0, self.step_age
             updates.put_nowait(pb.SessionUpdate(load=load))
             await asyncio.sleep(0.02)
 

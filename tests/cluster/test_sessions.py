@@ -382,6 +382,22 @@ def test_what_waits_for_a_replica_is_bounded_and_ends(tokenizer: Tokenizer) -> N
     asyncio.run(run())
 
 
+def test_who_waits_for_a_replica_is_told_in_time_that_none_came(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire_cluster.policies.admission._LEAST_WAIT", 0.3)
+
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            g.replicas[0].die()
+            await until(lambda: not g.dispatcher.sessions)
+            for one in [g.start(prompt) for prompt in PROMPTS[:3]]:
+                with pytest.raises(Unavailable, match="came back in time"):
+                    await tokens(one)
+
+    asyncio.run(run())
+
+
 def test_a_replica_that_drains_is_asked_once(tokenizer: Tokenizer) -> None:
     async def run() -> None:
         async with gateway(tokenizer) as g:
@@ -526,6 +542,41 @@ def test_health_and_readiness_follow_the_replicas(service: Callable[[], Service]
             await second.stop()
             await until(lambda: len(gate.dispatcher.sessions) == 1)
             assert (await client.get("/health")).status_code == 200, "it may come back"
+
+    asyncio.run(run())
+
+
+def test_health_says_which_replica_is_gone_silent_or_stalled(
+    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire_cluster.gateway.service._SILENCE", 0.5)
+    monkeypatch.setattr("quire_cluster.policies.admission._LEAST_WAIT", 0.3)
+
+    async def run() -> None:
+        gate = service()
+        async with http(gate) as (client, replica):
+            second = await FakeReplica().start()
+            gate.dispatcher.update_table(RoutingTable(2, (replica.entry(), second.entry())))
+            await until(lambda: len(gate.dispatcher.sessions) == 2)
+
+            async def becomes(status: str) -> None:
+                await until(lambda: (gate.trouble or "ok") == status)
+                answer = await client.get("/health")
+                assert answer.json()["status"] == status
+                assert answer.status_code == (200 if status == "ok" else 503)
+
+            await becomes("ok")
+            replica.silent = True
+            await becomes(f"silent: replica {replica.slot}")
+            replica.silent = False
+            await becomes("ok")
+            second.step_age = 11.0
+            await becomes(f"stalled: replica {second.slot}")
+            second.step_age = 9.0
+            await becomes("ok")
+            await second.stop()
+            await becomes(f"gone: replica {second.slot}")
+            assert (await client.get("/ready")).status_code == 200, "the other one serves"
 
     asyncio.run(run())
 

@@ -21,6 +21,7 @@ _HEAD_BYTES = 64 << 10  # of a request's first line and headers
 _UNREAD_BYTES = 1 << 20  # of a body that goes on after its answer
 _PIPELINED = 32  # requests that wait for the answer to the one before them
 _RESERVE = 64  # connections beyond the limit that are told so, and answered about health
+_IDLE = 75  # seconds between two requests
 _OPEN_FILES = 1 << 20
 _OTHER_FILES = 256  # that a server needs besides its connections, _RESERVE among them
 
@@ -244,7 +245,7 @@ class HttpConfig(uvicorn.Config):
             access_log=False,
             proxy_headers=False,
             timeout_graceful_shutdown=1,
-            timeout_keep_alive=75,
+            timeout_keep_alive=_IDLE,
             backlog=4096,
         )
         self.limits = limits

@@ -40,6 +40,8 @@ _FRAME = 64  # bytes around a vector, at most
 _POSITIONS = 4096  # of which the log-probabilities go in one message
 _METADATA = 16 << 10
 _STREAMS = 1024  # of one connection
+_IDLE = 600  # seconds without a call
+_PINGS = 10  # seconds between them, at least
 SERVICE = "quire.v1.Inference"
 _SCALARS = [
     "n",
@@ -326,10 +328,10 @@ class GrpcServer:
                 ("grpc.max_allowed_incoming_connections", limits.connections),
                 ("grpc.max_concurrent_streams", _STREAMS),
                 ("grpc.server_handshake_timeout_ms", int(limits.head * 1000)),
-                ("grpc.max_connection_idle_ms", 600_000),
+                ("grpc.max_connection_idle_ms", _IDLE * 1000),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", _PINGS * 1000),
             ],
             maximum_concurrent_rpcs=limits.connections,
         )
