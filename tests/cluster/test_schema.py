@@ -2,16 +2,24 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openai
 import orjson
 import pytest
 from pydantic.fields import FieldInfo
 from quire_cluster.gateway import schema
 from quire_cluster.gateway.bodies import parse
 from quire_cluster.gateway.fields import Strict, WithoutEffect
+from quire_cluster.gateway.http import Api
+from quire_cluster.gateway.service import Service
+from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
+from quire_engine.weights.resolve import find_model
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 MESSAGES = [{"role": "user", "content": "x"}]
 LEAST: dict[type[Strict], dict[str, Any]] = {
@@ -115,6 +123,23 @@ def test_what_would_change_the_answer_is_refused_by_name(body: dict[str, Any]) -
         request = parse(schema.ChatCompletionRequest, orjson.dumps({"messages": MESSAGES} | body))
         request.sampling()
         request.template_variables(frozenset())
+
+
+def test_routes_and_fields_beyond_openai_are_in_the_docs(checkpoint: Callable[[str], Path]) -> None:
+    """OpenAI's are those that its own client knows."""
+    text = (Path(__file__).parents[2] / "docs/api.md").read_text()
+    config = EngineConfig(model=str(checkpoint("llama")))
+    app = Api(Service.load(find_model(config), config, names=["tiny"], chat_template=None)).app()
+    assert isinstance(app, Starlette)
+    for route in app.routes:
+        assert isinstance(route, Route)
+        assert re.search(rf"[ `]{re.escape(route.path.replace(':path', ''))}`", text), route.path
+    for kind, theirs in (
+        (schema.CompletionRequest, openai.types.completion_create_params.CompletionCreateParamsBase),
+        (schema.ChatCompletionRequest, openai.types.chat.completion_create_params.CompletionCreateParamsBase),
+    ):
+        for name in kind.model_fields.keys() - theirs.__annotations__.keys() - {"stream"}:
+            assert re.search(rf"`(\w+\.)?{name}`", text), name
 
 
 def test_the_table_of_fields_without_effect() -> None:
