@@ -30,6 +30,13 @@ _OLMO3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": _YARN,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 _DEEPSEEK = {
     "kv_lora_rank": 32,
@@ -289,7 +296,13 @@ FALLBACK: dict[str, Family] = {  # that the decoder does not know
     "modernbert_decoder": _family("ModernBertDecoderConfig"),
     "nanochat": _family("NanoChatConfig"),
     "persimmon": _family("PersimmonConfig"),
-    "phimoe": _family("PhimoeConfig", num_local_experts=4),
+    "phimoe": _family(
+        "PhimoeConfig",
+        num_local_experts=4,
+        attention_bias=True,
+        lm_head_bias=True,
+        rope_parameters=LONGROPE | {"short_mscale": 1.24, "long_mscale": 1.24},
+    ),
     "solar_open": _family(
         "SolarOpenConfig", n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, head_dim=16
     ),
@@ -300,19 +313,6 @@ REFUSED: dict[str, tuple[Family, str]] = {  # and what the refusal names
     "states": (_family("JambaConfig", num_experts=2), "keep a state"),
     "twice": (_family("DiffLlamaConfig"), "attends more than once"),
     "values": (_family("JetMoeConfig"), "looks at values"),
-    "longrope": (
-        _family(
-            "ApertusConfig",
-            rope_parameters={
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "short_factor": [1.0] * 8,
-                "long_factor": [2.0] * 8,
-                "original_max_position_embeddings": 64,
-            },
-        ),
-        "rope_type 'longrope'",
-    ),
 }
 
 ENCODERS: dict[str, Family] = {

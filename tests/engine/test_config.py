@@ -159,6 +159,7 @@ def test_what_is_no_config_is_named(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 0}, "num_attention_heads 0; it must be from 1"),
         ({"model_type": "llama", "max_position_embeddings": -5}, "max_position_embeddings -5; it must be from 1"),
         ({"model_type": "qwen2", "num_hidden_layers": 10**9}, "num_hidden_layers 1000000000; it must be .* to 16384"),
+        ({"model_type": "llama", "rms_norm_eps": math.nan}, "rms_norm_eps NaN; it must be a number"),
         ({"model_type": "gpt2", "n_layer": 0}, "n_layer 0; it must be from 1"),
         ({"model_type": "llama", "rope_theta": -1e4}, "rope_theta -10000.0; it must be a number above 0"),
         ({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": "4"}}, "factor '4'; it must be a number"),

@@ -1,11 +1,13 @@
 """How checkpoints lay out their weights, where transformers has no class that writes them so; and what is refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import LONGROPE
 from greedy import engine_for, prompts, run, truth
 from layouts import MXFP4_CONFIG, as_internlm2, from_mxfp4, in_mxfp4, rewritten
 from quire_engine.config import EngineConfig
@@ -34,6 +36,21 @@ def test_internlm2(checkpoint: Make, tmp_path: Path) -> None:
     )
     folder = rewritten(plain, tmp_path / "internlm2", as_internlm2, architectures=["InternLM2ForCausalLM"], bias=True)
     assert run(engine_for(folder), prompts()) == truth(plain, prompts())
+
+
+@pytest.mark.parametrize(("family", "kind"), [("falcon_7b", "RefinedWebModel"), ("falcon_40b", "RefinedWeb")])
+def test_the_first_falcon_configs(checkpoint: Make, tmp_path: Path, family: str, kind: str) -> None:
+    """Before transformers had the family."""
+    folder = rewritten(checkpoint(family), tmp_path / "first", dict.copy)
+    config = json.loads((folder / "config.json").read_text())
+    first = {"architectures": ["RWForCausalLM"], "model_type": kind}
+    for name in ("alibi", "bias", "hidden_size", "layer_norm_epsilon", "multi_query", "parallel_attn", "vocab_size"):
+        first[name] = config[name]
+    first |= {"n_layer": config["num_hidden_layers"], "n_head": config["num_attention_heads"]}
+    if kind == "RefinedWeb":
+        first["n_head_kv"] = config["num_kv_heads"]
+    (folder / "config.json").write_text(json.dumps(first))
+    assert run(engine_for(folder), prompts()) == truth(checkpoint(family), prompts())
 
 
 def test_mxfp4(checkpoint: Make, tmp_path: Path) -> None:
@@ -72,19 +89,13 @@ def test_stacked_experts_are_cut(checkpoint: Make, tmp_path: Path, family: str) 
         assert torch.equal(half.down, whole.down.chunk(2, 2)[number])
 
 
-def test_longrope_beyond_the_original_context(checkpoint: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["phi3", "phimoe", "apertus"])
+def test_longrope_beyond_the_original_context(checkpoint: Make, tmp_path: Path, family: str) -> None:
     """Served with a longer context than the original one, the factors for long contexts hold from the first token on,
     as in transformers for a prompt of such a length."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0 + i / 8 for i in range(8)],
-        "long_factor": [2.0 + i for i in range(8)],
-        "original_max_position_embeddings": 64,
-    }
-    same = dict.copy
+    rope = LONGROPE | ({"short_mscale": 1.1, "long_mscale": 1.9} if family == "phimoe" else {})
     folder = rewritten(
-        checkpoint("phi3"), tmp_path / "phi3", same, rope_parameters=rope, original_max_position_embeddings=64
+        checkpoint(family), tmp_path / family, dict.copy, rope_parameters=rope, original_max_position_embeddings=64
     )
     long = [prompt for prompt in prompts() if len(prompt) > 64]
     assert run(engine_for(folder), long) == truth(folder, long)

@@ -122,7 +122,7 @@ class ModelRunner:
         quantized_cache = config.kv_cache_dtype == "fp8"
         self._model: Model
         if self.spec.fallback is not None:
-            self._model = _fallback(config, self.spec, group, backend, dtype, self.device, files)
+            self._model = _fallback(config, self.spec, group, backend, dtype, self.device, files, memory.max_model_len)
         else:
             with _opened(config, files, dtype, self.device, progress_bar if group.draws else None) as weights:
                 build = Builder(weights, group, backend, quantization)
@@ -370,6 +370,7 @@ def _fallback(
     dtype: torch.dtype,
     device: torch.device,
     files: ModelFiles,
+    max_model_len: int,
 ) -> TransformersDecoder:
     """Raises InvalidParameter for what transformers' code is not served with."""
     if config.quantization is not None:
@@ -389,7 +390,7 @@ def _fallback(
         )
     folder = None if config.load_format == "dummy" else str(files.folder)
     return TransformersDecoder(
-        spec, group, backend, dtype, device, folder, quantized_cache=config.kv_cache_dtype == "fp8"
+        spec, group, backend, dtype, device, folder, max_model_len, quantized_cache=config.kv_cache_dtype == "fp8"
     )
 
 

@@ -325,7 +325,7 @@ def _one_of_each(
     """The stage with its first layer and the last of each kind, and what the others add: what a layer gives lives on in
     the next one, so none is seen at its largest as the first."""
     if spec.fallback is not None:
-        whole = TransformersDecoder(spec, build.group, build.ops, build.weights.dtype, META, None)
+        whole = TransformersDecoder(spec, build.group, build.ops, build.weights.dtype, META, None, max_model_len)
         return whole, _Repeated(0, whole.num_parameters)
     source = build.weights
     assert isinstance(source, RandomWeights)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -140,11 +140,6 @@ def _check(config: Config, kind: Any) -> None:
         )
     if config.get("quantization_config"):
         raise ModelError(f"architectures is {name}, which transformers' code computes: unquantized checkpoints alone")
-    if any(part.get("rope_type") == "longrope" for part in _ropes(config)):
-        raise ModelError(
-            "rope_parameters has rope_type 'longrope', which in transformers' code depends on the batch's length; "
-            "served are default, linear, dynamic, llama3 and yarn"
-        )
     known = {"full_attention", "sliding_attention"}
     layer_types = getattr(_hf_config(config, _PROBE).get_text_config(), "layer_types", None)
     if strange := set(layer_types or ()) - known:
@@ -156,7 +151,7 @@ def _ropes(config: Config) -> list[dict[str, Any]]:
     return [rope, *(part for part in rope.values() if isinstance(part, dict))]
 
 
-def _hf_config(config: Config, attention: str) -> Any:
+def _hf_config(config: Config, attention: str, *, shapes_alone: bool = True) -> Any:
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 
     AttentionInterface.register(_ATTENTION, _attend)
@@ -164,8 +159,12 @@ def _hf_config(config: Config, attention: str) -> Any:
     AttentionMaskInterface.register(_PROBE, _mask)
     config = copy.deepcopy(dict(config))
     for part in _ropes(config):
-        if part.get("rope_type") == "dynamic" and not part.get("alpha"):
-            part["rope_type"] = "default"  # which it is within the model's context, without looking at the batch
+        # dynamic is the default within the model's context, longrope of its shapes; both look at the batch's length
+        within = part.get("rope_type") == "dynamic" and not part.get("alpha")
+        if within or (part.get("rope_type") == "longrope" and shapes_alone):
+            for key in part.keys() - {"rope_theta", "partial_rotary_factor"}:
+                del part[key]
+            part["rope_type"] = "default"
     made = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "transformers_version"})
     made._attn_implementation = attention
     return made
@@ -291,10 +290,12 @@ class TransformersDecoder:
         dtype: torch.dtype,
         device: torch.device,
         folder: str | None,
+        max_model_len: int,
         *,
         quantized_cache: bool = False,
     ) -> None:
-        """Weights are read from `folder`; without it they are random (on the meta device: shapes alone)."""
+        """Weights are read from `folder`; without it they are random (on the meta device: shapes alone). Positions are
+        below `max_model_len`."""
         assert spec.fallback is not None
         if group.stages > 1 or group.experts_apart:
             raise InvalidParameter(
@@ -309,7 +310,7 @@ class TransformersDecoder:
         self.progress: Callable[[], None] = lambda: None
         self._ops = ops
         kind = _class_of(spec.fallback)
-        config = _hf_config(spec.fallback, _ATTENTION)
+        config = _hf_config(spec.fallback, _ATTENTION, shapes_alone=device.type == "meta")
         if folder is None:
             with torch.device(device):
                 model = kind._from_config(config, dtype=dtype)
@@ -328,6 +329,7 @@ class TransformersDecoder:
             _shape_experts(model)
         if group.size > 1:
             _slice_over(model, group)
+        _hold_longrope(model, max_model_len)
         self._model = model.to(device).eval()
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
         self._places = {
@@ -374,6 +376,28 @@ class _Hidden:
 
     def __getattr__(self, name: str) -> None:
         return None
+
+
+def _hold_longrope(model: nn.Module, length: int) -> None:
+    """Its angles change with the longest sequence of a batch: here they are always those of one of `length` tokens."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if "longrope" in (kinds.values() if isinstance(kinds, dict) else (kinds,)):
+            module.forward = partial(_rotated_within, module.forward, length)
+
+
+def _rotated_within(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    length: int,
+    x: Tensor,
+    position_ids: Tensor,
+    *rest: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor]:
+    """Positions [1, T] → cosines and sines [1, T, D], of a sequence that ends at `length`."""
+    last = position_ids.new_full((1, 1), length - 1)
+    cosines, sines = forward(x, torch.cat((position_ids, last), 1), *rest, **named)
+    return cosines[:, :-1], sines[:, :-1]
 
 
 def _slice_over(model: Any, group: ParallelGroup) -> None:

@@ -56,9 +56,10 @@ class ChatTemplate:
             "namespace": _Namespace,
         }
         try:
+            source = source.removeprefix("\ufeff")  # an editor's mark, which would begin every prompt
             tree = environment.parse(source)
             self._template = environment.from_string(source)
-        except (TemplateError, RecursionError, TypeError) as error:  # TypeError: what is no text
+        except (TemplateError, RecursionError, AttributeError) as error:  # AttributeError: what is no text
             raise ModelError(
                 f"the chat template is not valid Jinja ({error}); give another one with --chat-template"
             ) from error

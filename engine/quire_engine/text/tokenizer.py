@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from quire_engine.errors import ContextTooLong, InvalidParameter, ModelError
 from quire_engine.text.chat_template import ChatTemplate
 from quire_engine.text.detokenizer import Detokenizer, TokenTable
+from quire_engine.text.tokenizer_files import blame
 from quire_engine.weights.resolve import ModelFiles
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,14 @@ class Tokenizer:
                 local_files_only=not other,
             )
         except Exception as error:  # transformers raises nearly anything here
-            raise ModelError(
-                f"tokenizer of {other or files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); "
-                "give one with --tokenizer"
-            ) from error
+            if not source.is_dir():
+                raise ModelError(
+                    f"tokenizer {other} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); give another "
+                    "one with --tokenizer"
+                ) from error
+            if not other:
+                files.config  # the same files: what is wrong with the config is not the tokenizer's fault
+            raise blame(other or files.name, source, error) from error
         return Tokenizer(backend, chat_template)
 
     @property
@@ -149,16 +154,29 @@ class Tokenizer:
 
 def end_tokens(files: ModelFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end a generation: those of generation_config.json, or else of the config, and the tokenizer's.
-    What is not in the vocabulary is left out with a warning: it could not be drawn, nor kept from being drawn."""
-    configured = files.generation_config.get("eos_token_id")
+    What is not in the vocabulary is left out with a warning: it could not be drawn, nor kept from being drawn.
+
+    Raises ModelError for what is no token id.
+    """
+    source, configured = "generation_config.json", files.generation_config.get("eos_token_id")
     if configured is None:
-        configured = files.config.get("eos_token_id")
-    named = [*(configured if isinstance(configured, list) else [configured]), tokenizer.end_token]
+        source, configured = "config.json", files.config.get("eos_token_id")
+    named = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    if strange := [token for token in named if type(token) is not int]:
+        raise ModelError(
+            f"{source} has eos_token_id {configured!r:.80}, where {strange[0]!r:.40} is no token id; write a whole "
+            "number or a list of them"
+        )
     size = files.config["vocab_size"]
-    known = tuple(dict.fromkeys(token for token in named if type(token) is int and 0 <= token < size))
-    if left := [token for token in named if token is not None and token not in known]:
-        strange = ", ".join(f"{token!r:.40}" for token in left)
-        log.warning("eos_token_id has %s, which the vocabulary of %d tokens lacks; left out", strange, size)
+    ends = [*named, *([] if tokenizer.end_token is None else [tokenizer.end_token])]
+    known = tuple(dict.fromkeys(token for token in ends if 0 <= token < size))
+    if left := [token for token in ends if token not in known]:
+        log.warning(
+            "eos_token_id of %s or the tokenizer has %s, which the vocabulary of %d tokens lacks; left out",
+            source,
+            ", ".join(map(str, left)),
+            size,
+        )
     return known
 
 

@@ -5,6 +5,7 @@ RoPE is in `rope_parameters`, what each layer is in `layer_types`.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ _SIZES = {  # what is counted, and how much of it is no mistake
     "num_key_value_heads": 1 << 20,
     "max_position_embeddings": 1 << 48,
 }
+_REFINED_WEB = {"RefinedWebModel": False, "RefinedWeb": True}  # Falcon's first model types: whether it is as in 40B
+_OF_REFINED_WEB = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
 _OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings")
 
 
@@ -31,6 +34,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises ModelError for a config that transformers refuses.
     """
     _check_names(config)
+    config = _as_falcon(config) if config.get("model_type") in _REFINED_WEB else config
     config = {**config, "architectures": _architectures(config)}
     name = next((name for name in config["architectures"] if name in TEXT_PARTS), None)
     if name is None:
@@ -47,6 +51,14 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     whole = _filled(whole.get("text_config") or whole, _kind_of(architectures))
     kept = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
     return whole | kept | {"architectures": architectures, "text_part_of": name}
+
+
+def _as_falcon(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The first Falcon configs, which came with code of their own, as transformers writes them."""
+    named = {_OF_REFINED_WEB.get(key, key): value for key, value in config.items()}
+    kind = {"model_type": "falcon", "new_decoder_architecture": _REFINED_WEB[config["model_type"]]}
+    names = [name.replace("RW", "Falcon", 1) for name in config.get("architectures") or []]
+    return named | kind | {"architectures": names}
 
 
 def _check_names(config: Mapping[str, Any]) -> None:
@@ -116,11 +128,20 @@ def _filled(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
         names = {alias: getattr(made, name) for alias, name in cls.attribute_map.items() if hasattr(made, name)}
         whole = made.to_dict()
     except Exception as error:  # others' code, which raises nearly anything where a value is not what it expects
-        why = " ".join(str(error).split())
-        raise ModelError(f"config.json is not one of {kind} in transformers: {why}") from error
+        raise ModelError(f"config.json is not one of {kind} in transformers: {_why(error, given)}") from error
     if "rope_parameters" in whole:
         given.pop("rope_scaling", None)  # their older name
     return given | names | whole
+
+
+def _why(error: Exception, given: Mapping[str, Any]) -> str:
+    """What a class finds wrong, with the field where it is in one."""
+    from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+    found = error.__cause__ if isinstance(error, StrictDataclassFieldValidationError) else None
+    field = str(error).partition("'")[2].partition("'")[0]
+    why = " ".join(str(found or error).split())[:300]
+    return f"{field} is {given[field]!r:.80} ({why}); correct it" if found and field in given else why
 
 
 def _check_sizes(given: Mapping[str, Any], usual_name: Mapping[str, str]) -> None:
@@ -129,6 +150,8 @@ def _check_sizes(given: Mapping[str, Any], usual_name: Mapping[str, str]) -> Non
         most = _SIZES.get(usual_name.get(key, key))
         if most is not None and isinstance(value, int) and not 1 <= value <= most:
             raise ModelError(f"config.json has {key} {value}; it must be from 1 to {most}")
+        if isinstance(value, float) and math.isnan(value):
+            raise ModelError(f"config.json has {key} NaN; it must be a number")
 
 
 def _is_settable(cls: type, key: str) -> bool:

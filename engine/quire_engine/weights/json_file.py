@@ -1,20 +1,22 @@
 """JSON files of a checkpoint, whatever lies in their place."""
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
 
 from quire_engine.errors import ModelError
 
-LFS_POINTER = b"version https://git-lfs"
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a file. Raises ModelError, which says what is there instead, and OSError where nothing can be
     read."""
+    refuse_pointer(path)
     data = path.read_bytes()
-    if data.startswith(LFS_POINTER):
-        raise ModelError(f"{path.name} is only a pointer of Git LFS; fetch the file itself (git lfs pull)")
+    if data.startswith(codecs.BOM_UTF8):
+        raise ModelError(f"{path.name} begins with a byte order mark, which is no JSON; save it as UTF-8 without one")
     try:
         found = json.loads(data.decode(), object_hook=_infinities)
     except RecursionError as error:
@@ -24,6 +26,13 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{path.name} is not a JSON object; download it again")
     return found
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ModelError for what Git LFS leaves in a file's place, and OSError where nothing can be read."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ModelError(f"{path.name} is only a pointer of Git LFS; fetch the file itself (git lfs pull)")
 
 
 def _infinities(value: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quire_engine.errors import ModelError
-from quire_engine.weights.json_file import LFS_POINTER, read_object
+from quire_engine.weights.json_file import read_object, refuse_pointer
 
 ReadPart = Callable[[tuple[slice, ...]], Tensor]
 WHOLE = slice(None)
@@ -83,22 +83,11 @@ def _files(folder: Path) -> list[str]:
     return [f"{one[0]}-{number:05d}-of-{one[1]}.safetensors" for number in range(1, int(one[1]) + 1)]
 
 
-def _is_pointer(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
-
-
 def _opened(path: Path) -> Any:
     try:
+        refuse_pointer(path)
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        if _is_pointer(path):
-            raise ModelError(
-                f"{path.name} is only a pointer of Git LFS; fetch the file itself (git lfs pull)"
-            ) from error
         raise ModelError(
             f"{path.name} is not a whole safetensors file ({error}); download or convert the checkpoint again"
         ) from error
