@@ -66,8 +66,7 @@ def host_share(running: int, steps: int = 200) -> dict[str, float]:
         plan = scheduler.schedule(0.0)
         planned = time.perf_counter()
         assert plan is not None
-        for new in plan.new_rows:
-            sampler.set_row(new)
+        sampler.set_rows(plan.new_rows)
         batching = time.perf_counter()
         batcher.set_pages(plan)
         batcher.upload.into(inputs, batcher.arrays(plan, batcher.shape(plan)))

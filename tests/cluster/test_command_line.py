@@ -172,6 +172,13 @@ def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, c
         assert len(str(error)) < 2000
 
 
+@pytest.mark.parametrize("again", ["max-num-seqs", "max_num_seqs"])
+def test_an_option_that_is_in_the_file_twice_is_refused(tmp_path: Path, again: str) -> None:
+    """YAML's own readers take the last."""
+    with pytest.raises(InvalidParameter, match="line 3 has max_num_seqs for the second time; leave one out"):
+        read_file(tmp_path, f"max-num-seqs: 4\nport: 1\n{again}: 5\n".encode())
+
+
 def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     content = b"model: other\nport: 5\nenable-prefix-caching: false\nshutdown-timeout: 7"
     serve, engine = read_file(tmp_path, content)

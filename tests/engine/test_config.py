@@ -159,6 +159,10 @@ def test_what_is_no_config_is_named(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 0}, "num_attention_heads 0; it must be from 1"),
         ({"model_type": "llama", "max_position_embeddings": -5}, "max_position_embeddings -5; it must be from 1"),
         ({"model_type": "qwen2", "num_hidden_layers": 10**9}, "num_hidden_layers 1000000000; it must be .* to 16384"),
+        ({"model_type": "llama", "intermediate_size": 10**30}, "intermediate_size 1000000.*; it must be from 0 to"),
+        ({"model_type": "llama", "bos_token_id": -(10**30)}, "bos_token_id -1000000.*; it must be from"),
+        ({"model_type": "mistral", "sliding_window": -1}, "sliding_window -1; it must be from 0"),
+        ({"model_type": "llama", "quantization_config": []}, r"quantization_config \[\]; it must be an object"),
         ({"model_type": "llama", "rms_norm_eps": math.nan}, "rms_norm_eps NaN; it must be a number"),
         ({"model_type": "gpt2", "n_layer": 0}, "n_layer 0; it must be from 1"),
         ({"model_type": "llama", "rope_theta": -1e4}, "rope_theta -10000.0; it must be a number above 0"),
@@ -178,6 +182,30 @@ def test_what_is_no_config_is_named(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ModelError, match=named):
             spec_of(resolve(str(tmp_path)).config)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"dtype": "auto"},
+        {"torch_dtype": "torch.float16", "dtype": "torch.float16"},
+        {"quantization_config": {}},
+        {"quantization_config": None},
+        {"architectures": ["llamaforcausallm"]},
+        {"architectures": ["LlamaForCausalLMFineTuned"]},
+        {"model_max_length": 10**30},
+    ],
+)
+def test_oddities_that_change_nothing(checkpoint: Make, facts: dict[str, Any]) -> None:
+    """Each has been published."""
+    plain = resolve(str(checkpoint("llama"))).config
+    assert spec_of(completed(plain | facts)) == spec_of(plain)
+
+
+def test_a_class_with_code_of_its_own_is_no_other() -> None:
+    config = {"architectures": ["Llama9ForCausalLM"], "model_type": "llama", "auto_map": {"AutoModel": "llama9.Model"}}
+    with pytest.raises(ModelError, match=r"Llama9ForCausalLM.*served are"):
+        spec_of(completed(config))
 
 
 def test_old_names_of_published_configs() -> None:

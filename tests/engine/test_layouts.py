@@ -110,7 +110,11 @@ def test_longrope_beyond_the_original_context(checkpoint: Make, tmp_path: Path, 
         ("llama", {"hidden_act": "mish"}, "hidden_act is 'mish'; served are silu"),
         ("llama", {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type 'ntk'; known are default"),
         ("llama", {"quantization_config": {"quant_method": "bitnet"}}, "asks for 'bitnet'; served are fp8"),
-        ("llama", {"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM.*served are Arcee"),
+        (
+            "llama",
+            {"architectures": ["UnheardOfForCausalLM"], "model_type": "unheard_of"},
+            "UnheardOfForCausalLM.*served are Arcee",
+        ),
         (
             "gemma3",
             {"layer_types": ["full_attention", "linear_attention", "full_attention"]},

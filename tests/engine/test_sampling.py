@@ -22,16 +22,17 @@ V = 50
 def sampler_for(*params: EngineSampling, tokens: list[int] | None = None, num_prompt: int = 0) -> Sampler:
     sampler = Sampler(len(params), V, torch.device("cpu"), TorchBackend())
     log = tokens if tokens is not None else [1, 2, 3]
-    for row, one in enumerate(params):
-        sampler.set_row(NewRow(row, one, num_prompt or len(log), np.array(log, np.int32)))
+    sampler.set_rows(
+        [NewRow(row, one, num_prompt or len(log), np.array(log, np.int32)) for row, one in enumerate(params)]
+    )
     return sampler
 
 
 def test_long_words_of_others_cost_nothing() -> None:
     edits = LogitEdits(2, V, torch.device("cpu"))
-    edits.set_row(NewRow(0, EngineSampling(bad_words=((1, 2), (1, 2, 3))), 1, np.ones(1, np.int32)))
+    edits.set_rows([NewRow(0, EngineSampling(bad_words=((1, 2), (1, 2, 3))), 1, np.ones(1, np.int32))])
     alone = {name: array.nbytes for name, array in edits.arrays({0: 0}).items()}
-    edits.set_row(NewRow(1, EngineSampling(bad_words=(tuple([4] * 250),)), 1, np.ones(1, np.int32)))
+    edits.set_rows([NewRow(1, EngineSampling(bad_words=(tuple([4] * 250),)), 1, np.ones(1, np.int32))])
     assert {name: array.nbytes for name, array in edits.arrays({0: 0}).items()} == alone
 
 
@@ -223,6 +224,29 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_taken_together() -> None:
+    """As many operations for many as for a few, where the tables are long enough; a row takes its last request."""
+    kinds = [
+        EngineSampling(repetition_penalty=1.4, bad_words=((1, 2, 3),)),
+        EngineSampling(allowed_token_ids=TokenSet.of((4, 8)), frequency_penalty=0.3),
+        EngineSampling(logit_bias={3: 2.5}),
+    ]
+    news = [NewRow(row, kinds[row % 3], 1, np.array([row, 1, 2], np.int32)) for row in range(48)]
+    sampler = sampler_for(*[kinds[0]] * 48)
+    counts = []
+    for some in (news[:3], news):
+        with Operations() as operations:
+            sampler.set_rows(some)
+        counts.append(operations.count)
+    assert counts[0] == counts[1] > 0
+    logits = torch.randn(48, V)
+    together = draw(sampler, logits)
+    apart = Sampler(48, V, torch.device("cpu"), TorchBackend())
+    for new in news:
+        apart.set_rows([NewRow(new.row, kinds[1], 1, new.tokens), new])
+    assert together == draw(apart, logits)
 
 
 def test_rows_that_change_their_logits_are_computed_together() -> None:

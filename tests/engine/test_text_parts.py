@@ -12,6 +12,8 @@ from conftest import add_tokenizer
 from families import FAMILIES, TINY
 from greedy import NEW_TOKENS, engine_for, prompt_logits, prompts, run
 from quire_engine.errors import ModelError
+from quire_engine.models.families import spec_of
+from quire_engine.weights.hf_config import completed
 from quire_engine.weights.resolve import resolve
 from quire_engine.weights.text_parts import TEXT_PARTS
 from transformers import AutoModelForImageTextToText
@@ -75,7 +77,25 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> N
     found = resolve(str(tmp_path)).config
     assert found["num_attention_heads"] == transformers.Gemma3TextConfig().num_attention_heads
     assert (found["hidden_size"], found["eos_token_id"]) == (2560, [1, 106])
-    config["text_config"] = {"hidden_size": 2560}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="text_config has model_type None"):
-        _ = resolve(str(tmp_path)).config
+    config["text_config"] = {"hidden_size": 2560, "num_hidden_layers": 34}
+    assert completed(config) == found
+    config["text_config"] = {"model_type": "unheard_of"}
+    with pytest.raises(ModelError, match="text_config has model_type 'unheard_of'"):
+        completed(config)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"])
+@pytest.mark.parametrize("whole", [None, True, False])
+@pytest.mark.parametrize("part", [None, True, False])
+def test_whose_word_on_tied_embeddings_counts(architecture: str, whole: bool | None, part: bool | None) -> None:
+    kind, family, text, vision = WHOLE[architecture]
+    told = {} if whole is None else {"tie_word_embeddings": whole}
+    of_text = text | ({} if part is None else {"tie_word_embeddings": part})
+    config = getattr(transformers, kind)(
+        text_config=TINY | FAMILIES[family].facts | of_text, vision_config=vision, **told
+    )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    written = {"architectures": [architecture], "model_type": config.model_type, "text_config": of_text} | told
+    assert spec_of(completed(written)).tie_embeddings == tied

@@ -108,6 +108,7 @@ def test_files_without_an_index(checkpoint: Make, tmp_path: Path) -> None:
         SafetensorsCheckpoint(tmp_path)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "weights.safetensors").write_bytes((checkpoint("llama") / "model.safetensors").read_bytes())
+    (tmp_path / "one" / "._weights.safetensors").write_bytes(b"what macOS leaves beside it")
     assert "model.norm.weight" in SafetensorsCheckpoint(tmp_path / "one").names()
 
 
@@ -185,6 +186,9 @@ def test_wrong_weights(checkpoint: Make, tmp_path: Path) -> None:
     save_file({n: w for n, w in weights.items() if n != "model.norm.weight"}, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"no tensor model\.norm\.weight"):
         greedy(folder, [5])
+    save_file({f"_orig_mod.{name}": weight for name, weight in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"it has _orig_mod\.model\.embed_tokens\.weight: rename its tensors"):
+        greedy(folder, [5])
     save_file(weights | {"model.layers.0.extra": torch.zeros(2)}, folder / "model.safetensors")
     with pytest.raises(ModelError, match="does not use"):
         greedy(folder, [5])
@@ -213,7 +217,8 @@ def test_configs_that_are_not_served(checkpoint: Make, tmp_path: Path, change: d
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize(
-    "content", [None, b"", b"[]", b"[" * 100_000, b'{"\xe9": 1}', b"version https://git-lfs.github.com"]
+    "content",
+    [None, b"", b"[]", b"[" * 100_000, b'{"\xe9": 1}', b"\xef\xbb\xbf{}", b"version https://git-lfs.github.com"],
 )
 def test_what_is_no_json_is_named(checkpoint: Make, tmp_path: Path, name: str, content: bytes | None) -> None:
     """`None`: a folder where the file belongs."""
@@ -224,7 +229,7 @@ def test_what_is_no_json_is_named(checkpoint: Make, tmp_path: Path, name: str, c
         path.mkdir()
     else:
         path.write_bytes(content)
-    with pytest.raises(ModelError, match=re.escape(name) + " (is|of|cannot)"):
+    with pytest.raises(ModelError, match=re.escape(name) + " (is|of|cannot|begins)"):
         files = resolve(str(folder))
         _ = files.config, files.generation_config, files.checkpoint()
 
@@ -241,6 +246,22 @@ def test_what_is_no_whole_checkpoint_is_named(checkpoint: Make, tmp_path: Path) 
     (folder / "config.json").rename(folder / "adapter_config.json")
     with pytest.raises(ModelError, match="adapter: merge it"):
         _ = resolve(str(folder)).config
+
+
+def test_the_hubs_cache(checkpoint: Make, tmp_path: Path) -> None:
+    """Links into its blobs, all of it readable alone; and the folder above, which is none of a checkpoint."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    blobs = tmp_path / "models--org--name" / "blobs"
+    snapshot.mkdir(parents=True)
+    copy(checkpoint("llama"), blobs)
+    for number, file in enumerate(sorted(blobs.iterdir())):
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064x}")
+        file.rename(blobs / f"{number:064x}").chmod(0o444)
+    snapshot.chmod(0o555)
+    assert greedy(snapshot, [5, 6, 7]) == greedy(checkpoint("llama"), [5, 6, 7])
+    with pytest.raises(ModelError, match="a folder of the hub's cache: give snapshots/abc in it"):
+        _ = resolve(str(snapshot.parent.parent)).config
+    snapshot.chmod(0o755)
 
 
 def test_pickles_are_refused(checkpoint: Make, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """`quire plan`: what a model needs per worker, from its config alone."""
 
+from dataclasses import replace
+
 import torch
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
@@ -50,7 +52,7 @@ def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
     stages = range(config.pipeline_parallel_size)
     plans = [plan_memory(config, spec, quantization, target, dtype, free, stage=stage) for stage in stages]
     plan = min(plans, key=lambda plan: plan.num_pages)
-    limits = dry_limits(config, spec, target.kind == "cpu")
+    limits = replace(dry_limits(config, spec, target.kind == "cpu"), max_num_seqs=1)
     whole = allocated(spec, quantization, DryGroup(), limits, chip=target.chip, dtype=dtype)
     table = Table(title=Text(f"{files.name}, per worker ({config.num_workers} in all)"), show_header=False)
     for name, value in (

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -205,8 +205,7 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> PendingStep | None:
         """Launches the plan's step without waiting for it; one rank draws, the others return None."""
         self._mark()
-        for new in plan.new_rows:
-            self._take_row(new)
+        self._take_rows(plan.new_rows)
         self._batcher.set_pages(plan)
         if self._states is not None:
             return self._pool(plan, self._states)
@@ -317,18 +316,19 @@ class ModelRunner:
             batch = self._batch_of(StepPlan.empty(), Shape(1, 1, 1, 1), 1)
             for params in _EVERY_DRAW:
                 if self._group.draws:
-                    self._sampler.set_row(NewRow(0, params, 1, np.zeros(2, np.int32)))
+                    self._sampler.set_rows([NewRow(0, params, 1, np.zeros(2, np.int32))])
                 logits = self._logits(hidden[:1], batch) if hidden is not None else None
                 self._draw(np.zeros(1, np.int32), batch.draws, logits)
-            self._sampler.set_row(NewRow(0, EngineSampling(temperature=0.0), 1, np.zeros(0, np.int32)))
+            self._sampler.set_rows([NewRow(0, EngineSampling(temperature=0.0), 1, np.zeros(0, np.int32))])
         log.info("warmed up in %.1f s", time.monotonic() - started)
 
-    def _take_row(self, new: NewRow) -> None:
+    def _take_rows(self, news: Sequence[NewRow]) -> None:
         if self._group.draws:
-            self._sampler.set_row(new)
-        self._prompt_logprobs.pop(new.row, None)
-        if new.params.prompt_logprobs is not None:
-            self._prompt_logprobs[new.row] = new
+            self._sampler.set_rows(news)
+        for new in news:
+            self._prompt_logprobs.pop(new.row, None)
+            if new.params.prompt_logprobs is not None:
+                self._prompt_logprobs[new.row] = new
 
     def _prompt_scores(self, plan: StepPlan, hidden: Tensor | None) -> _PromptScores:
         """Log-probabilities of the prompt's tokens that follow those computed now; row → parts, width."""

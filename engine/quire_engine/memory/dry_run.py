@@ -372,8 +372,8 @@ class _Steps:
         self._longest = limits.max_model_len
         params = _EVERYTHING if everything else EngineSampling(temperature=1.0, top_p=0.9)
         if group.draws and spec.pooling is None:
-            for row in range(limits.most_draws):
-                self._sampler.set_row(NewRow(row, params, 1, np.zeros(2, np.int32)))
+            tokens = np.zeros(2, np.int32)
+            self._sampler.set_rows([NewRow(row, params, 1, tokens) for row in range(limits.most_draws)])
         self._caches = empty_caches(
             spec,
             group,

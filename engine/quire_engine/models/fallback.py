@@ -396,7 +396,7 @@ def _rotated_within(
 ) -> tuple[Tensor, Tensor]:
     """Positions [1, T] → cosines and sines [1, T, D], of a sequence that ends at `length`."""
     last = position_ids.new_full((1, 1), length - 1)
-    cosines, sines = forward(x, torch.cat((position_ids, last), 1), *rest, **named)
+    cosines, sines = forward(x, torch.cat((position_ids, last), 1), **rest)
     return cosines[:, :-1], sines[:, :-1]
 
 

@@ -5,7 +5,7 @@ nothing here waits for the device: what the changes depend on that the host does
 flight) is kept there. V vocabulary, R rows, n rows or entries that a step changes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,38 +81,58 @@ class LogitEdits:
     def __bool__(self) -> bool:
         return bool(self._rows)
 
-    def set_row(self, new: NewRow) -> None:
-        """A request takes the row."""
-        old = self._rows.pop(new.row, None)
-        if old is not None and old.slot >= 0:
-            self._free.append(old.slot)
-        params = new.params
-        if not params.edits_logits:
-            return
-        row = self._rows[new.row] = _Row(params, new.num_prompt, len(new.tokens))
-        row.ends = [token for token in params.stop_token_ids if token < self._vocab_size]
-        bad = [word for word in params.bad_words if word[-1] < self._vocab_size]  # a tokenizer may know more tokens
-        row.bans = [word[0] for word in bad if len(word) == 1]
-        words = [word for word in bad if len(word) > 1]
-        if params.logit_bias:
-            ids, values = list(params.logit_bias), list(params.logit_bias.values())
-            row.bias = np.array(ids, np.int64), np.array(values, np.float32)
-        if params.penalized or params.allowed_token_ids:
-            row.slot = self._take_slot()
-            log = new.tokens.astype(np.int64) if params.penalized else _ints(())
-            seen, generated, allowed = self._upload([log, log[new.num_prompt :], params.allowed_token_ids.ids()])
-            self._seen[row.slot].zero_().index_fill_(0, seen, True)
-            self._counts[row.slot].zero_().index_add_(0, generated, self._counts.new_ones(len(generated)))
-            self._allowed[row.slot].fill_(not params.allowed_token_ids).index_fill_(0, allowed, True)
-        if words:
-            row.words = _Words.of(words)
-            width = max(self._last.shape[1], int(row.words.back.max()))
-            if width > self._last.shape[1]:
-                more = self._last.new_full((len(self._last), width - self._last.shape[1]), _NONE)
-                self._last = torch.cat((more, self._last), 1)
-            known = new.tokens[-width:]
-            [last] = self._upload([np.pad(known, (width - len(known), 0), constant_values=_NONE)])
-            self._last[new.row].copy_(last)
+    def set_rows(self, news: Iterable[NewRow]) -> None:
+        """Requests take these rows. How many operations the device runs does not depend on how many they are."""
+        slotted: list[tuple[int, NewRow]] = []
+        worded: list[tuple[NewRow, _Words]] = []
+        for new in {new.row: new for new in news}.values():
+            old = self._rows.pop(new.row, None)
+            if old is not None and old.slot >= 0:
+                self._free.append(old.slot)
+            params = new.params
+            if not params.edits_logits:
+                continue
+            row = self._rows[new.row] = _Row(params, new.num_prompt, len(new.tokens))
+            row.ends = [token for token in params.stop_token_ids if token < self._vocab_size]
+            bad = [word for word in params.bad_words if word[-1] < self._vocab_size]  # a tokenizer may know more tokens
+            row.bans = [word[0] for word in bad if len(word) == 1]
+            if params.logit_bias:
+                ids, values = list(params.logit_bias), list(params.logit_bias.values())
+                row.bias = np.array(ids, np.int64), np.array(values, np.float32)
+            if params.penalized or params.allowed_token_ids:
+                row.slot = self._take_slot()
+                slotted.append((row.slot, new))
+            if words := [word for word in bad if len(word) > 1]:
+                row.words = _Words.of(words)
+                worded.append((new, row.words))
+        if slotted:
+            self._fill_slots(slotted)
+        if worded:
+            self._keep_last(worded)
+
+    def _fill_slots(self, slotted: list[tuple[int, NewRow]]) -> None:
+        slots = _ints([slot for slot, _ in slotted])
+        logs = [new.tokens.astype(np.int64) if new.params.penalized else _ints(()) for _, new in slotted]
+        outputs = [log[new.num_prompt :] for log, (_, new) in zip(logs, slotted, strict=True)]
+        allowed = [new.params.allowed_token_ids.ids() for _, new in slotted]
+        unlimited = _ints([slot for slot, new in slotted if not new.params.allowed_token_ids])
+        arrays = [slots, unlimited, *_entries(slots, logs), *_entries(slots, outputs), *_entries(slots, allowed)]
+        all_slots, open_slots, *entries = self._upload(arrays)
+        yes, one = self._seen.new_ones(()), self._counts.new_ones(())
+        self._seen.index_fill_(0, all_slots, False).index_put_((entries[0], entries[1]), yes)
+        self._counts.index_fill_(0, all_slots, 0).index_put_((entries[2], entries[3]), one, accumulate=True)
+        self._allowed.index_fill_(0, all_slots, False).index_fill_(0, open_slots, True)
+        self._allowed.index_put_((entries[4], entries[5]), yes)
+
+    def _keep_last(self, worded: list[tuple[NewRow, _Words]]) -> None:
+        width = max(self._last.shape[1], *(int(words.back.max()) for _, words in worded))
+        if width > self._last.shape[1]:
+            more = self._last.new_full((len(self._last), width - self._last.shape[1]), _NONE)
+            self._last = torch.cat((more, self._last), 1)
+        known = [new.tokens[-width:] for new, _ in worded]
+        padded = [np.pad(tokens, (width - len(tokens), 0), constant_values=_NONE) for tokens in known]
+        rows, last = self._upload([_ints([new.row for new, _ in worded]), np.stack(padded)])
+        self._last.index_copy_(0, rows, last)
 
     def _take_slot(self) -> int:
         if not self._free:
@@ -206,6 +226,11 @@ class LogitEdits:
 
 def _ints(numbers: list[int] | tuple[int, ...]) -> NDArray[np.int64]:
     return np.array(numbers, np.int64)
+
+
+def _entries(slots: NDArray[np.int64], tokens: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Slot and token of each token of each slot."""
+    return np.repeat(slots, [len(some) for some in tokens]), np.concatenate(tokens)
 
 
 def _columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -5,6 +5,7 @@ min_tokens and penalties; then greedy, or temperature, min-p, top-k, top-p and a
 distribution. Nothing here waits for the device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,19 +71,20 @@ class Sampler:
         self._logprobs: dict[int, int] = {}
         self._edits = LogitEdits(num_rows, vocab_size, device)
 
-    def set_row(self, new: NewRow) -> None:
-        """A request takes the row."""
-        row, params = new.row, new.params
-        self._temperature[row] = 0.0 if params.greedy else params.temperature
-        self._top_p[row] = params.top_p
-        self._top_k[row] = params.top_k if 0 < params.top_k < self._vocab_size else 0
-        self._min_p[row] = params.min_p
-        self._seed[row] = np.uint64(params.seed).view(np.int64)
-        self._filters[row] = not params.greedy and bool(self._top_k[row] or params.top_p < 1 or params.min_p)
-        self._logprobs.pop(row, None)
-        if params.logprobs is not None:
-            self._logprobs[row] = params.logprobs
-        self._edits.set_row(new)
+    def set_rows(self, news: Sequence[NewRow]) -> None:
+        """Requests take these rows."""
+        for new in news:
+            row, params = new.row, new.params
+            self._temperature[row] = 0.0 if params.greedy else params.temperature
+            self._top_p[row] = params.top_p
+            self._top_k[row] = params.top_k if 0 < params.top_k < self._vocab_size else 0
+            self._min_p[row] = params.min_p
+            self._seed[row] = np.uint64(params.seed).view(np.int64)
+            self._filters[row] = not params.greedy and bool(self._top_k[row] or params.top_p < 1 or params.min_p)
+            self._logprobs.pop(row, None)
+            if params.logprobs is not None:
+                self._logprobs[row] = params.logprobs
+        self._edits.set_rows(news)
 
     def tables(self, rows: NDArray[np.int32]) -> tuple[NDArray[np.generic], ...]:
         """What `Rows` holds of these rows, on the host: seeds, temperature, top-k, top-p, min-p."""

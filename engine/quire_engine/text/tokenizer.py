@@ -59,7 +59,7 @@ class Tokenizer:
                     "one with --tokenizer"
                 ) from error
             if not other:
-                files.config  # the same files: what is wrong with the config is not the tokenizer's fault
+                _ = files.config  # the same files: what is wrong with the config is not the tokenizer's fault
             raise blame(other or files.name, source, error) from error
         return Tokenizer(backend, chat_template)
 

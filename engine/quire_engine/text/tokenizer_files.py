@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from quire_engine.errors import ModelError
-from quire_engine.weights.json_file import refuse_pointer, read_object
+from quire_engine.weights.json_file import read_object, refuse_pointer
 
 _READ_BY_TRANSFORMERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CAUSE = 300  # characters of it that are shown

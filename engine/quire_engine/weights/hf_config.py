@@ -5,6 +5,7 @@ RoPE is in `rope_parameters`, what each layer is in `layer_types`.
 """
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +13,20 @@ from typing import Any
 from quire_engine.errors import ModelError
 from quire_engine.weights.text_parts import TEXT_PARTS
 
+log = logging.getLogger(__name__)
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "Model")
 _TAKEN_TOO = ("hybrid_override_pattern", "mtp_hybrid_override_pattern")  # computed, and what published configs say
-_SIZES = {  # what is counted, and how much of it is no mistake
-    "num_hidden_layers": 1 << 14,
-    "vocab_size": 1 << 28,
-    "hidden_size": 1 << 24,
-    "num_attention_heads": 1 << 20,
-    "num_key_value_heads": 1 << 20,
-    "max_position_embeddings": 1 << 48,
+_SIZES = {  # what is counted, and how little and how much of it is no mistake
+    "num_hidden_layers": (1, 1 << 14),
+    "vocab_size": (1, 1 << 28),
+    "hidden_size": (1, 1 << 24),
+    "intermediate_size": (0, 1 << 28),
+    "num_attention_heads": (1, 1 << 20),
+    "num_key_value_heads": (1, 1 << 20),
+    "max_position_embeddings": (1, 1 << 48),
+    "sliding_window": (0, 1 << 48),
 }
+_ANY = (-1 << 63, (1 << 63) - 1)
 _REFINED_WEB = {"RefinedWebModel": False, "RefinedWeb": True}  # Falcon's first model types: whether it is as in 40B
 _OF_REFINED_WEB = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
 _OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings")
@@ -33,6 +38,8 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ModelError for a config that transformers refuses.
     """
+    from transformers import CONFIG_MAPPING
+
     _check_names(config)
     config = _as_falcon(config) if config.get("model_type") in _REFINED_WEB else config
     config = {**config, "architectures": _architectures(config)}
@@ -44,12 +51,14 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(text, Mapping):
         raise ModelError(f"text_config is {text!r:.80}; it must be an object")
     _check_names(text)
-    if not _is_known(kind := text.get("model_type")):
+    architectures = [TEXT_PARTS[name].architecture]
+    if not _is_known(kind := text.get("model_type") or _kind_of(architectures)):
         raise ModelError(f"text_config has model_type {kind!r}, which transformers does not know")
     whole = _filled(text, kind)
-    architectures = [TEXT_PARTS[name].architecture]
     whole = _filled(whole.get("text_config") or whole, _kind_of(architectures))
     kept = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
+    if _is_known(outer := config.get("model_type")):  # whose default goes before the text's
+        whole["tie_word_embeddings"] = whole["tie_word_embeddings"] or CONFIG_MAPPING[outer].tie_word_embeddings
     return whole | kept | {"architectures": architectures, "text_part_of": name}
 
 
@@ -72,10 +81,16 @@ def _check_names(config: Mapping[str, Any]) -> None:
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
     """Those that the config names, as transformers spells them (MPTForCausalLM, PhiMoEForCausalLM are published); else
-    what its model type is."""
+    what its model type is, as where a fine-tune names a class of its own and brings no code for it."""
+    import transformers
+
     usual = _usual(config)
     spelled = {name.lower(): name for name in usual}
-    return [spelled.get(name.lower(), name) for name in config.get("architectures") or usual]
+    names = [spelled.get(name.lower(), name) for name in config.get("architectures") or usual]
+    if not usual or config.get("auto_map") or not set(names).isdisjoint([*usual, *TEXT_PARTS, *dir(transformers)]):
+        return names
+    log.warning("architectures is %s, which transformers does not know; it is read as %s", names, usual[0])
+    return usual
 
 
 def _usual(config: Mapping[str, Any]) -> list[str]:
@@ -119,10 +134,13 @@ def _filled(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
 
     cls = CONFIG_MAPPING[kind]
     given = {key: value for key, value in config.items() if _is_settable(cls, key)}
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(dtype := given.get(name), str):  # "auto" and "torch.float16" are published
+            given[name] = None if dtype == "auto" else dtype.removeprefix("torch.")
     rope = given.get("rope_scaling")
     if isinstance(rope, Mapping) and rope.get("type") == "su":  # Phi-3's first name of it
         given["rope_scaling"] = {**rope, "type": "longrope"}
-    _check_sizes(given, {name: alias for alias, name in cls.attribute_map.items()})
+    _check_values(cls, given)
     try:
         made = cls(**copy.deepcopy(given))  # some keep and change what they are given
         names = {alias: getattr(made, name) for alias, name in cls.attribute_map.items() if hasattr(made, name)}
@@ -144,14 +162,18 @@ def _why(error: Exception, given: Mapping[str, Any]) -> str:
     return f"{field} is {given[field]!r:.80} ({why}); correct it" if found and field in given else why
 
 
-def _check_sizes(given: Mapping[str, Any], usual_name: Mapping[str, str]) -> None:
+def _check_values(cls: Any, given: Mapping[str, Any]) -> None:
     """Before a class makes lists of them. Raises ModelError."""
+    usual_name = {own: usual for usual, own in cls.attribute_map.items()}
+    fields = cls.__dataclass_fields__.keys() | cls.attribute_map.keys()
     for key, value in given.items():
-        most = _SIZES.get(usual_name.get(key, key))
-        if most is not None and isinstance(value, int) and not 1 <= value <= most:
-            raise ModelError(f"config.json has {key} {value}; it must be from 1 to {most}")
+        least, most = _SIZES.get(usual_name.get(key, key), _ANY)
+        if key in fields and isinstance(value, int) and not least <= value <= most:
+            raise ModelError(f"config.json has {key} {value}; it must be from {least} to {most}")
         if isinstance(value, float) and math.isnan(value):
             raise ModelError(f"config.json has {key} NaN; it must be a number")
+    if not isinstance(stored := given.get("quantization_config"), dict | None):
+        raise ModelError(f"config.json has quantization_config {stored!r:.80}; it must be an object")
 
 
 def _is_settable(cls: type, key: str) -> bool:

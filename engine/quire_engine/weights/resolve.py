@@ -49,13 +49,17 @@ class ModelFiles:
         try:
             return completed(read_object(self.folder / "config.json"))
         except FileNotFoundError as error:
-            adapter = (self.folder / "adapter_config.json").exists()
-            hint = (
-                "it is an adapter: merge it into its base model first" if adapter else "a checkpoint folder needs one"
-            )
-            raise ModelError(f"{self.name} has no config.json; {hint}") from error
+            raise ModelError(f"{self.name} has no config.json; {self._instead()}") from error
         except OSError as error:
             raise ModelError(f"config.json of {self.name} cannot be read: {error.strerror}") from error
+
+    def _instead(self) -> str:
+        """What a folder without a config is, and the mend."""
+        if (self.folder / "adapter_config.json").exists():
+            return "it is an adapter: merge it into its base model first"
+        if snapshots := sorted(self.folder.glob("snapshots/*/config.json")):
+            return f"it is a folder of the hub's cache: give snapshots/{snapshots[0].parent.name} in it"
+        return "a checkpoint folder needs one"
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -138,7 +142,7 @@ def _installed_wheel(model: str) -> ModelFiles | None:
 
 def _only_gguf(folder: Path) -> Path | None:
     """The one model in GGUF that a folder holds, by its first file."""
-    files = sorted(folder.glob("*.gguf"))
+    files = sorted(folder.glob("[!.]*.gguf"))
     if len(files) > 1 and [file.name for file in files] != split_names(files[0], len(files)):
         raise ModelError(
             f"{folder.name} holds {len(files)} GGUF files ({files[0].name}, {files[1].name}, …); name the one to serve"

@@ -65,7 +65,7 @@ def _files(folder: Path) -> list[str]:
     """Without an index."""
     if (folder / _SINGLE).exists():
         return [_SINGLE]
-    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    found = sorted(file.name for file in folder.glob("[!.]*.safetensors"))  # macOS leaves hidden ones of that name
     files = [name for name in found if not name.startswith(_NO_PARTS)]
     if not files:
         raise ModelError(
@@ -127,9 +127,13 @@ class SafetensorsCheckpoint:
         """Raises ModelError for a name the checkpoint does not have."""
         handle = self._where.get(name)
         if handle is None:
-            raise ModelError(
-                f"the checkpoint has no tensor {name}; is it complete, and of the family its config names?"
+            longer = next((other for other in self._where if other.endswith(f".{name}")), None)
+            hint = (
+                f"it has {longer}: rename its tensors"
+                if longer
+                else "is it complete, and of the family its config names?"
             )
+            raise ModelError(f"the checkpoint has no tensor {name}; {hint}")
         view = handle.get_slice(name)
         shape = tuple(view.get_shape())
 
