@@ -108,3 +108,13 @@ def test_a_byte_order_mark_does_not_begin_prompts(folder: Path, own: bool) -> No
     tokenizer = Tokenizer.load(resolve(str(folder)), chat_template=given)
     messages = [{"role": "user", "content": "w5"}]
     assert tokenizer.render(messages, add_generation_prompt=True, continue_final_message=False) == "w5"
+
+
+def test_a_processors_chat_template_is_the_tokenizers(folder: Path) -> None:
+    """Of models of images and text, where theirs alone is there."""
+    (folder / "chat_template.jinja").unlink()
+    template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = Tokenizer.load(resolve(str(folder)))
+    messages = [{"role": "user", "content": "w5"}]
+    assert tokenizer.render(messages, add_generation_prompt=True, continue_final_message=False) == "<w5>"

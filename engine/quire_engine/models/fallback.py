@@ -391,12 +391,12 @@ def _rotated_within(
     length: int,
     x: Tensor,
     position_ids: Tensor,
-    *rest: Any,
-    **named: Any,
+    layer_type: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Positions [1, T] → cosines and sines [1, T, D], of a sequence that ends at `length`."""
     last = position_ids.new_full((1, 1), length - 1)
-    cosines, sines = forward(x, torch.cat((position_ids, last), 1), **rest)
+    positions = torch.cat((position_ids, last), 1)
+    cosines, sines = forward(x, positions) if layer_type is None else forward(x, positions, layer_type)
     return cosines[:, :-1], sines[:, :-1]
 
 

@@ -55,11 +55,16 @@ class ChatTemplate:
             "dict": _Dict(),
             "namespace": _Namespace,
         }
+        if not isinstance(source, str):
+            raise ModelError(
+                f"the chat template is not valid Jinja (no text, but {source!r:.40}); give another one with "
+                "--chat-template"
+            )
+        source = source.removeprefix("\ufeff")  # an editor's mark, which would begin every prompt
         try:
-            source = source.removeprefix("\ufeff")  # an editor's mark, which would begin every prompt
             tree = environment.parse(source)
             self._template = environment.from_string(source)
-        except (TemplateError, RecursionError, AttributeError) as error:  # AttributeError: what is no text
+        except (TemplateError, RecursionError) as error:
             raise ModelError(
                 f"the chat template is not valid Jinja ({error}); give another one with --chat-template"
             ) from error

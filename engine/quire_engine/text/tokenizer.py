@@ -9,10 +9,12 @@ from quire_engine.errors import ContextTooLong, InvalidParameter, ModelError
 from quire_engine.text.chat_template import ChatTemplate
 from quire_engine.text.detokenizer import Detokenizer, TokenTable
 from quire_engine.text.tokenizer_files import blame
+from quire_engine.weights.json_file import read_object
 from quire_engine.weights.resolve import ModelFiles
 
 log = logging.getLogger(__name__)
 LARGE_TEXT = 4096  # characters (or tokens) from which other threads run meanwhile
+_PROCESSORS_TEMPLATE = "chat_template.json"  # of models of images and text, whose tokenizer has none then
 _SHARE = 1 << 20  # characters
 Item = TypeVar("Item")
 
@@ -61,6 +63,8 @@ class Tokenizer:
             if not other:
                 _ = files.config  # the same files: what is wrong with the config is not the tokenizer's fault
             raise blame(other or files.name, source, error) from error
+        if not backend.chat_template and (path := source / _PROCESSORS_TEMPLATE).is_file():
+            backend.chat_template = read_object(path).get("chat_template")
         return Tokenizer(backend, chat_template)
 
     @property
