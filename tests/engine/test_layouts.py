@@ -108,6 +108,7 @@ def test_longrope_beyond_the_original_context(checkpoint: Make, tmp_path: Path, 
     ("family", "facts", "named"),
     [
         ("llama", {"hidden_act": "mish"}, "hidden_act is 'mish'; served are silu"),
+        ("apertus", {"hidden_act": "mish9"}, "config.json asks for 'mish9', which"),
         ("llama", {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type 'ntk'; known are default"),
         ("llama", {"quantization_config": {"quant_method": "bitnet"}}, "asks for 'bitnet'; served are fp8"),
         (

@@ -200,7 +200,27 @@ def test_wrong_weights(checkpoint: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["NoSuchModel"]}, r"'NoSuchModel'\]; served are .*LlamaForCausalLM"),
+        (lambda file: file.write_bytes(file.read_bytes()[:5000]), "model.safetensors is not a whole"),
+        (lambda file: file.rename(file.with_suffix(".bin")), "only pickled weights"),
+        (
+            lambda file: save_file(load_file(file) | {"model.norm.weight": torch.zeros(7)}, file),
+            r"norm\.weight has shape \[7\], the config asks for \[64\]",
+        ),
+    ],
+)
+def test_broken_weights_of_what_transformers_code_computes(
+    checkpoint: Make, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    folder = copy(checkpoint("apertus"), tmp_path)
+    change(folder / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        engine_for(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["NoSuchModel"], "model_type": "none"}, r"'NoSuchModel'\]; served are .*LlamaForCausalLM"),
         ({"hidden_act": "mish"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "strange", "rope_theta": 1e4}}, "rope_type 'strange'"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config asks for 'bitsandbytes'"),

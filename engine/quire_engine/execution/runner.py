@@ -388,7 +388,10 @@ def _fallback(
             "the paged cache; without fused kernels, graphs and quantization it is slower",
             spec.fallback and spec.fallback["architectures"][0],
         )
-    folder = None if config.load_format == "dummy" else str(files.folder)
+    folder = None
+    if config.load_format != "dummy":
+        files.checkpoint()  # says which file is broken, where transformers only says that something is
+        folder = str(files.folder)
     return TransformersDecoder(
         spec, group, backend, dtype, device, folder, max_model_len, quantized_cache=config.kv_cache_dtype == "fp8"
     )

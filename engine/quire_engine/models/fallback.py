@@ -110,8 +110,11 @@ def _spec_of(text: str) -> DecoderSpec | None:
 def _layers_of(text: str) -> dict[int, Seen]:
     """layer_idx → what its attention is called with, in the order of the caches."""
     config = json.loads(text)
-    with torch.device("meta"):
-        model = _class_of(config)._from_config(_hf_config(config, _PROBE), dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model = _class_of(config)._from_config(_hf_config(config, _PROBE), dtype=torch.float32)
+    except KeyError as error:  # an activation's name, say
+        raise ModelError(f"config.json asks for {error}, which transformers' code of its family lacks") from error
     _shape_experts(model)
     return dict(sorted(_probe(model).items()))
 
@@ -321,8 +324,14 @@ class TransformersDecoder:
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+            for name, stored, asked in sorted(info["mismatched_keys"]):
+                raise ModelError(
+                    f"tensor {name} has shape {list(stored)}, the config asks for {list(asked)}; config and weights do "
+                    "not belong together"
+                )
             if missing := sorted(info["missing_keys"]):
                 raise ModelError(f"the checkpoint has no tensor {missing[0]}; is it complete?")
         if device.type == "meta":
