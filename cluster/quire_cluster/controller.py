@@ -133,7 +133,7 @@ class Controller:
             pause = slot.restarts.failed(service, died=isinstance(cause, EngineFailure))
             if pause is None:
                 slot.given_up = cause
-                log.error("replica %d failed %d times in a row and is given up", index, slot.restarts.failures)
+                log.error("replica %d failed %d loads in a row and is given up", index, slot.restarts.failed_loads)
                 await self._publish()
                 return
             await self._publish()

@@ -52,7 +52,9 @@ SAID = {
     "a step without progress": f"{lease.LEAST:g} s and up",
     "a replica that is gone, that says nothing, or that is busy without a step": "as long as requests wait for one, "
     f"{service._SILENCE:g} s, {service._STALL:g} s",
-    "failures of a replica's place in a row": f"{restart._FIRST_ATTEMPTS} before it ever served, {restart._ATTEMPTS} ",
+    "loads of a replica's place that fail in a row": f"{restart._FIRST_ATTEMPTS} before it ever served, "
+    f"{restart._ATTEMPTS} after",
+    "deaths of a replica that served": f"any number; it comes back with a pause, {restart._LONGEST_AFTER_SERVICE:g} s ",
     "running requests at the end": f"`--shutdown-timeout` {SERVE.shutdown_timeout:g} s",
 }
 CALL = "cluster/test_call_limits.py"
@@ -165,10 +167,11 @@ MET: dict[str, list[str]] = {
         f"{SESSIONS}::test_health_and_readiness_follow_the_replicas",
         f"{SESSIONS}::test_health_says_which_replica_is_gone_silent_or_stalled",
     ],
-    "failures of a replica's place in a row": [
+    "loads of a replica's place that fail in a row": [
         "cluster/test_policies.py::test_a_model_that_dies_loading_is_not_started_for_ever",
         "cluster/test_policies.py::test_a_replica_that_served_is_started_again_with_growing_pauses",
     ],
+    "deaths of a replica that served": ["cluster/test_policies.py::test_no_request_makes_a_replica_be_given_up"],
     "running requests at the end": [f"{CALL}::test_a_server_at_its_end_takes_nothing_new"],
 }
 

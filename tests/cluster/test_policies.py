@@ -178,9 +178,23 @@ def test_a_model_that_dies_loading_is_not_started_for_ever() -> None:
 def test_a_replica_that_served_is_started_again_with_growing_pauses() -> None:
     restarts = Restarts()
     assert restarts.failed(1000.0, died=True) == 0.0
-    pauses = [restarts.failed(None, died=False) for _ in range(9)]
+    pauses = [restarts.failed(None, died=False) for _ in range(10)]
     assert pauses[-1] is None
     waits = [pause for pause in pauses if pause is not None]
-    assert len(waits) == 8
+    assert len(waits) == 9
     assert waits == sorted(waits)
     assert restarts.failed(31.0, died=True) == 0.0, "it served for long"
+
+
+def test_no_request_makes_a_replica_be_given_up() -> None:
+    """Each kills it as soon as it serves, with loads that fail in between."""
+    restarts = Restarts()
+    pauses: list[float] = []
+    for number in range(100):
+        pause = restarts.failed(0.1, died=True)
+        assert pause is not None
+        pauses.append(pause)
+        if number % 10 == 9:
+            assert None not in [restarts.failed(None, died=False) for _ in range(9)]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 10.0, "it grows to a bound"
