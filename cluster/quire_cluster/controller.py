@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from quire_engine.config import EngineConfig
-from quire_engine.errors import EngineFailure, ModelError, QuireError
+from quire_engine.errors import EngineFailure, QuireError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -23,6 +23,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from quire_cluster.liveness import LivenessProbe, while_alive
 from quire_cluster.policies.lease import more_patience
 from quire_cluster.policies.restart import Restarts
 from quire_cluster.replica import Replica
@@ -30,6 +31,7 @@ from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
 from quire_cluster.workers import Hang, root_cause
 
 log = logging.getLogger(__name__)
+_PLACEMENT = 0.1  # seconds between looks whether a replica has a place
 
 
 @dataclass
@@ -77,6 +79,9 @@ class Controller:
         for entry in placement_group_table().values():
             if entry["name"].startswith(self._name) and entry["state"] != "REMOVED":
                 remove_placement_group(get_placement_group(entry["name"]))
+
+    async def ping(self) -> None:
+        """A sign of life."""
 
     async def watch(self, version: int) -> RoutingTable:
         """The table, once it is newer than `version`."""
@@ -148,15 +153,17 @@ class Controller:
             [bundle] * stages, strategy="PACK", name=f"{self._name}-{uuid.uuid4().hex[:12]}"
         )
         slot.epoch += 1
+        node = await _node_of(slot.placement)
         strategy = PlacementGroupSchedulingStrategy(slot.placement, placement_group_bundle_index=0)
         slot.actor = (
             ray.remote(Replica)
             .options(num_cpus=0, scheduling_strategy=strategy, max_concurrency=64)
             .remote(f"replica-{index}")
         )
-        host = self._host or await _address_of(slot.placement)
-        address, max_model_len = await slot.actor.start.remote(
-            self._config, self._threads, slot.placement, host, slot.patience, self._secret
+        host = self._host or _address_of(node)
+        address, max_model_len = await while_alive(
+            slot.actor.start.remote(self._config, self._threads, slot.placement, host, slot.patience, self._secret),
+            LivenessProbe(slot.actor, f"replica {index}"),
         )
         slot.since = time.monotonic()
         slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len, slot.since - started, self._secret)
@@ -180,11 +187,16 @@ class Controller:
             self._changed.notify_all()
 
 
-async def _address_of(placement: PlacementGroup) -> str:
-    """The address of the node a replica is placed on, as other nodes see it."""
-    await placement.ready()
-    node = placement_group_table(placement)["bundles_to_node_id"][0]
+async def _node_of(placement: PlacementGroup) -> str:
+    """The node of the first bundle, once there is room for all of them."""
+    while (entry := placement_group_table(placement))["state"] != "CREATED":
+        await asyncio.sleep(_PLACEMENT)
+    return str(entry["bundles_to_node_id"][0])
+
+
+def _address_of(node: str) -> str:
+    """As other nodes see it."""
     for entry in ray.nodes():
         if entry["NodeID"] == node:
             return str(entry["NodeManagerAddress"])
-    raise ModelError("the node a replica was placed on has left the cluster")
+    raise EngineFailure("the node a replica was placed on has left the cluster")

@@ -394,6 +394,9 @@ class Replica:
         self._engine.start()
         return f"{host}:{port}", self._engine.max_model_len
 
+    async def ping(self) -> None:
+        """A sign of life, while it loads too."""
+
     def _worker_died(self) -> None:
         engine = getattr(self, "_engine", None)
         if engine is not None:

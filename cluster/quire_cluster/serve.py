@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from quire_engine import allocator
 from quire_engine.config import EngineConfig
-from quire_engine.errors import InvalidParameter, ModelError, ServerError, Unavailable
+from quire_engine.errors import EngineFailure, InvalidParameter, ModelError, ServerError, Unavailable
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import ModelFiles, find_model
@@ -29,6 +29,7 @@ from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_cluster.keys import read_keys
+from quire_cluster.liveness import LivenessProbe, while_alive
 from quire_cluster.local_ray import PrivateCluster, start_private_cluster, workers_on_gpus
 from quire_cluster.routing_table import Key, RoutingTable
 
@@ -61,6 +62,7 @@ class Server:
         self._name = f"quire-{uuid.uuid4().hex[:12]}"
         self._cluster: PrivateCluster | None = None
         self._controller: Any = None
+        self._liveness: LivenessProbe  # of the controller
         self._stop = asyncio.Event()
         self._failure: str | None = None
         self.http_port = 0
@@ -173,18 +175,19 @@ class Server:
             .options(num_cpus=0, max_concurrency=64)
             .remote(self._name, config, serve.data_parallel_size, threads=threads, gpu=on_gpu, host=host)
         )
-        await self._controller.start.remote()
+        self._liveness = LivenessProbe(self._controller, "the controller")
+        await while_alive(self._controller.start.remote(), self._liveness)
 
     async def _watch(self, service: Service) -> None:
         """Follows the routing table. Whatever fails is logged and tried again, while requests go where they last could;
-        a controller that died is started again, its replicas with it."""
+        a controller that died or fell silent is started again, its replicas with it."""
         version, pause, dead = 0, _WATCH_RETRY, False
         while not self._stop.is_set():
             try:
                 if dead:
                     await self._start_controller()
                     version, dead = 0, False
-                table: RoutingTable = await self._controller.watch.remote(version)
+                table: RoutingTable = await while_alive(self._controller.watch.remote(version), self._liveness)
                 self._follow(table, service)
                 version, pause = table.version, _WATCH_RETRY
                 continue
@@ -193,6 +196,9 @@ class Server:
                     self._give_up(service, "the private Ray cluster died; start the server again")
                     return
                 log.error("the controller died; it is started again")
+                dead = True
+            except EngineFailure as error:
+                log.error("%s; it is started again", error)
                 dead = True
             except Exception:  # whoever follows no more would serve by an old table for ever
                 log.exception("following the controller failed; it is tried again")

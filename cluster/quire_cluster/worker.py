@@ -39,6 +39,9 @@ class Worker:
 
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
+    def ping(self) -> None:
+        """A sign of life, on another thread than the one that waits for what is loaded."""
+
     def load(self, config: EngineConfig, threads: int, store: str, remote: list[int]) -> SchedulerLimits:
         """Joins the group at `store` (address:port) and loads this rank's slice. `remote`: ranks on other hosts."""
         return self._compute.submit(self._load, config, threads, store, remote).result()

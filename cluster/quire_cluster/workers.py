@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire_cluster.channel import ChannelClosed, StepChannel
+from quire_cluster.liveness import LOOK, LivenessProbe
 from quire_cluster.local_ray import start_private_cluster, workers_on_gpus
 from quire_cluster.policies.lease import StepLease
 from quire_cluster.worker import Worker
@@ -45,10 +46,12 @@ def root_cause(error: BaseException) -> QuireError:
     return ModelError(f"{type(cause).__name__}: {cause}")
 
 
-def first_failure(loading: Sequence["Future[Any]"]) -> QuireError | None:
+def first_failure(loading: Sequence["Future[Any]"], check: Callable[[], None]) -> QuireError | None:
     """Waits until every rank has loaded, or one has failed: why, and which. The ranks that lose their connection to one
-    that dies may be heard first; theirs is not the cause."""
-    wait(loading, return_when=FIRST_EXCEPTION)
+    that dies may be heard first; theirs is not the cause. `check` is called every LOOK seconds; what it raises ends the
+    wait."""
+    while wait(loading, LOOK, return_when=FIRST_EXCEPTION).not_done and not _failed(loading):
+        check()
     failed = _failed(loading)
     if failed and all(_lost_connection(error) for _, error in failed):
         wait(loading, timeout=_LAST_WORDS)
@@ -105,28 +108,38 @@ class Workers:
                 .options(scheduling_strategy=strategy, runtime_env=_worker_environment(threads), **options)
                 .remote(rank)
             )
+        self._probes = [
+            LivenessProbe(actor, f"rank {rank}", placed=placement is not None)
+            for rank, actor in enumerate(self._actors)
+        ]
         self._channel = StepChannel.create()
         try:
-            hosts = [actor.host.remote().future().result() for actor in self._actors]
+            hosts = self._loaded(actor.host.remote() for actor in self._actors)
             here = ray.get_runtime_context().get_node_id()
             self._remote = [rank for rank, (node, _) in enumerate(hosts) if node != here]
             address = hosts[0][1] if self._remote else "127.0.0.1"
-            port = self._actors[0].host_store.remote(size, address).future().result() if size > 1 else 0
-            loading = [
-                actor.load.remote(config, threads, f"{address}:{port}", self._remote).future() for actor in self._actors
-            ]
-            failure = first_failure(loading)
-        except Exception as error:
-            self._kill()
-            raise root_cause(error) from error
-        if failure is not None:
-            self._kill()
-            raise failure
-        self.limits: SchedulerLimits = loading[0].result()
+            [port] = self._loaded([self._actors[0].host_store.remote(size, address)]) if size > 1 else [0]
+            store = f"{address}:{port}"
+            limits = self._loaded(actor.load.remote(config, threads, store, self._remote) for actor in self._actors)
+        except BaseException:
+            self.close()
+            raise
+        self.limits: SchedulerLimits = limits[0]
         for rank, actor in enumerate(self._actors):
             path = None if rank in self._remote else self._channel.path
             loop = actor.run.remote(path, os.getpid())
             loop.future().add_done_callback(self._ended)
+
+    def _loaded(self, calls: Iterable[Any]) -> list[Any]:
+        """The results of calls of actors, which may take as long as they like while all ranks show life."""
+        futures = [call.future() for call in calls]
+        if (failure := first_failure(futures, self._check_probes)) is not None:
+            raise failure
+        return [future.result() for future in futures]
+
+    def _check_probes(self) -> None:
+        for probe in self._probes:
+            probe.check()
 
     def _ended(self, future: Any) -> None:
         """A worker's loop never ends by itself: whatever ends it ends the replica. Runs on a thread of Ray's."""

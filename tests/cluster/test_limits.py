@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from quire_cluster import liveness
 from quire_cluster.config import ServeConfig
 from quire_cluster.gateway import bodies, completions, connection, doors, fields, grpc_api, pooling, service, texts
 from quire_cluster.policies import lease, quarantine, restart
@@ -55,11 +56,14 @@ SAID = {
     "loads of a replica's place that fail in a row": f"{restart._FIRST_ATTEMPTS} before it ever served, "
     f"{restart._ATTEMPTS} after",
     "deaths of a replica that served": f"any number; it comes back with a pause, {restart._LONGEST_AFTER_SERVICE:g} s ",
+    "silence of a replica or a worker that loads, of the controller": f"{liveness.SILENCE:g} s "
+    f"({liveness.FIRST_SILENCE:g} s until its process first answers)",
     "running requests at the end": f"`--shutdown-timeout` {SERVE.shutdown_timeout:g} s",
 }
 CALL = "cluster/test_call_limits.py"
 WIRE = "end_to_end/test_connections.py"
 DOORS = "end_to_end/test_doors.py"
+LIVENESS = "cluster/test_liveness.py"
 SESSIONS = "cluster/test_sessions.py"
 SAMPLED = [f"{CALL}::test_what_is_sampled"]
 MET: dict[str, list[str]] = {
@@ -172,6 +176,11 @@ MET: dict[str, list[str]] = {
         "cluster/test_policies.py::test_a_replica_that_served_is_started_again_with_growing_pauses",
     ],
     "deaths of a replica that served": ["cluster/test_policies.py::test_no_request_makes_a_replica_be_given_up"],
+    "silence of a replica or a worker that loads, of the controller": [
+        f"{LIVENESS}::test_a_worker_that_hangs_while_it_loads_is_found",
+        f"{LIVENESS}::test_a_replica_that_hangs_while_it_loads_is_replaced",
+        f"{LIVENESS}::test_a_controller_that_hangs_is_replaced",
+    ],
     "running requests at the end": [f"{CALL}::test_a_server_at_its_end_takes_nothing_new"],
 }
 

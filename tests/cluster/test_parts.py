@@ -31,7 +31,7 @@ from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patienc
 from quire_cluster.wire import from_bytes, to_bytes
 from quire_cluster.workers import first_failure
 from quire_engine.config import EngineConfig
-from quire_engine.errors import EngineFailure, InvalidParameter, OutOfMemory, Unavailable
+from quire_engine.errors import EngineFailure, InvalidParameter, OutOfMemory, QuireError, Unavailable
 from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.step import NewRow, StepPlan, StepResult, TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
@@ -413,23 +413,26 @@ def test_of_ranks_that_fail_the_first_cause_is_told() -> None:
                 future.set_exception(error)
         return futures
 
+    def told(loading: list[Future[Any]]) -> QuireError | None:
+        return first_failure(loading, lambda: None)
+
     lost = RuntimeError("Connection closed by peer")
     full = OutOfMemory("the weights do not fit")
-    failure = first_failure(ranks(None, full))
+    failure = told(ranks(None, full))
     assert (type(failure), str(failure)) == (OutOfMemory, "rank 1: the weights do not fit")
-    assert str(first_failure(ranks(lost, None, full))) == "rank 2: the weights do not fit"
-    assert str(first_failure(ranks(full))) == "the weights do not fit", "there is but one rank"
+    assert str(told(ranks(lost, None, full))) == "rank 2: the weights do not fit"
+    assert str(told(ranks(full))) == "the weights do not fit", "there is but one rank"
     wrong = InvalidParameter("block_size is 0", "block_size")
-    assert first_failure(ranks(None, wrong)) is wrong, "whoever called is to read what is wrong with the call"
-    assert isinstance(first_failure(ranks(None, torch.OutOfMemoryError("CUDA out of memory"))), OutOfMemory)
-    assert "rank 0: RuntimeError: Connection closed" in str(first_failure(ranks(lost, None)))
+    assert told(ranks(None, wrong)) is wrong, "whoever called is to read what is wrong with the call"
+    assert isinstance(told(ranks(None, torch.OutOfMemoryError("CUDA out of memory"))), OutOfMemory)
+    assert "rank 0: RuntimeError: Connection closed" in str(told(ranks(lost, None)))
     late = ranks(lost, None)
     threading.Timer(0.3, late[1].set_exception, [ActorDiedError()]).start()
-    assert str(first_failure(late)) == "rank 1: a worker process died"
+    assert str(told(late)) == "rank 1: a worker process died"
     loaded = ranks(None, None)
     for future in loaded:
         future.set_result(None)
-    assert first_failure(loaded) is None
+    assert told(loaded) is None
 
 
 def test_a_slot_whose_place_cannot_be_given_back_is_kept_all_the_same() -> None:

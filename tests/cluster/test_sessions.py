@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
+from quire_cluster.liveness import LivenessProbe
 from quire_cluster.policies.suspicion import Patience
 from quire_cluster.replica import EngineService, EngineThread, merged
 from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
@@ -606,10 +608,15 @@ def test_following_the_controller_never_ends_unseen(
                     return answer
                 raise answer
 
-        class Actor:
-            watch = Watch
+        class Ping:
+            @staticmethod
+            def remote() -> SimpleNamespace:
+                return SimpleNamespace(future=Future)
 
-        server._controller = Actor
+        class Actor:
+            watch, ping = Watch, Ping
+
+        server._controller, server._liveness = Actor, LivenessProbe(Actor, "the controller")
         async with asyncio.timeout(60):
             await server._watch(gate)
         assert gate.dispatcher.max_model_len == 4096

@@ -1,0 +1,162 @@
+"""Processes that are stopped, not killed, where nobody asks them for a step: while they load, and the controller."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import processes, wait_until
+from quire_cluster import liveness
+from quire_cluster.config import ServeConfig
+from quire_cluster.controller import Controller
+from quire_cluster.gateway.service import Service
+from quire_cluster.liveness import LivenessProbe, while_alive
+from quire_cluster.local_ray import start_private_cluster
+from quire_cluster.serve import Server
+from quire_cluster.workers import Workers
+from quire_engine.config import EngineConfig
+from quire_engine.errors import EngineFailure
+from quire_engine.weights.resolve import find_model
+
+LIMIT = 600.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    running = start_private_cluster(num_workers=2)
+    yield
+    running.stop()
+
+
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this process. It counts only after a first answer, which may take long on a busy machine."""
+    monkeypatch.setattr(liveness, "SILENCE", 4.0)
+
+
+@pytest.fixture
+def config(checkpoint: Callable[[str], Path]) -> EngineConfig:
+    return EngineConfig(model=str(checkpoint("llama")), kv_cache_memory_bytes=1 << 20, cpu_threads=1)
+
+
+class Quiet:
+    """An actor whose answers are the test's."""
+
+    def __init__(self) -> None:
+        self.answers: list[Future[None]] = []
+
+    @property
+    def ping(self) -> Any:
+        def remote() -> SimpleNamespace:
+            answer: Future[None] = Future()
+            self.answers.append(answer)
+            return SimpleNamespace(future=lambda: answer)
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_an_actor_that_answers_may_take_as_long_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was stopped itself in between blames nobody."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    actor = Quiet()
+    probe = LivenessProbe(actor, "rank 1")
+
+    def silence(seconds: float) -> None:
+        for _ in range(int(seconds / 0.25)):
+            clock.now += 0.25
+            probe.check()
+
+    silence(599)
+    for _ in range(100):
+        actor.answers[-1].set_result(None)
+        silence(3.5)
+    clock.now += 1000.0
+    probe.check()
+    with pytest.raises(EngineFailure, match="rank 1 says nothing for 4 s; its process is stopped, or its host gone"):
+        silence(4)
+    starting = LivenessProbe(Quiet(), "rank 0")
+    waiting = LivenessProbe(Quiet(), "rank 0", placed=False)
+    with pytest.raises(EngineFailure, match="rank 0 says nothing for 600 s"):
+        while True:
+            clock.now += 0.25
+            waiting.check()  # for room in the cluster, for ever
+            starting.check()
+
+
+def test_what_is_asked_for_is_answered_or_its_failure() -> None:
+    async def run() -> None:
+        probe = LivenessProbe(Quiet(), "it")
+        assert await while_alive(asyncio.sleep(0.6, 5), probe) == 5
+        failing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        failing.set_exception(KeyError("why"))
+        with pytest.raises(KeyError, match="why"):
+            await while_alive(failing, probe)
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_hangs_while_it_loads_is_found(config: EngineConfig) -> None:
+    with ThreadPoolExecutor(1) as opening:
+        opened = opening.submit(Workers, config, threads=1)
+        wait_until(lambda: len(processes(os.getpid(), "Worker.load")) == 1)
+        [victim] = processes(os.getpid(), "Worker.load")
+        os.kill(victim, signal.SIGSTOP)
+        with pytest.raises(EngineFailure, match=r"^rank 0 says nothing for 4 s"):
+            opened.result(LIMIT)
+    wait_until(lambda: not Path(f"/proc/{victim}").exists())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_hangs_while_it_loads_is_replaced(config: EngineConfig) -> None:
+    async def run() -> None:
+        controller = Controller("quire-test", config, 1, threads=1, gpu=False, host="127.0.0.1")
+        await controller.start()
+        try:
+            await asyncio.to_thread(wait_until, lambda: bool(processes(os.getpid(), "Worker")))
+            [victim] = processes(os.getpid(), "Replica")
+            os.kill(victim, signal.SIGSTOP)
+            table = await asyncio.wait_for(controller.watch(0), LIMIT)
+            while not table.replicas:
+                table = await asyncio.wait_for(controller.watch(table.version), LIMIT)
+            assert [replica.epoch for replica in table.replicas] == [2]
+            await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{victim}").exists())
+        finally:
+            await controller.shutdown()
+            await asyncio.to_thread(wait_until, lambda: not processes(os.getpid(), "Replica"))
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_controller_that_hangs_is_replaced(config: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        files = find_model(config)
+        service = Service.load(files, config, names=["tiny"], chat_template=None)
+        server = Server(config, ServeConfig(), files)
+        await server._start_controller()
+        following = asyncio.ensure_future(server._watch(service))
+        try:
+            async with asyncio.timeout(LIMIT):
+                while not service.ready:
+                    await asyncio.sleep(0.1)
+                before = {session.key for session in service.dispatcher.sessions}
+                [victim] = processes(os.getpid(), "Controller")
+                os.kill(victim, signal.SIGSTOP)
+                while not service.ready or before & {session.key for session in service.dispatcher.sessions}:
+                    await asyncio.sleep(0.1)
+            assert victim not in processes(os.getpid(), "Controller")
+        finally:
+            server.stop()
+            following.cancel()
+            await service.dispatcher.close()
+            await server._controller.shutdown.remote()
+
+    asyncio.run(run())
+    assert "the controller says nothing for 4 s" in caplog.text
