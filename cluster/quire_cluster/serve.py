@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Server:
         self._controller: Any = None
         self._liveness: LivenessProbe  # of the controller
         self._stop = asyncio.Event()
-        self._failure: str | None = None
+        self._failure: ServerError | None = None
         self.http_port = 0
         self.grpc_port = 0
 
@@ -100,21 +100,22 @@ class Server:
             self._catch_signals()  # Ray has put its own handlers in front
             await self._start_controller()
             http = HttpServer(HttpConfig(doors.before(Api(service).app()), limits))
-            http_task = asyncio.ensure_future(http.serve(sockets=[listener]))
+            http_task = self._begin(http.serve(sockets=[listener]), "the HTTP server")
             self.http_port = listener.getsockname()[1]
             grpc_server = GrpcServer(service, limits, keys=keys)
             self.grpc_port = await grpc_server.start(self._serve.host, self._serve.grpc_port)
             service.dispatcher.on_silence = self._report_silence
             watchers += [
-                asyncio.ensure_future(self._watch(service)),
-                asyncio.ensure_future(self._tell_readiness(service, grpc_server)),
+                self._begin(grpc_server.wait(), "the gRPC server"),
+                self._begin(self._watch(service), "following the controller"),
+                self._begin(self._tell_readiness(service, grpc_server), "telling the gRPC health service"),
             ]
             await self._until_ready(service)
             if not self._stop.is_set():
                 on_ready(self)
             await self._stop.wait()
             if self._failure is not None:
-                raise ModelError(self._failure)
+                raise self._failure
         finally:
             await self._shut_down(service, http, http_task, grpc_server, watchers)
             listener.close()
@@ -133,6 +134,24 @@ class Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
             loop.add_signal_handler(number, self.stop)
+
+    def _begin(self, part: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
+        """A part that lasts as long as the server: where it ends by itself, the server does, and says why."""
+
+        def ended(task: "asyncio.Task[None]") -> None:
+            if task.cancelled():
+                return
+            error = task.exception()
+            if error is not None:
+                log.error("%s failed", name, exc_info=error)
+            if not self._stop.is_set():
+                why = f": {type(error).__name__}: {error}" if error is not None else ""
+                self._failure = ServerError(f"{name} ended by itself{why}; start the server again")
+                self.stop()
+
+        task = asyncio.ensure_future(part)
+        task.add_done_callback(ended)
+        return task
 
     async def _until_ready(self, service: Service) -> None:
         while not service.ready and not self._stop.is_set():
@@ -216,7 +235,7 @@ class Server:
 
     def _give_up(self, service: Service, why: str) -> None:
         """No replica will serve any more."""
-        self._failure = why
+        self._failure = ModelError(why)
         service.dispatcher.give_up(f"no replica could be started: {why}")
         self.stop()
 
@@ -254,8 +273,7 @@ class Server:
                 await asyncio.sleep(0.02)
         if http is not None and http_task is not None:
             http.should_exit = True
-            with contextlib.suppress(asyncio.CancelledError):
-                await http_task
+            await asyncio.wait({http_task})
         if grpc_server is not None:
             await grpc_server.stop(1.0)
         for watcher in watchers:

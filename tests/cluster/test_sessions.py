@@ -1,6 +1,7 @@
 """What gateways do when replicas vanish, fall silent, or die of a request: over real sockets, without a model."""
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -15,8 +16,10 @@ import pytest
 from fake_replica import FakeReplica, token_at
 from quire_cluster.config import ServeConfig
 from quire_cluster.convert import BATCH_BYTES
+from quire_cluster.gateway.connection import HttpServer
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
+from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_cluster.liveness import LivenessProbe
@@ -25,7 +28,15 @@ from quire_cluster.replica import EngineService, EngineThread, merged
 from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
 from quire_cluster.serve import Server
 from quire_engine.config import EngineConfig, SchedulerLimits
-from quire_engine.errors import DeadlineExceeded, EngineFailure, InvalidParameter, PoisonRequest, QueueFull, Unavailable
+from quire_engine.errors import (
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidParameter,
+    PoisonRequest,
+    QueueFull,
+    ServerError,
+    Unavailable,
+)
 from quire_engine.request import EngineSampling, Request, TokenSet
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
@@ -626,6 +637,53 @@ def test_following_the_controller_never_ends_unseen(
     asyncio.run(run())
     assert "the head is gone" in caplog.text
     assert "a bug" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["the HTTP server", "the gRPC server", "telling the gRPC health service"])
+def test_a_server_ends_with_any_part_of_it(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Half a server would be taken for a whole one."""
+
+    class OverOneReplica(Server):
+        def _start_cluster(self) -> None:
+            pass
+
+        async def _start_controller(self) -> None:
+            pass
+
+        async def _watch(self, service: Service) -> None:
+            replica = await FakeReplica().start()
+            service.dispatcher.update_table(RoutingTable(1, (replica.entry(),)))
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await replica.stop()
+
+    async def fail(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    def unready(_: Service) -> bool:
+        raise KeyError("a bug")
+
+    def disturb(server: Server) -> None:
+        if part == "the HTTP server":
+            monkeypatch.setattr(HttpServer, "on_tick", fail)
+        elif part == "the gRPC server":
+            [running] = [one for one in gc.get_objects() if type(one) is GrpcServer]
+            server._stopping = asyncio.ensure_future(running.stop(0))
+        else:
+            monkeypatch.setattr(Service, "ready", property(unready))
+
+    async def run() -> None:
+        engine = EngineConfig(model=str(checkpoint("llama")))
+        server = OverOneReplica(engine, ServeConfig(port=0, grpc_port=0, shutdown_timeout=0), find_model(engine))
+        async with asyncio.timeout(60):
+            await server.run(disturb)
+
+    why = "" if part == "the gRPC server" else ": KeyError: 'a bug'"
+    with pytest.raises(ServerError, match=f"^{part} ended by itself{why}; start the server again$"):
+        asyncio.run(run())
 
 
 def test_what_kills_replicas_before_its_start_ends_too(tokenizer: Tokenizer) -> None:

@@ -350,6 +350,10 @@ class GrpcServer:
         await self.set_serving(False)
         return bound
 
+    async def wait(self) -> None:
+        """Until it has stopped. Raises what it failed with."""
+        await self._server.wait_for_termination()
+
     async def set_serving(self, serving: bool) -> None:
         """What the health service answers."""
         state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
