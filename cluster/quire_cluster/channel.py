@@ -15,6 +15,7 @@ import os
 import pickle
 import platform
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ def _path(descriptor: int) -> str:
     return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
+def _close_all(own: int, large: dict[int, int]) -> None:
+    os.close(own)
+    while large:  # another thread may still send
+        os.close(large.popitem()[1])
+
+
 class ChannelClosed(Exception):
     """The other side is gone, or closed the channel."""
 
@@ -79,6 +86,7 @@ class StepChannel:
         self._progress = (ctypes.c_uint64 * MAX_RANKS).from_buffer(self._map, _PROGRESS)
         self._seen = [0, 0]
         self._large: dict[int, int] = {}  # slot → descriptor of the memory that its message lies in
+        self._release = weakref.finalize(self, _close_all, descriptor, self._large)
 
     @staticmethod
     def create() -> "StepChannel":
@@ -94,7 +102,7 @@ class StepChannel:
 
     @property
     def path(self) -> str:
-        """Where other processes of this user can open it while this one lives."""
+        """Where other processes of this user can open it until this one closes it."""
         return _path(self._descriptor)
 
     def send_plan(self, message: Any) -> None:
@@ -122,10 +130,11 @@ class StepChannel:
         return self._progress[:ranks]
 
     def close(self) -> None:
-        """Tells the other side; the memory goes when both have forgotten it."""
+        """Tells the other side; the memory goes when both have forgotten it. Idempotent."""
         self._closed.value = 1
         for word in (_PLAN, _RESULT):
             self._wake(word)
+        self._release()
 
     def _send(self, word: int, message: Any) -> None:
         data, flag = encoded(message), 0
@@ -159,7 +168,13 @@ class StepChannel:
         start = _slot(word, seen)
         length = int.from_bytes(self._map[start : start + 8], "little")
         data = memoryview(self._map)[start + 8 : start + 8 + length % _ELSEWHERE]
-        return decoded(data if length < _ELSEWHERE else Path(bytes(data).decode()).read_bytes())
+        if length < _ELSEWHERE:
+            return decoded(data)
+        try:
+            large = Path(bytes(data).decode()).read_bytes()
+        except OSError as error:  # its memory was this process's alone
+            raise ChannelClosed("the other side of the step channel is gone") from error
+        return decoded(large)
 
     def _sleep(self, word: int, value: int) -> None:
         """Until the word differs from `value`, 50 ms at most (futex(2))."""

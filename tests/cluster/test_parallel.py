@@ -1,5 +1,6 @@
 """Several ranks over gloo and the step channel equal transformers."""
 
+import gc
 import os
 import signal
 import time
@@ -198,3 +199,19 @@ def test_vocabularies_need_not_divide(tmp_path: Path) -> None:
         with pytest.raises(InvalidParameter, match="token ids and prompts"):
             llm.generate([5, "w5"], params, use_tqdm=False)
     assert output.outputs[0].token_ids == truth(folder, [300, 5, 6])[0]
+
+
+def test_a_closed_engine_leaves_no_descriptor(checkpoint: Make) -> None:
+    """The memory of its channel."""
+
+    def memories() -> list[str]:
+        links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return [link for link in links if link.startswith("/memfd:quire-step")]
+
+    before = memories()
+    for _ in range(2):
+        with LLM(str(checkpoint("llama")), tensor_parallel_size=2, kv_cache_memory_bytes=1 << 20) as llm:
+            assert len(memories()) > len(before)
+        del llm
+    gc.collect()
+    assert memories() == before

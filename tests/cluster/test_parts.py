@@ -1,6 +1,7 @@
 """The parts between processes, each by itself."""
 
 import asyncio
+import gc
 import math
 import os
 import pickle
@@ -81,6 +82,24 @@ def test_a_message_of_any_size_goes_through_and_leaves_no_memory() -> None:
         reader.send_result(sent)
         assert np.array_equal(channel.receive_result(), sent)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_closed_channel_leaves_no_descriptor() -> None:
+    """Nor does one that nobody closed; what was large and unread is gone."""
+    before = sorted(os.listdir("/proc/self/fd"))
+    for closed in (True, False):
+        channel = StepChannel.create()
+        reader = StepChannel.open(channel.path)
+        for _ in range(3):
+            channel.send_plan(np.zeros(2 << 20, np.uint8))
+        if closed:
+            channel.close()
+            channel.close()
+            with pytest.raises(ChannelClosed, match="gone"):
+                reader.receive_plan()
+        del channel, reader
+        gc.collect()
+        assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("kind", ["allowed", "penalized"])
