@@ -272,7 +272,7 @@ def guarded(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPath
         "--api-key-file",
         str(keys),
         "--allowed-hosts",
-        "models.example",
+        "models.example, [2001:db8::1]",
         "--allowed-origins",
         "https://app.example",
         "--header-timeout",

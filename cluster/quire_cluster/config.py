@@ -1,13 +1,13 @@
 """The server's configuration. Each default stands here once; command-line options are generated from these fields."""
 
-import json
 import re
 from dataclasses import dataclass
 
 from quire_engine.config import check, option
 from quire_engine.errors import InvalidParameter
 
-_HOST = re.compile(r"[\w.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", re.ASCII)  # a name, or an address
+_IPV6 = "[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*"
+_HOST = re.compile(rf"[\w.-]+|{_IPV6}|\[{_IPV6}\]", re.ASCII)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 
 
@@ -89,13 +89,5 @@ class ServeConfig:
 
 
 def entries(text: str | None) -> tuple[str, ...]:
-    """Of an option whose values are separated by commas, or given as a JSON list."""
-    if text is None:
-        return ()
-    if text.startswith("["):
-        try:
-            listed = json.loads(text)
-        except ValueError as error:
-            raise InvalidParameter(f"{text!r} is no JSON list: {error}") from error
-        return tuple(str(entry) for entry in listed)
-    return tuple(entry.strip() for entry in text.split(",") if entry.strip())
+    """Of an option whose values are separated by commas."""
+    return tuple(entry.strip() for entry in (text or "").split(",") if entry.strip())

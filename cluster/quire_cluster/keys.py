@@ -1,7 +1,7 @@
 """Keys that callers send as `Authorization: Bearer KEY`: over HTTP, over gRPC, and from gateway to replica."""
 
 import hmac
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +69,13 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         self._keys = keys
         self._open = tuple(f"/{service}/" for service in open_services)
 
-        async def refuse(request: Any, context: Any) -> None:
+        async def refuse(requests: Any, context: Any) -> None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, refusal)
 
-        async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            await refuse(request, context)
-            yield None
-
+        # Of streams of requests, whatever the method takes: these alone begin before a message is there.
         self._refusals = {
-            (False, False): grpc.unary_unary_rpc_method_handler(refuse),
-            (False, True): grpc.unary_stream_rpc_method_handler(refuse_stream),
-            (True, True): grpc.stream_stream_rpc_method_handler(refuse_stream),
+            False: grpc.stream_unary_rpc_method_handler(refuse),
+            True: grpc.stream_stream_rpc_method_handler(refuse),
         }
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
@@ -89,4 +85,4 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
             return handler
         if self._keys.match(str(dict(details.invocation_metadata).get(HEADER, ""))):
             return handler
-        return self._refusals[handler.request_streaming, handler.response_streaming]
+        return self._refusals[handler.response_streaming]

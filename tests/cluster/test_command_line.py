@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from quire import LLM, Client
 from quire.cli.config import ChatConfig, CompleteConfig, PlanConfig
 from quire.cli.main import main, read
-from quire_cluster.config import ServeConfig
+from quire_cluster.config import ServeConfig, entries
+from quire_cluster.gateway.doors import Doors
 from quire_engine.config import EngineConfig, kind_of
 from quire_engine.errors import InvalidParameter, QuireError
 
@@ -288,3 +289,9 @@ def test_what_needs_no_model_imports_no_torch(arguments: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_names_and_sites_are_separated_by_commas() -> None:
+    """An IPv6 address is no list."""
+    assert entries("[::1], a.example,,") == ("[::1]", "a.example")
+    assert Doors.of("0.0.0.0", None, entries("[::1],::2,A.example"), ()).hosts == ("::1", "::2", "a.example")

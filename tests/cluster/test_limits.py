@@ -90,7 +90,10 @@ MET: dict[str, list[str]] = {
         f"{WIRE}::test_silence_and_slowness_are_hung_up_on",
         f"{WIRE}::test_silent_grpc_connections_end",
     ],
-    "time until the body is there": [f"{WIRE}::test_silence_and_slowness_are_hung_up_on"],
+    "time until the body is there": [
+        f"{WIRE}::test_silence_and_slowness_are_hung_up_on",
+        f"{WIRE}::test_a_call_without_its_message_ends",
+    ],
     "time that an answer is left unread": [
         f"{WIRE}::test_a_stream_that_nobody_reads_is_let_go",
         f"{WIRE}::test_a_call_whose_answers_nobody_reads_is_let_go",

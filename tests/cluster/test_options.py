@@ -161,13 +161,15 @@ def test_what_is_no_number_or_no_choice_is_said_as_all_else(arguments: str, wron
         ("allowed_hosts", "example.org:8000", "no port"),
         ("allowed_hosts", "*.example.org", "no pattern"),
         ("allowed_hosts", "https://example.org", "names alone"),
+        ("allowed_hosts", '["example.org"]', "names alone"),
+        ("allowed_origins", '["https://example.org"]', "as https://example.org"),
         ("allowed_origins", "example.org", "with its scheme"),
         ("allowed_origins", "https://example.org/", "without a path"),
         ("allowed_origins", "https://Example.org", "in lower case"),
     ],
 )
 def test_a_name_or_a_site_that_no_client_could_send_is_refused(option: str, entry: str, mend: str) -> None:
-    for given in (entry, f"good.example, {entry}" if option == "allowed_hosts" else f'["null", "{entry}"]'):
+    for given in (entry, f"good.example, {entry}" if option == "allowed_hosts" else f"null, {entry}"):
         with pytest.raises(InvalidParameter, match=f"{option} holds '{re.escape(entry)}'; .*{mend}") as refused:
             ServeConfig(**{option: given})
         assert refused.value.parameter == option
@@ -175,5 +177,5 @@ def test_a_name_or_a_site_that_no_client_could_send_is_refused(option: str, entr
 
 def test_names_and_sites_that_clients_send() -> None:
     ServeConfig(
-        allowed_hosts="Models.example, 10.0.0.7,::1,my_host", allowed_origins="*,null,http://[::1]:80,app://x.y"
+        allowed_hosts="[::2], Models.example, 10.0.0.7,::1,my_host", allowed_origins="*,null,http://[::1]:80,app://x.y"
     )

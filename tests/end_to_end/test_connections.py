@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -332,6 +333,47 @@ def test_silent_grpc_connections_end(guarded: RunningServer) -> None:
     with socket.create_connection(("127.0.0.1", int(guarded.grpc.rsplit(":", 1)[1])), timeout=PATIENCE) as silent:
         while silent.recv(1 << 16):
             pass
+
+
+@pytest.mark.parametrize(
+    ("method", "streams"),
+    [
+        ("/quire.v1.Inference/ListModels", False),
+        ("/quire.v1.Inference/Generate", True),
+        ("/grpc.health.v1.Health/Check", False),
+        ("/grpc.health.v1.Health/Watch", True),
+        ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", True),
+    ],
+)
+def test_a_call_without_its_message_ends(guarded: RunningServer, method: str, streams: bool) -> None:
+    """One that never sends it, one that says there is none, one that leaves, and one without a key, which need not send
+    it."""
+    key = [("authorization", f"Bearer {KEYS[0]}")]
+    done = threading.Event()
+
+    def never() -> Iterator[bytes]:
+        done.wait(PATIENCE)
+        yield from ()
+
+    def code(
+        messages: Iterator[bytes], metadata: list[tuple[str, str]], timeout: float | None = None
+    ) -> grpc.StatusCode:
+        with grpc.insecure_channel(guarded.grpc) as channel:
+            call = channel.stream_stream(method) if streams else channel.stream_unary(method)
+            with pytest.raises(grpc.RpcError) as ended:
+                answer = call(messages, metadata=metadata, timeout=timeout)
+                list(answer) if streams else answer
+        return ended.value.code()
+
+    try:
+        assert code(never(), key) is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert code(never(), key, 1.0) is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert code(iter(()), key) is grpc.StatusCode.INVALID_ARGUMENT
+        if "Health" not in method:
+            assert code(never(), []) is grpc.StatusCode.UNAUTHENTICATED
+    finally:
+        done.set()
+    assert "Traceback" not in guarded.log
 
 
 def test_open_files(guarded: RunningServer) -> None:

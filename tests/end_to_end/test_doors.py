@@ -183,7 +183,8 @@ def test_names_and_sites(guarded: RunningServer) -> None:
     def get(**headers: str) -> httpx.Response:
         return http.get(f"{guarded.url}/v1/models", headers=key | headers)
 
-    for host in ("localhost", f"LOCALHOST:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "models.example"):
+    names = "localhost", f"LOCALHOST:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"
+    for host in (*names, "models.example", "[2001:db8::1]", f"[2001:db8::1]:{port}"):
         assert get(host=host).status_code == 200, host
     for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "0.0.0.0", "[", "x" * 5000, ""):
         answer = get(host=host)

@@ -39,7 +39,7 @@ class Doors:
         """A server for this machine alone answers to its own names: another name that leads here is a web page's
         trick (DNS rebinding), unless it is among `hosts`."""
         local = (*_LOCAL, listens_on) if is_loopback(listens_on) else ()
-        names = tuple(name.lower() for name in (*local, *hosts))
+        names = tuple(name.lower().removeprefix("[").removesuffix("]") for name in (*local, *hosts))
         return Doors(keys, names or None, tuple(origins))
 
     def before(self, app: ASGIApp) -> ASGIApp:

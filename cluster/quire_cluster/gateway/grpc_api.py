@@ -318,7 +318,7 @@ class GrpcServer:
         refusal = "missing or wrong API key; send metadata 'authorization: Bearer KEY'"
         doors = [KeyInterceptor(keys, refusal=refusal, open_services=[health.SERVICE_NAME])] if keys else []
         self._server = grpc.aio.server(
-            interceptors=[*doors, CallGuard()],
+            interceptors=[*doors, CallGuard(limits.body)],
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST),
                 ("grpc.max_send_message_length", MAX_ANSWER),
