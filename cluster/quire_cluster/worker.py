@@ -2,18 +2,23 @@
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire_engine.config import EngineConfig, SchedulerLimits
 
 from quire_cluster.channel import ChannelClosed, StepChannel, parent_lives
-from quire_cluster.relay import RelayingChannel, RemoteChannel
+
+if TYPE_CHECKING:
+    from quire_cluster.relay import RelayingChannel, RemoteChannel
 
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Its methods are called by the replica that made it: `host_store` (rank 0), `load`, then `run` until the end."""
+    """Its methods are called by the replica that made it: `host_store` (rank 0), `load`, then `run` until the end.
+
+    What needs torch is imported in them: controller and replica import this class, and do without.
+    """
 
     def __init__(self, rank: int) -> None:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -82,7 +87,9 @@ class Worker:
         limits: SchedulerLimits = self._runner.limits
         return limits
 
-    def _channel(self, path: str | None) -> StepChannel | RemoteChannel | RelayingChannel:
+    def _channel(self, path: str | None) -> "StepChannel | RemoteChannel | RelayingChannel":
+        from quire_cluster.relay import RelayingChannel, RemoteChannel
+
         if path is None:
             return RemoteChannel(self._group.control)
         channel = StepChannel.open(path)
@@ -113,7 +120,7 @@ class Worker:
                     sending.result()  # raises what it failed with
 
 
-def _send(channel: StepChannel | RemoteChannel | RelayingChannel, step: Any) -> None:
+def _send(channel: "StepChannel | RemoteChannel | RelayingChannel", step: Any) -> None:
     try:
         channel.send_result(step.result())
     except BaseException:

@@ -295,3 +295,14 @@ def test_names_and_sites_are_separated_by_commas() -> None:
     """An IPv6 address is no list."""
     assert entries("[::1], a.example,,") == ("[::1]", "a.example")
     assert Doors.of("0.0.0.0", None, entries("[::1],::2,A.example"), ()).hosts == ("::1", "::2", "a.example")
+
+
+def test_controller_and_replicas_import_no_torch() -> None:
+    """A second of each one's start, and 180 MB: only workers compute."""
+    code = (
+        "import sys, quire_cluster.controller\n"
+        "heavy = sys.modules.keys() & {'torch', 'triton', 'transformers'}\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
