@@ -84,7 +84,9 @@ class LLM:
 
             return ModelRunner(config, files)
         from quire_cluster.workers import LocalWorkers
+        from quire_engine.models.check import check_model
 
+        check_model(config)  # before processes are started
         return LocalWorkers(config)
 
     def __enter__(self) -> "LLM":

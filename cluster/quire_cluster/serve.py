@@ -17,9 +17,8 @@ import ray
 from quire_engine import allocator
 from quire_engine.config import EngineConfig
 from quire_engine.errors import EngineFailure, InvalidParameter, ModelError, ServerError, Unavailable
-from quire_engine.models.families import spec_of
-from quire_engine.quantization.config import quantization_of
-from quire_engine.weights.resolve import ModelFiles, find_model
+from quire_engine.models.check import check_model
+from quire_engine.weights.resolve import ModelFiles
 
 from quire_cluster.config import ServeConfig, entries
 from quire_cluster.controller import Controller
@@ -280,7 +279,7 @@ class Server:
             watcher.cancel()
         if service is not None:
             await service.dispatcher.close()
-        if self._controller is not None:
+        if self._controller is not None and (self._cluster is None or self._cluster.is_whole):
             try:
                 await asyncio.wait_for(self._controller.shutdown.remote(), 15)
             except (TimeoutError, ray.exceptions.RayError) as error:
@@ -290,18 +289,6 @@ class Server:
             await asyncio.get_running_loop().run_in_executor(None, self._cluster.stop)
         elif ray.is_initialized():
             ray.shutdown()
-
-
-def check_model(engine: EngineConfig) -> ModelFiles:
-    """What can be known before anything is started: the files are there, whole, and of a family that is served."""
-    files = find_model(engine)
-    spec_of(files.config).check_parallel(
-        engine.tensor_parallel_size, engine.pipeline_parallel_size, experts_apart=engine.enable_expert_parallel
-    )
-    quantization_of(files.config, engine.quantization)
-    if engine.load_format != "dummy":
-        files.checkpoint()
-    return files
 
 
 def serve(engine: EngineConfig, config: ServeConfig, on_ready: Callable[[Server], None]) -> None:
