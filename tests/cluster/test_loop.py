@@ -24,6 +24,7 @@ from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
 LIMITS = Limits(connections=16, head=60.0, body=60.0, write=60.0)
+_LONGEST_GAP, _TRIES = 0.1, 5  # seconds
 WORDS = "the quick brown fox jumps over the lazy dog and runs away "
 
 
@@ -66,21 +67,48 @@ SENT: dict[str, tuple[str, Callable[[], Any], int]] = {
 }
 
 
-async def longest_gap(work: Awaitable[Any]) -> tuple[float, float, Any]:
-    """The longest time for which the loop did nothing else, the whole time, and what came of it."""
-    last = begun = time.monotonic()
-    longest = 0.0
+async def longest_gap(work: Awaitable[Any]) -> tuple[float, Any]:
+    """The most that this process computed while its loop stood, in seconds of CPU time, and what came of the work. On a
+    busy machine the loop stands for longer, but not because of what it works on."""
+    last, longest = time.process_time(), 0.0
     task = asyncio.ensure_future(work)
     while not task.done():
         await asyncio.sleep(0.002)
-        now = time.monotonic()
+        now = time.process_time()
         longest, last = max(longest, now - last), now
-    return longest, last - begun, await task
+    return longest, await task
 
 
-def check(longest: float, whole: float) -> None:
-    """Of what blocks the loop, the longest gap is the whole time. Small works may take what a slow machine takes."""
-    assert longest < 0.25 + whole / 4, f"the loop stood for {longest:.2f} s of {whole:.2f} s"
+def undisturbed(run: Callable[[], tuple[float, Any]]) -> Any:
+    """What comes of the first run in which the loop never stood for long. What the system does to it passes; what the
+    work does to it comes in each."""
+    gaps = []
+    for _ in range(_TRIES):
+        longest, answer = run()
+        if longest < _LONGEST_GAP:
+            return answer
+        gaps.append(longest)
+    raise AssertionError(f"the loop stood for {', '.join(f'{gap:.2f}' for gap in gaps)} s")
+
+
+def compute() -> None:
+    until = time.process_time() + 2 * _LONGEST_GAP
+    while time.process_time() < until:
+        pass
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_what_holds_the_loop_up_is_seen(blocks: bool) -> None:
+    """And not what another thread does beside it."""
+
+    async def work() -> None:
+        compute() if blocks else await asyncio.to_thread(compute)
+
+    if blocks:
+        with pytest.raises(AssertionError, match="the loop stood for"):
+            undisturbed(lambda: asyncio.run(longest_gap(work())))
+    else:
+        undisturbed(lambda: asyncio.run(longest_gap(work())))
 
 
 @pytest.mark.parametrize("name", SENT)
@@ -88,14 +116,13 @@ def test_over_http(name: str, tokenizer: Tokenizer) -> None:
     route, content, status = SENT[name]
     body = orjson.dumps(content())
 
-    async def run() -> tuple[float, float, httpx.Response]:
+    async def run() -> tuple[float, httpx.Response]:
         transport = httpx.ASGITransport(Api(service(tokenizer)).app())
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             return await longest_gap(client.post(route, content=body))
 
-    longest, whole, answer = asyncio.run(run())
+    answer = undisturbed(lambda: asyncio.run(run()))
     assert answer.status_code == status, answer.text[:300]
-    check(longest, whole)
 
 
 CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -114,7 +141,7 @@ def test_over_grpc(name: str, tokenizer: Tokenizer) -> None:
     method, make = CALLS[name]
     request = make()
 
-    async def run() -> tuple[float, float, Any]:
+    async def run() -> tuple[float, Any]:
         server = GrpcServer(service(tokenizer), LIMITS, keys=None)
         port = await server.start("127.0.0.1", 0)
         options = [("grpc.max_receive_message_length", 64 << 20)]
@@ -132,10 +159,9 @@ def test_over_grpc(name: str, tokenizer: Tokenizer) -> None:
         await server.stop(0)
         return found
 
-    longest, whole, answer = asyncio.run(run())
+    answer = undisturbed(lambda: asyncio.run(run()))
     if name not in ("Tokenize", "Detokenize"):
         assert answer is grpc.StatusCode.INVALID_ARGUMENT, answer
-    check(longest, whole)
 
 
 @given(st.binary(max_size=40).map(lambda noise: bytes(b'"\\,{[a'[byte % 6] for byte in noise)), st.integers(1, 5))
