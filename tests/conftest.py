@@ -193,6 +193,8 @@ class RunningServer:
             "0",
             "--grpc-port",
             "0",
+            "--cpu-threads",  # several servers share the cores: threads that wait for each other spin meanwhile
+            "1",
             *arguments,
         ]
         environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
@@ -250,8 +252,6 @@ def two_replicas(checkpoint: Callable[[str], Path]) -> Iterator[RunningServer]:
         "tiny",
         "--max-num-seqs",
         "32",
-        "--cpu-threads",
-        "1",
     )
     yield server
     assert server.stop() == 0, server.log

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from quire import LLM, SamplingParams
@@ -57,3 +58,16 @@ def test_a_prompt_is_scored_without_an_output(llm: LLM) -> None:
     assert sum(len(part.chosen) for part in output.prompt_logprobs or []) == 2
     [choice] = output.outputs
     assert (choice.text, choice.token_ids, choice.finish_reason, choice.logprobs) == ("", [], "length", [])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [
+        ([[301]], "token id 301"),
+        ([{"prompt": "w5"}], "holds {'prompt': 'w5'}, which is no text and no list of token ids"),
+        ([5, "w5"], "token ids and prompts"),
+    ],
+)
+def test_what_is_no_prompt_is_named(llm: LLM, prompts: list[Any], named: str) -> None:
+    with pytest.raises(InvalidParameter, match=named):
+        llm.generate(prompts, use_tqdm=False)

@@ -1,8 +1,10 @@
 """The command line as a user types it."""
 
 import json
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +24,13 @@ Make = Callable[[str], Path]
 def quire(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "quire.cli.main", *arguments]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240, check=False)
+
+
+def within(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """In this process, which has imported already what a command needs: its status, output and errors."""
+    capsys.readouterr()
+    code = main(arguments)
+    return code, *capsys.readouterr()
 
 
 _SWALLOWING = """
@@ -48,7 +57,7 @@ def test_an_interrupt_while_modules_are_imported_is_not_lost() -> None:
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_run_batch(checkpoint: Make, tmp_path: Path) -> None:
+def test_run_batch(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(checkpoint("qwen3"))
     chat = {"messages": [{"role": "user", "content": "w5 w17"}], "temperature": 0, "max_tokens": 9, "model": "m"}
     lines = [
@@ -78,30 +87,31 @@ def test_run_batch(checkpoint: Make, tmp_path: Path) -> None:
     assert results[2]["response"]["body"]["error"]["param"] == "temperature"
     stopped = target.read_bytes().splitlines(keepends=True)
     target.write_bytes(b"".join(stopped[:2]) + stopped[2][:40])
-    again = quire("run-batch", str(source), "-o", str(target), "--model", folder)
-    assert "0 of 6 requests done (2 had results already)" in again.stdout, again.stdout + again.stderr
+    code, said, errors = within(capsys, "run-batch", str(source), "-o", str(target), "--model", folder)
+    assert code == 0, errors
+    assert "0 of 6 requests done (2 had results already)" in said
     assert target.read_bytes().splitlines(keepends=True)[:2] == stopped[:2]
     assert [json.loads(line)["custom_id"] for line in target.read_text().splitlines()] == [
         result["custom_id"] for result in results
     ]
 
 
-def test_run_batch_says_what_is_wrong(checkpoint: Make, tmp_path: Path) -> None:
-    missing = quire("run-batch", str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "out"))
-    assert missing.returncode == 1
-    assert "cannot be read" in missing.stderr
-    assert "Traceback" not in missing.stderr
+def test_run_batch_says_before_it_works_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, other = tmp_path / "in.jsonl", tmp_path / "notes.txt"
-    source.write_text("{}\n")
+    source.write_text('{"url": "/v1/completions", "body": {"prompt": [5]}}')
     other.write_text("my notes\n")
-    for target, message in (
-        (tmp_path / "nowhere/out", "cannot be written"),
-        (tmp_path, "cannot be written"),
-        (other, "no result"),
+    for read, target, message in (
+        (tmp_path / "none.jsonl", tmp_path / "out", "cannot be read"),
+        (source, tmp_path / "nowhere/out", f"quire: {tmp_path}/nowhere/out cannot be written: "),
+        (source, tmp_path, f"quire: {tmp_path} cannot be written: "),
+        (source, source / "out", f"quire: {source}/out cannot be written: "),
+        (source, other, "no result"),
     ):
-        refused = quire("run-batch", str(source), "-o", str(target), "--model", str(checkpoint("qwen3")))
-        assert refused.returncode == 1
-        assert message in refused.stderr
+        code, _, errors = within(
+            capsys, "run-batch", str(read), "-o", str(target), "--model", "/no/model/is/looked/for"
+        )
+        assert code == 1
+        assert message in errors
     assert other.read_text() == "my notes\n"
 
 
@@ -121,7 +131,7 @@ def test_run_batch_writes_into_nothing_but_its_own_results(tmp_path: Path, conte
         assert output.read_bytes() == content
 
 
-def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path) -> None:
+def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each gets its own answer, and the good one beside them as well."""
     deep = b"[" * 900 + b"]" * 900
     bodies = (b'{"prompt": %s}' % deep, b'{"prompt": [5], "seed": 1%s}' % (b"0" * 400), b'{"prompt": [5], "n": 1e999}')
@@ -141,19 +151,10 @@ def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path) -> None:
     good = b'{"custom_id": "good", "url": "/v1/completions", "body": {"prompt": [5], "max_tokens": 1}}'
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b"\n".join([*bad, good]))
-    done = quire("run-batch", str(source), "-o", str(target), "--model", str(checkpoint("qwen3")))
-    assert done.returncode == 0, done.stderr
+    code, _, errors = within(capsys, "run-batch", str(source), "-o", str(target), "--model", str(checkpoint("qwen3")))
+    assert code == 0, errors
     results = [json.loads(line) for line in target.read_text().splitlines()]
     assert [result["response"]["status_code"] for result in results] == [400] * len(bad) + [200]
-
-
-def test_run_batch_says_before_it_works_what_cannot_be_written(checkpoint: Make, tmp_path: Path) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_text('{"url": "/v1/completions", "body": {"prompt": [5]}}')
-    for target in (tmp_path, tmp_path / "none" / "out", source / "out"):
-        done = quire("run-batch", str(source), "-o", str(target), "--model", "/no/model/is/looked/for")
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"quire: {target} cannot be written: "), done.stderr
 
 
 def test_chat_and_complete(two_replicas: RunningServer) -> None:
@@ -171,16 +172,16 @@ def test_chat_and_complete(two_replicas: RunningServer) -> None:
     assert "no server answers" in nobody.stderr
 
 
-def test_plan(checkpoint: Make) -> None:
+def test_plan(checkpoint: Make, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(checkpoint("llama"))
     plan = quire("plan", folder, "--max-model-len", "256")
     assert plan.returncode == 0, plan.stderr
     assert "256 tokens" in plan.stdout
-    refused = quire("plan", folder, "--memory-gib", "nan")
-    assert refused.stderr == "quire: memory_gib is nan; it must be a number of GiB above 0, at most 4096\n"
-    tight = quire("plan", folder, "--memory-gib", "0.000001")
-    assert tight.returncode == 1
-    assert "the weights take" in tight.stderr
+    refused = within(capsys, "plan", folder, "--memory-gib", "nan")
+    assert refused == (1, "", "quire: memory_gib is nan; it must be a number of GiB above 0, at most 4096\n")
+    code, _, errors = within(capsys, "plan", folder, "--memory-gib", "0.000001")
+    assert code == 1
+    assert "the weights take" in errors
 
 
 @pytest.mark.parametrize(
@@ -214,16 +215,28 @@ def test_a_plan_has_no_markup(checkpoint: Make, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("model", ["a" * 5000, "a/" + "b" * 5000, "~nobody-of-this-name/x", "__main__", "torch", "é/b"])
 def test_a_model_that_cannot_be(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", model]) == 1
-    assert "give a checkpoint folder" in (said := capsys.readouterr().err) or "neither a path nor a hub id" in said
+    for command in ("plan", "serve"):
+        code, _, errors = within(capsys, command, model)
+        assert code == 1
+        assert "give a checkpoint folder" in errors or "neither a path nor a hub id" in errors
 
 
-def test_too_little_memory_is_said_by_serve(checkpoint: Make) -> None:
-    server = RunningServer(str(checkpoint("llama")), "--kv-cache-memory-bytes", "100000", wait=False)
-    assert server.wait() == 1
-    last = server.log.strip().splitlines()[-1]
+def test_too_little_memory_is_said_by_serve(checkpoint: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the worker alone, after all of it was started."""
+    ports = ("--port", "0", "--grpc-port", "0")
+    code, _, errors = within(capsys, "serve", str(checkpoint("llama")), "--kv-cache-memory-bytes", "100000", *ports)
+    assert code == 1
+    last = errors.strip().splitlines()[-1]
     assert last.startswith("quire: one request of 512 tokens takes")
     assert "--max-model-len" in last
+
+
+def test_an_occupied_port_is_named(checkpoint: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, errors = within(capsys, "serve", str(checkpoint("llama")), "--port", str(port))
+    assert code == 1
+    assert re.search(rf"quire: cannot listen on 127.0.0.1:{port} .*--port", errors), errors
 
 
 @pytest.mark.parametrize(
@@ -237,10 +250,12 @@ def test_too_little_memory_is_said_by_serve(checkpoint: Make) -> None:
         (["-tp", "3"], "cannot be split over 3 ranks"),
         (["--load-format", "gguf"], "load_format is gguf"),
         (["--device", "cuda"], "device is 'cuda'"),
+        (["--ray-address", "127.0.0.1:1"], "no Ray cluster answers"),
+        (["--api-key", ""], "api_key is ''"),
     ],
 )
 def test_bad_options(checkpoint: Make, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", str(checkpoint("llama")), *arguments]) == 1
+    assert main(["serve", str(checkpoint("llama")), "--port", "0", "--grpc-port", "0", *arguments]) == 1
     assert message in capsys.readouterr().err
 
 

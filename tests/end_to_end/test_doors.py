@@ -1,7 +1,6 @@
 """Who gets in: every socket of a running server is tried without a key, and HTTP from sites that have no business."""
 
 import ipaddress
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -214,10 +213,3 @@ def test_scripts_of_an_allowed_site(guarded: RunningServer) -> None:
     answer = http.post(url, headers={"origin": "https://app.example"}, json={})
     assert answer.status_code == 401
     assert answer.headers["access-control-allow-origin"] == "https://app.example", "else its page cannot read why"
-
-
-def test_an_empty_key_is_none(checkpoint: Callable[[str], Path]) -> None:
-    server = RunningServer(str(checkpoint("qwen2")), "--api-key", "", wait=False)
-    assert server.wait() == 1
-    assert "quire: api_key is ''" in server.log
-    assert "Traceback" not in server.log

@@ -438,14 +438,3 @@ def test_500_cancelled_requests_leave_no_page_behind(two_replicas: RunningServer
     asyncio.run(storm())
     answer = http.post(f"{url}/v1/completions", json=TEXT)
     assert answer.status_code == 200
-
-
-def test_an_occupied_port_and_a_missing_model(checkpoint: Callable[[str], Path], two_replicas: RunningServer) -> None:
-    port = two_replicas.url.rsplit(":", 1)[1]
-    taken = RunningServer(str(checkpoint("llama")), "--port", port, wait=False)
-    assert taken.wait() == 1
-    assert re.search(rf"quire: cannot listen on 127.0.0.1:{port} .*--port", taken.log), taken.log
-    missing = RunningServer("/nowhere/model", wait=False)
-    assert missing.wait() == 1
-    assert "there is no model at" in missing.log
-    assert "Traceback" not in missing.log

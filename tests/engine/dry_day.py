@@ -116,7 +116,7 @@ def facts_of(model: str) -> dict[str, Any]:
     return json.loads(made.config.to_json_string(use_diff=False)) | {"architectures": [type(made).__name__]}
 
 
-def day(model: str, **options: Any) -> dict[str, Any]:
+def day(model: str, arrivals: int = 300, **options: Any) -> dict[str, Any]:
     counter, copies = AllocatedBytes(), Copies()
     taken: dict[str, int] = {}
     capture, into = StepGraphs.capture, Upload.into
@@ -143,7 +143,7 @@ def day(model: str, **options: Any) -> dict[str, Any]:
         fill(engine)
         most = counter.most
         with copies:
-            live(engine, 0, 300, runner.limits.max_model_len)
+            live(engine, 0, arrivals, runner.limits.max_model_len)
         found = list(launches)[warm:]
         planned = allocated(
             runner.spec,

@@ -26,7 +26,10 @@ LONG_DAYS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     "day",
-    [*DAYS, *(pytest.param(day, marks=pytest.mark.slow) for day in LONG_DAYS)],
+    [
+        *(day | {"arrivals": 100} for day in DAYS),
+        *(pytest.param(day, marks=pytest.mark.slow) for day in [*DAYS, *LONG_DAYS]),
+    ],
     ids=lambda day: "-".join(str(value) for value in day.values()),
 )
 def test_a_day(day: dict[str, Any]) -> None:
