@@ -4,9 +4,13 @@ import itertools
 import logging
 import os
 import random
+import re
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.engine import Engine, Executor
 from quire_engine.errors import ContextTooLong, EngineFailure, InvalidParameter, QuireError
+from quire_engine.outcome import StepOutcome
 from quire_engine.pooling import pooling_of
 from quire_engine.request import EngineSampling, Request, check_length
 from quire_engine.spec import Pooling
@@ -23,6 +28,8 @@ from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
 from quire_engine.weights.resolve import ModelFiles, find_model
 from tqdm import tqdm
+
+from quire.interrupts import held_back
 
 log = logging.getLogger(__name__)
 Prompt = str | list[int]
@@ -61,7 +68,11 @@ class _Choice:
 
 
 class LLM:
-    """`LLM("path or hub id").generate(["Hello"], SamplingParams(max_tokens=32))`. Options are EngineConfig's fields."""
+    """`LLM("path or hub id").generate(["Hello"], SamplingParams(max_tokens=32))`. Options are EngineConfig's fields.
+
+    For any number of threads, one of which generates at a time. Ctrl-C ends a batch between two of its steps, and the
+    next batch is served as ever.
+    """
 
     def __init__(
         self, model: str | os.PathLike[str] = DEMO_MODEL, *, chat_template: str | None = None, **options: Any
@@ -76,6 +87,9 @@ class LLM:
         self._executor = self._start(config, files)
         self.engine = Engine(self._executor)
         self._ids = itertools.count(1)
+        self._one_at_a_time = threading.Lock()
+        self._unusable = ""  # why
+        self._end = weakref.finalize(self, _close, self.engine, os.getpid())
 
     @staticmethod
     def _start(config: EngineConfig, files: ModelFiles) -> Executor:
@@ -96,13 +110,15 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stops the workers, if there are any."""
-        self.engine.close()
+        """Stops the workers, if there are any, once what runs is through. Idempotent; nothing is served any more."""
+        with self._one_at_a_time:
+            self._unusable = self._unusable or "it is closed"
+            self._end()
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         add_special_tokens: bool = True,
@@ -115,10 +131,7 @@ class LLM:
         if self._pooling is not None:
             raise InvalidParameter("this model gives no text; call embed", "prompts")
         batch = _batch(prompts, "prompts")
-        params = sampling_params or SamplingParams()
-        each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(batch):
-            raise InvalidParameter(f"{len(batch)} prompts came with {len(each)} sampling_params", "sampling_params")
+        each = _params_of_each(sampling_params, len(batch))
         outputs: list[RequestOutput] = []
         choices: dict[int, _Choice] = {}
         for prompt, wanted in zip(batch, each, strict=True):
@@ -127,18 +140,11 @@ class LLM:
             outputs.append(output)
             for choice in self._choices(output, wanted):
                 choices[choice.request.id] = choice
-        try:
-            for choice in choices.values():
-                self.engine.add(choice.request)
+        with self._engine_for([choice.request for choice in choices.values()]):
             self._run(choices, use_tqdm)
-        finally:
-            for request_id in choices:
-                self.engine.abort(request_id)
-            while self.engine.has_work:
-                self.engine.step()
         return outputs
 
-    def embed(self, texts: Prompt | Sequence[Prompt]) -> list[Floats]:
+    def embed(self, texts: Prompt | Iterable[Prompt]) -> list[Floats]:
         """A vector for each text (or token ids), in their order; of a classifier, its score.
 
         Raises InvalidParameter for a model that generates or for token ids that it lacks, ContextTooLong for a text
@@ -152,11 +158,10 @@ class LLM:
             self.check_text(tokens)
             sampling = EngineSampling(temperature=0.0, max_tokens=1)
             requests.append(Request(next(self._ids), tokens, len(tokens), sampling, arrival=time.time()))
-        for request in requests:
-            self.engine.add(request)
         found: dict[int, Floats] = {}
-        while self.engine.has_work:
-            found |= {request.id: vector for request, vector in self.engine.step().vectors}
+        with self._engine_for(requests):
+            while self.engine.has_work:
+                found |= {request.id: vector for request, vector in self._step().vectors}
         return [found[request.id] for request in requests]
 
     def check_text(self, tokens: list[int]) -> None:
@@ -174,7 +179,12 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers one conversation or many."""
-        many: Any = messages if messages and isinstance(messages[0], list) else [messages]
+        given: Any = messages
+        many = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
+        if not all(isinstance(one, list) and all(isinstance(turn, dict) for turn in one) for one in many):
+            raise InvalidParameter(
+                "messages must be a list of objects with role and content, or lists of it", "messages"
+            )
         prompts = [self.tokenizer.render(one, add_generation_prompt=True, continue_final_message=False) for one in many]
         params = sampling_params or SamplingParams(max_tokens=None)
         return self.generate(prompts, params, use_tqdm=use_tqdm, add_special_tokens=False)
@@ -194,8 +204,10 @@ class LLM:
 
     def _tokens(self, text: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
         if isinstance(text, str):
+            if lone := re.search("[\ud800-\udfff]", text):
+                raise InvalidParameter(f"{name} holds {lone[0]!r}, half of a character; leave it out", name)
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        if not isinstance(text, list) or not all(isinstance(token, int) for token in text):
+        if not isinstance(text, list) or not all(type(token) is int for token in text):
             raise InvalidParameter(f"{name} holds {text!r:.80}, which is no text and no list of token ids", name)
         return list(text)
 
@@ -224,12 +236,40 @@ class LLM:
             made.append(_Choice(request, OutputText(self.tokenizer, params, prompt), completion, output))
         return made
 
+    @contextmanager
+    def _engine_for(self, requests: list[Request]) -> Iterator[None]:
+        """The engine with these requests, of which it has none left afterwards. Raises EngineFailure if it is closed or
+        broke down."""
+        with self._one_at_a_time, held_back() as self._let_interrupts_in:
+            if self._unusable:
+                raise EngineFailure(f"this LLM serves nothing any more: {self._unusable}; open another")
+            try:
+                for request in requests:
+                    self.engine.add(request)
+                yield
+            finally:
+                for request in requests:
+                    self.engine.abort(request.id)
+                while self.engine.has_work and not self._unusable:
+                    self._step(interruptible=False)
+
+    def _step(self, *, interruptible: bool = True) -> StepOutcome:
+        """One of the engine's, whole: what ends it half way leaves an engine that nobody can go on with."""
+        try:
+            outcome = self.engine.step()
+        except BaseException as error:
+            self._unusable = f"a step failed ({type(error).__name__}: {error})"
+            raise
+        if interruptible:
+            self._let_interrupts_in()
+        return outcome
+
     def _run(self, choices: dict[int, _Choice], use_tqdm: bool) -> None:
         left = set(choices)
         with tqdm(total=len(left), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
             generated, started = 0, time.monotonic()
             while left:
-                outcome = self.engine.step()
+                outcome = self._step()
                 for request, scores in outcome.logprobs:
                     kept = choices[request.id].completion.logprobs
                     if kept is not None:
@@ -283,12 +323,34 @@ def _finish(choice: _Choice) -> None:
     choice.output.num_cached_tokens = max(request.num_cached, 0)
 
 
-def _batch(prompts: Prompt | Sequence[Prompt], name: str) -> list[Prompt]:
-    """One prompt, or several. Raises InvalidParameter for token ids among prompts."""
+def _batch(prompts: Prompt | Iterable[Prompt], name: str) -> list[Prompt]:
+    """One prompt, or several. Raises InvalidParameter for token ids among prompts, and for what is neither."""
     if isinstance(prompts, str):
         return [prompts]
-    ids = [one for one in prompts if isinstance(one, int)]
-    several = [one for one in prompts if not isinstance(one, int)]
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise InvalidParameter(f"{name} is {prompts!r:.80}; give a text, token ids, or a list of either", name)
+    given = list(prompts)
+    ids = [one for one in given if isinstance(one, int)]
+    several = [one for one in given if not isinstance(one, int)]
     if ids and several:
         raise InvalidParameter(f"{name} holds token ids and prompts: give a list of either", name)
     return [ids] if ids else several
+
+
+def _params_of_each(given: SamplingParams | Iterable[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """For each of `count` prompts. Raises InvalidParameter unless they are as many."""
+    name = "sampling_params"
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * count
+    each = list(given) if isinstance(given, Iterable) else [given]
+    if strange := [one for one in each if not isinstance(one, SamplingParams)]:
+        raise InvalidParameter(f"{name} holds {strange[0]!r:.80}, which is no SamplingParams", name)
+    if len(each) != count:
+        raise InvalidParameter(f"{count} prompts came with {len(each)} {name}", name)
+    return each
+
+
+def _close(engine: Engine, owner: int) -> None:
+    """In the process that opened it: workers do not end with a fork."""
+    if os.getpid() == owner:
+        engine.close()

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire_cluster.channel import ChannelClosed, StepChannel
 from quire_cluster.liveness import LOOK, LivenessProbe
-from quire_cluster.local_ray import start_private_cluster, workers_on_gpus
+from quire_cluster.local_ray import PrivateCluster, start_private_cluster, workers_on_gpus
 from quire_cluster.policies.lease import StepLease
 from quire_cluster.worker import Worker
 
@@ -189,14 +189,17 @@ class Workers:
         return True
 
     def close(self) -> None:
-        """Stops the workers and waits until they are gone."""
+        """Stops the workers and waits until they are gone. Idempotent."""
+        if self._closing:
+            return
         self._closing = True
         self._channel.close()
         self._kill()
 
     def _kill(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+        if ray.is_initialized():  # else they ended with it, and asking would start another
+            for actor in self._actors:
+                ray.kill(actor)
 
 
 def _worker_environment(threads: int) -> dict[str, Any]:
@@ -204,13 +207,20 @@ def _worker_environment(threads: int) -> dict[str, Any]:
 
 
 class LocalWorkers(Workers):
-    """For offline use: workers in a private cluster of this machine, started if none is running in this process."""
+    """For offline use: workers in a private cluster of this machine, which those of one process share; or in the one
+    that runs in this process already."""
+
+    _cluster: PrivateCluster | None = None
+    _users = 0  # of the private cluster, which ends with the last of them
+    _changing = threading.Lock()
 
     def __init__(self, config: EngineConfig) -> None:
         """Raises InvalidParameter where there are GPUs, and fewer than workers."""
-        self._own_cluster = None
-        if not ray.is_initialized():
-            self._own_cluster = start_private_cluster(num_workers=config.num_workers)
+        with self._changing:
+            if not ray.is_initialized():
+                LocalWorkers._cluster = start_private_cluster(num_workers=config.num_workers)
+            self._in_private = self._cluster is not None
+            LocalWorkers._users += self._in_private
         cores = len(os.sched_getaffinity(0))
         try:
             super().__init__(
@@ -219,15 +229,18 @@ class LocalWorkers(Workers):
                 gpus=workers_on_gpus(config.device, config.num_workers),
             )
         except BaseException:
-            self._stop_cluster()
+            self._leave_cluster()
             raise
 
     def close(self) -> None:
-        """Stops the workers, and the cluster if it was started for them."""
+        """Stops the workers, and the private cluster with the last of them. Idempotent."""
         super().close()
-        self._stop_cluster()
+        self._leave_cluster()
 
-    def _stop_cluster(self) -> None:
-        if self._own_cluster is not None:
-            self._own_cluster.stop()
-            self._own_cluster = None
+    def _leave_cluster(self) -> None:
+        with self._changing:
+            LocalWorkers._users -= self._in_private
+            self._in_private = False
+            if self._cluster is not None and not self._users:
+                self._cluster.stop()
+                LocalWorkers._cluster = None

@@ -1,12 +1,18 @@
 """Offline batches: what fails for one choice ends that choice alone."""
 
+import gc
+import os
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import processes, wait_until
 from quire import LLM, SamplingParams
-from quire_engine.errors import InvalidParameter
+from quire_engine.errors import EngineFailure, InvalidParameter
+from quire_engine.step import StepPlan
 from quire_engine.text.output import OutputText
 
 
@@ -71,3 +77,95 @@ def test_a_prompt_is_scored_without_an_output(llm: LLM) -> None:
 def test_what_is_no_prompt_is_named(llm: LLM, prompts: list[Any], named: str) -> None:
     with pytest.raises(InvalidParameter, match=named):
         llm.generate(prompts, use_tqdm=False)
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=9)
+
+
+def tokens(llm: LLM, prompts: Any) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+
+
+def test_prompts_may_come_one_after_the_other(llm: LLM) -> None:
+    listed = ["w5 w17", "w9"]
+    assert tokens(llm, (prompt for prompt in listed)) == tokens(llm, tuple(listed)) == tokens(llm, listed)
+    each = (GREEDY for _ in listed)
+    assert [o.prompt for o in llm.generate(listed, each, use_tqdm=False)] == listed
+
+
+@pytest.mark.parametrize(
+    "prompts", [None, 5, b"w5", {"prompt": "w5"}, [{"prompt": "w5"}], [[True]], [["w5"]], "\ud800"]
+)
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InvalidParameter, match="prompts"):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, [], [None], 5])
+def test_what_is_no_sampling_params_is_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(InvalidParameter, match="sampling_params"):
+        llm.generate("w5", params, use_tqdm=False)
+
+
+@pytest.mark.parametrize("messages", ["w5", ["w5"], [["w5"]], 5])
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidParameter, match="messages"):
+        llm.chat(messages, use_tqdm=False)
+
+
+def test_threads_wait_for_each_other(llm: LLM) -> None:
+    prompts = [["w5 w17", "w9"], ["w6"], ["w7 w8 w9"], ["w10"]]
+    alone = [tokens(llm, some) for some in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda some: tokens(llm, some), prompts * 3)) == alone * 3
+
+
+class Interrupting:
+    """Sends Ctrl-C in the middle of the third step, once it was scheduled and before it was handed over."""
+
+    def __init__(self, executor: Any, times: int) -> None:
+        self._executor, self._times, self._steps = executor, times, 0
+        self.limits, self.collect, self.close = executor.limits, executor.collect, executor.close
+
+    def submit(self, plan: StepPlan) -> None:
+        self._steps += 1
+        if self._steps == 3:
+            for _ in range(self._times):
+                signal.raise_signal(signal.SIGINT)
+        self._executor.submit(plan)
+
+
+def test_an_interrupt_ends_a_batch_between_two_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tokens(llm, "w5 w17")
+    monkeypatch.setattr(llm.engine, "_executor", Interrupting(llm.engine._executor, 1))
+    with pytest.raises(KeyboardInterrupt):
+        tokens(llm, ["w5 w17"] * 3)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert tokens(llm, "w5 w17") == expected
+    llm.engine.scheduler.check_integrity()
+
+
+def test_who_interrupts_twice_does_not_wait(checkpoint: Callable[[str], Path]) -> None:
+    impatient = LLM(checkpoint("qwen3"), kv_cache_memory_bytes=4 << 20)
+    impatient.engine._executor = Interrupting(impatient.engine._executor, 2)
+    with pytest.raises(KeyboardInterrupt):
+        tokens(impatient, "w5 w17")
+    with pytest.raises(EngineFailure, match=r"a step failed \(KeyboardInterrupt.*open another"):
+        tokens(impatient, "w5 w17")
+
+
+def test_workers_end_with_their_llm(checkpoint: Callable[[str], Path]) -> None:
+    """Two beside each other, one closed twice, the other forgotten."""
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 4 << 20, "cpu_threads": 1}
+    mine = processes(os.getpid(), "Worker")
+    first, second = (LLM(checkpoint("qwen3"), **options) for _ in range(2))
+    expected = tokens(first, "w5 w17")
+    first.close()
+    first.close()
+    with pytest.raises(EngineFailure, match="it is closed; open another"):
+        tokens(first, "w5 w17")
+    assert tokens(second, "w5 w17") == expected
+    assert len(processes(os.getpid(), "Worker")) == len(mine) + 2
+    del second
+    gc.collect()
+    wait_until(lambda: processes(os.getpid(), "Worker") == mine)

@@ -101,8 +101,10 @@ def rotary_of(
     layer_type: str = "full_attention",
     interleaved: bool = False,
     dim: int | None = None,
+    partial: bool = False,
 ) -> Rotary:
     """From `rope_parameters` (of the layer type, where they are apart). `dim`: where it is no part of the head.
+    `partial`: of a family that reads `partial_rotary_factor`; transformers turns whole heads of the others.
 
     Raises ModelError for an unknown rope type.
     """
@@ -110,7 +112,7 @@ def rotary_of(
     given = given.get(layer_type, given)
     rotary = Rotary(
         theta=float(given["rope_theta"]),
-        dim=dim or int(head_dim * given.get("partial_rotary_factor", 1.0)),
+        dim=dim or int(head_dim * (given.get("partial_rotary_factor", 1.0) if partial else 1.0)),
         interleaved=interleaved,
         max_position=config["max_position_embeddings"],
         scaling=given,

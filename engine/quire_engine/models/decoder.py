@@ -216,7 +216,9 @@ class Decoder:
                 return True
             if name.startswith(extra):
                 return True
-            if names.head and (tied or spec.pooling is not None) and name.startswith(f"{names.head}."):
+            if names.head and name.startswith(f"{names.head}.") and spec.pooling is not None:
+                return True
+            if tied and name.startswith(f"{names.head}.") and name != f"{names.head}.bias":  # which is tied to nothing
                 return True
             if group.experts_apart and ".experts." in name:
                 return True

@@ -31,4 +31,4 @@ def ernie_moe(config: Config) -> DecoderSpec:
         correction_bias="moe_statics.e_score_correction_bias",
         shared_size=inner * (config["moe_num_shared_experts"] or 0),
     )
-    return dataclasses.replace(ernie(config), experts=experts)
+    return dataclasses.replace(ernie(config), head_bias=bool(config["use_bias"]), experts=experts)

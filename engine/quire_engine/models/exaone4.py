@@ -8,7 +8,7 @@ from quire_engine.spec import Config, DecoderSpec, Names, QKNorm
 
 def spec(config: Config) -> DecoderSpec:
     """`sliding_window` is null in the small model: all layers are full, and all rotate."""
-    windows = layer_windows(config) if config["sliding_window"] else ()
+    kinds = config["layer_types"] if config["sliding_window"] is not None else ()
     return base_spec(
         config,
         names=Names(
@@ -18,6 +18,6 @@ def spec(config: Config) -> DecoderSpec:
             after_mlp="post_feedforward_layernorm",
         ),
         qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"])),
-        windows=windows,
-        without_rope=frozenset(i for i, window in enumerate(windows) if not window),
+        windows=layer_windows(config),
+        without_rope=frozenset(i for i, kind in enumerate(kinds) if kind == "full_attention"),
     )

@@ -51,7 +51,7 @@ def gemma2(config: Config) -> DecoderSpec:
 
 
 def gemma3(config: Config) -> DecoderSpec:
-    """Layers with the window have a RoPE of their own."""
+    """Layers with the window have a RoPE of their own. transformers reads no `attn_logit_softcapping` here."""
     base = _spec(config, "hidden_activation")
     return dataclasses.replace(
         base,
@@ -60,6 +60,5 @@ def gemma3(config: Config) -> DecoderSpec:
         local_rope=rotary_of(config, base.head_dim, layer_type="sliding_attention"),
         qk_norm=QKNorm(norm=base.norm),
         attention_scale=config["query_pre_attn_scalar"] ** -0.5,
-        soft_cap=config["attn_logit_softcapping"] or 0.0,
         logits_soft_cap=config["final_logit_softcapping"] or 0.0,
     )

@@ -16,7 +16,7 @@ def glm(config: Config) -> DecoderSpec:
     return base_spec(
         config,
         names=_GLM,
-        rope=rotary_of(config, head_dim_of(config), interleaved=True),
+        rope=rotary_of(config, head_dim_of(config), interleaved=True, partial=True),
         qkv_bias=bool(config["attention_bias"]),
     )
 
@@ -31,6 +31,7 @@ def glm4_moe(config: Config) -> DecoderSpec:
     """DeepSeek-V3's router over plain attention."""
     return base_spec(
         config,
+        rope=rotary_of(config, head_dim_of(config), partial=True),
         qkv_bias=bool(config["attention_bias"]),
         qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"])) if config["use_qk_norm"] else None,
         experts=experts_of(config),

@@ -2,7 +2,7 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import base_spec
+from quire_engine.models.base import base_spec, head_dim_of, rotary_of
 from quire_engine.spec import Config, DecoderSpec, Names
 
 
@@ -25,6 +25,7 @@ def spec(config: Config) -> DecoderSpec:
         ),
         norm=Norm(config["layer_norm_eps"], "layer"),
         norm_bias=True,
+        rope=rotary_of(config, head_dim_of(config), partial=True),
         num_kv_heads=config["num_attention_heads"],
         parallel=bool(config["use_parallel_residual"]),
         qkv="grouped",

@@ -9,7 +9,7 @@ from quire_kernels.norm import Norm
 from quire_engine.errors import ModelError
 from quire_engine.models import granite as granite_family
 from quire_engine.models import llama
-from quire_engine.models.base import activation_of, base_spec
+from quire_engine.models.base import activation_of, base_spec, head_dim_of, rotary_of
 from quire_engine.spec import Config, DecoderSpec, MambaSpec, Names
 
 _BACKBONE = Names(
@@ -49,6 +49,7 @@ def bamba(config: Config) -> DecoderSpec:
     return dataclasses.replace(
         llama.spec(config),
         names=Names(norm="model.final_layernorm", recurrent="mamba", mlp="feed_forward", mlp_norm="pre_ff_layernorm"),
+        rope=rotary_of(config, head_dim_of(config), partial=True),
         recurrent=_mamba(config),
         recurrent_layers=frozenset(range(config["num_hidden_layers"])) - frozenset(config["attn_layer_indices"] or ()),
     )

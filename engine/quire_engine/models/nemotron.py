@@ -2,7 +2,7 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import base_spec
+from quire_engine.models.base import base_spec, head_dim_of, rotary_of
 from quire_engine.spec import Config, DecoderSpec, Names
 
 
@@ -14,6 +14,7 @@ def spec(config: Config) -> DecoderSpec:
         names=Names(gate=""),
         norm=Norm(config["norm_eps"], "layer", unit_offset=True),
         norm_bias=True,
+        rope=rotary_of(config, head_dim_of(config), partial=True),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bool(config["mlp_bias"]),

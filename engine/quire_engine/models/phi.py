@@ -3,7 +3,7 @@
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import ModelError
-from quire_engine.models.base import base_spec
+from quire_engine.models.base import base_spec, head_dim_of, rotary_of
 from quire_engine.spec import Config, DecoderSpec, Names
 
 
@@ -17,6 +17,7 @@ def spec(config: Config) -> DecoderSpec:
         names=Names(norm="model.final_layernorm", output="dense", mlp_norm="", gate="", up="fc1", down="fc2"),
         norm=norm,
         norm_bias=True,
+        rope=rotary_of(config, head_dim_of(config), partial=True),
         parallel=True,
         qkv_bias=True,
         output_bias=True,

@@ -4,7 +4,7 @@ import dataclasses
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import base_spec
+from quire_engine.models.base import base_spec, head_dim_of, rotary_of
 from quire_engine.models.qwen2_moe import experts_of
 from quire_engine.models.qwen3_moe import dense_layers
 from quire_engine.spec import Config, DecoderSpec, DeltaNetSpec, Names, QKNorm
@@ -18,6 +18,7 @@ def qwen3_5(config: Config) -> DecoderSpec:
         config,
         names=Names(recurrent="linear_attn"),
         norm=norm,
+        rope=rotary_of(config, head_dim_of(config), partial=True),
         qk_norm=QKNorm(norm=norm),
         qkv_bias=bias,
         output_bias=bias,

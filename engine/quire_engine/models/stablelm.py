@@ -2,7 +2,7 @@
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import base_spec
+from quire_engine.models.base import base_spec, head_dim_of, rotary_of
 from quire_engine.spec import Config, DecoderSpec, Names, QKNorm
 
 
@@ -17,6 +17,7 @@ def spec(config: Config) -> DecoderSpec:
         ),
         norm=norm,
         norm_bias=True,
+        rope=rotary_of(config, head_dim_of(config), partial=True),
         parallel=parallel,
         qkv_bias=bool(config["use_qkv_bias"]),
         qk_norm=QKNorm(norm=norm, over="each_head", lists=True) if config["qk_layernorm"] else None,
