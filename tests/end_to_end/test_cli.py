@@ -192,11 +192,17 @@ def test_plan(checkpoint: Make, capsys: pytest.CaptureFixture[str]) -> None:
         ("--memory-gib 0.01 --max-num-seqs 65536 --max-num-batched-tokens 16777216", "lower --max-num-batched-tokens"),
         ("-tp 1000000", "cannot be split"),
         ("-pp 1000000", "cannot be split"),
-        ("--gpu H100 --attention-backend native", "attention_backend native is for float32 on a CPU"),
+        (
+            "--gpu H100 --attention-backend native",
+            "attention_backend is native, the C kernels: they are for float32 on a CPU",
+        ),
         ("--gpu A100-80GB --attention-backend flash", "it runs on sm_90"),
         ("--gpu H100 --device cpu", "leave one of them out"),
         ("--gpu H101", "known are"),
-        ("--dtype float16 --attention-backend native", "attention_backend native is for float32 on a CPU"),
+        (
+            "--dtype float16 --attention-backend native",
+            "attention_backend is native, the C kernels: they are for float32 on a CPU",
+        ),
     ],
 )
 def test_what_cannot_be_planned(

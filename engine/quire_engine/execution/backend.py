@@ -12,20 +12,24 @@ from quire_kernels.torch_backend import TorchBackend
 from torch import Tensor
 
 from quire_engine.config import EngineConfig
-from quire_engine.execution.checks import native_fits, no_flash, no_flash_error
+from quire_engine.execution.checks import no_flash, no_flash_error, no_native
 from quire_engine.memory.plan import Target
+from quire_engine.spec import DecoderSpec
 
 log = logging.getLogger(__name__)
 
 
-def choose_backend(config: EngineConfig, target: Target, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose_backend(
+    config: EngineConfig, spec: DecoderSpec, target: Target, device: torch.device, dtype: torch.dtype
+) -> Backend:
     """The kernels of `--attention-backend`, once, for what `check_served` let through. Says so where it falls back to
     something slower; raises InvalidParameter where FlashAttention 3 is asked for and not installed."""
     wanted = config.attention_backend
     if wanted == "auto":
         if not no_flash(config, target, dtype) and (function := flash.load()) is not None:
             return _flash(device, function)
-        wanted = "triton" if target.kind == "cuda" else "native" if native_fits(config, target, dtype) else "torch"
+        unfit = no_native(config, spec, target, dtype)
+        wanted = "triton" if target.kind == "cuda" else "torch" if unfit else "native"
         if wanted == "native":
             try:
                 return NativeBackend(deterministic=config.deterministic)
@@ -35,11 +39,7 @@ def choose_backend(config: EngineConfig, target: Target, device: torch.device, d
                 log.warning("the C kernels cannot be built, attention will be slower: %s", error)
                 return TorchBackend()
         if wanted == "torch":
-            log.warning(
-                "%s with a cache in %s runs on torch's own operators on a CPU: slow; the C kernels take float32",
-                dtype,
-                config.kv_cache_dtype,
-            )
+            log.warning("this runs on torch's own operators: slow. Of the C kernels: %s", unfit)
     if wanted == "native":
         return NativeBackend(deterministic=config.deterministic)
     if wanted == "triton":

@@ -4,12 +4,13 @@ import os
 
 import torch
 from quire_kernels import flash
+from quire_kernels.native.backend import MAX_DIM, MAX_TAPS
 
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
 from quire_engine.memory.plan import Target
 from quire_engine.quantization.config import Quantization
-from quire_engine.spec import DecoderSpec
+from quire_engine.spec import DecoderSpec, DeltaNetSpec, MambaSpec
 
 
 def check_served(
@@ -31,13 +32,25 @@ def check_served(
             "deterministic",
         )
     if config.deterministic:
-        _check_deterministic(config, target, dtype, quantization)
-    _check_backend(config, target, dtype)
+        _check_deterministic(config, spec, target, dtype, quantization)
+    _check_backend(config, spec, target, dtype)
 
 
-def native_fits(config: EngineConfig, target: Target, dtype: torch.dtype) -> bool:
-    """Whether the C kernels compute this."""
-    return target.kind == "cpu" and dtype == torch.float32 and config.kv_cache_dtype == "auto"
+def no_native(config: EngineConfig, spec: DecoderSpec, target: Target, dtype: torch.dtype) -> str:
+    """Why the C kernels cannot compute this, if so."""
+    if target.kind != "cpu" or dtype != torch.float32 or config.kv_cache_dtype != "auto":
+        return f"they are for float32 on a CPU, not {dtype} with a cache in {config.kv_cache_dtype} on {target.kind}"
+    widest = spec.head_dim if spec.attending and spec.latent is None else 0
+    taps = 0 if spec.recurrent is None else spec.recurrent.taps
+    if isinstance(spec.recurrent, DeltaNetSpec):
+        widest = max(widest, spec.recurrent.key_dim, spec.recurrent.value_dim)
+    elif isinstance(spec.recurrent, MambaSpec):
+        widest = max(widest, spec.recurrent.head_dim, spec.recurrent.state)
+    if widest > MAX_DIM:
+        return f"they take heads and states of at most {MAX_DIM} dimensions, and this model has {widest}"
+    if taps > MAX_TAPS:
+        return f"they take convolutions over at most {MAX_TAPS} tokens, and this model has one over {taps}"
+    return ""
 
 
 def no_flash(config: EngineConfig, target: Target, dtype: torch.dtype) -> str:
@@ -56,14 +69,10 @@ def no_flash_error(why: str) -> InvalidParameter:
     return InvalidParameter(f"attention_backend is flash, FlashAttention 3: {why}; leave it out", "attention_backend")
 
 
-def _check_backend(config: EngineConfig, target: Target, dtype: torch.dtype) -> None:
+def _check_backend(config: EngineConfig, spec: DecoderSpec, target: Target, dtype: torch.dtype) -> None:
     wanted = config.attention_backend
-    if wanted == "native" and not native_fits(config, target, dtype):
-        raise InvalidParameter(
-            f"attention_backend native is for float32 on a CPU, not {dtype} with a cache in {config.kv_cache_dtype} "
-            f"on {target.kind}",
-            "attention_backend",
-        )
+    if wanted == "native" and (why := no_native(config, spec, target, dtype)):
+        raise InvalidParameter(f"attention_backend is native, the C kernels: {why}; leave it out", "attention_backend")
     if wanted == "flash" and (why := no_flash(config, target, dtype)):
         raise no_flash_error(why)
     if wanted == "triton" and target.kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -85,12 +94,16 @@ def _check_latent(config: EngineConfig) -> None:
         )
 
 
-def _check_deterministic(config: EngineConfig, target: Target, dtype: torch.dtype, quantization: Quantization) -> None:
+def _check_deterministic(
+    config: EngineConfig, spec: DecoderSpec, target: Target, dtype: torch.dtype, quantization: Quantization
+) -> None:
     """Where bits would depend on the batch."""
     if target.kind == "cpu" and config.attention_backend != "triton":
-        if not native_fits(config, target, dtype) or config.attention_backend == "torch":
+        why = no_native(config, spec, target, dtype)
+        if why or config.attention_backend == "torch":
             raise InvalidParameter(
-                "deterministic on a CPU takes --dtype float32, the cache's own dtype and the native kernels",
+                "deterministic on a CPU takes --dtype float32, the cache's own dtype and the native kernels"
+                + (f": {why}" if why else ""),
                 "deterministic",
             )
     elif quantization.name != "none":

@@ -111,7 +111,7 @@ class ModelRunner:
             log.warning("%s: images are not served, but the text part alone", whole)
         if self.spec.latent is not None and self.device.type == "cpu":
             log.warning("latent attention runs on torch's own operators on a CPU: slow for long contexts")
-        backend = choose_backend(config, target, self.device, dtype)
+        backend = choose_backend(config, self.spec, target, self.device, dtype)
         if (experts := self.spec.experts) is not None and quantization.in_4_bits and group.draws:
             what = f"experts in {quantization.name} are kept as what they mean, in {dtype}"
             if not backend.packed_experts:

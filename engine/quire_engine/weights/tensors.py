@@ -233,7 +233,7 @@ class TensorReader:
 
     def check_all_read(self, ignored: Callable[[str], bool]) -> None:
         """Raises ModelError when the checkpoint holds weights that the model did not ask for."""
-        left = sorted(name for name in self._unread if not ignored(name))
+        left = sorted(name for name in self._unread if not ignored(name) and 0 not in self.shape(name))
         if left:
             shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
             raise ModelError(f"the checkpoint holds weights that this family does not use: {shown}")

@@ -15,6 +15,9 @@ from quire_kernels.quantize import Quantized, QuantizedOutput
 from quire_kernels.recurrence import NORM_EPS, Gates, StateBatch
 from quire_kernels.torch_backend import TorchBackend
 
+MAX_DIM = 256  # of a head and of a recurrent state, as in kernels.c
+MAX_TAPS = 8  # of a short convolution
+
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
@@ -60,7 +63,7 @@ class NativeBackend(TorchBackend):
         group = q.shape[1] // kv_heads
         assert q.stride(1) == head_dim, "heads of a token are consecutive"
         assert options.key_scale is None, "kernels.c has no scales"
-        assert head_dim <= 256, "kernels.c: MAX_DIM"
+        assert head_dim <= MAX_DIM
         assert block_size <= 64, "kernels.c: MAX_BLOCK"
         out = torch.empty(q.shape)
         self._attention(
@@ -165,7 +168,7 @@ class NativeBackend(TorchBackend):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, states: Tensor, batch: StateBatch
     ) -> Tensor:
         assert x.stride(1) == 1
-        assert weight.shape[0] <= 8, "kernels.c: MAX_TAPS"
+        assert weight.shape[0] <= MAX_TAPS
         out = torch.empty(x.shape)
         self._convolution(
             _pointer(x),
@@ -196,7 +199,7 @@ class NativeBackend(TorchBackend):
         batch: StateBatch,
     ) -> Tensor:
         assert all(x.stride(1) == x.shape[2] and x.stride(2) == 1 for x in (q, k, v)), "a token's heads follow on"
-        assert max(q.shape[2], v.shape[2]) <= 256, "kernels.c: MAX_DIM"
+        assert max(q.shape[2], v.shape[2]) <= MAX_DIM
         out = torch.empty(v.shape)
         self._recurrence(
             _pointer(q),
