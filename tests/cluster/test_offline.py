@@ -53,6 +53,23 @@ def test_a_text_that_cannot_be_made_ends_one_choice(llm: LLM, monkeypatch: pytes
     assert "cannot be decoded" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("logprobs", "n", "max_tokens", "top_k", "seed") for value in (True, 1.5, "1")),
+        *(("temperature", value) for value in (None, "1", True)),
+        *(("stop", value) for value in (5, [5], b"x")),
+        *(("bad_words", value) for value in ("w5 w6", [5])),
+        *((name, value) for name in ("stop_token_ids", "allowed_token_ids") for value in (5, "ab", [1.5], [True])),
+        *(("logit_bias", value) for value in ([1], {"5": 1.0}, {5: "x"}, {5.5: 1.0})),
+    ],
+)
+def test_values_of_another_kind_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(InvalidParameter, match=f"{name} is .* it must be") as wrong:
+        SamplingParams(**{name: value})
+    assert wrong.value.parameter == name
+
+
 def test_more_tokens_than_fit_are_refused(llm: LLM) -> None:
     with pytest.raises(InvalidParameter, match="min_tokens is 600") as wrong:
         llm.generate("w5 w17", SamplingParams(max_tokens=None, min_tokens=600), use_tqdm=False)

@@ -1,7 +1,9 @@
 """What a caller asks for, texts included; checked here, once, for every way in (HTTP, gRPC, offline)."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
@@ -47,6 +49,7 @@ class SamplingParams:
     structured_outputs: Any = None
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         _between("n", self.n, 1, MAX_CHOICES)
         if self.max_tokens == 0 and self.prompt_logprobs is None:
             raise InvalidParameter(
@@ -86,12 +89,20 @@ class SamplingParams:
         if self.structured_outputs is not None:
             raise InvalidParameter("structured_outputs is not supported yet; leave it out", "structured_outputs")
 
+    def _check_kinds(self) -> None:
+        """A value of another kind would end the step it is in, and all that is in it."""
+        for names, right, kind in _KINDS:
+            for name in names:
+                value = getattr(self, name)
+                if not right(value) and not (value is None and name in _MAY_BE_NONE):
+                    raise InvalidParameter(f"{name} is {value!r:.80}; it must be {kind}", name)
+
     @property
     def stop_strings(self) -> list[str]:
         """`stop` as a list."""
         if self.stop is None:
             return []
-        return [self.stop] if isinstance(self.stop, str) else self.stop
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
     def check(self, vocab_size: int, room: int) -> None:
         """Raises InvalidParameter for token ids that the model's logits do not have, and for more min_tokens than the
@@ -151,6 +162,39 @@ class SamplingParams:
             replace(first, seed=(seed + choice) % 2**64, prompt_logprobs=None) for choice in range(1, self.n)
         )
         return [first, *others]
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    """Whether something is of one of these, where a bool is no number."""
+    return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _are(*kinds: type) -> Callable[[Any], bool]:
+    """Whether something is a sequence of these. It may be long, so each kind in it is looked at once."""
+    return lambda values: isinstance(values, Sequence) and not isinstance(values, str | bytes) and _alike(values, kinds)
+
+
+def _alike(values: Iterable[Any], kinds: tuple[type, ...]) -> bool:
+    return all(issubclass(kind, kinds) and kind is not bool for kind in set(map(type, values)))
+
+
+def _are_biases(value: Any) -> bool:
+    return isinstance(value, Mapping) and _alike(value, (Integral,)) and _alike(value.values(), (Real,))
+
+
+_MAY_BE_NONE = {field.name for field in fields(SamplingParams) if field.default is None} | {"max_tokens"}
+_KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"), _is(Integral), "an integer"),
+    (
+        ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+        _is(Real),
+        "a number",
+    ),
+    (("stop_token_ids", "allowed_token_ids"), _are(Integral), "a list of token ids"),
+    (("stop",), lambda value: isinstance(value, str) or _are(str)(value), "a text or a list of texts"),
+    (("bad_words",), _are(str), "a list of texts"),
+    (("logit_bias",), _are_biases, "numbers by token id"),
+)
 
 
 def _between(name: str, value: float, least: float, most: float | None) -> None:
