@@ -74,6 +74,15 @@ class ExpertsSpec:
     shared_gate: str = ""  # a sigmoid of this projection weighs the shared expert
     shared_beside: bool = False  # the shared expert's weights lie beside the block, not in it
 
+    def check(self) -> None:
+        """Raises ModelError unless there are experts to choose from."""
+        taking_part = self.num_experts // self.groups * self.top_groups
+        if not 1 <= self.top_k <= taking_part:
+            raise ModelError(
+                f"config.json has {self.top_k} experts a token and {taking_part} to choose them from; there must be "
+                "one at least, and no more than there are"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:

@@ -53,6 +53,12 @@ def activation_of(config: Config, key: str = "hidden_act") -> Activation:
     return ACTIVATIONS[name]
 
 
+def check_convolutions(config: Config, key: str = "hidden_act") -> None:
+    """Of layers that keep states, whose convolutions have an activation too. Raises ModelError for all but SiLU."""
+    if activation_of(config, key) is not Activation.SILU:
+        raise ModelError(f"{key} is {config[key]!r}; models with recurrent layers are served with silu")
+
+
 def layer_windows(config: Config) -> tuple[int, ...]:
     """From `layer_types`; a family without them has its window in every layer. Raises ModelError for layers that are
     neither."""

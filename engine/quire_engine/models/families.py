@@ -128,6 +128,8 @@ def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
     Raises ModelError for what is not served."""
     try:
         spec = _family_spec(config)
+        if spec.experts is not None:
+            spec.experts.check()
         for rope in (spec.rope, spec.local_rope):
             if rope is not None:
                 cos_sin_table(rope, 1)  # whether its numbers are numbers

@@ -9,7 +9,7 @@ from quire_kernels.norm import Norm
 from quire_engine.errors import ModelError
 from quire_engine.models import granite as granite_family
 from quire_engine.models import llama
-from quire_engine.models.base import activation_of, base_spec, head_dim_of, rotary_of
+from quire_engine.models.base import activation_of, base_spec, check_convolutions, head_dim_of, rotary_of
 from quire_engine.spec import Config, DecoderSpec, MambaSpec, Names
 
 _BACKBONE = Names(
@@ -27,6 +27,7 @@ _BACKBONE = Names(
 
 def _mamba(config: Config) -> MambaSpec:
     """Of Bamba's fields."""
+    check_convolutions(config)
     return MambaSpec(
         heads=config["mamba_n_heads"],
         head_dim=config["mamba_d_head"],
@@ -78,6 +79,7 @@ def nemotron_h(config: Config) -> DecoderSpec:
     kinds = config["layers_block_type"]
     if "moe" in kinds:
         raise ModelError("layers_block_type has moe, whose experts have no gate; served are Nemotron-H without experts")
+    check_convolutions(config, "mamba_hidden_act")
     layers = range(len(kinds))
     return base_spec(
         {**config, "num_hidden_layers": len(kinds)},
@@ -105,6 +107,7 @@ def nemotron_h(config: Config) -> DecoderSpec:
 
 def mamba2(config: Config) -> DecoderSpec:
     """The context has no bound of its own."""
+    check_convolutions(config)
     layers, heads = range(config["num_hidden_layers"]), config["num_heads"]
     head_dim = config["head_dim"]
     return DecoderSpec(

@@ -4,7 +4,7 @@ import dataclasses
 
 from quire_kernels.norm import Norm
 
-from quire_engine.models.base import base_spec, head_dim_of, rotary_of
+from quire_engine.models.base import base_spec, check_convolutions, head_dim_of, rotary_of
 from quire_engine.models.qwen2_moe import experts_of
 from quire_engine.models.qwen3_moe import dense_layers
 from quire_engine.spec import Config, DecoderSpec, DeltaNetSpec, Names, QKNorm
@@ -12,6 +12,7 @@ from quire_engine.spec import Config, DecoderSpec, DeltaNetSpec, Names, QKNorm
 
 def qwen3_5(config: Config) -> DecoderSpec:
     """Norms' factors are 1 + weight. Texts have one position per token, so the three axes of its RoPE are one."""
+    check_convolutions(config)
     norm = Norm(config["rms_norm_eps"], unit_offset=True)
     bias = bool(config["attention_bias"])
     return base_spec(
