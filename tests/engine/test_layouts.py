@@ -34,7 +34,8 @@ def test_internlm2(checkpoint: Make, tmp_path: Path) -> None:
         lambda tensors: {name: t for name, t in tensors.items() if ".mlp." not in name or not name.endswith("bias")},
         mlp_bias=False,
     )
-    folder = rewritten(plain, tmp_path / "internlm2", as_internlm2, architectures=["InternLM2ForCausalLM"], bias=True)
+    named = {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}
+    folder = rewritten(plain, tmp_path / "internlm2", as_internlm2, bias=True, **named)
     assert run(engine_for(folder), prompts()) == truth(plain, prompts())
 
 
