@@ -157,7 +157,7 @@ class LLM:
             tokens = self._tokens(text, "texts")
             self.check_text(tokens)
             sampling = EngineSampling(temperature=0.0, max_tokens=1)
-            requests.append(Request(next(self._ids), tokens, len(tokens), sampling, arrival=time.time()))
+            requests.append(Request(next(self._ids), tokens, len(tokens), sampling, arrival=time.monotonic()))
         found: dict[int, Floats] = {}
         with self._engine_for(requests):
             while self.engine.has_work:
@@ -232,7 +232,7 @@ class LLM:
             if params.logprobs is not None:
                 completion.logprobs = []
             output.outputs.append(completion)
-            request = Request(next(self._ids), list(prompt), len(prompt), sampling, arrival=time.time())
+            request = Request(next(self._ids), list(prompt), len(prompt), sampling, arrival=time.monotonic())
             made.append(_Choice(request, OutputText(self.tokenizer, params, prompt), completion, output))
         return made
 

@@ -60,7 +60,7 @@ def sampling_from_proto(message: pb.EngineSampling) -> EngineSampling:
 
 
 def request_from_proto(message: pb.Submit, request_id: int, now: float) -> Request:
-    """A request with what an earlier replica already generated. `now`: in seconds since the epoch."""
+    """A request with what an earlier replica already generated. `now`: in time.monotonic() seconds."""
     return Request(
         id=request_id,
         tokens=[*message.prompt, *message.output],

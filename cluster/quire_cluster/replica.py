@@ -127,7 +127,7 @@ class EngineThread:
         request_id = self._next_id
         self._next_id += 1
         try:
-            request = request_from_proto(message, request_id, time.time())
+            request = request_from_proto(message, request_id, time.monotonic())
             self._engine.add(request)
         except QuireError as error:
             self._refuse(session, message.id, error)

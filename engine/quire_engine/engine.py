@@ -52,7 +52,7 @@ class Engine:
         `on_start` is told of what the step takes in for the first time before it is submitted, instead of its outcome.
         """
         scheduler = self.scheduler
-        plan = scheduler.schedule(time.time())
+        plan = scheduler.schedule(time.monotonic())
         if on_start is not None and (started := scheduler.take_started()):
             on_start(started)
         if plan is not None:

@@ -125,8 +125,8 @@ class Request:
     num_prompt: int
     params: EngineSampling
     priority: int = 0
-    arrival: float = 0.0
-    deadline: float = 0.0  # seconds since the epoch; 0: none
+    arrival: float = 0.0  # in time.monotonic() seconds
+    deadline: float = 0.0  # of the same clock; 0: none
     cache_salt: bytes = b""
     resumed: bool = False  # an engine had accepted it: no queue is too full for it
     state: State = State.WAITING

@@ -34,7 +34,7 @@ class Fuzzer:
         self._engine.add(canary)
         if beside is not None:
             try:
-                self._engine.add(request_from_proto(beside, self._id(), time.time()))
+                self._engine.add(request_from_proto(beside, self._id(), time.monotonic()))
             except QuireError as error:
                 assert len(str(error)) < 500
         while self._engine.has_work:

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from conftest import processes, wait_until
 from quire import LLM, SamplingParams
 from quire_engine.errors import EngineFailure, InvalidParameter
+from quire_engine.request import EngineSampling, Request
 from quire_engine.step import StepPlan
 from quire_engine.text.output import OutputText
 
@@ -68,6 +70,18 @@ def test_values_of_another_kind_are_refused(name: str, value: Any) -> None:
     with pytest.raises(InvalidParameter, match=f"{name} is .* it must be") as wrong:
         SamplingParams(**{name: value})
     assert wrong.value.parameter == name
+
+
+def test_a_clock_that_is_set_forward_ends_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left until a deadline is measured by a clock that nobody sets."""
+    request = Request(10**6, [5, 6, 7], 3, EngineSampling(max_tokens=4, temperature=0.0))
+    request.arrival, request.deadline = time.monotonic(), time.monotonic() + 3600
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    engine = llm.engine
+    engine.add(request)
+    while engine.has_work:
+        engine.step()
+    assert (request.finish_reason, request.error) == ("length", None)
 
 
 def test_more_tokens_than_fit_are_refused(llm: LLM) -> None:
