@@ -1,6 +1,7 @@
 """The command line as a user types it."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,7 +17,7 @@ from quire import LLM, SamplingParams
 from quire.cli.batch import run_batch
 from quire.cli.main import main
 from quire_engine.config import EngineConfig
-from quire_engine.errors import InvalidParameter
+from quire_engine.errors import InvalidParameter, ServerError
 
 Make = Callable[[str], Path]
 
@@ -73,7 +74,7 @@ def test_run_batch(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixtu
     source.write_text("\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n\nnot json\n")
     done = quire("run-batch", str(source), "-o", str(target), "--model", folder)
     assert done.returncode == 0, done.stderr
-    assert "2 of 8 requests done" in done.stdout
+    assert "2 of 8 requests done" in done.stderr
     assert "Requests: 100%" in done.stderr
     results = [json.loads(line) for line in target.read_text().splitlines()]
     assert [result["custom_id"] for result in results] == ["a", "b", "c", "d", "e", "f", "g", "line-9"]
@@ -87,9 +88,9 @@ def test_run_batch(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert results[2]["response"]["body"]["error"]["param"] == "temperature"
     stopped = target.read_bytes().splitlines(keepends=True)
     target.write_bytes(b"".join(stopped[:2]) + stopped[2][:40])
-    code, said, errors = within(capsys, "run-batch", str(source), "-o", str(target), "--model", folder)
+    code, _, errors = within(capsys, "run-batch", str(source), "-o", str(target), "--model", folder)
     assert code == 0, errors
-    assert "0 of 6 requests done (2 had results already)" in said
+    assert "0 of 6 requests done (2 had results already)" in errors
     assert target.read_bytes().splitlines(keepends=True)[:2] == stopped[:2]
     assert [json.loads(line)["custom_id"] for line in target.read_text().splitlines()] == [
         result["custom_id"] for result in results
@@ -129,6 +130,19 @@ def test_run_batch_writes_into_nothing_but_its_own_results(tmp_path: Path, conte
                 EngineConfig(model="/no/model/is/looked/for"), str(target if output is source else source), str(output)
             )
         assert output.read_bytes() == content
+
+
+def test_run_batch_writes_to_what_is_no_file(checkpoint: Make, tmp_path: Path) -> None:
+    source, config = tmp_path / "in.jsonl", EngineConfig(model=str(checkpoint("qwen3")))
+    source.write_text('{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": [5], "max_tokens": 1}}')
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as results:
+        run_batch(config, str(source), f"/dev/fd/{writing}")
+        os.close(writing)
+        assert [json.loads(line)["response"]["status_code"] for line in results] == [200]
+    run_batch(config, str(source), os.devnull)
+    with pytest.raises(ServerError, match="/dev/full cannot be written: No space left on device"):
+        run_batch(config, str(source), "/dev/full")
 
 
 def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

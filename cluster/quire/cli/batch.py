@@ -5,16 +5,17 @@ Results are written as they come. A run that was stopped goes on where it was: w
 """
 
 import os
+import stat
+import sys
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import orjson
 from quire_engine.config import EngineConfig
-from quire_engine.errors import InvalidParameter, RequestError
+from quire_engine.errors import InvalidParameter, RequestError, ServerError
 
 from quire.cli.batch_lines import Line, line_of
-from quire.cli.terminal import say
 from quire.llm import LLM
 
 _SHARE = 1024  # lines that run together, and are written together
@@ -41,11 +42,9 @@ def run_batch(config: EngineConfig, source: str, target: str) -> None:
             _run(llm, share)
             run += len(share)
             good += sum(line.error is None for line in share)
-            file.writelines(orjson.dumps(line.result()) + b"\n" for line in share)
-            file.flush()
-            os.fsync(file.fileno())
+            _write(file, b"".join(orjson.dumps(line.result()) + b"\n" for line in share), target)
     before = f" ({len(lines) - run} had results already)" if run < len(lines) else ""
-    say(f"{good} of {run} requests done{before}, written to {target}")
+    print(f"{good} of {run} requests done{before}, written to {target}", file=sys.stderr)  # results may go to stdout
 
 
 def _run(llm: LLM, lines: list[Line]) -> None:
@@ -80,12 +79,29 @@ def _read(source: Path) -> list[tuple[int, bytes]]:
     return lines
 
 
-def _open(target: Path) -> BinaryIO:
+def _open(target: Path) -> FileIO:
     """To append to, before anything is loaded."""
     try:
-        return target.open("ab")
+        return target.open("ab", buffering=0)
     except OSError as error:
         raise InvalidParameter(f"{target} cannot be written: {error.strerror}", "output") from error
+
+
+def _write(file: FileIO, data: bytes, target: str) -> None:
+    """Until it is on the disk, where it is a file that goes to one. Raises BrokenPipeError, and ServerError for
+    whatever else keeps it from being written."""
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            os.fsync(file.fileno())
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ServerError(
+            f"{target} cannot be written: {error.strerror}; the same command goes on after what is there"
+        ) from error
 
 
 def _done(target: Path) -> set[str]:
