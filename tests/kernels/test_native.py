@@ -1,15 +1,27 @@
 """The C kernels against their plain references, with poison wherever nothing may be read."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from paging import make_batch, poisoned
 from quire_kernels.activation import Activation
 from quire_kernels.backends import AttentionBatch
 from quire_kernels.cache_write import HeadNorm, Rope
+from quire_kernels.native import build
 from quire_kernels.native.backend import NativeBackend
+from quire_kernels.native.build import NativeBuildError
 from quire_kernels.norm import Norm
 from quire_kernels.paged_attention import AttentionOptions
 from quire_kernels.torch_backend import TorchBackend
+
+
+def test_without_a_folder_to_keep_them_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user without a home, or where everything is read-only."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "file" / "folder"))
+    with pytest.raises(NativeBuildError, match="set QUIRE_CACHE"):
+        build.load()
 
 
 @pytest.mark.parametrize("window", [0, 7])

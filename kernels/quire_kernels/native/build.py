@@ -54,16 +54,20 @@ def _compile(compiler: str, target: Path) -> None:
 def load() -> ctypes.CDLL:
     """The library of C kernels, built if this machine has not built this source yet (under 2 s).
 
-    Raises NativeBuildError without a working C compiler. torch must have been imported: its OpenMP runtime is used.
+    Raises NativeBuildError without a working C compiler, or a folder to keep it in. torch must have been imported: its
+    OpenMP runtime is used.
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise NativeBuildError("no C compiler found; install one (gcc or clang), or set CC to its path")
     digest = hashlib.sha256(SOURCE.read_bytes())
     digest.update(" ".join([compiler, *FLAGS, platform.machine(), _cpu_identity()]).encode())
-    library = cache_folder() / "native" / f"{digest.hexdigest()[:24]}.so"
-    if not library.exists():
-        _compile(compiler, library)
+    try:
+        library = cache_folder() / "native" / f"{digest.hexdigest()[:24]}.so"
+        if not library.exists():
+            _compile(compiler, library)
+    except (OSError, RuntimeError) as error:  # the second: this user has no home
+        raise NativeBuildError(f"its file cannot be kept ({error}); set QUIRE_CACHE to a folder for it") from error
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
