@@ -69,6 +69,21 @@ def test_integers_are_bounded(kind: type[Strict], name: str, field: FieldInfo) -
             assert len(str(error)) < 400
 
 
+def test_a_name_without_a_value_asks_for_nothing() -> None:
+    """Clients made from OpenAI's schema write a null for each field that they know."""
+    body = {"messages": MESSAGES}
+    unset = {
+        "functions": None,
+        "audio": None,
+        "web_search_options": None,
+        "stream": True,
+        "stream_options": {"x": None},
+    }
+    parsed = parse(schema.ChatCompletionRequest, orjson.dumps(body | unset))
+    given = body | {"stream": True, "stream_options": {}}
+    assert parsed == parse(schema.ChatCompletionRequest, orjson.dumps(given))
+
+
 def test_unknown_fields_are_named_wherever_they_are() -> None:
     for body, name in (({"functions": []}, "functions"), ({"stream": True, "stream_options": {"x": 1}}, "x")):
         with pytest.raises(InvalidParameter, match=rf"\b{name} is not a parameter"):

@@ -175,6 +175,15 @@ def test_stop_strings(client: openai.OpenAI) -> None:
     assert kept.choices[0].text.endswith(stop)
 
 
+def test_a_top_p_of_0_leaves_the_likeliest_token(client: openai.OpenAI) -> None:
+    """OpenAI's API takes it."""
+    greedy, nucleus = (
+        client.completions.create(model="tiny", prompt="w5 w17", max_tokens=12, seed=1, **options).choices[0].text
+        for options in ({"temperature": 0}, {"temperature": 1, "top_p": 0})
+    )
+    assert nucleus == greedy
+
+
 def test_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "w5"}]
     with pytest.raises(openai.NotFoundError) as missing:
@@ -204,7 +213,7 @@ BAD = [
     ("chat/completions", CHAT | {"stop": ["x"] * 10_000}, 400, "stop"),
     ("chat/completions", CHAT | {"stop": ["x" * 100_000]}, 400, "stop"),
     ("chat/completions", CHAT | {"stop": [""]}, 400, "stop"),
-    ("chat/completions", CHAT | {"top_p": 0}, 400, "top_p"),
+    ("chat/completions", CHAT | {"top_p": -0.1}, 400, "top_p"),
     ("chat/completions", CHAT | {"top_k": -2}, 400, "top_k"),
     ("chat/completions", CHAT | {"min_p": 2}, 400, "min_p"),
     ("chat/completions", CHAT | {"seed": 2**70}, 400, None),

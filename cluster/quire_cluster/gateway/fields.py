@@ -15,7 +15,8 @@ MAX_ROLE = 64  # characters
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors, and null means left out."""
+    """Null means left out, whatever the name: some clients send all the fields they know. Others that are unknown are
+    errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -24,10 +25,11 @@ class Strict(BaseModel):
     def _given(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             raise _wrong("it must be an object with named fields")
-        for name in values:
+        given = {name: value for name, value in values.items() if value is not None}
+        for name in given:
             if name not in cls.model_fields:
                 raise _wrong(f"{name[:60]} is not a parameter of this call; leave it out", field=name[:60])
-        return {name: value for name, value in values.items() if value is not None}
+        return given
 
 
 def _wrong(message: str, *, field: str | None = None) -> PydanticCustomError:

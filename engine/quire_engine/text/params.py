@@ -18,6 +18,7 @@ MAX_STOP_TOKENS = 256
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_LENGTH = 256
+_LEAST_TOP_P = 1e-6  # what 0 means: the likeliest token is always in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,6 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens})", "min_tokens"
             )
         _between("temperature", self.temperature, 0, 1000)
-        if not self.top_p > 0:
-            raise InvalidParameter(f"top_p is {self.top_p}; it must be above 0 and at most 1", "top_p")
         _between("top_p", self.top_p, 0, 1)
         _between("top_k", self.top_k, -1, MAX_INT)
         _between("min_p", self.min_p, 0, 1)
@@ -144,7 +143,7 @@ class SamplingParams:
             max_tokens=most,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
-            top_p=self.top_p,
+            top_p=max(self.top_p, _LEAST_TOP_P),
             top_k=self.top_k if 0 < self.top_k < vocab_size else 0,
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
