@@ -5,11 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from quire_cluster.addresses import host_of, is_loopback
 from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+
+
+def _options(address: str) -> list[tuple[str, int]]:
+    """Of a channel. A proxy that the environment names cannot lead back to this machine."""
+    return [*_OPTIONS, ("grpc.enable_http_proxy", 0)] if is_loopback(host_of(address)) else _OPTIONS
 
 
 @dataclass
@@ -160,7 +166,7 @@ class Client(_Base):
 
     def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
         super().__init__(api_key)
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=_options(address))
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def __enter__(self) -> "Client":
@@ -237,7 +243,7 @@ class AsyncClient(_Base):
 
     def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
         super().__init__(api_key)
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, options=_options(address))
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     async def __aenter__(self) -> "AsyncClient":

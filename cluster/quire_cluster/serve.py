@@ -20,9 +20,10 @@ from quire_engine.errors import EngineFailure, InvalidParameter, ModelError, Ser
 from quire_engine.models.check import check_model
 from quire_engine.weights.resolve import ModelFiles
 
+from quire_cluster.addresses import with_port
 from quire_cluster.config import ServeConfig, entries
 from quire_cluster.controller import Controller
-from quire_cluster.gateway.connection import HttpConfig, HttpServer, Limits, raise_open_files
+from quire_cluster.gateway.connection import BACKLOG, HttpConfig, HttpServer, Limits, raise_open_files
 from quire_cluster.gateway.doors import Doors
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
@@ -38,16 +39,20 @@ _READINESS = 0.1  # seconds between looks at it
 
 
 def bind(host: str, port: int, what: str) -> socket.socket:
-    """A listening socket. Raises InvalidParameter when the port is taken, naming the option that changes it."""
+    """A listening socket. Raises InvalidParameter when the port is taken, naming the option that changes it. One that
+    does not listen yet would not keep another server, which still loads its model, from the same port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)
     except (OSError, UnicodeError) as error:  # a host's name that is too long is no UTF-8 to Python
         listener.close()
         why = error.strerror if isinstance(error, OSError) else error
-        raise InvalidParameter(f"cannot listen on {host}:{port} ({why}); choose another with --{what}", what) from error
+        raise InvalidParameter(
+            f"cannot listen on {with_port(host, port)} ({why}); choose another with --{what}", what
+        ) from error
     return listener
 
 
@@ -63,6 +68,7 @@ class Server:
         self._controller: Any = None
         self._liveness: LivenessProbe  # of the controller
         self._stop = asyncio.Event()
+        self._hurry = False  # what runs at the end is not waited for
         self._failure: ServerError | None = None
         self.http_port = 0
         self.grpc_port = 0
@@ -128,11 +134,20 @@ class Server:
         """Drain and end. Idempotent."""
         self._stop.set()
 
+    def _interrupted(self) -> None:
+        """The first signal lets running requests finish; the second does not."""
+        self._hurry = self._stop.is_set()
+        self.stop()
+
     def _catch_signals(self) -> None:
+        """SIGHUP, a terminal that closes, is no less an end than the others; `nohup` has it ignored."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        ends = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            ends.append(signal.SIGHUP)
+        for number in ends:
             loop.remove_signal_handler(number)
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, self._interrupted)
 
     def _begin(self, part: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
         """A part that lasts as long as the server: where it ends by itself, the server does, and says why."""
@@ -268,7 +283,7 @@ class Server:
                 await grpc_server.set_serving(False)
             if service.dispatcher.num_live:
                 log.info("draining: %d requests are running", service.dispatcher.num_live)
-            while service.dispatcher.num_live and time.monotonic() < until:
+            while service.dispatcher.num_live and time.monotonic() < until and not self._hurry:
                 await asyncio.sleep(0.02)
         if http is not None and http_task is not None:
             http.should_exit = True

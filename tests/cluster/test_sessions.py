@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -590,6 +592,33 @@ def test_health_says_which_replica_is_gone_silent_or_stalled(
             await second.stop()
             await becomes(f"gone: replica {second.slot}")
             assert (await client.get("/ready")).status_code == 200, "the other one serves"
+
+    asyncio.run(run())
+
+
+def test_a_second_signal_does_not_wait_for_what_runs(
+    service: Callable[[], Service], checkpoint: Callable[[str], Path]
+) -> None:
+    async def run() -> None:
+        gate = service()
+        engine = EngineConfig(model=str(checkpoint("llama")))
+        server = Server(engine, ServeConfig(shutdown_timeout=86400), find_model(engine))
+        async with http(gate) as (_, replica):
+            replica.holds = lambda submit: True
+            generation = gate.start([5, 6], SamplingParams())
+            server._catch_signals()
+            for first in (signal.SIGINT, signal.SIGHUP):
+                os.kill(os.getpid(), first)
+                await server._stop.wait()
+                server._stop.clear()
+            server.stop()
+            ending = asyncio.ensure_future(server._shut_down(gate, None, None, None, []))
+            await until(lambda: gate.draining)
+            assert not ending.done()
+            os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(60):
+                await ending
+            assert not generation.choices[0].output
 
     asyncio.run(run())
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -114,6 +115,19 @@ def test_help_for_nobody() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's full device")
+def test_a_proxy_does_not_lead_back_to_this_machine(address: str) -> None:
+    environment = {"http_proxy": "http://127.0.0.1:1", "https_proxy": "http://127.0.0.1:1", "no_proxy": ""}
+    for name in (address, address.replace("127.0.0.1", "localhost")):
+        assert run("chat", "x", "--address", name, environment=environment) == (0, b"x\n", b"")
+
+
+def test_an_input_that_was_closed(address: str) -> None:
+    """It is at its end."""
+    command = f"exec {shlex.quote(sys.executable)} -m quire.cli.main chat --address {address} <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
 def test_an_output_that_cannot_be_written(address: str) -> None:
     with Path("/dev/full").open("wb") as full:
         for arguments in (["chat", "x", "--address", address], ["--help"]):

@@ -190,6 +190,10 @@ def test_reflection_and_health(two_replicas: RunningServer, version: str) -> Non
         methods = {method.name for service in file.service for method in service.method}
         assert methods == {"Generate", "Chat", "Tokenize", "Detokenize", "Embed", "ListModels"}
         health = health_pb2_grpc.HealthStub(channel)
+        with pytest.raises(grpc.RpcError) as failed:
+            health.List(health_pb2.HealthListRequest())
+        assert failed.value.code() is CODE.UNIMPLEMENTED
         for service in ("", "quire.v1.Inference"):
             state = health.Check(health_pb2.HealthCheckRequest(service=service)).status
             assert state == health_pb2.HealthCheckResponse.SERVING
+    assert "Traceback" not in two_replicas.log

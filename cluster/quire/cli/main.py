@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from quire_cluster.addresses import with_port
 from quire_cluster.config import ServeConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.errors import InvalidParameter, QuireError
@@ -100,12 +101,13 @@ def _serve(arguments: argparse.Namespace, config: ServeConfig, engine: EngineCon
     from quire_cluster.serve import Server, serve
 
     def on_ready(server: Server) -> None:
-        shown = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::") else config.host
+        host = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::") else config.host
+        http, grpc = with_port(host, server.http_port), with_port(host, server.grpc_port)
         say(
             f"\nready: {', '.join(server.model_names)}\n"
-            f"  OpenAI API  http://{shown}:{server.http_port}/v1\n"
-            f"  gRPC        {shown}:{server.grpc_port}\n"
-            f"  metrics     http://{shown}:{server.http_port}/metrics\n"
+            f"  OpenAI API  http://{http}/v1\n"
+            f"  gRPC        {grpc}\n"
+            f"  metrics     http://{http}/metrics\n"
         )
 
     serve(engine, config, on_ready)

@@ -41,6 +41,8 @@ def _writing() -> Iterator[None]:
 
 def ask(prompt: str) -> str | None:
     """A line that is not blank; None at the end of input."""
+    if sys.stdin is None:  # it was closed before this program began
+        return None
     try:
         while not (line := input(prompt).strip()):
             pass

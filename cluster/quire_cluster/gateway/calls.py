@@ -81,6 +81,8 @@ async def _guarded(method: str, context: Any) -> AsyncIterator[None]:
             grpc.StatusCode.INVALID_ARGUMENT,
             f"this is no message that {method} takes; write it with code generated from the .proto files, in UTF-8",
         )
+    except NotImplementedError:  # generated code's, of a method that a service of another library leaves out
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not served")
     except Exception:  # a bug of ours: gRPC itself would tell the caller its text
         log.exception("%s failed", method)
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; it is in the server's log")

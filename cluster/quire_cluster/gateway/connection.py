@@ -23,6 +23,7 @@ _PIPELINED = 32  # requests that wait for the answer to the one before them
 _RESERVE = 64  # connections beyond the limit that are told so, and answered about health
 _IDLE = 75  # seconds between two requests
 _OPEN_FILES = 1 << 20
+BACKLOG = 4096  # connections that nobody has accepted yet
 _OTHER_FILES = 256  # that a server needs besides its connections, _RESERVE among them
 
 
@@ -246,7 +247,7 @@ class HttpConfig(uvicorn.Config):
             proxy_headers=False,
             timeout_graceful_shutdown=1,
             timeout_keep_alive=_IDLE,
-            backlog=4096,
+            backlog=BACKLOG,
         )
         self.limits = limits
 

@@ -1,6 +1,5 @@
 """What stands before the routes: which sites may call, which keys, and how much of a body is held at once."""
 
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -9,20 +8,13 @@ from quire_engine.errors import InvalidParameter, Unavailable
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quire_cluster.addresses import is_loopback
 from quire_cluster.gateway.http import error_body, json_response
 from quire_cluster.keys import HEADER, Keys
 
 OPEN_ROUTES = ("/health", "/ready")
 _HELD_BODIES = 256 << 20  # bytes of all bodies that are being read
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @dataclass(frozen=True)

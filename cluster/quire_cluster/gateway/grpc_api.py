@@ -24,6 +24,7 @@ from quire_engine.text.params import SamplingParams
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
+from quire_cluster.addresses import with_port
 from quire_cluster.gateway import reflection
 from quire_cluster.gateway.calls import CallGuard
 from quire_cluster.gateway.connection import Limits
@@ -341,11 +342,14 @@ class GrpcServer:
         reflection.enable((SERVICE, health.SERVICE_NAME), self._server)
 
     async def start(self, host: str, port: int) -> int:
-        """Binds and serves; the port it got. Raises RuntimeError or OSError when the port is taken."""
-        address = f"[{host}]" if ":" in host else host
-        bound = int(self._server.add_insecure_port(f"{address}:{port}"))
-        if bound == 0:
-            raise OSError(f"cannot bind {host}:{port}")
+        """Binds and serves; the port it got. Raises InvalidParameter when the port is taken."""
+        address = with_port(host, port)
+        try:
+            bound = int(self._server.add_insecure_port(address))
+        except RuntimeError as error:  # it says no more than that
+            raise InvalidParameter(
+                f"cannot listen on {address}; choose another with --grpc-port", "grpc_port"
+            ) from error
         await self._server.start()
         await self.set_serving(False)
         return bound
