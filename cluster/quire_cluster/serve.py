@@ -281,9 +281,9 @@ class Server:
             until = time.monotonic() + self._serve.shutdown_timeout
             if grpc_server is not None:
                 await grpc_server.set_serving(False)
-            if service.dispatcher.num_live:
-                log.info("draining: %d requests are running", service.dispatcher.num_live)
-            while service.dispatcher.num_live and time.monotonic() < until and not self._hurry:
+            if service.num_open:
+                log.info("draining: %d requests are running", service.num_open)
+            while service.num_open and time.monotonic() < until and not self._hurry:
                 await asyncio.sleep(0.02)
         if http is not None and http_task is not None:
             http.should_exit = True

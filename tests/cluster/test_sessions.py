@@ -623,6 +623,30 @@ def test_a_second_signal_does_not_wait_for_what_runs(
     asyncio.run(run())
 
 
+def test_an_answer_that_is_still_read_is_waited_for(
+    service: Callable[[], Service], checkpoint: Callable[[str], Path]
+) -> None:
+    """Its last token is there, but not with the client."""
+
+    async def run() -> None:
+        gate = service()
+        engine = EngineConfig(model=str(checkpoint("llama")))
+        server = Server(engine, ServeConfig(shutdown_timeout=86400), find_model(engine))
+        async with http(gate):
+            generation = gate.start([5, 6], SamplingParams(max_tokens=TOKENS))
+            await until(lambda: generation.choices[0].ended)
+            ending = asyncio.ensure_future(server._shut_down(gate, None, None, None, []))
+            await until(lambda: gate.draining)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(ending), 0.2)
+            assert len(await tokens(generation)) == TOKENS
+            gate.finished(generation, route="test")
+            async with asyncio.timeout(60):
+                await ending
+
+    asyncio.run(run())
+
+
 def test_following_the_controller_never_ends_unseen(
     service: Callable[[], Service], checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -66,6 +66,7 @@ class Service:
         self.metrics = Metrics(names[0])
         self.dispatcher = Dispatcher(self._on_load, self._on_steps, max_waiting=max_waiting)
         self.draining = False
+        self.num_open = 0  # requests whose answer is not yet with the client, as far as we see
         self._end_tokens = end_tokens(files, tokenizer)
 
     @staticmethod
@@ -225,6 +226,7 @@ class Service:
         )
         generation = Generation(facts, samplings, [OutputText(self.tokenizer, params, prompt) for _ in samplings])
         self.dispatcher.submit(generation)
+        self.num_open += 1
         return generation
 
     def _check_prompt(self, prompt: list[int]) -> None:
@@ -243,6 +245,7 @@ class Service:
     def finished(self, generation: Generation, *, route: str, user: str | None = None) -> None:
         """The one place where a request ends for the gateway: aborts what is left, counts, and writes its line."""
         self.dispatcher.abort(generation)
+        self.num_open -= 1
         facts, metrics = generation.facts, self.metrics
         now = time.monotonic()
         reasons = []
