@@ -140,6 +140,18 @@ def processes(server: "RunningServer | int", kind: str) -> list[int]:
     return sorted(found)
 
 
+def held(processes: list[psutil.Process]) -> set[Path]:
+    """Folders of servers and memory segments that these processes name or map."""
+    found: set[Path] = set()
+    for process in processes:
+        try:
+            said = " ".join(process.cmdline()) + Path(f"/proc/{process.pid}/maps").read_text()
+        except (OSError, psutil.NoSuchProcess):
+            continue
+        found |= {Path(path) for path in re.findall(r"/tmp/quire-[^/\s\0]+|/dev/shm/\S+", said)}
+    return {path for path in found if path.exists()}
+
+
 def ancestors(pid: int) -> set[int]:
     found: set[int] = set()
     while pid > 1:

@@ -36,6 +36,7 @@ from quire_cluster.routing_table import Key, RoutingTable
 log = logging.getLogger(__name__)
 _WATCH_RETRY, _LONGEST_WATCH_RETRY = 0.5, 30.0  # seconds
 _READINESS = 0.1  # seconds between looks at it
+_CLUSTER = 0.5  # the same, at the private cluster's processes
 
 
 def bind(host: str, port: int, what: str) -> socket.socket:
@@ -113,6 +114,7 @@ class Server:
             watchers += [
                 self._begin(grpc_server.wait(), "the gRPC server"),
                 self._begin(self._watch(service), "following the controller"),
+                self._begin(self._watch_cluster(service), "watching the private Ray cluster"),
                 self._begin(self._tell_readiness(service, grpc_server), "telling the gRPC health service"),
             ]
             await self._until_ready(service)
@@ -225,8 +227,8 @@ class Server:
                 version, pause = table.version, _WATCH_RETRY
                 continue
             except ray.exceptions.RayActorError:
-                if self._cluster is not None and not self._cluster.is_whole:
-                    self._give_up(service, "the private Ray cluster died; start the server again")
+                if not self._cluster_stands:
+                    self._end_without_cluster(service)
                     return
                 log.error("the controller died; it is started again")
                 dead = True
@@ -237,6 +239,20 @@ class Server:
                 log.exception("following the controller failed; it is tried again")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_WATCH_RETRY)
+
+    @property
+    def _cluster_stands(self) -> bool:
+        return self._cluster is None or self._cluster.is_whole
+
+    async def _watch_cluster(self, service: Service) -> None:
+        """Without Ray nothing can be started again. What runs still finishes: replicas live on for a while, and only a
+        minute after its head died would Ray end this process, without a word to anyone."""
+        while self._cluster_stands:
+            await asyncio.sleep(_CLUSTER)
+        self._end_without_cluster(service)
+
+    def _end_without_cluster(self, service: Service) -> None:
+        self._give_up(service, "the private Ray cluster died; start the server again")
 
     def _follow(self, table: RoutingTable, service: Service) -> None:
         if table.failure is not None:
@@ -294,7 +310,7 @@ class Server:
             watcher.cancel()
         if service is not None:
             await service.dispatcher.close()
-        if self._controller is not None and (self._cluster is None or self._cluster.is_whole):
+        if self._controller is not None and self._cluster_stands:
             try:
                 await asyncio.wait_for(self._controller.shutdown.remote(), 15)
             except (TimeoutError, ray.exceptions.RayError) as error:

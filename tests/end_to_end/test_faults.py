@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import RunningServer, processes, wait_until
+from conftest import RunningServer, held, processes, wait_until
 from quire import AsyncClient
 from web import LIMIT, http
 
@@ -173,13 +173,16 @@ def test_the_controller_dies_and_the_streams_go_on(two_replicas: RunningServer, 
     both_serve(server)
 
 
-def test_a_dead_cluster_ends_the_server(checkpoint: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("kind", ["raylet", "gcs_server"])
+def test_a_dead_cluster_ends_the_server(checkpoint: Callable[[str], Path], kind: str) -> None:
     """Without Ray nothing can be started again."""
     server = RunningServer(str(checkpoint("llama")))
     below = psutil.Process(server.process.pid).children(recursive=True)
-    [raylet] = [process for process in below if process.name() == "raylet"]
-    raylet.kill()
+    left = held(below)
+    [victim] = [process for process in below if process.name() == kind]
+    victim.kill()
     assert server.wait() == 1
+    assert not [path for path in left if path.exists()]
     assert "the private Ray cluster died" in server.log
     wait_until(lambda: not any(process.is_running() for process in below))
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import openai
 import psutil
 import pytest
 import torch
-from conftest import RunningServer, wait_until
+from conftest import RunningServer, held, wait_until
 from quire import LLM, AsyncClient, SamplingParams
 from quire_engine.config import DEMO_MODEL
 from quire_engine.weights.resolve import resolve
@@ -109,18 +108,6 @@ def test_a_prompt_of_thousands_of_tokens(server: RunningServer) -> None:
     assert first["choices"][0]["text"] == second["choices"][0]["text"]
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached >= first["usage"]["prompt_tokens"] - 16
-
-
-def held(processes: list[psutil.Process]) -> set[Path]:
-    """Folders of servers and memory segments that these processes name or map."""
-    found: set[Path] = set()
-    for process in processes:
-        try:
-            said = " ".join(process.cmdline()) + Path(f"/proc/{process.pid}/maps").read_text()
-        except (OSError, psutil.NoSuchProcess):
-            continue
-        found |= {Path(path) for path in re.findall(r"/tmp/quire-[^/\s\0]+|/dev/shm/\S+", said)}
-    return {path for path in found if path.exists()}
 
 
 def test_nothing_is_left_behind(server: RunningServer) -> None:
