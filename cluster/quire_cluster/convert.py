@@ -15,7 +15,7 @@ KEEPALIVE = [  # of both ends: one that vanished without a word, or stopped, is 
     ("grpc.keepalive_timeout_ms", 5000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
 ]
 _SCALARS = (
     "max_tokens",

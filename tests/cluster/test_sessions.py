@@ -17,7 +17,7 @@ import httpx
 import pytest
 from fake_replica import FakeReplica, token_at
 from quire_cluster.config import ServeConfig
-from quire_cluster.convert import BATCH_BYTES
+from quire_cluster.convert import BATCH_BYTES, KEEPALIVE
 from quire_cluster.gateway.connection import HttpServer
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
@@ -172,6 +172,31 @@ def test_a_replica_that_vanishes_without_a_word_is_avoided_and_then_left(tokeniz
             first.silent = False
             await until(lambda: len(g.dispatcher.sessions) == 1)
             assert await tokens(g.start([9, 9])) == expected([9, 9])
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_sends_nothing_takes_pings_all_the_same() -> None:
+    """gRPC's own limit is three of them in five minutes. The times are shortened, but for that of the answer."""
+    shortened = {"grpc.keepalive_time_ms": 300, "grpc.http2.min_ping_interval_without_data_ms": 60}
+    options = [(name, shortened.get(name, value)) for name, value in KEEPALIVE]
+
+    class Silent(engine_pb2_grpc.EngineServicer):
+        async def Session(self, requests: Any, context: Any) -> AsyncIterator[pb.SessionUpdate]:
+            yield pb.SessionUpdate()
+            await asyncio.Event().wait()
+
+    async def run() -> None:
+        server = grpc.aio.server(options=options)
+        engine_pb2_grpc.add_EngineServicer_to_server(Silent(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+            session = engine_pb2_grpc.EngineStub(channel).Session()
+            await session.read()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(session.read(), 4)
+        await server.stop(0)
 
     asyncio.run(run())
 
