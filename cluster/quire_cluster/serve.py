@@ -119,6 +119,7 @@ class Server:
             ]
             await self._until_ready(service)
             if not self._stop.is_set():
+                await grpc_server.set_serving(True)  # before anyone hears that it is ready
                 on_ready(self)
             await self._stop.wait()
             if self._failure is not None:
