@@ -329,6 +329,21 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             await asyncio.sleep(0.005)
 
 
+def session_server(service: EngineService, secret: str) -> grpc.aio.Server:
+    """For who sends `secret`. A gateway that vanished without a word is found, and its requests end."""
+    server = grpc.aio.server(
+        interceptors=[KeyInterceptor(Keys([secret]), refusal="sessions are for this cluster's gateways")],
+        options=[
+            ("grpc.max_receive_message_length", MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+            *KEEPALIVE,
+        ],
+    )
+    engine_pb2_grpc.add_EngineServicer_to_server(service, server)
+    return server
+
+
 def merged(update: pb.SessionUpdate, waiting: "asyncio.Queue[pb.SessionUpdate | None]") -> pb.SessionUpdate:
     """This update and those that wait behind it as one, up to BATCH_BYTES and one more: a gateway that lags gets fewer,
     larger messages."""
@@ -379,16 +394,7 @@ class Replica:
         )
         self._engine = EngineThread(self._workers, loop, self._failed)
         self._service = EngineService(self._engine)
-        self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(Keys([secret]), refusal="sessions are for this cluster's gateways")],
-            options=[
-                ("grpc.max_receive_message_length", MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MESSAGE_BYTES),
-                ("grpc.so_reuseport", 0),
-                *KEEPALIVE,
-            ],
-        )
-        engine_pb2_grpc.add_EngineServicer_to_server(self._service, self._server)
+        self._server = session_server(self._service, secret)
         port = self._server.add_insecure_port(f"{host}:0")
         await self._server.start()
         self._engine.start()

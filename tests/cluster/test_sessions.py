@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import grpc
 import httpx
 import pytest
 from fake_replica import FakeReplica, token_at
@@ -26,7 +25,7 @@ from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_cluster.liveness import LivenessProbe
 from quire_cluster.policies.suspicion import Patience
-from quire_cluster.replica import EngineService, EngineThread, merged
+from quire_cluster.replica import EngineService, EngineThread, merged, session_server
 from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
 from quire_cluster.serve import Server
 from quire_engine.config import EngineConfig, SchedulerLimits
@@ -45,7 +44,6 @@ from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import find_model
 from quire_protos.v1 import engine_pb2 as pb
-from quire_protos.v1 import engine_pb2_grpc
 
 TOKENS = 30
 PROMPTS = [[5 + number, 17, 30] for number in range(16)]
@@ -814,13 +812,13 @@ def test_half_of_a_session_is_none(tokenizer: Tokenizer) -> None:
 
     async def run() -> None:
         engine: Any = Engine()
-        server = grpc.aio.server()
-        engine_pb2_grpc.add_EngineServicer_to_server(EngineService(engine), server)
+        server = session_server(EngineService(engine), "secret")
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         endless = Patience(avoid=1e9, move=1e9)
         dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8, patience=endless)
-        dispatcher.update_table(RoutingTable(1, (ReplicaEntry(0, 1, f"127.0.0.1:{port}", 4096),)))
+        entry = ReplicaEntry(0, 1, f"127.0.0.1:{port}", 4096, secret="secret")
+        dispatcher.update_table(RoutingTable(1, (entry,)))
         await until(lambda: engine.reports > 5)
         await dispatcher.close()
         await server.stop(0)
