@@ -44,7 +44,6 @@ class _Slot:
     epoch: int = 0
     patience: float = 1.0  # of the workers' lease
     restarts: Restarts = field(default_factory=Restarts)
-    since: float = 0.0  # when it began to serve, in time.monotonic() seconds
     given_up: QuireError | None = None  # why it is not started again
 
 
@@ -117,9 +116,11 @@ class Controller:
         """One slot, for as long as the controller lives."""
         slot = self._slots[index]
         while not self._stopping:
+            serves_since: float | None = None
             try:
                 self._remove(slot)  # what could not be given back before
                 await self._start(index, slot)
+                serves_since = time.monotonic()
                 await slot.actor.run.remote()
                 return  # it was stopped
             except asyncio.CancelledError:
@@ -127,7 +128,7 @@ class Controller:
             except Exception as error:
                 cause = root_cause(error)
                 log.error("replica %d (epoch %d) is gone: %s", index, slot.epoch, cause)
-            service = time.monotonic() - slot.since if slot.entry is not None else None
+            service = None if serves_since is None else time.monotonic() - serves_since
             try:
                 self._remove(slot)
             except Exception:  # Ray's, of any kind: a slot that nobody keeps would be empty for ever
@@ -165,8 +166,8 @@ class Controller:
             slot.actor.start.remote(self._config, self._threads, slot.placement, host, slot.patience, self._secret),
             LivenessProbe(slot.actor, f"replica {index}"),
         )
-        slot.since = time.monotonic()
-        slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len, slot.since - started, self._secret)
+        load_seconds = time.monotonic() - started
+        slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len, load_seconds, self._secret)
         await self._publish()
 
     def _remove(self, slot: _Slot) -> None:

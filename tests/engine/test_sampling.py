@@ -205,7 +205,9 @@ def test_logprobs_of_a_row_are_the_same_bits_beside_others(vocabulary: int) -> N
 
 
 def test_a_row_without_a_finite_logit_fails_alone(logits: torch.Tensor) -> None:
-    nothing = EngineSampling(temperature=1.0, allowed_token_ids=TokenSet.of((4,)), bad_words=((4,),))
+    nothing = EngineSampling(
+        temperature=1.0, allowed_token_ids=TokenSet.of((4,)), bad_words=((4,),), logprobs=2, repetition_penalty=1.5
+    )
     broken = torch.stack([logits, logits, torch.full((V,), math.nan)])
     sampler = sampler_for(EngineSampling(seed=9), nothing, EngineSampling(seed=9))
     rows = np.arange(3, dtype=np.int32)

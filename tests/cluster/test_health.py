@@ -1,0 +1,173 @@
+"""What a gateway says of its replicas to whoever would start it again, and how long it waits for one that is gone."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_replica import FakeReplica
+from quire_cluster.gateway import dispatcher as dispatching
+from quire_cluster.gateway import sessions
+from quire_cluster.gateway.dispatcher import Dispatcher
+from quire_cluster.gateway.generation import Generation, RequestFacts
+from quire_cluster.gateway.http import Api
+from quire_cluster.gateway.service import Service
+from quire_cluster.policies.suspicion import Patience
+from quire_cluster.routing_table import ReplicaEntry, RoutingTable
+from quire_engine.config import EngineConfig
+from quire_engine.errors import Unavailable
+from quire_engine.request import EngineSampling
+from quire_engine.text.output import OutputText
+from quire_engine.text.params import SamplingParams
+from quire_engine.weights.resolve import find_model
+
+ENDLESS = Patience(avoid=1e9, move=1e9)
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint: Callable[[str], Path]) -> Callable[[], Service]:
+    """A gateway of the tiny model, without a replica yet."""
+    config = EngineConfig(model=str(checkpoint("llama")))
+    files = find_model(config)
+    tokenizer = Service.load(files, config, names=["tiny"], chat_template=None).tokenizer
+    return lambda: Service(files, tokenizer, names=["tiny"], max_model_len=4096, max_waiting=8)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def health_of(service: Service, *replicas: FakeReplica) -> AsyncIterator[Callable[[str], Any]]:
+    """Waits for an answer of /health; any but "ok" is a 503."""
+    app = Api(service).app()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        for replica in replicas:
+            await replica.start()
+        service.dispatcher.update_table(RoutingTable(1, tuple(replica.entry() for replica in replicas)))
+
+        async def becomes(said: str) -> None:
+            async with asyncio.timeout(60):
+                while (answer := await client.get("/health")).json() != {"status": said}:
+                    await asyncio.sleep(0.005)
+            assert answer.status_code == (200 if said == "ok" else 503)
+
+        try:
+            await until(lambda: len(service.dispatcher.sessions) == len(replicas))
+            yield becomes
+        finally:
+            await service.dispatcher.close()
+            await asyncio.gather(*(replica.stop() for replica in replicas))
+
+
+def test_a_replica_that_does_not_come_back_in_time_is_told(
+    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the other one serves; and no longer once it is there again."""
+    monkeypatch.setattr("quire_cluster.policies.admission._LEAST_WAIT", 0.3)
+
+    async def run() -> None:
+        gate, first, second = service(), FakeReplica(), FakeReplica()
+        async with health_of(gate, first, second) as becomes:
+            await becomes("ok")
+            second.die()
+            await becomes(f"gone: replica {second.slot}")
+            assert gate.ready
+            second.alive = True
+            await becomes("ok")
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_is_silent_or_makes_no_step_is_told(
+    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire_cluster.gateway.service._SILENCE", 1.0)
+
+    async def run() -> None:
+        gate, replica = service(), FakeReplica()
+        gate.dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8, patience=ENDLESS)
+        async with health_of(gate, replica) as becomes:
+            await becomes("ok")
+            replica.step_age = 10.5
+            await becomes(f"stalled: replica {replica.slot}")
+            replica.step_age = 9.5
+            await becomes("ok")
+            replica.silent = True
+            await becomes(f"silent: replica {replica.slot}")
+            replica.silent = False
+            await becomes("ok")
+
+    asyncio.run(run())
+
+
+def test_what_waits_for_a_replica_waits_as_long_as_one_takes_to_load(
+    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own kind of replica, that is: the other gateway's load at once, and are not waited for."""
+    monkeypatch.setattr("quire_cluster.policies.admission._LEAST_WAIT", 0.3)
+    monkeypatch.setattr(dispatching, "_TICK", 0.02)
+    tokenizer = service().tokenizer
+
+    async def waiting(load_seconds: float) -> tuple[Dispatcher, Generation]:
+        replica = await FakeReplica().start()
+        dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8)
+        dispatcher.update_table(RoutingTable(1, (replica.entry(load_seconds=load_seconds),)))
+        await until(lambda: bool(dispatcher.sessions))
+        await replica.stop()
+        await until(lambda: not dispatcher.sessions)
+        facts = RequestFacts("request", [5, 6], 0, 0.0, b"", time.monotonic())
+        generation = Generation(facts, [EngineSampling()], [OutputText(tokenizer, SamplingParams(), [5, 6])])
+        dispatcher.submit(generation)
+        return dispatcher, generation
+
+    async def run() -> None:
+        patient, first = await waiting(1000.0)
+        impatient, second = await waiting(0.01)
+        async with asyncio.timeout(60):
+            with pytest.raises(Unavailable, match="no replica came back in time"):
+                await second.admitted()
+        assert not first.choices[0].ended
+        assert patient.num_live == 1
+        assert impatient.num_live == 0
+        await patient.close()
+        await impatient.close()
+
+    asyncio.run(run())
+
+
+def test_who_does_not_answer_is_asked_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it is in the table."""
+    pauses: list[float] = []
+    plain = asyncio.sleep
+
+    class Asyncio:
+        @staticmethod
+        async def sleep(seconds: float) -> None:
+            pauses.append(seconds)
+            await plain(0)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(asyncio, name)
+
+    monkeypatch.setattr(sessions, "asyncio", Asyncio())
+
+    async def run() -> None:
+        replica = await FakeReplica().start()
+        await replica.stop()
+        dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8)
+        dispatcher.update_table(RoutingTable(1, (ReplicaEntry(0, 1, f"127.0.0.1:{replica.port}", 4096),)))
+        await until(lambda: len(pauses) >= 9)
+        dispatcher.update_table(RoutingTable(2, ()))
+        await until(lambda: not dispatcher._sessions)
+        await dispatcher.close()
+
+    asyncio.run(run())
+    assert pauses[:3] == sorted(set(pauses[:3]))
+    assert pauses[7] == pauses[8] == max(pauses) <= 5.0
