@@ -7,7 +7,8 @@ from typing import Any
 
 import grpc
 import numpy as np
-from quire_cluster.convert import BATCH_BYTES
+import pytest
+from quire_cluster.convert import BATCH_BYTES, KEEPALIVE
 from quire_cluster.keys import bearer
 from quire_cluster.replica import EngineService, EngineThread, GatewaySession, session_server
 from quire_engine.config import SchedulerLimits
@@ -96,32 +97,56 @@ class Wire:
         to.close()
 
 
+class Idle:
+    """What the service asks of an engine's thread: the end of a session is the only action here."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def load(self) -> pb.Load:
+        return pb.Load(most_requests=8)
+
+    def put(self, action: Callable[[], None]) -> None:
+        self.ended += 1
+
+
+async def silence() -> AsyncIterator[pb.SessionRequest]:
+    await asyncio.Event().wait()
+    yield pb.SessionRequest()
+
+
+def test_a_gateway_may_ask_whether_a_silent_replica_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again and again: the replica does not hang up on it for that."""
+    monkeypatch.setattr("quire_cluster.replica._HEARTBEAT", 1e6)
+    often = [(name, 1100 if name == "grpc.keepalive_time_ms" else value) for name, value in KEEPALIVE]
+
+    async def run() -> None:
+        engine: Any = Idle()
+        server = session_server(EngineService(engine), "secret")
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=often) as channel:
+            stub: Any = engine_pb2_grpc.EngineStub(channel)
+            call = stub.Session(silence(), metadata=bearer("secret"))
+            assert (await call.read()).load.most_requests == 8
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(6):  # five pings
+                    await call.read()
+        await server.stop(0)
+
+    asyncio.run(run())
+
+
 def test_a_gateway_that_vanishes_without_a_word_leaves_no_work() -> None:
     """Its host lost the network, say: the connection is never reset."""
 
-    class Engine:
-        """What the service asks of an engine's thread: the end of a session is the only action here."""
-
-        ended = 0
-
-        def load(self) -> pb.Load:
-            return pb.Load(most_requests=8)
-
-        def put(self, action: Callable[[], None]) -> None:
-            self.ended += 1
-
     async def run() -> None:
-        engine: Any = Engine()
+        engine: Any = Idle()
         server = session_server(EngineService(engine), "secret")
         wire = Wire(server.add_insecure_port("127.0.0.1:0"))
         await server.start()
         between = await asyncio.start_server(wire, "127.0.0.1", 0)
         address = "{}:{}".format(*between.sockets[0].getsockname())
-
-        async def silence() -> AsyncIterator[pb.SessionRequest]:
-            await asyncio.Event().wait()
-            yield pb.SessionRequest()
-
         async with grpc.aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
             stub: Any = engine_pb2_grpc.EngineStub(channel)
             call = stub.Session(silence(), metadata=bearer("secret"))
