@@ -3,6 +3,7 @@ clients read them, for every kind of vocabulary, and messages that nobody can ta
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from quire_cluster.gateway.completions import Completions
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_cluster.routing_table import ReplicaEntry, RoutingTable
@@ -157,6 +159,26 @@ def test_logprobs_give_the_text(kind: str, skip: bool) -> None:
     entries = [entry for one in choices if one["logprobs"] for entry in one["logprobs"]["content"]]
     assert "".join(one["delta"].get("content", "") for one in choices) == after
     assert entries == choice["logprobs"]["content"]
+
+
+@pytest.mark.parametrize(("asked", "tokens"), [({"logprobs": 1}, 150), ({"return_token_ids": True}, 4200)])
+def test_long_answers_are_written_in_threads(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], tokens: int
+) -> None:
+    """The event loop goes on meanwhile."""
+    seen: set[threading.Thread] = set()
+    plain = Completions._whole_choice
+
+    def watched(self: Completions, *arguments: Any) -> dict[str, Any]:
+        seen.add(threading.current_thread())
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(Completions, "_whole_choice", watched)
+    content = {"model": "m", "prompt": [5], "max_tokens": 900} | asked
+    [answer], _ = asyncio.run(talk("byte_level", says([6] * tokens), ("completions", content)))
+    assert answer.status_code == 200, answer.text
+    assert len(seen) == 1
+    assert threading.current_thread() not in seen
 
 
 def skipped_ones(kind: str, tokens: list[int], skip: bool) -> list[bool]:

@@ -19,7 +19,7 @@ from quire_cluster.gateway.service import Service
 from quire_cluster.policies.suspicion import Patience
 from quire_cluster.routing_table import ReplicaEntry, RoutingTable
 from quire_engine.config import EngineConfig
-from quire_engine.errors import Unavailable
+from quire_engine.errors import DeadlineExceeded, Unavailable
 from quire_engine.request import EngineSampling
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
@@ -138,6 +138,38 @@ def test_what_waits_for_a_replica_waits_as_long_as_one_takes_to_load(
         assert impatient.num_live == 0
         await patient.close()
         await impatient.close()
+
+    asyncio.run(run())
+
+
+def test_whatever_a_look_at_replicas_raises_the_next_one_comes(
+    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what waits would wait for ever."""
+    monkeypatch.setattr(dispatching, "_TICK", 0.02)
+    tokenizer, told = service().tokenizer, list[Any]()
+
+    def fail(key: Any) -> None:
+        told.append(key)
+        raise RuntimeError("the controller is gone")
+
+    async def run() -> None:
+        replica = await FakeReplica().start()
+        dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8, patience=Patience(avoid=0.5, move=1.0))
+        dispatcher.on_silence = fail
+        dispatcher.update_table(RoutingTable(1, (replica.entry(),)))
+        await until(lambda: bool(dispatcher.sessions))
+        replica.silent = True
+        await until(lambda: bool(told))
+        facts = RequestFacts("request", [5, 6], 0, time.monotonic() + 0.1, b"", time.monotonic())
+        generation = Generation(facts, [EngineSampling()], [OutputText(tokenizer, SamplingParams(), [5, 6])])
+        await until(lambda: not dispatcher.sessions)
+        dispatcher.submit(generation)
+        async with asyncio.timeout(60):
+            with pytest.raises(DeadlineExceeded):
+                await generation.admitted()
+        await dispatcher.close()
+        await replica.stop()
 
     asyncio.run(run())
 

@@ -1,8 +1,9 @@
 """The gateway's event loop goes on while it works on what a caller sends, however large."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -11,13 +12,15 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quire_cluster.gateway import bodies
+from quire_cluster.gateway import bodies, grpc_api
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.encoding import in_pieces
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_engine.config import DEMO_MODEL
+from quire_engine.errors import ContextTooLong
+from quire_engine.spec import Pooling
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import resolve
 from quire_protos.v1 import inference_pb2 as pb
@@ -33,9 +36,10 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(resolve(DEMO_MODEL))
 
 
-def service(tokenizer: Tokenizer) -> Service:
+def service(tokenizer: Tokenizer, pooling: Pooling | None = None) -> Service:
     """Without replicas: what is sent here is refused, or needs none."""
-    return Service(resolve(DEMO_MODEL), tokenizer, names=["demo"], max_model_len=8192, max_waiting=16)
+    files = resolve(DEMO_MODEL)
+    return Service(files, tokenizer, names=["demo"], max_model_len=8192, max_waiting=16, pooling=pooling)
 
 
 def text(size: int) -> str:
@@ -47,6 +51,7 @@ def parts(kind: str, count: int) -> list[dict[str, Any]]:
 
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+TURNS = [{"role": "user", "content": "hello"}]
 SENT: dict[str, tuple[str, Callable[[], Any], int]] = {
     "floats for a prompt": (TEXT, lambda: {"prompt": [0.5] * 1_000_000}, 400),
     "floats for stop": (TEXT, lambda: {"prompt": "x", "stop": [0.5] * 1_000_000}, 400),
@@ -179,6 +184,96 @@ def test_values_are_counted_outside_of_texts(data: bytes, piece: int) -> None:
         patched.setattr(bodies, "_PIECE", piece)
         if piece > 1 or b"\\" not in data:  # an escape takes two
             assert bodies._weight_outside_texts(data) == expected
+
+
+LONG_TEXT = text(20_000)
+# What works on a call's content, the call, and what it is answered. None of these takes long: a slow machine would not
+# show where it is done.
+WATCHED: dict[str, tuple[Any, str, str, dict[str, Any], int]] = {
+    "a body": (bodies, "parse", TEXT, {"prompt": [5.5] * 10_000}, 400),
+    "a prompt": (Tokenizer, "encode_all", TEXT, {"prompt": LONG_TEXT, "max_tokens": 9000}, 400),
+    "a conversation": (Tokenizer, "render", CHAT, {"messages": TURNS * 40, "max_tokens": 9000}, 400),
+    "a text": (Tokenizer, "encode_all", "/tokenize", {"prompt": LONG_TEXT}, 200),
+    "spellings": (Tokenizer, "token_text", "/tokenize", {"prompt": LONG_TEXT, "return_token_strs": True}, 200),
+    "tokens": (Tokenizer, "decode", "/detokenize", {"tokens": [1000] * 10_000}, 200),
+    "pairs": (Tokenizer, "encode_pairs", "/rerank", {"query": "x", "documents": [LONG_TEXT] * 9}, 503),
+    "texts": (Tokenizer, "encode_all", "/v1/embeddings", {"input": [LONG_TEXT] * 9}, 400),
+}
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> set[threading.Thread]:
+    """The threads that a function is called in from now on."""
+    plain, seen = getattr(owner, name), set[threading.Thread]()
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        seen.add(threading.current_thread())
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, watched)
+    return seen
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_what_is_large_is_worked_on_in_threads(
+    name: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, function, route, content, status = WATCHED[name]
+    pooling = Pooling(kind="cls", normalize=False, scores=True, separator=2) if name == "pairs" else None
+
+    async def run() -> httpx.Response:
+        gate = service(tokenizer, pooling)
+        seen = watch(monkeypatch, owner, function)
+        transport = httpx.ASGITransport(Api(gate).app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            answer = await client.post(route, json=content)
+        assert seen
+        assert threading.current_thread() not in seen
+        return answer
+
+    answer = asyncio.run(run())
+    assert answer.status_code == status, answer.text[:300]
+
+
+def test_messages_of_grpc_are_read_in_threads(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Context:
+        @staticmethod
+        def time_remaining() -> None:
+            return None
+
+        @staticmethod
+        async def abort(code: grpc.StatusCode, why: str) -> None:
+            assert code is grpc.StatusCode.INVALID_ARGUMENT, why
+            raise grpc.aio.AbortError
+
+    async def run() -> None:
+        seen = watch(monkeypatch, grpc_api, "_messages")
+        messages = [pb.ChatMessage(role="user", content="hello")] * 1000
+        request = pb.ChatRequest(messages=messages, sampling=pb.SamplingParams(max_tokens=9000))
+        with pytest.raises(grpc.aio.AbortError):
+            await grpc_api.InferenceService(service(tokenizer), 1.0).Chat(request, Context())
+        assert seen
+        assert threading.current_thread() not in seen
+
+    asyncio.run(run())
+
+
+def test_of_a_text_far_too_long_the_beginning_alone_is_tokenized(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+    plain = Tokenizer.encode_all
+
+    def counting(self: Tokenizer, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        nonlocal read
+        read += sum(map(len, texts))
+        return plain(self, texts, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode_all", counting)
+    gate = service(tokenizer)
+    for size in (400_000, 30 << 20):
+        with pytest.raises(ContextTooLong, match="more tokens than the context of 8192 holds"):
+            asyncio.run(gate.tokenize(text(size)))
+    assert read < 200_000
 
 
 def test_long_lists_are_encoded_as_they_would_be_at_once() -> None:

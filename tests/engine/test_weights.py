@@ -141,7 +141,7 @@ def test_an_index_that_is_wrong(checkpoint: Make, tmp_path: Path) -> None:
         greedy(tmp_path, [5])
 
 
-@pytest.mark.parametrize("stored", ["both", "embeddings", "head", "apart"])
+@pytest.mark.parametrize("stored", ["both", "embeddings", "head", "apart", "within"])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "afmoe"])
 def test_tied_weights(checkpoint: Make, tmp_path: Path, family: str, stored: str) -> None:
     """Under either name or both; and a head of its own, against the config: as transformers reads them."""
@@ -159,6 +159,9 @@ def test_tied_weights(checkpoint: Make, tmp_path: Path, family: str, stored: str
     prompt = [7, 8, 9, 40]
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0]
+    if stored == "within":  # as published GPT-2s have it: without the name of the model within, here beside a head
+        weights = {name if name == "lm_head.weight" else name.partition(".")[2]: weights[name] for name in weights}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     [got] = prompt_logits(engine_for(folder), [prompt])
     assert (got - expected).abs().max() < 1e-4
 
