@@ -130,6 +130,8 @@ def test_what_asks_for_nothing_is_accepted() -> None:
         {"response_format": {"type": "json_object"}},
         {"logit_bias": {"x": 1}},
         {"reasoning_effort": "high"},
+        {"chat_template": "{{ 1 }}"},
+        {"structured_outputs": {"choice": ["a"]}},
     ],
     ids=lambda body: next(iter(body)),
 )
@@ -155,6 +157,14 @@ def test_routes_and_fields_beyond_openai_are_in_the_docs(checkpoint: Callable[[s
     ):
         for name in kind.model_fields.keys() - theirs.__annotations__.keys() - {"stream"}:
             assert re.search(rf"`(\w+\.)?{name}`", text), name
+
+
+@pytest.mark.parametrize(
+    "body", [{"suffix": "x"}, {"best_of": 2}, {"best_of": 2, "n": 3}, {"guided_regex": "a"}], ids=str
+)
+def test_what_would_change_a_text_is_refused_by_name(body: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameter, match=next(iter(body))):
+        parse(schema.CompletionRequest, orjson.dumps({"prompt": "x"} | body)).sampling()
 
 
 def test_the_table_of_fields_without_effect() -> None:

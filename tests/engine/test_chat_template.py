@@ -135,7 +135,7 @@ def test_parts_for_templates_that_know_only_parts() -> None:
 def test_what_is_not_the_callers_is_refused_by_name(name: str) -> None:
     template = ChatTemplate("{{ messages }}{{ bos_token }}{{ range(2) }}{{ tokenize }}{{ chat_template }}", SPECIAL)
     with pytest.raises(InvalidParameter, match=f"holds {name}") as refused:
-        template.check_variables({name: "x"})
+        template.render(TURNS, add_generation_prompt=True, continue_final_message=False, variables={name: "x"})
     assert refused.value.parameter == "chat_template_kwargs"
 
 
@@ -147,7 +147,7 @@ def test_variables_that_the_template_reads_pass() -> None:
     assert ours(template, TURNS, day="Sunday", thinking=True) == "Sunday thinks"
     for unknown in ("padding", "return_tensors", "conversation", "self", "x" * 1000):
         with pytest.raises(InvalidParameter, match="does not read") as refused:
-            template.check_variables({unknown: 1})
+            template.render(TURNS, add_generation_prompt=True, continue_final_message=False, variables={unknown: 1})
         assert len(str(refused.value)) < 300
 
 
