@@ -65,6 +65,7 @@ def test_integers_are_bounded(kind: type[Strict], name: str, field: FieldInfo) -
                 params = request.sampling()
                 for bounded in ("n", "max_tokens", "min_tokens", "top_k", "logprobs", "prompt_logprobs"):
                     assert -1 <= (getattr(params, bounded) or 0) < 2**31
+                assert -(2**31) <= request.priority < 2**31, "as the protocol has it"
         except InvalidParameter as error:
             assert len(str(error)) < 400
 
