@@ -31,6 +31,7 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
         self.submitted: list[pb.Submit] = []
         self.aborted: list[int] = []
         self.message_sizes: list[int] = []
+        self.ponders: Callable[[pb.Submit], bool] = lambda submit: False  # whether to take it at all
         self.holds: Callable[[pb.Submit], bool] = lambda submit: False
         self.deadly: Callable[[pb.Submit, int], bool] = lambda submit, length: False
         self.refuses: Callable[[pb.Submit], pb.Ending | None] = lambda submit: None
@@ -114,6 +115,8 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
             answer.cancel()
 
     async def _answer(self, submit: pb.Submit, updates: Updates) -> None:
+        while self.ponders(submit):
+            await asyncio.sleep(0.01)
         if (refusal := self.refuses(submit)) is not None:
             updates.put_nowait(pb.SessionUpdate(endings=[refusal]))
             return

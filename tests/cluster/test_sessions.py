@@ -497,21 +497,24 @@ def test_at_overload_the_gateway_refuses_before_sending(service: Callable[[], Se
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("first", ["holds", "ponders"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_refused_second_prompt_refuses_the_call_at_once(service: Callable[[], Service], stream: bool) -> None:
-    """While the first one runs, and would for ever."""
+def test_a_refused_second_prompt_refuses_the_call_at_once(
+    service: Callable[[], Service], stream: bool, first: str
+) -> None:
+    """While the first one runs, or waits to be taken, and would for ever."""
 
     async def run() -> None:
         async with http(service()) as (client, replica):
-            replica.holds = lambda submit: True
+            setattr(replica, first, lambda submit: submit.prompt[0] == PROMPTS[0][0])
             refusal = {"reason": "error", "error_kind": QueueFull.__name__, "error": "too many wait"}
             replica.refuses = lambda submit: (
                 pb.Ending(id=submit.id, **refusal) if submit.prompt[0] == PROMPTS[1][0] else None
             )
             answer = await client.post("/v1/completions", json=body(PROMPTS[:2], stream=stream))
             assert (answer.status_code, answer.json()["error"]["message"]) == (429, "too many wait")
-            [first] = [submit for submit in replica.submitted if submit.prompt[0] == PROMPTS[0][0]]
-            await until(lambda: first.id in replica.aborted)
+            [other] = [submit for submit in replica.submitted if submit.prompt[0] == PROMPTS[0][0]]
+            await until(lambda: other.id in replica.aborted)
 
     asyncio.run(run())
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import RunningServer
 from quire import LLM, SamplingParams
+from quire.cli import batch
 from quire.cli.batch import run_batch
+from quire.cli.batch_lines import Line
 from quire.cli.main import main
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ServerError
@@ -143,6 +145,36 @@ def test_run_batch_writes_to_what_is_no_file(checkpoint: Make, tmp_path: Path) -
     run_batch(config, str(source), os.devnull)
     with pytest.raises(ServerError, match="/dev/full cannot be written: No space left on device"):
         run_batch(config, str(source), "/dev/full")
+
+
+def test_a_batch_that_is_killed_keeps_what_it_has(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are in the file as soon as they are there, and are not computed again."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {"custom_id": f"{n}", "url": "/v1/completions", "body": {"prompt": [5], "max_tokens": 1}} for n in range(5)
+    ]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    config = EngineConfig(model=str(checkpoint("qwen3")), max_model_len=64)
+    plain, run = batch._run, list[str]()
+
+    def counting(llm: LLM, share: list[Line]) -> None:
+        if len(run) == 4:
+            written = [json.loads(line)["custom_id"] for line in target.read_text().splitlines()]
+            assert written == run
+            run.clear()
+            raise KeyboardInterrupt
+        run.extend(line.custom_id for line in share)
+        plain(llm, share)
+
+    monkeypatch.setattr(batch, "_SHARE", 2)
+    monkeypatch.setattr(batch, "_run", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(config, str(source), str(target))
+    run_batch(config, str(source), str(target))
+    assert run == ["4"]
+    assert [json.loads(line)["custom_id"] for line in target.read_text().splitlines()] == list("01234")
 
 
 def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

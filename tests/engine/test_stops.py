@@ -3,11 +3,17 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from quire_engine.text import stops as module
+from quire_engine.text.output import OutputText
+from quire_engine.text.params import SamplingParams
 from quire_engine.text.stops import StopMatcher
+from quire_engine.text.tokenizer import Tokenizer
+from transformers import PreTrainedTokenizerFast
+from vocabularies import KINDS
 
+TOKENIZER = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=KINDS["byte_level"]))
 pieces = st.lists(st.text("ab", max_size=4), max_size=12)
 stop_lists = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 
@@ -87,3 +93,22 @@ def test_a_flushed_matcher_begins_anew() -> None:
     assert matcher.push("ab") == ("", None)
     assert matcher.flush() == "ab"
     assert matcher.push("c") == ("c", None)
+
+
+@given(pieces=st.lists(st.sampled_from("abc"), max_size=12), stops=stop_lists, least=st.integers(0, 8))
+@example(pieces=["a", "b"], stops=["ab"], least=1)
+def test_a_stop_string_counts_once_it_ends_after_the_least_number_of_tokens(
+    pieces: list[str], stops: list[str], least: int
+) -> None:
+    """Wherever it begins, that is: before them too."""
+    vocabulary = TOKENIZER.vocabulary()
+    output = OutputText(TOKENIZER, SamplingParams(stop=stops, min_tokens=least, max_tokens=99), [vocabulary["c"]])
+    text, shown = "", ""
+    for number, piece in enumerate(pieces, 1):
+        text += piece
+        shown += output.push(vocabulary[piece])
+        if number > least and (expected := at_once(text, stops, False, least))[1] is not None:
+            assert (shown, output.stopped_by) == expected
+            return
+        assert output.stopped_by is None
+    assert shown + output.finish() == text
