@@ -1,40 +1,31 @@
-"""What a gateway says of its replicas to whoever would start it again, and how long it waits for one that is gone."""
+"""How long a gateway waits for a replica that is gone, and how often it asks for it."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from fake_replica import FakeReplica
 from quire_cluster.gateway import dispatcher as dispatching
 from quire_cluster.gateway import sessions
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
-from quire_cluster.gateway.http import Api
-from quire_cluster.gateway.service import Service
 from quire_cluster.policies.suspicion import Patience
-from quire_cluster.routing_table import ReplicaEntry, RoutingTable
+from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
 from quire_engine.config import EngineConfig
 from quire_engine.errors import DeadlineExceeded, Unavailable
 from quire_engine.request import EngineSampling
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
+from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import find_model
-
-ENDLESS = Patience(avoid=1e9, move=1e9)
 
 
 @pytest.fixture(scope="module")
-def service(checkpoint: Callable[[str], Path]) -> Callable[[], Service]:
-    """A gateway of the tiny model, without a replica yet."""
-    config = EngineConfig(model=str(checkpoint("llama")))
-    files = find_model(config)
-    tokenizer = Service.load(files, config, names=["tiny"], chat_template=None).tokenizer
-    return lambda: Service(files, tokenizer, names=["tiny"], max_model_len=4096, max_waiting=8)
+def tokenizer(checkpoint: Callable[[str], Path]) -> Tokenizer:
+    return Tokenizer.load(find_model(EngineConfig(model=str(checkpoint("llama")))))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -43,77 +34,12 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-@asynccontextmanager
-async def health_of(service: Service, *replicas: FakeReplica) -> AsyncIterator[Callable[[str], Any]]:
-    """Waits for an answer of /health; any but "ok" is a 503."""
-    app = Api(service).app()
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
-        for replica in replicas:
-            await replica.start()
-        service.dispatcher.update_table(RoutingTable(1, tuple(replica.entry() for replica in replicas)))
-
-        async def becomes(said: str) -> None:
-            async with asyncio.timeout(60):
-                while (answer := await client.get("/health")).json() != {"status": said}:
-                    await asyncio.sleep(0.005)
-            assert answer.status_code == (200 if said == "ok" else 503)
-
-        try:
-            await until(lambda: len(service.dispatcher.sessions) == len(replicas))
-            yield becomes
-        finally:
-            await service.dispatcher.close()
-            await asyncio.gather(*(replica.stop() for replica in replicas))
-
-
-def test_a_replica_that_does_not_come_back_in_time_is_told(
-    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Though the other one serves; and no longer once it is there again."""
-    monkeypatch.setattr("quire_cluster.policies.admission._LEAST_WAIT", 0.3)
-
-    async def run() -> None:
-        gate, first, second = service(), FakeReplica(), FakeReplica()
-        async with health_of(gate, first, second) as becomes:
-            await becomes("ok")
-            second.die()
-            await becomes(f"gone: replica {second.slot}")
-            assert gate.ready
-            second.alive = True
-            await becomes("ok")
-
-    asyncio.run(run())
-
-
-def test_a_replica_that_is_silent_or_makes_no_step_is_told(
-    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("quire_cluster.gateway.service._SILENCE", 1.0)
-
-    async def run() -> None:
-        gate, replica = service(), FakeReplica()
-        gate.dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8, patience=ENDLESS)
-        async with health_of(gate, replica) as becomes:
-            await becomes("ok")
-            replica.step_age = 10.5
-            await becomes(f"stalled: replica {replica.slot}")
-            replica.step_age = 9.5
-            await becomes("ok")
-            replica.silent = True
-            await becomes(f"silent: replica {replica.slot}")
-            replica.silent = False
-            await becomes("ok")
-
-    asyncio.run(run())
-
-
 def test_what_waits_for_a_replica_waits_as_long_as_one_takes_to_load(
-    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own kind of replica, that is: the other gateway's load at once, and are not waited for."""
+    """The replicas of the other gateway load at once, and are not waited for."""
     monkeypatch.setattr("quire_cluster.policies.admission._LEAST_WAIT", 0.3)
     monkeypatch.setattr(dispatching, "_TICK", 0.02)
-    tokenizer = service().tokenizer
 
     async def waiting(load_seconds: float) -> tuple[Dispatcher, Generation]:
         replica = await FakeReplica().start()
@@ -143,13 +69,13 @@ def test_what_waits_for_a_replica_waits_as_long_as_one_takes_to_load(
 
 
 def test_whatever_a_look_at_replicas_raises_the_next_one_comes(
-    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else what waits would wait for ever."""
     monkeypatch.setattr(dispatching, "_TICK", 0.02)
-    tokenizer, told = service().tokenizer, list[Any]()
+    told: list[Key] = []
 
-    def fail(key: Any) -> None:
+    def fail(key: Key) -> None:
         told.append(key)
         raise RuntimeError("the controller is gone")
 
