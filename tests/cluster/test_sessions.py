@@ -464,7 +464,8 @@ async def http(service: Service, **options: Any) -> AsyncIterator[tuple[httpx.As
         service.dispatcher.update_table(RoutingTable(1, (replica.entry(),)))
         await until(lambda: service.ready)
         try:
-            yield client, replica
+            async with asyncio.timeout(120):
+                yield client, replica
         finally:
             await service.dispatcher.close()
             await replica.stop()

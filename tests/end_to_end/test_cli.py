@@ -180,7 +180,13 @@ def test_a_batch_that_is_killed_keeps_what_it_has(
 def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each gets its own answer, and the good one beside them as well."""
     deep = b"[" * 900 + b"]" * 900
-    bodies = (b'{"prompt": %s}' % deep, b'{"prompt": [5], "seed": 1%s}' % (b"0" * 400), b'{"prompt": [5], "n": 1e999}')
+    bodies = (
+        b'{"prompt": %s}' % deep,
+        b'{"prompt": [5], "seed": 1%s}' % (b"0" * 400),
+        b'{"prompt": [5], "n": 1e999}',
+        b'{"prompt": [5], "allowed_token_ids": [5], "bad_words": ["w5"]}',  # found out when all lines are to run
+    )
+    template = b'{"messages": [{"role": "user", "content": "w5"}], "chat_template_kwargs": {"tokenize": false}}'
     bad = [
         b"\xff\xfe",
         b"caf\xe9",
@@ -193,6 +199,7 @@ def test_run_batch_reads_any_line(checkpoint: Make, tmp_path: Path, capsys: pyte
         b'{"url": ["/v1/completions"], "body": {"prompt": [5]}}',
         b'{"custom_id": %s, "url": "/v1/completions", "body": {"prompt": [5]}}' % deep,
         *(b'{"url": "/v1/completions", "body": %s}' % body for body in bodies),
+        b'{"url": "/v1/chat/completions", "body": %s}' % template,
     ]
     good = b'{"custom_id": "good", "url": "/v1/completions", "body": {"prompt": [5], "max_tokens": 1}}'
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
