@@ -99,3 +99,17 @@ def test_whose_word_on_tied_embeddings_counts(architecture: str, whole: bool | N
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     written = {"architectures": [architecture], "model_type": config.model_type, "text_config": of_text} | told
     assert spec_of(completed(written)).tie_embeddings == tied
+
+
+@pytest.mark.parametrize("architecture", TEXT_PARTS)
+def test_what_a_text_part_leaves_out_is_of_its_own_class(architecture: str, tmp_path: Path) -> None:
+    """Not of the class of the family that it is served as, which has other contexts and other bases."""
+    kind, _, text, _ = WHOLE[architecture]
+    named = {"model_type": text["model_type"]} if "model_type" in text else {}
+    theirs = getattr(transformers, kind)(**({"text_config": named} if named else {})).text_config
+    config = {"architectures": [architecture], "text_config": {"model_type": theirs.model_type, "vocab_size": 300}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = resolve(str(tmp_path)).config
+    facts = theirs.to_dict() | {"vocab_size": 300}
+    names = {"max_position_embeddings", "hidden_size", "num_key_value_heads", "intermediate_size", "rope_parameters"}
+    assert {name: found[name] for name in names & facts.keys()} == {name: facts[name] for name in names & facts.keys()}
