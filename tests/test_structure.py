@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from grpc._cython import cygrpc
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {
@@ -197,6 +198,19 @@ def test_pickle_is_only_in_the_step_channel() -> None:
                 assert not tops & set(picklers), f"{path.relative_to(ROOT)} imports {tops & set(picklers)}"
             found = torch_s.search(path.read_text())
             assert not found, f"{path.relative_to(ROOT)} calls {found and found[0]}, which pickles"
+
+
+def test_grpc_knows_every_option_that_is_set() -> None:
+    """It passes over names that it does not know, and says nothing."""
+    library = Path(cygrpc.__file__).read_bytes()
+    named = {
+        name
+        for package in ("quire", "quire_cluster")
+        for path in sources(package)
+        for name in re.findall(r'"(grpc\.[a-z0-9_.]+)"', path.read_text())
+    }
+    assert len(named) > 10
+    assert [name for name in sorted(named) if name.encode() not in library] == []
 
 
 def test_no_file_grows_beyond_500_lines() -> None:
