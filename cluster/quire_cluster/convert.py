@@ -12,8 +12,8 @@ MESSAGE_BYTES = 64 << 20  # of a session, at most
 BATCH_BYTES = 1 << 20  # from which on nothing more is put into a message
 KEEPALIVE = [  # of both ends: one that vanished without a word, or stopped, is found in 10 s
     ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 5000),
-    ("grpc.http2.ping_timeout_ms", 5000),  # else a ping that is not answered gets a minute
+    ("grpc.keepalive_timeout_ms", 5000),  # for TCP's acknowledgement
+    ("grpc.http2.ping_timeout_ms", 5000),  # for the other end's answer, which else has a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),

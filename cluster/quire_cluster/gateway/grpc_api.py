@@ -331,7 +331,8 @@ class GrpcServer:
                 ("grpc.server_handshake_timeout_ms", int(limits.head * 1000)),
                 ("grpc.max_connection_idle_ms", _IDLE * 1000),
                 ("grpc.keepalive_time_ms", 60_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 20_000),  # for TCP's acknowledgement
+                ("grpc.http2.ping_timeout_ms", 20_000),  # for the client's answer
                 ("grpc.http2.min_ping_interval_without_data_ms", _PINGS * 1000),
             ],
             maximum_concurrent_rpcs=limits.connections,
