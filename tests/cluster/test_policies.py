@@ -159,6 +159,14 @@ def test_a_request_that_was_cleared_starts_afresh() -> None:
         assert not losses.suspected
 
 
+def test_a_suspect_is_convicted_alone() -> None:
+    losses = Losses()
+    for number, (alone, convicted) in enumerate(((False, False), (False, False), (True, True))):
+        losses.sent(0)
+        assert losses.lost(100.0 * number, near=True, explained=True, alone=alone) == convicted
+        assert losses.suspected
+
+
 def test_replicas_that_vanish_together_count_once_and_no_more() -> None:
     losses = Losses()
     assert not losses.lost(10.0, near=True, explained=False, alone=True)

@@ -345,6 +345,30 @@ def test_poison_beside_a_trial_convicts_nobody_else(tokenizer: Tokenizer, replic
     asyncio.run(run())
 
 
+def test_a_suspect_beside_what_is_as_suspicious_is_not_convicted(tokenizer: Tokenizer) -> None:
+    """There is only one replica left to send it to, where something else has just come; and that one is lost too."""
+
+    async def run() -> None:
+        async with gateway(tokenizer) as g:
+            for replica in g.replicas:
+                replica.holds = lambda submit: True
+            other = g.start(PROMPTS[0])
+            await until(lambda: any(replica.submitted for replica in g.replicas))
+            there, alone = sorted(g.replicas, key=lambda replica: not replica.submitted)
+            suspect = g.start(PROMPTS[1])
+            await until(lambda: bool(alone.submitted and suspect.choices[0].times.started))
+            alone.die("a worker process died")
+            await until(lambda: len(there.submitted) == 2 and len(there._running) == 2)
+            there.die("a worker process died")
+            await until(lambda: not g.dispatcher.sessions)
+            for replica in g.replicas:
+                replica.holds = lambda submit: False
+                replica.alive = True
+            assert [await tokens(one) for one in (other, suspect)] == [expected(prompt) for prompt in PROMPTS[:2]]
+
+    asyncio.run(run())
+
+
 def test_replicas_that_vanish_together_convict_nobody(tokenizer: Tokenizer) -> None:
     """Their host died, or the controller: everything waits and goes on."""
 
