@@ -279,6 +279,25 @@ def test_a_gateway_that_lags_gets_messages_of_bounded_size() -> None:
     assert sum(len(update.logprobs) for update in got) == 10
 
 
+def test_what_a_stop_string_ends_is_ended_at_its_replica(tokenizer: Tokenizer) -> None:
+    """While the other choice of the same request goes on there."""
+
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            [replica] = g.replicas
+            prompt = [5, 6]
+            params = SamplingParams(stop=f"w{token_at(prompt, 2)}"), SamplingParams()
+            texts = [OutputText(tokenizer, one, prompt) for one in params]
+            facts = RequestFacts("request", prompt, 0, 0.0, b"", time.monotonic())
+            generation = Generation(facts, [EngineSampling(max_tokens=TOKENS)] * 2, texts)
+            g.dispatcher.submit(generation)
+            assert await tokens(generation) == expected(prompt)[:3]
+            assert generation.choices[1].output == expected(prompt)
+            await until(lambda: replica.aborted == [replica.submitted[0].id])
+
+    asyncio.run(run())
+
+
 # ---- poison -------------------------------------------------------------------------------------------------------
 
 

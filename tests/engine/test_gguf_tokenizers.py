@@ -169,6 +169,16 @@ def test_flags() -> None:
     assert build(section("llama")).backend_tokenizer.decode([1, 8, 5, 6, 3, 4]) == "a aé"
 
 
+def test_special_tokens_that_swallow_spaces() -> None:
+    """As the models' own tokenizers have it; the files do not say so."""
+    plain = section("llama")
+    phi = Vocabulary(plain.path, {**plain.metadata, "general.name": "Phi-3 Mini"})
+    assert encode(plain, "a</s>  a") == ["<s>", "▁a", "</s>", "▁", "▁", "▁a"]
+    assert encode(phi, "a</s>  a") == ["<s>", "▁a", "</s>", "▁a"]
+    masked = section("gpt2", pre="jina-v2-de", tokens=[*SECTIONS["gpt2"]["tokens"][:-1], "<mask>"])
+    assert encode(masked, "a <mask> a") == ["a", "<mask>", "Ġa"]
+
+
 def test_chat_templates() -> None:
     one = Vocabulary(Path("m.gguf"), {**section("gpt2").metadata, "tokenizer.chat_template": "{{ messages }}"})
     assert build(one).chat_template == "{{ messages }}"

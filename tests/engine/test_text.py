@@ -1,5 +1,8 @@
 """Texts in and out: incremental detokenization and stop strings, against doing it all at once."""
 
+import math
+from typing import Any
+
 import pytest
 from quire_engine.config import DEMO_MODEL
 from quire_engine.errors import InvalidParameter
@@ -60,3 +63,16 @@ def test_params_name_what_is_wrong() -> None:
     assert wrong.value.parameter == "temperature"
     with pytest.raises(InvalidParameter, match="at most 64"):
         SamplingParams(stop=["x"] * 65)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name",
+    ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"],
+)
+def test_no_number_is_none(name: str, value: float) -> None:
+    """JSON has no such numbers, but gRPC and Python do."""
+    asked: dict[str, Any] = {name: {5: value} if name == "logit_bias" else value}
+    with pytest.raises(InvalidParameter) as refused:
+        SamplingParams(**asked)
+    assert refused.value.parameter == name
