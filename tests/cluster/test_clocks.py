@@ -29,10 +29,10 @@ async def _stream(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @asynccontextmanager
-async def connection() -> AsyncIterator[tuple[HttpServer, asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connection(head: float = 1.0) -> AsyncIterator[tuple[HttpServer, asyncio.StreamReader, asyncio.StreamWriter]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         doors = Doors.of("127.0.0.1", Keys(["key"]), (), ())
-        config = HttpConfig(doors.before(_stream), Limits(connections=10, head=1.0, body=1.0, write=60.0))
+        config = HttpConfig(doors.before(_stream), Limits(connections=10, head=head, body=1.0, write=60.0))
         config.timeout_keep_alive = 1
         server = HttpServer(config)
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
@@ -55,6 +55,15 @@ def test_a_body_that_comes_after_its_refusal_leaves_no_connection_open() -> None
             assert await reader.read() == b"", "it is hung up on"
             while server.server_state.connections:
                 await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_a_head_without_end_is_too_long_before_it_is_late() -> None:
+    async def run() -> None:
+        async with connection(head=1000.0) as (_, reader, writer):
+            writer.write(HEAD + b"x: " + b"y" * 66_000)
+            assert (await reader.read()).startswith(b"HTTP/1.1 431")
 
     asyncio.run(run())
 
