@@ -56,17 +56,18 @@ class Rehearsed(Controller):
             await asyncio.gather(*(self._keep(index) for index in range(len(self.starts))))
 
 
-def test_a_slot_that_is_given_up_does_not_end_the_others() -> None:
+def test_a_slot_that_is_given_up_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only once all are is there nothing left to wait for, and the reason is told."""
-    stopped = asyncio.Event()
+    monkeypatch.setattr(restart, "_PAUSES", (0.0,))
+    died = asyncio.Event()
 
     def load(index: int) -> None:
-        if index == 0:
-            raise OutOfMemory("the weights do not fit")
+        if index == 0 or died.is_set():
+            raise OutOfMemory(f"the weights of {index} do not fit")
 
     async def serve(index: int) -> None:
-        await stopped.wait()
-        raise OutOfMemory("now the other one does not fit either")
+        await died.wait()
+        raise EngineFailure("a worker process died")
 
     async def run() -> None:
         controller = Rehearsed(2, load, serve)
@@ -77,29 +78,35 @@ def test_a_slot_that_is_given_up_does_not_end_the_others() -> None:
         table = await controller.watch(0)
         assert table.failure is None
         assert [entry.slot for entry in table.replicas] == [1]
-        controller._slots[1].restarts.failures = 100
-        stopped.set()
+        died.set()
         await keeping
-        assert controller._table.failure == "now the other one does not fit either"
+        assert controller._table.failure == "the weights of 1 do not fit"
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("served", "ends"), [(1.0, True), (31.0, False)])
-def test_time_of_loading_is_no_service(monkeypatch: pytest.MonkeyPatch, served: float, ends: bool) -> None:
-    """What takes minutes to load and then dies at once is not started for ever; what served for long is."""
-    clock = Clock()
+def test_time_of_loading_is_no_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes minutes to load and dies at once has not served for minutes."""
+    clock, told, plain = Clock(), list[float | None](), restart.Restarts.failed
+
+    def failed(self: restart.Restarts, service: float | None, *, died: bool) -> float | None:
+        told.append(service)
+        return plain(self, service, died=died)
+
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(restart, "_PAUSES", (0.0,))
+    monkeypatch.setattr(restart.Restarts, "failed", failed)
 
     def load(index: int) -> None:
         clock.now += 1000.0
+        if controller.starts[0] == 2:
+            raise EngineFailure("a worker process died")
 
     async def serve(index: int) -> None:
-        clock.now += served
-        if controller.starts[0] < 30:
+        clock.now += controller.starts[0]
+        if controller.starts[0] < 4:
             raise EngineFailure("a worker process died")
 
     controller = Rehearsed(1, load, serve)
     asyncio.run(controller.keep())
-    assert controller.starts == [10 if ends else 30]
+    assert told == [1.0, None, 3.0]
