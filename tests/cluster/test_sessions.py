@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 from fake_replica import FakeReplica, token_at
@@ -44,6 +45,7 @@ from quire_engine.text.params import SamplingParams
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import find_model
 from quire_protos.v1 import engine_pb2 as pb
+from quire_protos.v1 import engine_pb2_grpc
 
 TOKENS = 30
 PROMPTS = [[5 + number, 17, 30] for number in range(16)]
