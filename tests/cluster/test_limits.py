@@ -64,7 +64,6 @@ CALL = "cluster/test_call_limits.py"
 WIRE = "end_to_end/test_connections.py"
 DOORS = "end_to_end/test_doors.py"
 LIVENESS = "cluster/test_liveness.py"
-SESSIONS = "cluster/test_sessions.py"
 SAMPLED = [f"{CALL}::test_what_is_sampled"]
 MET: dict[str, list[str]] = {
     "the key": [
@@ -145,25 +144,25 @@ MET: dict[str, list[str]] = {
     ],
     "requests that run at once, of each replica": ["end_to_end/test_http.py::test_64_streams"],
     "requests that wait, of each replica": [
-        f"{SESSIONS}::test_at_overload_the_gateway_refuses_before_sending",
-        f"{SESSIONS}::test_a_refused_second_prompt_refuses_the_call_at_once",
+        "cluster/test_gateway_http.py::test_at_overload_the_gateway_refuses_before_sending",
+        "cluster/test_gateway_http.py::test_a_refused_second_prompt_refuses_the_call_at_once",
         f"{CALL}::test_what_a_refusal_is_called",
     ],
     "requests that wait while there is no replica": [
-        f"{SESSIONS}::test_what_waits_for_a_replica_is_bounded_and_ends",
+        "cluster/test_resumption.py::test_what_waits_for_a_replica_is_bounded_and_ends",
         f"{CALL}::test_what_a_refusal_is_called",
     ],
     "time that they wait for one": [
-        f"{SESSIONS}::test_who_waits_for_a_replica_is_told_in_time_that_none_came",
+        "cluster/test_resumption.py::test_who_waits_for_a_replica_is_told_in_time_that_none_came",
         f"{CALL}::test_what_a_refusal_is_called",
     ],
     "replicas that may be lost while they compute a request": [
-        f"{SESSIONS}::test_what_kills_replicas_ends_and_what_ran_beside_it_goes_on",
+        "cluster/test_poison.py::test_what_kills_replicas_ends_and_what_ran_beside_it_goes_on",
         "cluster/test_policies.py::test_of_requests_only_the_poison_is_convicted",
         f"{CALL}::test_what_a_refusal_is_called",
     ],
     "silence of a replica": [
-        f"{SESSIONS}::test_a_replica_that_vanishes_without_a_word_is_avoided_and_then_left",
+        "cluster/test_sessions.py::test_a_replica_that_vanishes_without_a_word_is_avoided_and_then_left",
         "end_to_end/test_faults.py::test_a_replica_that_hangs_is_found_and_costs_no_token",
     ],
     "a step without progress": [
@@ -171,8 +170,8 @@ MET: dict[str, list[str]] = {
         "end_to_end/test_faults.py::test_a_worker_that_hangs_is_found_and_costs_no_token",
     ],
     "a replica that is gone, that says nothing, or that is busy without a step": [
-        f"{SESSIONS}::test_health_and_readiness_follow_the_replicas",
-        f"{SESSIONS}::test_health_says_which_replica_is_gone_silent_or_stalled",
+        "cluster/test_gateway_http.py::test_health_and_readiness_follow_the_replicas",
+        "cluster/test_gateway_http.py::test_health_says_which_replica_is_gone_silent_or_stalled",
     ],
     "loads of a replica's place that fail in a row": [
         "cluster/test_policies.py::test_a_model_that_dies_loading_is_not_started_for_ever",
