@@ -87,7 +87,7 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
     usual = _usual(config)
     spelled = {name.lower(): name for name in usual}
     names = [spelled.get(name.lower(), name) for name in config.get("architectures") or usual]
-    if not usual or config.get("auto_map") or not set(names).isdisjoint([*usual, *TEXT_PARTS, *dir(transformers)]):
+    if not usual or config.get("auto_map") or not set(names).isdisjoint([*usual, *TEXT_PARTS, *transformers.__all__]):
         return names
     log.warning("architectures is %s, which transformers does not know; it is read as %s", names, usual[0])
     return usual
