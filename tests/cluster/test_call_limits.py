@@ -102,7 +102,7 @@ SAMPLING: dict[str, list[tuple[str, Any, Any]]] = {  # of a row of the page: fie
     "`logprobs`, `top_logprobs`, `prompt_logprobs`": [("logprobs", 20, 21), ("prompt_logprobs", 20, 21)],
     "prompt and `max_tokens`": [("max_tokens", CONTEXT - 2, CONTEXT - 1)],
     "`temperature`": [("temperature", 1000.0, 1000.5), ("temperature", 0.0, -0.5)],
-    "`top_p`, `min_p`": [("top_p", 1.0, 1.5), ("top_p", 0.01, 0.0), ("min_p", 1.0, 1.5), ("min_p", 0.0, -0.5)],
+    "`top_p`, `min_p`": [("top_p", 1.0, 1.5), ("top_p", 0.0, -0.5), ("min_p", 1.0, 1.5), ("min_p", 0.0, -0.5)],
     "`presence_penalty`, `frequency_penalty`": [
         (name, end, 1.25 * end) for name in ("presence_penalty", "frequency_penalty") for end in (-2.0, 2.0)
     ],

@@ -130,7 +130,7 @@ def test_a_replica_that_hangs_is_found_and_costs_no_token(
     both_serve(server)
     victim = processes(server, "Replica")[0]
     assert asyncio.run(run_streams(server, lambda: os.kill(victim, signal.SIGSTOP))) == undisturbed
-    assert "says nothing for 10 s" in server.log
+    wait_until(lambda: "says nothing for 10 s" in server.log)
     wait_until(lambda: victim not in processes(server, "Replica"))
     both_serve(server)
     assert http.get(f"{server.url}/health").status_code == 200
