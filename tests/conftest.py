@@ -140,6 +140,18 @@ def processes(server: "RunningServer | int", kind: str) -> list[int]:
     return sorted(found)
 
 
+def channels() -> list[str]:
+    """Descriptors of this process that the memory of a step channel lies behind."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            if str(descriptor.readlink()).startswith("/memfd:quire-step"):
+                found.append(descriptor.name)
+        except FileNotFoundError:  # another thread's, closed meanwhile
+            continue
+    return sorted(found)
+
+
 def held(processes: list[psutil.Process]) -> set[Path]:
     """Folders of servers and memory segments that these processes name or map."""
     found: set[Path] = set()

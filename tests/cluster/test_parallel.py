@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 import torch
-from conftest import listeners, make_checkpoint, processes, wait_until
+from conftest import channels, listeners, make_checkpoint, processes, wait_until
 from quire import LLM, SamplingParams
 from quire_cluster.local_ray import start_private_cluster
 from quire_cluster.workers import Workers
@@ -140,12 +140,6 @@ def test_each_rank_takes_a_gpu_of_its_own(checkpoint: Make) -> None:
         for placement, workers in replicas:
             workers.close()
             remove_placement_group(placement)
-
-
-def channels() -> list[str]:
-    """The memory of step channels that this process holds."""
-    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-    return [link for link in links if link.startswith("/memfd:quire-step")]
 
 
 def test_ranks_offline(checkpoint: Make) -> None:

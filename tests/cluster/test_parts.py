@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import msgpack
 import numpy as np
 import pytest
 import torch
+from conftest import channels
 from quire_cluster.channel import ChannelClosed, StepChannel, encoded
 from quire_cluster.controller import Controller
 from quire_cluster.convert import (
@@ -75,29 +75,19 @@ def test_a_dead_other_side_is_noticed() -> None:
 def test_a_message_of_any_size_goes_through_and_leaves_no_memory() -> None:
     channel = StepChannel.create()
     reader = StepChannel.open(channel.path)
-    before = len(memories())
+    before = len(channels())
     for size in (65 << 20, 10, 3 << 20, 1 << 20, 2 << 20, *range(8)):
         sent = np.full(size, 7, np.uint8)
         channel.send_plan(sent)
         assert np.array_equal(reader.receive_plan(), sent)
         reader.send_result(sent)
         assert np.array_equal(channel.receive_result(), sent)
-    assert len(memories()) == before
-
-
-def memories() -> list[str]:
-    """Descriptors of this process that memory without a file lies behind."""
-    found = []
-    for descriptor in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # another thread's, closed meanwhile
-            if os.readlink(f"/proc/self/fd/{descriptor}").startswith("/memfd:"):
-                found.append(descriptor)
-    return sorted(found)
+    assert len(channels()) == before
 
 
 def test_a_closed_channel_leaves_no_descriptor() -> None:
     """Nor does one that nobody closed; what was large and unread is gone."""
-    before = memories()
+    before = channels()
     for closed in (True, False):
         channel = StepChannel.create()
         reader = StepChannel.open(channel.path)
@@ -110,7 +100,7 @@ def test_a_closed_channel_leaves_no_descriptor() -> None:
                 reader.receive_plan()
         del channel, reader
         gc.collect()
-        assert memories() == before
+        assert channels() == before
 
 
 @pytest.mark.parametrize("kind", ["allowed", "penalized"])
