@@ -23,6 +23,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one core each: threads th
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it puts in the background ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as does nohup
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
