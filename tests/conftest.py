@@ -1,5 +1,6 @@
 """Checkpoints that tests make for themselves, and servers started as a user starts them."""
 
+import gc
 import json
 import os
 import re
@@ -142,7 +143,8 @@ def processes(server: "RunningServer | int", kind: str) -> list[int]:
 
 
 def channels() -> list[str]:
-    """Descriptors of this process that the memory of a step channel lies behind."""
+    """Descriptors of this process that the memory of a step channel lies behind, but for what is garbage."""
+    gc.collect()
     found = []
     for descriptor in Path("/proc/self/fd").iterdir():
         try:

@@ -1,7 +1,6 @@
 """The parts between processes, each by itself."""
 
 import asyncio
-import gc
 import math
 import os
 import pickle
@@ -99,7 +98,6 @@ def test_a_closed_channel_leaves_no_descriptor() -> None:
             with pytest.raises(ChannelClosed, match="gone"):
                 reader.receive_plan()
         del channel, reader
-        gc.collect()
         assert channels() == before
 
 

@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for NVIDIA (and in `make test-all` AMD), without a GPU, into what it should be."""
+"""The Triton kernels compile for NVIDIA (in `make test-all` in every case, and for AMD), without a GPU, into what they
+should be."""
 
 import json
 import os
@@ -15,16 +16,19 @@ GPU_CHECK = BENCHMARKS.parent / "gpu"
 WARPGROUP = {"HGMMA", "QGMMA", "IGMMA"}
 
 
-QUICK = ["sm_90"]
-ALL = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
+QUICK = ["sm_90"], 8  # targets, and one of how many cases
+ALL = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"], 1
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("targets", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
-def test_ahead_of_time(tmp_path: Path, targets: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("targets", "every"), [QUICK, pytest.param(*ALL, marks=pytest.mark.slow)], ids=["quick", "all"]
+)
+def test_ahead_of_time(tmp_path: Path, targets: list[str], every: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, str(BENCHMARKS / "compile_ahead.py"), *(f"--target={target}" for target in targets)]
+    command.append(f"--every={every}")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
@@ -39,16 +43,17 @@ def test_ahead_of_time(tmp_path: Path, targets: list[str]) -> None:
             assert found["matrix"] in WARPGROUP, found
         if found["streams"]:
             wide[found["target"], found["case"]] += found["wide_loads"]
-    assert len(wide) > 20 * len(targets)
+    assert len(wide) > 20 * len(targets) // every
     assert not [case for case, loads in wide.items() if loads == 0], "no loads of 16 bytes"
     # The table in the repository is this one, as far as this triton wrote it.
     table = (BENCHMARKS / "compiled.md").read_text()
     if f"triton {triton.__version__};" in table:
         fresh = fresh_table(done.stdout, environment)
-        if targets == ALL:
+        if every == 1:
             assert table == fresh, "`make kernel-table` writes it anew"
         else:
-            assert cells(table, targets) == cells(fresh, targets), "`make kernel-table` writes it anew"
+            missing = [row for row in cells(fresh, targets) if row not in cells(table, targets)]
+            assert not missing, "`make kernel-table` writes it anew"
 
 
 def cells(table: str, targets: list[str]) -> list[list[str]]:
