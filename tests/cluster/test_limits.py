@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 from quire_cluster import liveness
 from quire_cluster.config import ServeConfig
-from quire_cluster.gateway import bodies, completions, connection, doors, fields, grpc_api, pooling, service, texts
+from quire_cluster.gateway import (
+    bodies,
+    completions,
+    connection,
+    dispatcher,
+    doors,
+    fields,
+    grpc_api,
+    pooling,
+    service,
+    texts,
+)
 from quire_cluster.policies import lease, quarantine, restart
 from quire_cluster.policies.admission import rebuild_wait
 from quire_cluster.policies.suspicion import Patience
@@ -49,6 +60,7 @@ SAID = {
     "requests that wait, of each replica": f"`--max-num-queued-reqs` {ENGINE.max_num_queued_reqs}",
     "time that they wait for one": f"3 times as long as a replica took to load, {rebuild_wait(0.0):g} s at least",
     "replicas that may be lost while they compute a request": f"2 ({quarantine.BESIDE} where",
+    "time that what is new waits while a request that a replica died under is tried": f"{dispatcher._HELD_BACK:g} s, ",
     "silence of a replica": f"{Patience().avoid:g} s: nothing new goes there; {Patience().move:g} s: ",
     "a step without progress": f"{lease.LEAST:g} s and up",
     "a replica that is gone, that says nothing, or that is busy without a step": "as long as requests wait for one, "
@@ -160,6 +172,9 @@ MET: dict[str, list[str]] = {
         "cluster/test_poison.py::test_what_kills_replicas_ends_and_what_ran_beside_it_goes_on",
         "cluster/test_policies.py::test_of_requests_only_the_poison_is_convicted",
         f"{CALL}::test_what_a_refusal_is_called",
+    ],
+    "time that what is new waits while a request that a replica died under is tried": [
+        "cluster/test_poison.py::test_what_is_new_does_not_wait_long_for_a_suspect"
     ],
     "silence of a replica": [
         "cluster/test_sessions.py::test_a_replica_that_vanishes_without_a_word_is_avoided_and_then_left",

@@ -100,6 +100,31 @@ def test_a_suspect_beside_what_is_as_suspicious_is_not_convicted(tokenizer: Toke
     asyncio.run(run())
 
 
+def test_what_is_new_does_not_wait_long_for_a_suspect(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may have a long prompt."""
+    monkeypatch.setattr("quire_cluster.gateway.dispatcher._HELD_BACK", 1.0)
+
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            [replica] = g.replicas
+            replica.holds = lambda submit: submit.prompt[0] == 77
+            slow = g.start([77, 1])
+            await until(lambda: bool(replica.submitted))
+            await until(lambda: bool(g.dispatcher.sessions[0].begun))
+            replica.die()
+            await until(lambda: not g.dispatcher.sessions)
+            replica.alive = True
+            await until(lambda: bool(g.dispatcher.sessions and g.dispatcher.sessions[0].suspect))
+            new = g.start(PROMPTS[0])
+            assert len(replica.submitted) == 2, "it is held back"
+            assert await tokens(new) == expected(PROMPTS[0])
+            assert not slow.choices[0].output
+            replica.holds = lambda submit: False
+            assert await tokens(slow) == expected([77, 1])
+
+    asyncio.run(run())
+
+
 def test_replicas_that_vanish_together_convict_nobody(tokenizer: Tokenizer) -> None:
     """Their host died, or the controller: everything waits and goes on."""
 

@@ -29,6 +29,7 @@ from quire_cluster.routing_table import Key, RoutingTable
 
 log = logging.getLogger(__name__)
 _TICK = 0.25  # seconds
+_HELD_BACK = 10.0  # seconds that what is new waits for suspects at the most
 _PATIENCE = Patience()
 
 
@@ -47,6 +48,7 @@ class Dispatcher:
         self._sessions: dict[Key, ReplicaSession] = {}
         self._homeless: dict[Choice, float] = {}  # choices that wait for a replica without a suspect → since when
         self._suspects: dict[Choice, float] = {}  # suspects that do
+        self._held_back: float | None = None  # since when what is new waits for suspects
         self._turn = itertools.count()
         self._place: dict[Choice, tuple[ReplicaSession, int]] = {}
         self._up: dict[int, float] = {}  # slots that have had a replica → when it last was there
@@ -179,7 +181,7 @@ class Dispatcher:
         self._place_waiting()
 
     def _place_waiting(self) -> None:
-        """In the order of their arrival; first suspects, beside which nothing new may be."""
+        """In the order of their arrival; first suspects, beside which nothing new should be."""
         for suspected, waiting in ((True, self._suspects), (False, self._homeless)):
             if not waiting or not self._open_to(suspected):
                 continue
@@ -188,14 +190,20 @@ class Dispatcher:
                     break
                 if waiting.pop(choice, None) is not None:
                     self._guard(choice, self._send)
+        if not (self._homeless and self.sessions):
+            self._held_back = None
+        elif self._held_back is None:
+            self._held_back = time.monotonic()
 
     def _open_to(self, suspected: bool) -> list[ReplicaSession]:
         """Replicas that have no suspect. To one: where there is nothing that may kill as well, if possible, and nowhere
-        once half of all have theirs, so that the others go on."""
+        once half of all have theirs, so that the others go on. To what is new: any, once it has been held back for so
+        long that a suspect seems to have much to compute."""
         sessions = self.sessions
         free = [session for session in sessions if session.suspect is None]
         if not suspected:
-            return free
+            long = self._held_back is not None and time.monotonic() - self._held_back > _HELD_BACK
+            return sessions if long and not free else free
         if len(sessions) - len(free) >= max(1, len(sessions) // 2):
             return []
         return [session for session in free if not session.unproven] or free
