@@ -173,7 +173,7 @@ def test_the_controller_dies_and_the_streams_go_on(two_replicas: RunningServer, 
     both_serve(server)
 
 
-@pytest.mark.parametrize("kind", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("kind", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
 def test_a_dead_cluster_ends_the_server(checkpoint: Callable[[str], Path], kind: str) -> None:
     """Without Ray nothing can be started again."""
     server = RunningServer(str(checkpoint("llama")))
