@@ -60,8 +60,8 @@ def test_what_waits_for_a_replica_waits_as_long_as_one_takes_to_load(
             with pytest.raises(Unavailable, match="no replica came back in time"):
                 await second.admitted()
         assert not first.choices[0].ended
-        assert patient.num_live == 1
-        assert impatient.num_live == 0
+        assert list(patient._homeless) == first.choices
+        assert not (impatient._place or impatient._homeless or impatient._suspects)
         await patient.close()
         await impatient.close()
 

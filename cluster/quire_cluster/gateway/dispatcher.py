@@ -69,11 +69,6 @@ class Dispatcher:
         return [session for session in self._sessions.values() if session.usable]
 
     @property
-    def num_live(self) -> int:
-        """Choices without an ending."""
-        return len(self._place) + len(self._homeless) + len(self._suspects)
-
-    @property
     def overdue(self) -> list[int]:
         """Slots whose replica is gone for longer than it takes to bring one back."""
         limit = time.monotonic() - rebuild_wait(self._load_seconds)
@@ -239,7 +234,7 @@ class Dispatcher:
     def lost(self, session: ReplicaSession, choices: list[tuple[Choice, bool]], failure: str) -> None:
         """A replica is gone: its choices go on elsewhere, from their logs, unless one is to blame."""
         now = time.monotonic()
-        unproven = [choice for choice, begun in choices if begun and not choice.losses.proven(len(choice.output))]
+        unproven = {choice for choice, begun in choices if begun and not choice.losses.proven(len(choice.output))}
         if choices:
             log.warning(
                 "replica %d (epoch %d) is lost%s; %d requests go on elsewhere",
@@ -249,7 +244,7 @@ class Dispatcher:
             )
         for choice, begun in sorted(choices, key=lambda one: _arrival(one[0])):
             self._place.pop(choice, None)
-            alone = unproven in ([], [choice])
+            alone = unproven <= {choice}
             near = begun and (choice in unproven or not unproven)
             if choice.losses.lost(now, near=near, explained=bool(failure), alone=alone):
                 log.error("request %s ends: replicas died under it again and again", choice.facts.request_id)
