@@ -35,11 +35,11 @@ serve: $(VENV)/.installed
 
 test: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
 	$(BIN)/pytest -q -m 'not slow' $(PARALLEL) tests/engine tests/kernels
-	$(BIN)/pytest -q -m 'not slow' tests/cluster tests/end_to_end
+	$(BIN)/pytest -q -m 'not slow' $(PARALLEL) --no-loadscope-reorder tests/end_to_end tests/cluster
 
 test-all: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
 	$(BIN)/pytest -q $(PARALLEL) tests/engine tests/kernels
-	$(BIN)/pytest -q tests/cluster tests/end_to_end
+	$(BIN)/pytest -q $(PARALLEL) --no-loadscope-reorder tests/end_to_end tests/cluster
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check $(ROOMS)

@@ -117,6 +117,15 @@ def table() -> Table:
     return Table()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in this same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, one has all tests of a server, or of a file: they share what they start."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.parent.name in ("cluster", "end_to_end"):
+            shared = SHARED_SERVERS & set(item.fixturenames)
+            item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.stem)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     from interpreter_shim import install  # which imports Triton, and that looks at the environment
 
@@ -128,18 +137,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def processes(server: "RunningServer | int", kind: str) -> list[int]:
-    """Ids of the actors of a class below a server or a process, by their titles."""
+    """Ids of the actors of a class below a server or a process, by their titles; none of other servers below it."""
     root = server if isinstance(server, int) else server.process.pid
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                title = (folder / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if title.startswith(f"ray::{kind}") and root in ancestors(int(folder.name)):
-                found.append(int(folder.name))
-    return sorted(found)
+
+    def belongs(pid: int) -> bool:
+        above = ancestors(pid)
+        between = above - ancestors(root) - {root}
+        return root in above and not any("quire.cli.main" in command_line(other) for other in between)
+
+    return sorted(
+        pid
+        for pid in (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit())
+        if command_line(pid).startswith(f"ray::{kind}") and belongs(pid)
+    )
+
+
+def command_line(pid: int) -> str:
+    """Empty once the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def channels() -> list[str]:
@@ -266,6 +284,9 @@ class RunningServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+
+
+SHARED_SERVERS = {"two_replicas", "guarded"}
 
 
 @pytest.fixture(scope="session")

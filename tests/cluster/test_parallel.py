@@ -148,7 +148,7 @@ def test_ranks_offline(checkpoint: Make) -> None:
     with LLM(str(checkpoint("llama")), tensor_parallel_size=2, kv_cache_memory_bytes=1 << 20) as llm:
         assert isinstance(llm._executor, Workers)
         gpus = visible_gpus(llm._executor)
-        found = [one for one in listeners(psutil.Process()) if one[0] == "ray::Worker"]
+        found = [one for pid in processes(os.getpid(), "Worker") for one in listeners(psutil.Process(pid))]
         assert len(channels()) > len(before)
     del llm
     gc.collect()

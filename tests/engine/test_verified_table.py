@@ -31,6 +31,10 @@ What the tests show of each family, on tiny random checkpoints from its own conf
 
 def test_the_table_is_what_was_seen(table: Table, request: pytest.FixtureRequest) -> None:
     lines = table.lines()
+    selected = {item.name for item in request.session.items}
+    tests = ("test_logits", "test_greedy_tokens", "test_two_ranks")
+    run = {family for family in FAMILIES | FALLBACK if {f"{test}[{family}]" for test in tests} <= selected}
+    assert set(lines) == run, "tests of families failed, or ran in other processes"
     if request.config.getoption("--write-tables"):
         assert set(lines) == set(FAMILIES | FALLBACK), "the table is written after all of its tests"
         DOCUMENT.write_text(INTRODUCTION + "".join(f"{line}\n" for line in lines.values()))
