@@ -6,6 +6,8 @@ PROTOS := protos/quire_protos/v1/inference.proto protos/quire_protos/v1/engine.p
 LLAMA_CPP := llama-cpp-python
 LLAMA_CPP_UNPACKED := $(VENV)/llama.cpp/models/ggml-vocab-gpt-2.gguf
 PARALLEL := -n 2 --dist loadgroup
+# In this order, for what takes longest begins first.
+SERVERS := $(PARALLEL) --no-loadscope-reorder tests/end_to_end tests/cluster
 ROOMS := cluster engine kernels tests benchmarks
 
 .PHONY: serve test test-all check gpu-check kernel-table families-table options-table format protos clean
@@ -35,11 +37,11 @@ serve: $(VENV)/.installed
 
 test: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
 	$(BIN)/pytest -q -m 'not slow' $(PARALLEL) tests/engine tests/kernels
-	$(BIN)/pytest -q -m 'not slow' $(PARALLEL) --no-loadscope-reorder tests/end_to_end tests/cluster
+	$(BIN)/pytest -q -m 'not slow' $(SERVERS)
 
 test-all: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
 	$(BIN)/pytest -q $(PARALLEL) tests/engine tests/kernels
-	$(BIN)/pytest -q $(PARALLEL) --no-loadscope-reorder tests/end_to_end tests/cluster
+	$(BIN)/pytest -q $(SERVERS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check $(ROOMS)
