@@ -15,7 +15,7 @@ NORMS.append((Norm(1e-5, "layer", unit_offset=True), True))
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("norm", "bias"), NORMS)
-@pytest.mark.parametrize(("tokens", "width"), [(1, 63), (63, 1000), (300, 64)])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 63), (63, 1000), (1000, 64)])
 def test_add_norm(tokens: int, width: int, norm: Norm, bias: bool, dtype: torch.dtype) -> None:
     weight, shift = torch.randn(width).to(dtype), torch.randn(width).to(dtype) if bias else None
     residual = (torch.randn(tokens, width + 9) + 1).to(dtype)[:, :width]  # strided
