@@ -1,6 +1,7 @@
 """A worker: the actor that owns one GPU (or a share of the CPU's cores) and runs one rank's slice of the model."""
 
 import logging
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,13 @@ class Worker:
 
         if gpus := get_gpu_ids():
             log.info("rank %d has GPU %s", self._rank, gpus[0])
+        if (niceness := os.nice(0)) > 0:
+            log.warning(
+                "rank %d runs at nice %d: whatever else its host does comes first; start Ray there with "
+                "RAY_worker_niceness=0 in its environment",
+                self._rank,
+                niceness,
+            )
         files = find_model(config)
         device = resolve_device(config)
         group = ParallelGroup.join(
