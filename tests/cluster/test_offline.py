@@ -196,7 +196,7 @@ def test_workers_end_with_their_llm(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(EngineFailure, match="it is closed; open another"):
         tokens(first, "w5 w17")
     assert tokens(second, "w5 w17") == expected
-    assert len(processes(os.getpid(), "Worker")) == len(mine) + 2
+    wait_until(lambda: len(processes(os.getpid(), "Worker")) == len(mine) + 2)
     del second
     gc.collect()
     wait_until(lambda: processes(os.getpid(), "Worker") == mine)
