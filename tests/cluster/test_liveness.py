@@ -151,7 +151,7 @@ def test_a_controller_that_hangs_is_replaced(config: EngineConfig, caplog: pytes
                 os.kill(victim, signal.SIGSTOP)
                 while not service.ready or before & {session.key for session in service.dispatcher.sessions}:
                     await asyncio.sleep(0.1)
-            assert victim not in processes(os.getpid(), "Controller")
+            await asyncio.to_thread(wait_until, lambda: victim not in processes(os.getpid(), "Controller"))
         finally:
             server.stop()
             following.cancel()

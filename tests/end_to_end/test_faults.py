@@ -182,9 +182,9 @@ def test_a_dead_cluster_ends_the_server(checkpoint: Callable[[str], Path], kind:
     [victim] = [process for process in below if process.name() == kind]
     victim.kill()
     assert server.wait() == 1
-    assert not [path for path in left if path.exists()]
     assert "the private Ray cluster died" in server.log
     wait_until(lambda: not any(process.is_running() for process in below))
+    assert not [path for path in left if path.exists()]
 
 
 @pytest.fixture(scope="module")
