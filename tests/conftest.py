@@ -147,11 +147,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def processes(server: "RunningServer | int", kind: str) -> list[int]:
     """Ids of the actors of a class below a server or a process, by their titles; none of other servers below it."""
     root = server if isinstance(server, int) else server.process.pid
+    outside = ancestors(root) | {root}
 
     def belongs(pid: int) -> bool:
         above = ancestors(pid)
-        between = above - ancestors(root) - {root}
-        return root in above and not any("quire.cli.main" in command_line(other) for other in between)
+        return root in above and not any("quire.cli.main" in command_line(other) for other in above - outside)
 
     return sorted(
         pid

@@ -69,7 +69,8 @@ class Worker:
 
         if gpus := get_gpu_ids():
             log.info("rank %d has GPU %s", self._rank, gpus[0])
-        if (niceness := os.nice(0)) > 0:
+        niceness = os.nice(0)
+        if niceness > os.getpriority(os.PRIO_PROCESS, os.getppid()):  # than the raylet's own: Ray has set it
             log.warning(
                 "rank %d runs at nice %d: whatever else its host does comes first; start Ray there with "
                 "RAY_worker_niceness=0 in its environment",
