@@ -127,7 +127,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("values", [{"temperature": 1.0}, {"top_k": 9, "temperature": 1.5}, {"top_p": 0.85}], ids=str)
 def test_draws_follow_the_distribution(values: dict[str, float]) -> None:
-    size = 300
+    size = 500
     one = torch.randn(1, 40) * 1.5
     rows = make_rows(size, **values)
     prepared = prepare(one, make_rows(1, **values))
