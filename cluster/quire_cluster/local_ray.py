@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from quire_engine.errors import InvalidParameter
+from quire_engine.errors import InvalidParameter, Unavailable
 from ray import _raylet
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
@@ -19,6 +19,7 @@ from ray._private import worker as ray_worker
 log = logging.getLogger(__name__)
 _REMOVAL_PATIENCE = 5.0  # seconds
 _OBJECT_STORE_BYTES = 80 << 20  # no tensor and no token passes through Ray
+_LAST_LINES = 5  # of a log
 
 
 _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -72,7 +73,10 @@ def _authenticate(variables: Mapping[str, str | None]) -> None:
 
 def start_private_cluster(*, num_workers: int) -> PrivateCluster:
     """Starts Ray for this process with room for `num_workers` worker actors, on the GPUs that torch finds. Takes 3 to
-    8 s. It listens on the loopback address alone, and answers to who has the token in its folder."""
+    8 s. It listens on the loopback address alone, and answers to who has the token in its folder.
+
+    Raises Unavailable where Ray does not start, and logs what its processes said last.
+    """
     import torch
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -81,7 +85,10 @@ def start_private_cluster(*, num_workers: int) -> PrivateCluster:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # nothing here runs as a task
     os.environ.setdefault("RAY_worker_niceness", "0")  # a worker is the system, not a batch job beside it
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns of signal handlers, which are ours
-    folder = Path(tempfile.mkdtemp(prefix="quire-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="quire-"))
+    except OSError as error:
+        raise Unavailable(f"Ray needs a folder for its sockets and logs ($TMPDIR, or /tmp): {error}") from error
     cluster = PrivateCluster(folder)
     # Ray replaces a loopback address by the host's own, and then its processes listen on all addresses. This is its
     # switch for desktops, which it reads from the environment only when it is imported.
@@ -99,12 +106,30 @@ def start_private_cluster(*, num_workers: int) -> PrivateCluster:
             configure_logging=False,
             _temp_dir=str(folder / "ray"),  # which it opens to all users
         )
+    except Exception as error:
+        said = _last_words(folder)
+        cluster.stop()
+        log.error("Ray did not start%s", f"; its processes said last:\n{said}" if said else "")
+        raise Unavailable(f"Ray could not be started in {folder}: {error}") from error
     except BaseException:
         cluster.stop()
         raise
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = reachable
     return cluster
+
+
+def _last_words(folder: Path) -> str:
+    """Of the processes without which Ray does nothing, from their logs, without the tables of counts there."""
+    said = []
+    for name in ("gcs_server.out", "gcs_server.err", "raylet.out", "raylet.err"):
+        path = folder / "ray" / "session_latest" / "logs" / name
+        if path.is_file():
+            lines = [
+                line for line in path.read_text(errors="replace").splitlines() if line and line[0] != "\t"
+            ]  # counts
+            said += [f"  {name}: {line}" for line in lines[-_LAST_LINES:]]
+    return "\n".join(said)
 
 
 def workers_on_gpus(device: str, workers: int, *, may_grow: bool = False) -> bool:

@@ -315,7 +315,7 @@ class Server:
             try:
                 await asyncio.wait_for(self._controller.shutdown.remote(), 15)
             except (TimeoutError, ray.exceptions.RayError) as error:
-                log.warning("the controller did not stop by itself: %s", error)
+                log.warning("the controller did not stop by itself: %r", error)
             ray.kill(self._controller)
         if self._cluster is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._cluster.stop)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -316,6 +317,20 @@ def test_an_occupied_port_is_named(checkpoint: Make, capsys: pytest.CaptureFixtu
 def test_bad_options(checkpoint: Make, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(checkpoint("llama")), "--port", "0", "--grpc-port", "0", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_too_long_for_sockets(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / ("a" * 110)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert main(["serve", str(checkpoint("llama")), "--port", "0", "--grpc-port", "0"]) == 1
+    error = capsys.readouterr().err
+    assert str(long) in error
+    assert "cannot exceed 107 bytes" in error
+    assert "Traceback" not in error
+    assert not list(long.iterdir())
 
 
 def test_a_config_file(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
