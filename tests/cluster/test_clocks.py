@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 from quire_cluster.gateway.connection import HttpConfig, HttpServer, Limits
 from quire_cluster.gateway.doors import Doors
 from quire_cluster.keys import Keys
@@ -29,10 +30,12 @@ async def _stream(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @asynccontextmanager
-async def connection(head: float = 1.0) -> AsyncIterator[tuple[HttpServer, asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connection(
+    head: float = 1.0, body: float = 1.0
+) -> AsyncIterator[tuple[HttpServer, asyncio.StreamReader, asyncio.StreamWriter]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         doors = Doors.of("127.0.0.1", Keys(["key"]), (), ())
-        config = HttpConfig(doors.before(_stream), Limits(connections=10, head=head, body=1.0, write=60.0))
+        config = HttpConfig(doors.before(_stream), Limits(connections=10, head=head, body=body, write=60.0))
         config.timeout_keep_alive = 1
         server = HttpServer(config)
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
@@ -64,6 +67,25 @@ def test_a_head_without_end_is_too_long_before_it_is_late() -> None:
         async with connection(head=1000.0) as (_, reader, writer):
             writer.write(HEAD + b"x: " + b"y" * 66_000)
             assert (await reader.read()).startswith(b"HTTP/1.1 431")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("key", [KEY, b""])
+@pytest.mark.parametrize("endless", [b"x: y\r\n", b"y", b""])
+def test_what_follows_a_body_without_end_is_too_long_before_it_is_late(key: bytes, endless: bytes) -> None:
+    """Trailers, one trailer, the extension of a chunk: where the request was refused, nothing more is said."""
+
+    async def run() -> None:
+        async with connection(body=1000.0) as (server, reader, writer):
+            begun = b"2\r\nab\r\n" + (b"0\r\nx: " if endless else b"1;")
+            writer.write(HEAD + key + b"Transfer-Encoding: chunked\r\n\r\n" + begun)
+            while not any(one._body_since for one in server.server_state.connections):
+                await asyncio.sleep(0.01)
+            if not key:
+                await reader.readuntil(b"}}")
+            writer.write(((endless or b"y") * 66_000)[:66_000])
+            assert (await reader.read()).startswith(b"HTTP/1.1 431" if key else b"")
 
     asyncio.run(run())
 

@@ -41,6 +41,7 @@ SAID = {
     "time that an answer is left unread": f"`--write-timeout` {SERVE.write_timeout:g} s",
     "silence between requests": f"{connection._IDLE} s; gRPC {grpc_api._IDLE} s, pings from {grpc_api._PINGS} s",
     "size of the headers": f"{connection._HEAD_BYTES >> 10} KiB; gRPC {grpc_api._METADATA >> 10} KiB",
+    "framing of a chunked body in a row, trailers (left out)": f"{connection._HEAD_BYTES >> 10} KiB",
     "bodies that are being read, together": f"{doors._HELD_BODIES >> 20} MiB",
     "a body": f"{texts._ROOM >> 20} MiB, and what the call's prompts can be long in this context; "
     f"{bodies.MAX_BODY >> 20} MiB",
@@ -114,6 +115,9 @@ MET: dict[str, list[str]] = {
         f"{WIRE}::test_headers_are_bounded",
         f"{WIRE}::test_metadata_and_messages_are_bounded",
         f"{CALL}::test_calls_and_headers_of_one_connection",
+    ],
+    "framing of a chunked body in a row, trailers (left out)": [
+        "cluster/test_clocks.py::test_what_follows_a_body_without_end_is_too_long_before_it_is_late"
     ],
     "bodies that are being read, together": [f"{CALL}::test_bodies_that_are_too_many_together"],
     "`Content-Encoding` of a body": [f"{WIRE}::test_bodies_are_read_as_they_are"],

@@ -130,7 +130,7 @@ def test_chunked_bodies(wire: Wire) -> None:
     wire.send(chunked)
     for byte in BODY:
         wire.send("1;extension=x\r\n", bytes([byte]), "\r\n")
-    assert is_completion(wire.send("0\r\nTrailer: x\r\n\r\n").answer())
+    assert is_completion(wire.send("0\r\nTrailer: x\r\nExpect: 100-continue\r\n\r\n").answer())
     assert is_completion(wire.send(post(), BODY).answer()), "and the connection goes on"
 
 

@@ -79,6 +79,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0  # of a head that is not whole
         self._body_since: float | None = None
         self._body_bytes = 0
+        self._bodiless = 0  # bytes since the last one of a body: of its framing, and of trailers
         self._unread: tuple[int, float] | None = None  # bytes that the client has not taken, and since when
         self._due: deque[RequestResponseCycle] = deque()  # requests without a whole answer, the one that runs first
 
@@ -112,6 +113,7 @@ class Connection(HttpToolsProtocol):
         so it gets the head again, without the offer."""
         self._unset_keepalive_if_required()
         in_head = self._head_since is not None
+        self._bodiless = 0 if in_head else self._bodiless + len(data)
         rest = memoryview(data)
         try:
             while rest:
@@ -132,6 +134,8 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = self._head_bytes + len(data) if in_head and self._head_since is not None else 0
         if self._head_bytes > _HEAD_BYTES:
             self._hang_up(431, _TOO_LONG)
+        elif self._body_since is not None and self._bodiless > _HEAD_BYTES:
+            self._trailer_too_long()
         elif len(self.pipeline) > _PIPELINED:
             self.transport.abort()
         elif self._head_since is None and self._body_since is None and self.cycle.response_complete:
@@ -172,6 +176,11 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self._due.append(self.cycle)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Of a head. A trailer, after the body, may be left out (RFC 9110, 6.5.1)."""
+        if self._head_since is not None:
+            super().on_header(name, value)
+
     def on_response_complete(self) -> None:
         """The next one runs."""
         self._due.popleft()
@@ -181,6 +190,7 @@ class Connection(HttpToolsProtocol):
         """What comes after the answer is read too, for a while: a client that is hung up on while it sends may miss
         the answer."""
         super().on_body(body)
+        self._bodiless = 0
         if self.cycle.response_complete:
             self._body_bytes += len(body)
             if self._body_bytes > _UNREAD_BYTES:
@@ -213,6 +223,12 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
         else:
             self._unread = (size, self._unread[1])
+
+    def _trailer_too_long(self) -> None:
+        if self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self._hang_up(431, f"more than {_HEAD_BYTES} bytes came without any of the body", instead=True)
 
     def _hang_up(self, status: int, why: str, *, instead: bool = False) -> None:
         """Says why, where no other answer is due or `instead` of one that has not begun."""
