@@ -10,6 +10,7 @@ from quire_engine.errors import InvalidParameter
 
 HEADER = "authorization"
 VARIABLE = "QUIRE_API_KEY"
+_FILE_BYTES = 1 << 20
 
 
 class Keys:
@@ -34,9 +35,13 @@ def read_keys(key: str | None, file: str | None, environment: Mapping[str, str])
         raise InvalidParameter("give either --api-key or --api-key-file", "api_key_file")
     if file is not None:
         try:
-            lines = Path(file).read_text().splitlines()
+            with Path(file).open("rb") as opened:
+                data = opened.read(_FILE_BYTES + 1)
+            lines = data.decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidParameter(f"--api-key-file cannot be read: {error}", "api_key_file") from error
+        if len(data) > _FILE_BYTES:
+            raise InvalidParameter(f"--api-key-file {file} has more than {_FILE_BYTES} bytes", "api_key_file")
         keys, source = [line.strip() for line in lines if line.strip()], "--api-key-file"
         if not keys:
             raise InvalidParameter(f"--api-key-file {file} has no key; write one a line", "api_key_file")

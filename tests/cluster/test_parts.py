@@ -323,6 +323,7 @@ def test_keys(tmp_path: Path) -> None:
         ("schlüssel", None, {}, "other than ASCII"),
         ("a", str(several), {}, "either --api-key or --api-key-file"),
         (None, "/nowhere", {}, "--api-key-file cannot be read"),
+        (None, "/dev/zero", {}, "has more than 1048576 bytes"),
         (None, str(none), {}, "has no key; write one a line"),
         (None, None, {"QUIRE_API_KEY": ""}, "QUIRE_API_KEY holds an empty key"),
     ):

@@ -1,6 +1,7 @@
 """A tokenizer's files that are not what they should be: which one, and what to do, is said."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,13 @@ def test_the_file_at_fault_is_named(folder: Path, change: Change, named: str) ->
     change(folder)
     with pytest.raises(ModelError, match=named):
         Tokenizer.load(resolve(str(folder)))
+
+
+def test_a_pipe_is_not_waited_for(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ModelError, match=r"^config.json is no regular file"):
+        assert resolve(str(folder)).config
 
 
 def test_another_tokenizers_files_are_named(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -29,7 +29,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ModelError for what Git LFS leaves in a file's place, and OSError where nothing can be read."""
+    """Raises ModelError for what Git LFS leaves in a file's place and for what is no file (a pipe would be waited for),
+    and OSError where nothing can be read."""
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path.name} is no regular file; download it again")
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ModelError(f"{path.name} is only a pointer of Git LFS; fetch the file itself (git lfs pull)")
