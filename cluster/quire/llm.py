@@ -24,7 +24,7 @@ from quire_engine.request import EngineSampling, Request, check_length
 from quire_engine.spec import Pooling
 from quire_engine.step import Floats, TokenLogprobs
 from quire_engine.text.output import OutputText
-from quire_engine.text.params import SamplingParams
+from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
 from quire_engine.weights.resolve import ModelFiles, find_model
 from tqdm import tqdm
@@ -134,11 +134,16 @@ class LLM:
         each = _params_of_each(sampling_params, len(batch))
         outputs: list[RequestOutput] = []
         choices: dict[int, _Choice] = {}
+        samplings: dict[int, TokenSampling] = {}  # by the identity of what they are made of
         for prompt, wanted in zip(batch, each, strict=True):
+            if id(wanted) not in samplings:
+                samplings[id(wanted)] = wanted.in_tokens(
+                    self.tokenizer, vocab_size=self._vocab_size, end_tokens=self._end_tokens
+                )
             tokens = self._tokens(prompt, "prompts", add_special_tokens=add_special_tokens)
             output = RequestOutput(prompt if isinstance(prompt, str) else None, tokens)
             outputs.append(output)
-            for choice in self._choices(output, wanted):
+            for choice in self._choices(output, samplings[id(wanted)]):
                 choices[choice.request.id] = choice
         with self._engine_for([choice.request for choice in choices.values()]):
             self._run(choices, use_tqdm)
@@ -215,24 +220,17 @@ class LLM:
         if bad := [token for token in tokens if not 0 <= token < self._vocab_size]:
             raise InvalidParameter(f"{name} holds token id {bad[0]}; ids go from 0 to {self._vocab_size - 1}", name)
 
-    def _choices(self, output: RequestOutput, params: SamplingParams) -> list[_Choice]:
-        prompt = output.prompt_token_ids
+    def _choices(self, output: RequestOutput, sampling: TokenSampling) -> list[_Choice]:
+        prompt, params = output.prompt_token_ids, sampling.params
         self.check(prompt, params)
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         made = []
-        samplings = params.for_choices(
-            self.tokenizer,
-            vocab_size=self._vocab_size,
-            end_tokens=self._end_tokens,
-            room=self.engine.scheduler.context - len(prompt),
-            seed=seed,
-        )
-        for index, sampling in enumerate(samplings):
+        for index, wanted in enumerate(sampling.choices(room=self.engine.scheduler.context - len(prompt), seed=seed)):
             completion = Completion(index, "", [], "")
             if params.logprobs is not None:
                 completion.logprobs = []
             output.outputs.append(completion)
-            request = Request(next(self._ids), list(prompt), len(prompt), sampling, arrival=time.monotonic())
+            request = Request(next(self._ids), list(prompt), len(prompt), wanted, arrival=time.monotonic())
             made.append(_Choice(request, OutputText(self.tokenizer, params, prompt), completion, output))
         return made
 

@@ -1,15 +1,17 @@
 """The gateway's event loop goes on while it works on what a caller sends, however large."""
 
 import asyncio
+import gc
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 import httpx
 import orjson
 import pytest
+from gateways import http
 from hypothesis import given
 from hypothesis import strategies as st
 from quire_cluster.gateway import bodies, grpc_api
@@ -36,6 +38,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(resolve(DEMO_MODEL))
 
 
+@pytest.fixture(autouse=True)
+def frozen() -> Iterator[None]:
+    """As in a server: a collection does not go through what was there before."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def service(tokenizer: Tokenizer, pooling: Pooling | None = None) -> Service:
     """Without replicas: what is sent here is refused, or needs none."""
     files = resolve(DEMO_MODEL)
@@ -51,6 +61,7 @@ def parts(kind: str, count: int) -> list[dict[str, Any]]:
 
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+BAD_WORDS = [(f"ab{i}" * 64)[:256] for i in range(256)]
 TURNS = [{"role": "user", "content": "hello"}]
 SENT: dict[str, tuple[str, Callable[[], Any], int]] = {
     "floats for a prompt": (TEXT, lambda: {"prompt": [0.5] * 1_000_000}, 400),
@@ -130,6 +141,26 @@ def test_over_http(name: str, tokenizer: Tokenizer) -> None:
     assert answer.status_code == status, answer.text[:300]
 
 
+MANY = {"prompt": ["x"] * 256, "max_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"bad_words": BAD_WORDS},
+        {"n": 4, "allowed_token_ids": list(range(49152)), "stop": [f"{i}" * 200 for i in range(64)]},
+    ],
+)
+def test_many_prompts_of_one_call(asked: dict[str, Any], tokenizer: Tokenizer) -> None:
+    async def run() -> tuple[float, httpx.Response]:
+        async with http(service(tokenizer), most_requests=2000) as (client, _):
+            return await longest_gap(client.post(TEXT, json=MANY | asked))
+
+    answer = undisturbed(lambda: asyncio.run(run()))
+    assert answer.status_code == 200, answer.text[:300]
+    assert len(answer.json()["choices"]) == 256 * asked.get("n", 1)
+
+
 CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
     "Tokenize": ("Tokenize", lambda: pb.TokenizeRequest(text=text(2 << 20))),
     "Detokenize": ("Detokenize", lambda: pb.DetokenizeRequest(token_ids=[1000] * 900_000)),
@@ -196,6 +227,7 @@ WATCHED: dict[str, tuple[Any, str, str, dict[str, Any], int]] = {
     "a text": (Tokenizer, "encode_all", "/tokenize", {"prompt": LONG_TEXT}, 200),
     "spellings": (Tokenizer, "token_text", "/tokenize", {"prompt": LONG_TEXT, "return_token_strs": True}, 200),
     "tokens": (Tokenizer, "decode", "/detokenize", {"tokens": [1000] * 10_000}, 200),
+    "bad words": (Tokenizer, "spellings", TEXT, {"prompt": "x", "bad_words": BAD_WORDS}, 503),
     "pairs": (Tokenizer, "encode_pairs", "/rerank", {"query": "x", "documents": [LONG_TEXT] * 9}, 503),
     "texts": (Tokenizer, "encode_all", "/v1/embeddings", {"input": [LONG_TEXT] * 9}, 400),
 }

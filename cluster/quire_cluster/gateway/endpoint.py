@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from quire_engine.errors import InvalidParameter
 from quire_engine.step import TokenLogprobs
-from quire_engine.text.params import SamplingParams
+from quire_engine.text.params import SamplingParams, TokenSampling
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -62,11 +62,13 @@ class Endpoint(ABC):
         self._service.check_generates()
         self._params = self._body.sampling()
         prompts = await self._prompts()
+        sampling = await self._service.sampling(self._params)
         if self._body.stream and self._params.prompt_logprobs is not None:
             raise InvalidParameter("log-probabilities of the prompt are not streamed; set stream = false", "stream")
         try:
             for number, prompt in enumerate(prompts):
-                self._generations.append(self._start(prompt, number if len(prompts) > 1 else None))
+                self._generations.append(self._start(prompt, sampling, number if len(prompts) > 1 else None))
+                await asyncio.sleep(0)  # a loop of many prompts lets others on
             answer = self._stream() if self._body.stream else self._whole()
             response = await while_connected(self._request, answer)
             if response is None:
@@ -76,13 +78,13 @@ class Endpoint(ABC):
             self._end()
             raise
 
-    def _start(self, prompt: list[int], number: int | None) -> Generation:
+    def _start(self, prompt: list[int], sampling: TokenSampling, number: int | None) -> Generation:
         body = self._body
         request_id = body.request_id
         if request_id is not None and number is not None:
             request_id = f"{request_id}-{number}"
         return self._service.start(
-            prompt, self._params, priority=body.priority, cache_salt=body.cache_salt, request_id=request_id
+            prompt, sampling, priority=body.priority, cache_salt=body.cache_salt, request_id=request_id
         )
 
     def _end(self) -> None:
@@ -112,6 +114,7 @@ class Endpoint(ABC):
         choices: list[dict[str, Any]] = []
         for generation, of_choices in zip(self._generations, parts, strict=True):
             choices += await self._whole_choices(len(choices), generation, of_choices)
+            await asyncio.sleep(0)
         return choices
 
     async def _whole_choices(

@@ -184,7 +184,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             left = context.time_remaining()
             generation = service.start(
                 await prompt(),
-                params,
+                await service.sampling(params),
                 priority=request.priority,
                 deadline=time.monotonic() + left if left is not None and left < 1e8 else 0.0,
                 cache_salt=request.cache_salt or None,

@@ -24,7 +24,7 @@ from quire_engine.pooling import pooling_of
 from quire_engine.request import check_length
 from quire_engine.spec import Pooling
 from quire_engine.text.output import OutputText
-from quire_engine.text.params import SamplingParams
+from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
 from quire_engine.weights.resolve import ModelFiles
 
@@ -68,6 +68,9 @@ class Service:
         self.draining = False
         self.num_open = 0  # requests whose answer is not yet with the client, as far as we see
         self._end_tokens = end_tokens(files, tokenizer)
+        self._pooled = SamplingParams(max_tokens=1, temperature=0.0).in_tokens(
+            tokenizer, vocab_size=self.vocab_size, end_tokens=self._end_tokens
+        )
 
     @staticmethod
     def load(files: ModelFiles, config: EngineConfig, *, names: list[str], chat_template: str | None) -> "Service":
@@ -166,10 +169,14 @@ class Service:
             variables=variables or {},
         )
 
+    async def sampling(self, params: SamplingParams) -> TokenSampling:
+        """What `start` takes: made once for a call, however many prompts it has. Raises InvalidParameter."""
+        return await self.texts.sampling(params, vocab_size=self.vocab_size, end_tokens=self._end_tokens)
+
     def start(
         self,
         prompt: list[int],
-        params: SamplingParams,
+        sampling: TokenSampling,
         *,
         priority: int = 0,
         deadline: float = 0.0,
@@ -177,8 +184,8 @@ class Service:
         request_id: str | None = None,
     ) -> Generation:
         """Checks what is left to check and sends it off. Raises RequestError or Unavailable."""
-        check_length(len(prompt), params.max_tokens, self.max_model_len)
-        return self._start(prompt, params, priority, deadline, cache_salt, request_id)
+        check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
+        return self._start(prompt, sampling, priority, deadline, cache_salt, request_id)
 
     def pool(self, prompt: list[int], *, scores: bool, deadline: float = 0.0) -> Generation:
         """Sends a text off whose vector (or score) is wanted. Raises RequestError or Unavailable."""
@@ -193,12 +200,12 @@ class Service:
             raise ContextTooLong(
                 f"an input has {len(prompt)} tokens; the context is {self.max_model_len}; shorten it", "input"
             )
-        return self._start(prompt, SamplingParams(max_tokens=1, temperature=0.0), 0, deadline, None, None)
+        return self._start(prompt, self._pooled, 0, deadline, None, None)
 
     def _start(
         self,
         prompt: list[int],
-        params: SamplingParams,
+        sampling: TokenSampling,
         priority: int,
         deadline: float,
         cache_salt: str | None,
@@ -207,14 +214,9 @@ class Service:
         if self.draining:
             raise Unavailable("this server is shutting down; try another one")
         self._check_prompt(prompt)
+        params = sampling.params
         seed = params.seed if params.seed is not None else random.getrandbits(63)
-        samplings = params.for_choices(
-            self.tokenizer,
-            vocab_size=self.vocab_size,
-            end_tokens=self._end_tokens,
-            room=max(1, self.max_model_len - len(prompt)),
-            seed=seed,
-        )
+        samplings = sampling.choices(room=max(1, self.max_model_len - len(prompt)), seed=seed)
         salt = hashlib.sha256(cache_salt.encode()).digest() if cache_salt else b""
         facts = RequestFacts(
             request_id=request_id or uuid.uuid4().hex,

@@ -14,7 +14,7 @@ from quire_engine.errors import EngineFailure, InvalidParameter, QuireError
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 
-from quire_cluster.convert import BATCH_BYTES, KEEPALIVE, MESSAGE_BYTES
+from quire_cluster.convert import KEEPALIVE, MESSAGE_BYTES
 from quire_cluster.gateway.generation import Choice
 from quire_cluster.keys import bearer
 from quire_cluster.policies.routing import ReplicaLoad
@@ -24,7 +24,8 @@ from quire_cluster.routing_table import ReplicaEntry
 log = logging.getLogger(__name__)
 _PAUSES = (0.05, 2.0)  # seconds before it is opened again: the first, and the longest
 _LARGEST_SUBMIT = MESSAGE_BYTES // 2
-_MOST_SUBMITS = 32  # in a message: the event loop waits while it is built
+_BATCH_BYTES = 1 << 18  # from which on nothing more is put into a message, and _MOST_SUBMITS: the event loop waits
+_MOST_SUBMITS = 32  # while one is built
 _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -188,7 +189,7 @@ class ReplicaSession:
         message = pb.SessionRequest(abort=self._aborts)  # which the replica does first: they make room
         self._aborts.clear()
         size = 0
-        while self._submits and size < BATCH_BYTES and len(message.submit) < _MOST_SUBMITS:
+        while self._submits and size < _BATCH_BYTES and len(message.submit) < _MOST_SUBMITS:
             wire_id = self._submits.popleft()
             choice = self.live.get(wire_id)
             if choice is None:

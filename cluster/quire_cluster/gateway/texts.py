@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from quire_engine.errors import ContextTooLong
+from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import LARGE_TEXT, Tokenizer
 
 MAX_LISTED = 1 << 20  # tokens of a text, where no context bounds them
@@ -91,6 +92,14 @@ class Texts:
         spelled = self._tokenizer.token_text
         return await _off_loop(
             lambda: [spelled(token) for token in token_ids], large=len(token_ids) >= LARGE_TEXT // 16
+        )
+
+    async def sampling(self, params: SamplingParams, *, vocab_size: int, end_tokens: tuple[int, ...]) -> TokenSampling:
+        """In tokens. Raises InvalidParameter."""
+        words, ids = params.bad_words or (), params.allowed_token_ids or ()
+        return await _off_loop(
+            lambda: params.in_tokens(self._tokenizer, vocab_size=vocab_size, end_tokens=end_tokens),
+            large=sum(map(len, words)) + len(ids) >= LARGE_TEXT // 16,
         )
 
     async def conversation(

@@ -106,11 +106,18 @@ class SamplingParams:
     def check(self, vocab_size: int, room: int) -> None:
         """Raises InvalidParameter for token ids that the model's logits do not have, and for more min_tokens than the
         prompt leaves room for."""
+        self._check_ids(vocab_size)
+        self.check_room(room)
+
+    def _check_ids(self, vocab_size: int) -> None:
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             tokens = getattr(self, name)
             if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
                 wrong = next(token for token in tokens if not 0 <= token < vocab_size)
                 raise InvalidParameter(f"{name} holds {wrong}; token ids go from 0 to {vocab_size - 1}", name)
+
+    def check_room(self, room: int) -> None:
+        """Raises InvalidParameter for more min_tokens than this."""
         if self.min_tokens > room:
             raise InvalidParameter(
                 f"min_tokens is {_short(self.min_tokens)}; the prompt leaves {room} tokens of the context; lower "
@@ -118,19 +125,15 @@ class SamplingParams:
                 "min_tokens",
             )
 
-    def for_choices(
-        self, tokenizer: Tokenizer, *, vocab_size: int, end_tokens: tuple[int, ...], room: int, seed: int
-    ) -> list[EngineSampling]:
-        """The part the engine sees, in tokens, of each of the `n` choices. `room`: tokens left of the context; choice i
-        draws with `seed` + i.
+    def in_tokens(self, tokenizer: Tokenizer, *, vocab_size: int, end_tokens: tuple[int, ...]) -> "TokenSampling":
+        """The part the engine sees, in tokens. Takes up to 0.1 s where there are many long `bad_words`.
 
-        Raises InvalidParameter as `check` does.
+        Raises InvalidParameter for token ids that the model's logits do not have.
         """
-        self.check(vocab_size, room)
+        self._check_ids(vocab_size)
         stops = tuple(self.stop_token_ids or ())
         if not self.ignore_eos:
             stops += end_tokens
-        most = self.max_tokens if self.max_tokens is not None else room
         bad_words = tuple(word for text in self.bad_words or () for word in tokenizer.spellings(text))
         if self.allowed_token_ids is not None:
             never = {word[0] for word in bad_words if len(word) == 1} | set(stops if self.min_tokens else ())
@@ -139,8 +142,7 @@ class SamplingParams:
                     "bad_words and min_tokens rule out every one of allowed_token_ids: nothing could be drawn",
                     "allowed_token_ids",
                 )
-        first = EngineSampling(
-            max_tokens=most,
+        shared = EngineSampling(
             min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=max(self.top_p, _LEAST_TOP_P),
@@ -149,7 +151,6 @@ class SamplingParams:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
-            seed=seed % 2**64,
             stop_token_ids=stops,
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
@@ -157,8 +158,28 @@ class SamplingParams:
             allowed_token_ids=TokenSet.of(self.allowed_token_ids or ()),
             bad_words=bad_words,
         )
+        return TokenSampling(self, shared)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSampling:
+    """Parameters of sampling as one model takes them, made once for all the prompts they go with. `shared`: what is the
+    same for every choice of each, so without its `max_tokens` and `seed`."""
+
+    params: SamplingParams
+    shared: EngineSampling
+
+    def choices(self, *, room: int, seed: int) -> list[EngineSampling]:
+        """For each of the `n` choices of a prompt. `room`: tokens left of the context; choice i draws with `seed` + i.
+
+        Raises InvalidParameter for more min_tokens than there is room for.
+        """
+        params = self.params
+        params.check_room(room)
+        most = params.max_tokens if params.max_tokens is not None else room
+        first = replace(self.shared, max_tokens=most, seed=seed % 2**64)
         others = (  # the prompt is the same for all
-            replace(first, seed=(seed + choice) % 2**64, prompt_logprobs=None) for choice in range(1, self.n)
+            replace(first, seed=(seed + choice) % 2**64, prompt_logprobs=None) for choice in range(1, params.n)
         )
         return [first, *others]
 
