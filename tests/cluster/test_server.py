@@ -37,7 +37,7 @@ def test_a_second_signal_does_not_wait_for_what_runs(
         server = Server(engine, ServeConfig(shutdown_timeout=86400), find_model(engine))
         async with http(gate) as (_, replica):
             replica.holds = lambda submit: True
-            generation = gate.start([5, 6], SamplingParams())
+            generation = gate.start([5, 6], await gate.sampling(SamplingParams()))
             server._catch_signals()
             for first in (signal.SIGINT, signal.SIGHUP):
                 os.kill(os.getpid(), first)
@@ -65,7 +65,7 @@ def test_an_answer_that_is_still_read_is_waited_for(
         engine = EngineConfig(model=str(checkpoint("llama")))
         server = Server(engine, ServeConfig(shutdown_timeout=86400), find_model(engine))
         async with http(gate):
-            generation = gate.start([5, 6], SamplingParams(max_tokens=TOKENS))
+            generation = gate.start([5, 6], await gate.sampling(SamplingParams(max_tokens=TOKENS)))
             await until(lambda: generation.choices[0].ended)
             ending = asyncio.ensure_future(server._shut_down(gate, None, None, None, []))
             await until(lambda: gate.draining)
