@@ -90,6 +90,18 @@ def test_what_follows_a_body_without_end_is_too_long_before_it_is_late(key: byte
     asyncio.run(run())
 
 
+def test_heads_in_a_row_are_not_taken_for_what_follows_a_body() -> None:
+    async def run() -> None:
+        async with connection(body=1000.0) as (_, reader, writer):
+            one = HEAD.replace(b"POST", b"GET") + b"x: " + b"y" * 3000 + b"\r\n\r\n"
+            for row in (one, one * 30 + HEAD + b"Content-Length: 2\r\n\r\n"):
+                writer.write(row)
+                for _ in range(row.count(b"HTTP/1.1")):
+                    assert (await reader.readuntil(b"}}")).startswith(b"HTTP/1.1 401")
+
+    asyncio.run(run())
+
+
 def test_a_blank_line_after_a_request_ends_no_answer() -> None:
     async def run() -> None:
         async with connection() as (_, reader, writer):

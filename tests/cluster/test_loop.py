@@ -38,7 +38,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(resolve(DEMO_MODEL))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def frozen() -> Iterator[None]:
     """As in a server: a collection does not go through what was there before."""
     gc.freeze()
@@ -151,7 +151,7 @@ MANY = {"prompt": ["x"] * 256, "max_tokens": 1}
         {"n": 4, "allowed_token_ids": list(range(49152)), "stop": [f"{i}" * 200 for i in range(64)]},
     ],
 )
-def test_many_prompts_of_one_call(asked: dict[str, Any], tokenizer: Tokenizer) -> None:
+def test_many_prompts_of_one_call(asked: dict[str, Any], tokenizer: Tokenizer, frozen: None) -> None:
     async def run() -> tuple[float, httpx.Response]:
         async with http(service(tokenizer), most_requests=2000) as (client, _):
             return await longest_gap(client.post(TEXT, json=MANY | asked))

@@ -79,7 +79,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0  # of a head that is not whole
         self._body_since: float | None = None
         self._body_bytes = 0
-        self._bodiless = 0  # bytes since the last one of a body: of its framing, and of trailers
+        self._bodiless = 0  # bytes since the last one of a head or a body: of its framing, and of trailers
         self._unread: tuple[int, float] | None = None  # bytes that the client has not taken, and since when
         self._due: deque[RequestResponseCycle] = deque()  # requests without a whole answer, the one that runs first
 
@@ -113,7 +113,7 @@ class Connection(HttpToolsProtocol):
         so it gets the head again, without the offer."""
         self._unset_keepalive_if_required()
         in_head = self._head_since is not None
-        self._bodiless = 0 if in_head else self._bodiless + len(data)
+        self._bodiless += len(data)
         rest = memoryview(data)
         try:
             while rest:
@@ -127,15 +127,13 @@ class Connection(HttpToolsProtocol):
                     self.parser.feed_data(self._head_without_offer())
                     rest = rest[offer.args[0] :]
         except httptools.HttpParserError:
-            self._hang_up(
-                400, "this is no HTTP/1.1 request", instead=self._body_since is not None and not self.pipeline
-            )
+            self._hang_up(400, "this is no HTTP/1.1 request")
             return
         self._head_bytes = self._head_bytes + len(data) if in_head and self._head_since is not None else 0
         if self._head_bytes > _HEAD_BYTES:
             self._hang_up(431, _TOO_LONG)
         elif self._body_since is not None and self._bodiless > _HEAD_BYTES:
-            self._trailer_too_long()
+            self._hang_up(431, f"more than {_HEAD_BYTES} bytes came without any of the body")
         elif len(self.pipeline) > _PIPELINED:
             self.transport.abort()
         elif self._head_since is None and self._body_since is None and self.cycle.response_complete:
@@ -165,7 +163,7 @@ class Connection(HttpToolsProtocol):
         """Who answers is decided here."""
         if self.parser.should_upgrade():
             return
-        self._head_since, self._body_since, self._body_bytes = None, self.loop.time(), 0
+        self._head_since, self._body_since, self._body_bytes, self._bodiless = None, self.loop.time(), 0, 0
         crowded = len(self.connections) > self._limits.connections
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES:
             self.app, self.url = _head_too_long, b"/"
@@ -213,7 +211,7 @@ class Connection(HttpToolsProtocol):
             else:
                 self.transport.close()
         elif self._body_since is not None and now - self._body_since > limits.body:
-            self._hang_up(408, f"the request's body took more than {limits.body:g} s", instead=True)
+            self._hang_up(408, f"the request's body took more than {limits.body:g} s")
         size = self.transport.get_write_buffer_size()
         if size == 0:
             self._unread = None
@@ -224,17 +222,16 @@ class Connection(HttpToolsProtocol):
         else:
             self._unread = (size, self._unread[1])
 
-    def _trailer_too_long(self) -> None:
-        if self.cycle.response_complete:
-            self.transport.close()
-        else:
-            self._hang_up(431, f"more than {_HEAD_BYTES} bytes came without any of the body", instead=True)
-
-    def _hang_up(self, status: int, why: str, *, instead: bool = False) -> None:
-        """Says why, where no other answer is due or `instead` of one that has not begun."""
-        self._head_since = self._body_since = None
+    def _hang_up(self, status: int, why: str) -> None:
+        """Says why, unless that would come within or before another answer: to a head, where none is due; within a
+        body, instead of its own answer, if that is the next and has not begun."""
         cycle = self.cycle
-        if cycle is None or cycle.response_complete or (instead and not cycle.response_started):
+        if self._body_since is not None:
+            may_say = not self.pipeline and not cycle.response_started
+        else:
+            may_say = cycle is None or cycle.response_complete
+        self._head_since = self._body_since = None
+        if may_say:
             content = orjson.dumps(error_body(InvalidParameter(why), status))
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(content)
             self.transport.write(STATUS_LINE[status] + head + content)

@@ -62,13 +62,13 @@ class Endpoint(ABC):
         self._service.check_generates()
         self._params = self._body.sampling()
         prompts = await self._prompts()
-        sampling = await self._service.sampling(self._params)
         if self._body.stream and self._params.prompt_logprobs is not None:
             raise InvalidParameter("log-probabilities of the prompt are not streamed; set stream = false", "stream")
+        sampling = await self._service.sampling(self._params)
         try:
             for number, prompt in enumerate(prompts):
                 self._generations.append(self._start(prompt, sampling, number if len(prompts) > 1 else None))
-                await asyncio.sleep(0)  # a loop of many prompts lets others on
+                await asyncio.sleep(0)  # between many prompts others get on
             answer = self._stream() if self._body.stream else self._whole()
             response = await while_connected(self._request, answer)
             if response is None:

@@ -24,8 +24,8 @@ from quire_cluster.routing_table import ReplicaEntry
 log = logging.getLogger(__name__)
 _PAUSES = (0.05, 2.0)  # seconds before it is opened again: the first, and the longest
 _LARGEST_SUBMIT = MESSAGE_BYTES // 2
-_BATCH_BYTES = 1 << 18  # from which on nothing more is put into a message, and _MOST_SUBMITS: the event loop waits
-_MOST_SUBMITS = 32  # while one is built
+_BATCH_BYTES = 1 << 18  # from which on nothing more is put into a message: the event loop waits while it is built
+_MOST_SUBMITS = 32  # likewise
 _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
