@@ -78,12 +78,26 @@ class Submit(_message.Message):
     def __init__(self, id: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., output: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., priority: _Optional[int] = ..., time_left: _Optional[float] = ..., cache_salt: _Optional[bytes] = ..., age: _Optional[float] = ..., resumed: _Optional[bool] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("submit", "abort")
+    __slots__ = ("submit", "abort", "why")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
     submit: _containers.RepeatedCompositeFieldContainer[Submit]
     abort: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, submit: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., abort: _Optional[_Iterable[int]] = ...) -> None: ...
+    why: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, submit: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., abort: _Optional[_Iterable[int]] = ..., why: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Waiting(_message.Message):
+    __slots__ = ("id", "reason", "since", "tokens_ahead")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    reason: str
+    since: float
+    tokens_ahead: int
+    def __init__(self, id: _Optional[int] = ..., reason: _Optional[str] = ..., since: _Optional[float] = ..., tokens_ahead: _Optional[int] = ...) -> None: ...
 
 class Ending(_message.Message):
     __slots__ = ("id", "reason", "stop_token_id", "error_kind", "error")
@@ -130,7 +144,14 @@ class TopLogprobs(_message.Message):
     def __init__(self, id: _Optional[int] = ..., prompt: _Optional[bool] = ..., first: _Optional[int] = ..., chosen: _Optional[_Iterable[int]] = ..., logprob: _Optional[_Iterable[float]] = ..., rank: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "pages_total", "pages_used", "slots_allocated", "slots_unused", "steps", "busy", "step_age", "preemptions", "prefix_queries", "prefix_hits", "block_size", "most_requests")
+    __slots__ = ("running", "waiting", "pages_total", "pages_used", "slots_allocated", "slots_unused", "steps", "busy", "step_age", "preemptions", "prefix_queries", "prefix_hits", "block_size", "most_requests", "queued_tokens", "prefill_rate", "waiting_for")
+    class WaitingForEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +166,9 @@ class Load(_message.Message):
     PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MOST_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RATE_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     pages_total: int
@@ -159,7 +183,10 @@ class Load(_message.Message):
     prefix_hits: int
     block_size: int
     most_requests: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., slots_allocated: _Optional[int] = ..., slots_unused: _Optional[int] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., block_size: _Optional[int] = ..., most_requests: _Optional[int] = ...) -> None: ...
+    queued_tokens: int
+    prefill_rate: float
+    waiting_for: _containers.ScalarMap[str, int]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., slots_allocated: _Optional[int] = ..., slots_unused: _Optional[int] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., block_size: _Optional[int] = ..., most_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., waiting_for: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Vector(_message.Message):
     __slots__ = ("id", "values")
@@ -170,7 +197,7 @@ class Vector(_message.Message):
     def __init__(self, id: _Optional[int] = ..., values: _Optional[bytes] = ...) -> None: ...
 
 class SessionUpdate(_message.Message):
-    __slots__ = ("ids", "indexes", "tokens", "started", "logprobs", "endings", "load", "vectors", "step_tokens", "admitted", "failure")
+    __slots__ = ("ids", "indexes", "tokens", "started", "logprobs", "endings", "load", "vectors", "step_tokens", "admitted", "failure", "waiting")
     IDS_FIELD_NUMBER: _ClassVar[int]
     INDEXES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +209,7 @@ class SessionUpdate(_message.Message):
     STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[int]
     indexes: _containers.RepeatedScalarFieldContainer[int]
     tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -193,4 +221,5 @@ class SessionUpdate(_message.Message):
     step_tokens: _containers.RepeatedScalarFieldContainer[int]
     admitted: _containers.RepeatedScalarFieldContainer[int]
     failure: str
-    def __init__(self, ids: _Optional[_Iterable[int]] = ..., indexes: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., endings: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., vectors: _Optional[_Iterable[_Union[Vector, _Mapping]]] = ..., step_tokens: _Optional[_Iterable[int]] = ..., admitted: _Optional[_Iterable[int]] = ..., failure: _Optional[str] = ...) -> None: ...
+    waiting: _containers.RepeatedCompositeFieldContainer[Waiting]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., indexes: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., endings: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., vectors: _Optional[_Iterable[_Union[Vector, _Mapping]]] = ..., step_tokens: _Optional[_Iterable[int]] = ..., admitted: _Optional[_Iterable[int]] = ..., failure: _Optional[str] = ..., waiting: _Optional[_Iterable[_Union[Waiting, _Mapping]]] = ...) -> None: ...
