@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PROTOS := protos/quire_protos/v1/inference.proto protos/quire_protos/v1/engine.proto
+PROTOS := $(wildcard protos/quire_protos/v1/*.proto)
 LLAMA_CPP := llama-cpp-python
 LLAMA_CPP_UNPACKED := $(VENV)/llama.cpp/models/ggml-vocab-gpt-2.gguf
 PARALLEL := -n 2 --dist loadgroup

@@ -8,12 +8,15 @@ from typing import Any
 
 import httpx
 from fake_replica import FakeReplica, token_at
+from quire_cluster.deployment import Deployment, DeploymentConfig
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
 from quire_cluster.gateway.http import Api
+from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.service import Service
 from quire_cluster.policies.suspicion import Patience
-from quire_cluster.routing_table import Key, RoutingTable
+from quire_cluster.routing_table import ClusterTable, Key, RoutingTable, Served
+from quire_engine.config import EngineConfig
 from quire_engine.request import EngineSampling
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams
@@ -41,7 +44,7 @@ class Gateway:
         """What the controller says is there."""
         self._version += 1
         entries = tuple(replica.entry(load_seconds=load_seconds) for replica in replicas)
-        self.dispatcher.update_table(RoutingTable(self._version, entries))
+        self.dispatcher.update_table(RoutingTable(entries))
 
     def start(self, prompt: list[int], n: int = 1, *, deadline: float = 0.0, **sampling: Any) -> Generation:
         """Sends a request off."""
@@ -90,14 +93,23 @@ def expected(prompt: list[int]) -> list[int]:
     return [token_at(prompt, index) for index in range(TOKENS)]
 
 
+def models_of(service: Service) -> Models:
+    """A gateway's models: this one alone, with the replicas that it has."""
+    models = Models(service.metrics.all)
+    table = RoutingTable(tuple(session.entry for session in service.dispatcher.sessions))
+    deployment = Deployment(service.names[0], EngineConfig(model="none"), DeploymentConfig())
+    models.follow(ClusterTable(1, (Served(deployment, table),)), [service])
+    return models
+
+
 @asynccontextmanager
 async def http(service: Service, **options: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FakeReplica]]:
     replica = await FakeReplica(**options).start()
-    app = Api(service).app()
+    app = Api(models_of(service)).app()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
         assert (await client.get("/health")).status_code == 200, "it is starting"
         assert (await client.get("/ready")).status_code == 503
-        service.dispatcher.update_table(RoutingTable(1, (replica.entry(),)))
+        service.dispatcher.update_table(RoutingTable((replica.entry(),)))
         await until(lambda: service.ready)
         try:
             async with asyncio.timeout(120):

@@ -12,8 +12,8 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """The server around the engines."""
+class GatewayConfig:
+    """The gateway: what clients reach."""
 
     host: str = option(
         "127.0.0.1",
@@ -22,10 +22,6 @@ class ServeConfig:
     )
     port: int = option(8000, "of the OpenAI HTTP API; 0: any free one", least=0, most=65535)
     grpc_port: int = option(50051, "of the gRPC API; 0: any free one", least=0, most=65535)
-    served_model_name: str | None = option(
-        None, "that clients call the model by", form="names (separated by commas)", unset="its folder's or file's"
-    )
-    data_parallel_size: int = option(1, "of the engine", form="replicas", flags=("-dp",), least=1, most=4096)
     api_key: str | None = option(
         None,
         "that every call but health and readiness must send",
@@ -57,12 +53,6 @@ class ServeConfig:
     write_timeout: float = option(
         60.0, "that a client may leave its answer unread", form="seconds", least=0.1, most=86400
     )
-    chat_template: str | None = option(
-        None, "in place of the model's", form="a file with a chat template", unset="the model's own"
-    )
-    ray_address: str | None = option(
-        None, "to join", form="auto or the address of a Ray cluster", unset="a private one on this machine"
-    )
     shutdown_timeout: float = option(
         30.0, "that running requests get to finish at the end", form="seconds", least=0, most=86400
     )
@@ -82,6 +72,25 @@ class ServeConfig:
                     "with its scheme, in lower case, without a path",
                     "allowed_origins",
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(GatewayConfig):
+    """The server around the engines."""
+
+    served_model_name: str | None = option(
+        None, "that clients call the model by", form="names (separated by commas)", unset="its folder's or file's"
+    )
+    data_parallel_size: int = option(1, "of the engine", form="replicas", flags=("-dp",), least=1, most=4096)
+    chat_template: str | None = option(
+        None, "in place of the model's", form="a file with a chat template", unset="the model's own"
+    )
+    ray_address: str | None = option(
+        None, "to join", form="auto or the address of a Ray cluster", unset="a private one on this machine"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.served_model_name is not None and not all(self.served_model_name.split(",")):
             raise InvalidParameter(
                 f"served_model_name is {self.served_model_name!r}, which holds an empty name", "served_model_name"
@@ -91,3 +100,22 @@ class ServeConfig:
 def entries(text: str | None) -> tuple[str, ...]:
     """Of an option whose values are separated by commas."""
     return tuple(entry.strip() for entry in (text or "").split(",") if entry.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig(GatewayConfig):
+    """The cluster."""
+
+    ray_address: str = option("auto", "to start in", form="auto or the address of a Ray cluster")
+    gateways: int = option(1, "per node, which share its ports", form="gateways", least=1, most=64)
+    gateways_on: str = option("head", "nodes that have gateways", choices=("head", "all"))
+    admin_host: str = option(
+        "127.0.0.1", "of the head, for operators' calls", form="an address or a name of this machine"
+    )
+    admin_port: int = option(8001, "of operators' calls over HTTP", least=1, most=65535)
+    admin_grpc_port: int = option(50052, "of operators' calls over gRPC", least=1, most=65535)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.port and self.grpc_port):
+            raise InvalidParameter("gateways that share a port need one: give --port and --grpc-port", "port")

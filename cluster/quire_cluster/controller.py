@@ -1,203 +1,400 @@
-"""The controller: the Ray actor that keeps as many replicas running as are wanted, and publishes where they are.
+"""The controller: the Ray actor that keeps the replicas that deployments want, and publishes where they are.
 
-A thin reconcile loop per replica slot: place, start, watch, and after a failure start again under a higher epoch.
+A thin reconcile loop: what is wanted and what is there go to `policies/`, and what comes of it is done. All that it
+needs to know lies in Ray's store or with the replicas themselves: one that was started again goes on with them.
 """
 
 import asyncio
 import logging
 import secrets
 import time
-import uuid
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import ray
 from quire_engine.config import EngineConfig
-from quire_engine.errors import EngineFailure, QuireError
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_placement_group,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from quire_engine.errors import InvalidParameter, UnknownModel
+from quire_protos.v1 import control_pb2 as pb
+from ray.util import list_named_actors
 
-from quire_cluster.liveness import LivenessProbe, while_alive
-from quire_cluster.policies.lease import more_patience
-from quire_cluster.policies.restart import Restarts
-from quire_cluster.replica import Replica
-from quire_cluster.routing_table import Key, ReplicaEntry, RoutingTable
-from quire_cluster.workers import Hang, root_cause
+from quire_cluster.deployment import Deployment
+from quire_cluster.keeper import Demand, Keeper
+from quire_cluster.liveness import CONTROLLER
+from quire_cluster.nodes import Nodes
+from quire_cluster.replica_actor import ReplicaFacts
+from quire_cluster.reports import GatewayReport, ReplicaReport
+from quire_cluster.routing_table import ClusterTable, Key
+from quire_cluster.slot import Home, Needs, Placements
+from quire_cluster.status import Rates, status
+from quire_cluster.store import Record, Store
+from quire_cluster.workers import root_cause
+
+if TYPE_CHECKING:
+    from quire_cluster.admin import AdminConfig, AdminServer
+    from quire_cluster.gateways import GatewayPlan, Gateways
 
 log = logging.getLogger(__name__)
-_PLACEMENT = 0.1  # seconds between looks whether a replica has a place
+_TICK = 0.5  # seconds between two looks, where nothing happens
+_ADOPTION = 10.0  # seconds that a replica has to say what it is
+_LEASE = 10.0  # seconds that a gateway's report holds
+_LAST_ANSWER = 0.5  # seconds that it gets on its way
+_ASKED = 5.0  # seconds that a gateway has to answer
+HEAD = {"node:__internal_head__": 0.001}  # pins to the head
 
 
-@dataclass
-class _Slot:
-    """What a replica slot holds while it runs."""
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What a controller is made with."""
 
-    placement: PlacementGroup | None = None
-    actor: Any = None
-    entry: ReplicaEntry | None = None
-    epoch: int = 0
-    patience: float = 1.0  # of the workers' lease
-    restarts: Restarts = field(default_factory=Restarts)
-    given_up: QuireError | None = None  # why it is not started again
+    name: str  # of the cluster: the namespace of its actors
+    host: str | None = None  # that replicas listen on; None: their node's address
+    private: bool = False  # no node joins it: what it has no room for is refused
+    gateways: "GatewayPlan | None" = None  # None: whoever started this has its own
+    admin: "AdminConfig | None" = field(default=None, repr=False)
+
+
+def actor_options(namespace: str) -> dict[str, Any]:
+    """Of a controller: Ray starts it again on the head, however often it dies."""
+    return {
+        "name": CONTROLLER,
+        "namespace": namespace,
+        "num_cpus": 0,
+        "resources": HEAD,
+        "max_concurrency": 1000,
+        "max_restarts": -1,
+    }
 
 
 class Controller:
-    """`watch` is how gateways learn of changes; `shutdown` ends everything."""
+    """`deploy` says what is wanted; `watch` is how gateways learn of changes; `shutdown` ends everything."""
 
-    def __init__(
-        self, name: str, config: EngineConfig, replicas: int, *, threads: int, gpu: bool, host: str | None
-    ) -> None:
-        """`name` tells this server's placement groups from those of others on the same Ray cluster."""
+    def __init__(self, config: ClusterConfig) -> None:
+        """Ray calls it on the actor's event loop, and again after the actor died."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        self._name = name
-        self._config = config
-        self._threads = threads
-        self._gpu = gpu
-        self._host = host
-        self._secret = secrets.token_hex(32)  # who may ask for the routing table may open sessions
-        self._slots = [_Slot() for _ in range(replicas)]
-        self._table = RoutingTable()
+        self.config = config
+        self.nodes = Nodes()
+        self.keepers: dict[str, Keeper] = {}
+        self.reports: dict[str, tuple[float, GatewayReport]] = {}  # by gateway, with when they came
+        self.rates = Rates()
+        self.since = time.monotonic()
+        self._store = Store(config.name)
+        self._woken: set[str] = set()  # deployments that a request waits for, since the last look
+        self._table = ClusterTable()
         self._changed = asyncio.Condition()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._news = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._deploying = asyncio.Lock()
+        self._home: Home
+        self._gateways: Gateways | None = None
+        self._admin: AdminServer | None = None
+        self._started = asyncio.ensure_future(self._start())
 
-    async def start(self) -> None:
-        """Begins to reconcile."""
-        if not self._tasks:
-            self._remove_leftovers()
-            self._tasks = [asyncio.ensure_future(self._keep(index)) for index in range(len(self._slots))]
+    # ---- its beginning and its end --------------------------------------------------------------------------------
 
-    def _remove_leftovers(self) -> None:
-        """Placement groups of a controller that died under this name; its actors died with it."""
-        for entry in placement_group_table().values():
-            if entry["name"].startswith(self._name) and entry["state"] != "REMOVED":
-                remove_placement_group(get_placement_group(entry["name"]))
+    async def _start(self) -> None:
+        secret = await self._store.get("secret")
+        if secret is None:
+            secret = secrets.token_hex(32)
+            await self._store.put("secret", secret)
+        await self.nodes.refresh()
+        self._home = Home(
+            namespace=self.config.name,
+            host=self.config.host,
+            secret=secret,  # who may ask for the routing table may open sessions
+            placements=Placements(f"quire:{self.config.name}"),
+            addresses=self.nodes.address,
+        )
+        for record in await self._store.read_all():
+            self.keepers[record.deployment.name] = self._keeper(record)
+        if self.config.gateways is not None:
+            from quire_cluster.gateways import Gateways  # what it imports a private cluster does without
+
+            self._gateways = Gateways(self.config.gateways, self.config.name)
+        await self._adopt()
+        self._begin(self._reconcile_for_ever())
+        if self.config.admin is not None:
+            from quire_cluster.admin import AdminServer
+
+            self._admin = AdminServer(self, self.config.admin)
+            await self._admin.start()
+
+    def _keeper(self, record: Record) -> Keeper:
+        return Keeper(record, self._home, self._store, changed=self._news.set, begin=self._begin)
+
+    async def _adopt(self) -> None:
+        """What a controller before this one started; what nobody wants any more is ended, and room given back."""
+        found = await asyncio.to_thread(list_named_actors, True)
+        names = [one["name"] for one in found if one["namespace"] == self.config.name]
+        groups = await asyncio.gather(*(self._adopt_replica(name) for name in names if name.startswith("replica:")))
+        for name in await self._home.placements.names():
+            if name not in groups:
+                await self._home.placements.remove(name)
+        for name in names:
+            if name.startswith("gateway:") and (actor := await self._actor(name)) is not None:
+                assert self._gateways is not None, "who has gateways was told of them"
+                self._gateways.adopt(name, actor)
+
+    async def _actor(self, name: str) -> Any:
+        try:
+            return await asyncio.to_thread(ray.get_actor, name, self.config.name)
+        except ValueError:  # it ended meanwhile
+            return None
+
+    async def _adopt_replica(self, name: str) -> str | None:
+        """The name of its placement group; None where it is gone."""
+        _, index, epoch, deployment = name.split(":", 3)
+        if (actor := await self._actor(name)) is None:
+            return None
+        try:
+            facts: ReplicaFacts = await asyncio.wait_for(actor.facts.remote(), _ADOPTION)
+        except Exception as error:
+            log.warning("%s does not say what it is, and is ended: %s", name, root_cause(error))
+            ray.kill(actor)
+            return None
+        keeper = self.keepers.get(deployment)
+        if keeper is None:  # it was deleted
+            keeper = self._keeper(Record(deployment=facts.deployment, needs=Needs(gpu=False, threads=1)))
+            slot = keeper.adopt(int(index), int(epoch), actor, facts)
+            if not facts.draining:
+                self._begin(slot.end())
+        else:
+            keeper.adopt(int(index), int(epoch), actor, facts)
+        log.info("%s goes on", name)
+        return facts.place.group
 
     async def ping(self) -> None:
         """A sign of life."""
 
-    async def watch(self, version: int) -> RoutingTable:
+    async def ready(self) -> ClusterConfig:
+        """Once it and its gateways answer. Raises what keeps one from that."""
+        await asyncio.shield(self._started)
+        if self._gateways is not None:
+            await self._gateways.answered()
+        return self.config
+
+    async def shutdown(self, drain_seconds: float | None = None) -> None:
+        """Gateways finish what runs (for so long; None: as they were told), then every replica ends, and deployments
+        are forgotten."""
+        await asyncio.wait({self._started})
+        for task in self._tasks:
+            task.cancel()
+        if self._gateways is not None:
+            await self._gateways.stop(drain_seconds)
+        keepers, self.keepers = list(self.keepers.values()), {}
+        await asyncio.gather(*(keeper.end() for keeper in keepers))
+        await self._store.clear()
+
+    def end_soon(self) -> None:
+        """This actor's own end, for good, once whoever asked for it has been answered."""
+        actor = ray.get_actor(CONTROLLER, self.config.name)
+        asyncio.get_running_loop().call_later(_LAST_ANSWER, ray.kill, actor)
+
+    def _begin(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Something that goes on beside; what it raises is logged."""
+
+        def ended(task: "asyncio.Task[Any]") -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("a part of the controller failed", exc_info=error)
+
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+
+    # ---- what operators say ---------------------------------------------------------------------------------------
+
+    async def deploy(self, wanted: Sequence[Deployment], *, checked: bool = False) -> dict[str, str]:
+        """Makes these deployments what is served: "created", "updated" or "unchanged" for each. What is not among them
+        stays as it is. `checked`: the models are known to be good.
+
+        Raises QuireError for whatever is wrong with any of them, and then has changed nothing. Where one can be named,
+        its parameter is deployment.option.
+        """
+        await asyncio.shield(self._started)
+        async with self._deploying:
+            self._check_names(wanted)
+            records = [self._record(deployment) for deployment in wanted]
+            if not checked:
+                await asyncio.gather(*(self._check_model(record.deployment) for record in records))
+            done = {}
+            for record in records:
+                name, keeper = record.deployment.name, self.keepers.get(record.deployment.name)
+                await self._store.write(record)
+                if keeper is None:
+                    self.keepers[name] = self._keeper(record)
+                    done[name] = "created"
+                else:
+                    done[name] = "unchanged" if keeper.deployment == record.deployment else "updated"
+                    keeper.change(record)
+                log.info("deployment %s: %s", name, done[name])
+            self._news.set()
+            return done
+
+    def _check_names(self, wanted: Sequence[Deployment]) -> None:
+        """Raises InvalidParameter where two deployments would answer to one name."""
+        replaced = {deployment.name for deployment in wanted}
+        others = [keeper.deployment for name, keeper in self.keepers.items() if name not in replaced]
+        owners: dict[str, str] = {}
+        for deployment in (*others, *wanted):
+            for name in deployment.names:
+                if name in owners:
+                    option = f"{deployment.name}.{'name' if name == deployment.name else 'aliases'}"
+                    raise InvalidParameter(f"{owners[name]} and {deployment.name} are both called {name}", option)
+                owners[name] = deployment.name
+
+    def _record(self, deployment: Deployment) -> Record:
+        """What will be kept of it. Raises InvalidParameter where the cluster has no room for it and gets none."""
+        keeper = self.keepers.get(deployment.name)
+        if keeper is not None and keeper.deployment.engine_revision == deployment.engine_revision:
+            return replace(keeper.record, deployment=deployment)
+        workers = deployment.engine.num_workers * max(1, deployment.config.min_replicas)
+        try:
+            gpu = self.nodes.workers_on_gpus(deployment.engine.device, workers, may_grow=not self.config.private)
+        except InvalidParameter as error:
+            raise InvalidParameter(str(error), f"{deployment.name}.{error.parameter}") from error
+        threads = deployment.engine.cpu_threads or max(1, self.nodes.least_cores // workers)
+        needs = Needs(gpu=gpu, threads=threads)
+        if keeper is None:
+            return Record(deployment=deployment, needs=needs)
+        return replace(keeper.record, deployment=deployment, needs=needs, max_model_len=0)
+
+    async def _check_model(self, deployment: Deployment) -> None:
+        """On the head, in a process of its own: it imports what the controller does without."""
+        keeper = self.keepers.get(deployment.name)
+        if keeper is not None and keeper.deployment.engine_revision == deployment.engine_revision:
+            return
+        try:
+            await _checked_model.options(resources=HEAD).remote(deployment.engine)
+        except Exception as error:
+            cause = root_cause(error)
+            option = cause.parameter if isinstance(cause, InvalidParameter) and cause.parameter else "model"
+            raise InvalidParameter(str(cause), f"{deployment.name}.{option}") from error
+
+    async def delete(self, name: str) -> None:
+        """Its replicas are drained, and it is no more. Raises UnknownModel."""
+        keeper = self._find(name)
+        await self._store.delete(name)
+        del self.keepers[name]
+        keeper.drain_all()
+        self._news.set()
+
+    async def scale(self, name: str, replicas: int | None) -> None:
+        """So many from now on, whatever the load; None: as the load asks for. Raises UnknownModel."""
+        await self._find(name).pin(replicas)
+        self._news.set()
+
+    async def drain_replica(self, name: str, index: int) -> None:
+        """It ends once what it computes has; another one takes its place. Raises UnknownModel, InvalidParameter."""
+        self._find(name).drain_replica(index)
+
+    async def drain_node(self, node: str) -> None:
+        """Nothing new is placed there, and what runs there moves; then the node leaves. Raises InvalidParameter."""
+        await self.nodes.drain(node)
+        self._news.set()
+
+    def _find(self, name: str) -> Keeper:
+        if name not in self.keepers:
+            there = ", ".join(self.keepers) or "none"
+            raise UnknownModel(f"there is no deployment {name[:100]!r}; there are: {there}", "name")
+        return self.keepers[name]
+
+    async def status(self) -> pb.StatusResponse:
+        """How everything is."""
+        await asyncio.shield(self._started)
+        return status(self)
+
+    async def why(self, request_id: str) -> pb.WhyResponse:
+        """What a request waits for; of all that wait, for ""."""
+        actors = self._gateways.actors if self._gateways is not None else {}
+
+        async def ask(name: str, actor: Any) -> list[pb.WaitingRequest]:
+            try:
+                found = await asyncio.wait_for(actor.why.remote(request_id), _ASKED)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                log.warning("gateway %s does not say what waits there: %r", name, error)
+                return []
+            return [pb.WaitingRequest(**vars(one), gateway=name) for one in found]
+
+        found = await asyncio.gather(*(ask(name, actor) for name, actor in actors.items()))
+        return pb.WhyResponse(requests=[one for ones in found for one in ones])
+
+    # ---- what gateways say ----------------------------------------------------------------------------------------
+
+    async def watch(self, version: int) -> ClusterTable:
         """The table, once it is newer than `version`."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._table.version > version)
             return self._table
 
-    async def suspect(self, key: Key) -> None:
+    async def report(self, report: GatewayReport) -> None:
+        """A gateway's, which holds for a few seconds."""
+        self.reports[report.identity] = (time.monotonic(), report)
+        self.rates.take(report, time.monotonic())
+
+    async def wake(self, name: str) -> None:
+        """A request waits for a replica of this deployment."""
+        self._woken.add(name)
+        self._news.set()
+
+    async def suspect(self, name: str, key: Key) -> None:
         """A gateway has long heard nothing of a replica: it is killed, and so started again."""
-        for slot in self._slots:
-            if slot.entry is not None and slot.entry.key == key:
-                log.error("replica %d (epoch %d) says nothing and is killed", *key[:2])
-                ray.kill(slot.actor)
+        if name in self.keepers:
+            self.keepers[name].suspect(key)
 
-    async def shutdown(self) -> None:
-        """Stops every replica and gives its place back."""
-        self._stopping = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(self._stop(slot) for slot in self._slots))
-        await self._publish()
+    # ---- the loop -------------------------------------------------------------------------------------------------
 
-    async def _stop(self, slot: _Slot) -> None:
-        if slot.entry is not None:
+    async def _reconcile_for_ever(self) -> None:
+        while True:
             try:
-                await asyncio.wait_for(slot.actor.stop.remote(), 5)
-            except Exception as error:
-                log.warning("a replica did not stop by itself and is killed: %s", root_cause(error))
-        self._remove(slot)
-
-    async def _keep(self, index: int) -> None:
-        """One slot, for as long as the controller lives."""
-        slot = self._slots[index]
-        while not self._stopping:
-            serves_since: float | None = None
-            try:
-                self._remove(slot)  # what could not be given back before
-                await self._start(index, slot)
-                serves_since = time.monotonic()
-                await slot.actor.run.remote()
-                return  # it was stopped
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:
-                cause = root_cause(error)
-                log.error("replica %d (epoch %d) is gone: %s", index, slot.epoch, cause)
-            service = None if serves_since is None else time.monotonic() - serves_since
-            try:
-                self._remove(slot)
-            except Exception:  # Ray's, of any kind: a slot that nobody keeps would be empty for ever
-                log.exception("what replica %d held could not be given back; it is tried again", index)
-            if isinstance(cause, Hang):
-                slot.patience = more_patience(slot.patience, service or 0.0)
-                log.warning("its workers get %g times as long from now on", slot.patience)
-            pause = slot.restarts.failed(service, died=isinstance(cause, EngineFailure))
-            if pause is None:
-                slot.given_up = cause
-                log.error("replica %d failed %d loads in a row and is given up", index, slot.restarts.failed_loads)
+                self._reconcile()
                 await self._publish()
-                return
-            await self._publish()
-            await asyncio.sleep(pause)
+            except Exception:  # whatever it was, the next look may do better; without looks nothing is ever mended
+                log.exception("reconciling failed; it is tried again")
+            try:
+                async with asyncio.timeout(_TICK):
+                    await self._news.wait()
+            except TimeoutError:
+                await self.nodes.refresh_now_and_then()
+            self._news.clear()
 
-    async def _start(self, index: int, slot: _Slot) -> None:
-        started = time.monotonic()
-        ranks, stages = self._config.tensor_parallel_size, self._config.pipeline_parallel_size
-        bundle = {"CPU": float(ranks)} | ({"GPU": float(ranks)} if self._gpu else {})
-        # A stage is one bundle and so on one host; stages come together where there is room.
-        slot.placement = placement_group(
-            [bundle] * stages, strategy="PACK", name=f"{self._name}-{uuid.uuid4().hex[:12]}"
-        )
-        slot.epoch += 1
-        node = await _node_of(slot.placement)
-        strategy = PlacementGroupSchedulingStrategy(slot.placement, placement_group_bundle_index=0)
-        slot.actor = (
-            ray.remote(Replica)
-            .options(num_cpus=0, scheduling_strategy=strategy, max_concurrency=64)
-            .remote(f"replica-{index}")
-        )
-        host = self._host or _address_of(node)
-        address, max_model_len = await while_alive(
-            slot.actor.start.remote(self._config, self._threads, slot.placement, host, slot.patience, self._secret),
-            LivenessProbe(slot.actor, f"replica {index}"),
-        )
-        load_seconds = time.monotonic() - started
-        slot.entry = ReplicaEntry(index, slot.epoch, address, max_model_len, load_seconds, self._secret)
-        await self._publish()
+    def _reconcile(self) -> None:
+        now = time.monotonic()
+        silent = [name for name, (at, _) in self.reports.items() if now - at >= _LEASE]
+        for name in silent:
+            del self.reports[name]
+        leaving = self.nodes.leaving
+        for name, keeper in self.keepers.items():
+            keeper.reconcile(self.demand(name), leaving)
+        self._woken.clear()
+        if self._gateways is not None:
+            self._gateways.reconcile(self.nodes.identities, self.nodes.head, leaving, silent)
 
-    def _remove(self, slot: _Slot) -> None:
-        slot.entry = None
-        if slot.actor is not None:
-            ray.kill(slot.actor)
-            slot.actor = None
-        if slot.placement is not None:
-            remove_placement_group(slot.placement)
-            slot.placement = None
+    def demand(self, name: str) -> Demand:
+        """What gateways last said of a deployment: of each replica the freshest word."""
+        replicas: dict[Key, ReplicaReport] = {}
+        waiting, tokens = int(name in self._woken), 0
+        for _, report in self.reports.values():
+            if (model := report.models.get(name)) is None:
+                continue
+            waiting += model.at_gateway
+            tokens += model.tokens_at_gateway
+            for one in model.replicas:
+                if one.key not in replicas or one.age < replicas[one.key].age:
+                    replicas[one.key] = one
+        return Demand(replicas=replicas, at_gateways=waiting, tokens_at_gateways=tokens)
 
     async def _publish(self) -> None:
-        async with self._changed:
-            entries = tuple(slot.entry for slot in self._slots if slot.entry is not None)
-            hopeless = [slot.given_up for slot in self._slots if slot.given_up is not None]
-            failure = str(hopeless[-1]) if len(hopeless) == len(self._slots) else None
-            self._table = RoutingTable(self._table.version + 1, entries, failure)
-            self._changed.notify_all()
+        """Where something is new. The first version is above all those of a controller before this one."""
+        served = tuple(keeper.served() for keeper in self.keepers.values())
+        if served != self._table.deployments or not self._table.version:
+            async with self._changed:
+                self._table = ClusterTable(self._table.version + 1 if self._table.version else time.time_ns(), served)
+                self._changed.notify_all()
 
 
-async def _node_of(placement: PlacementGroup) -> str:
-    """The node of the first bundle, once there is room for all of them."""
-    while (entry := placement_group_table(placement))["state"] != "CREATED":
-        await asyncio.sleep(_PLACEMENT)
-    return str(entry["bundles_to_node_id"][0])
+@ray.remote(num_cpus=0)
+def _checked_model(engine: EngineConfig) -> None:
+    from quire_engine.models.check import check_model
 
-
-def _address_of(node: str) -> str:
-    """As other nodes see it."""
-    for entry in ray.nodes():
-        if entry["NodeID"] == node:
-            return str(entry["NodeManagerAddress"])
-    raise EngineFailure("the node a replica was placed on has left the cluster")
+    check_model(engine)

@@ -4,18 +4,24 @@ Ray tells of processes that ended and of hosts that it lost, but not of a proces
 """
 
 import asyncio
+import logging
+import os
 import time
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
+import ray
 from quire_engine.errors import EngineFailure
 
 from quire_cluster.policies.suspicion import Patience, Silence, Standing
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 FIRST_SILENCE = 600.0  # seconds until an actor's first answer: its process starts, and imports from a slow disk
 SILENCE = 60.0  # seconds between two answers
 LOOK = 0.25  # seconds between looks
+CONTROLLER = "controller"  # the actor's name, in the namespace of its cluster
+_ORPHAN_LOOK, _ORPHANED = 10.0, 3  # seconds between looks at it, and looks in a row that find none
 
 
 class LivenessProbe:
@@ -52,3 +58,25 @@ async def while_alive(call: Awaitable[T], probe: LivenessProbe) -> T:
         return asked.result()
     finally:
         asked.cancel()
+
+
+def named_controller(namespace: str) -> Any:
+    """The controller of a cluster. Raises ValueError where there is none; asks Ray, and waits for its answer."""
+    return ray.get_actor(CONTROLLER, namespace)
+
+
+async def end_with_controller(namespace: str) -> None:
+    """Ends this process once Ray has no controller under that name: one that died comes back under it, and until then,
+    and while Ray's head is away, whoever serves goes on."""
+    missing = 0
+    while missing < _ORPHANED:
+        await asyncio.sleep(_ORPHAN_LOOK)
+        try:
+            await asyncio.to_thread(named_controller, namespace)
+            missing = 0
+        except ValueError:
+            missing += 1
+        except Exception:  # Ray's, of any kind: its head does not answer
+            log.exception("the controller cannot be looked for; it is tried again")
+    log.error("this cluster's controller is gone for good; so this ends, too")
+    os._exit(0)

@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ def _authenticate(variables: Mapping[str, str | None]) -> None:
     core.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def start_private_cluster(*, num_workers: int) -> PrivateCluster:
+def start_private_cluster(*, num_workers: int, namespace: str | None = None) -> PrivateCluster:
     """Starts Ray for this process with room for `num_workers` worker actors, on the GPUs that torch finds. Takes 3 to
     8 s. It listens on the loopback address alone, and answers to who has the token in its folder.
 
@@ -96,6 +97,7 @@ def start_private_cluster(*, num_workers: int) -> PrivateCluster:
     try:
         ray.init(
             address="local",
+            namespace=namespace,
             _node_ip_address="127.0.0.1",
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
@@ -130,6 +132,17 @@ def _last_words(folder: Path) -> str:
             ]  # counts
             said += [f"  {name}: {line}" for line in lines[-_LAST_LINES:]]
     return "\n".join(said)
+
+
+def join_cluster(address: str, namespace: str) -> None:
+    """Makes this process one of a running Ray cluster's. Raises Unavailable."""
+    try:
+        host, _, port = address.rpartition(":")
+        if host and port.isdigit() and "://" not in host:  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=5).close()
+        ray.init(address=address, namespace=namespace, logging_level=logging.WARNING, log_to_driver=True)
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:
+        raise Unavailable(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def workers_on_gpus(device: str, workers: int, *, may_grow: bool = False) -> bool:

@@ -14,14 +14,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
-from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.errors import EngineFailure, QuireError, Unavailable
 from quire_engine.outcome import StepOutcome
 from quire_engine.request import Request
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
-from ray.util.placement_group import PlacementGroup
 
 from quire_cluster.convert import BATCH_BYTES, KEEPALIVE, MESSAGE_BYTES, logprobs_to_proto, request_from_proto
 from quire_cluster.keys import KeyInterceptor, Keys
@@ -113,7 +111,13 @@ class EngineThread:
             prefix_hits=stats.prefix_hits,
             block_size=scheduler.limits.block_size,
             most_requests=min(scheduler.limits.most_requests, 2**32 - 1),
+            rows=scheduler.limits.max_num_seqs,
         )
+
+    @property
+    def num_requests(self) -> int:
+        """Those that have not ended, or whose ending is not with their gateway's session."""
+        return len(self._owners) + len(self._inbox)
 
     @property
     def max_model_len(self) -> int:
@@ -358,76 +362,3 @@ def merged(update: pb.SessionUpdate, waiting: "asyncio.Queue[pb.SessionUpdate | 
         update.MergeFrom(following)
         size += following.ByteSize()
     return update
-
-
-class Replica:
-    """The actor. `start` loads and serves, `run` returns when it was stopped and raises when it failed."""
-
-    def __init__(self, name: str) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        self._name = name
-        self._ended: asyncio.Future[None] | None = None
-
-    async def start(
-        self,
-        config: EngineConfig,
-        threads: int,
-        placement: PlacementGroup,
-        host: str,
-        patience: float,
-        secret: str,
-    ) -> tuple[str, int]:
-        """Starts the workers (`patience`: of their lease) and the session service on `host`, for who sends `secret`;
-        returns its address and the engine's context length."""
-        loop = asyncio.get_running_loop()
-        self._ended = loop.create_future()
-        self._workers = await loop.run_in_executor(
-            None,
-            lambda: Workers(
-                config,
-                threads=threads,
-                placement=placement,
-                gpus="GPU" in placement.bundle_specs[0],
-                patience=patience,
-                on_death=self._worker_died,
-            ),
-        )
-        self._engine = EngineThread(self._workers, loop, self._failed)
-        self._service = EngineService(self._engine)
-        self._server = session_server(self._service, secret)
-        port = self._server.add_insecure_port(f"{host}:0")
-        await self._server.start()
-        self._engine.start()
-        return f"{host}:{port}", self._engine.max_model_len
-
-    async def ping(self) -> None:
-        """A sign of life, while it loads too."""
-
-    def _worker_died(self) -> None:
-        engine = getattr(self, "_engine", None)
-        if engine is not None:
-            engine.wake()
-
-    def _failed(self, error: QuireError) -> None:
-        self._failing = asyncio.ensure_future(self._fail(error))
-
-    async def _fail(self, error: QuireError) -> None:
-        await self._service.hang_up(str(error))
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_exception(error)
-
-    async def run(self) -> None:
-        """Until `stop` (returns) or a failure (raises what it was)."""
-        assert self._ended is not None, "run() before start()"
-        await asyncio.shield(self._ended)
-
-    async def stop(self) -> None:
-        """Ends the engine, its workers and its sessions."""
-        self._service.accepting = False
-        await self._service.hang_up()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self._engine.stop)
-        await loop.run_in_executor(None, self._workers.close)
-        await self._server.stop(0.2)
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result(None)

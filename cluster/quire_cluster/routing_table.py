@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-Key = tuple[int, int, str]  # slot, epoch, address: a controller that was started again counts its epochs anew
+from quire_cluster.deployment import Deployment
+
+Key = tuple[int, int, str]  # slot, epoch, address
 
 
 @dataclass(frozen=True)
@@ -15,17 +17,38 @@ class ReplicaEntry:
     max_model_len: int
     load_seconds: float = 0.0  # from its start until it served
     secret: str = field(default="", repr=False)  # that a session with it must send
+    draining: bool = False  # it takes nothing new, and what it cannot end goes on elsewhere
 
     @property
     def key(self) -> Key:
-        """What tells this replica from all others, past and present."""
+        """What tells this replica from all others of its deployment, past and present."""
         return (self.slot, self.epoch, self.address)
 
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """Where requests can go. `failure`: why there is no replica, and none will come."""
+    """The replicas of one model. `failure`: why there is none, and none will come."""
 
-    version: int = 0
     replicas: tuple[ReplicaEntry, ...] = ()
     failure: str | None = None
+    max_model_len: int = 0  # of the replica that loaded last, be it gone; 0: none has
+    load_seconds: float = 0.0  # that it took
+    ready_at: float | None = None  # in time.time() seconds: when the first of those that load should serve
+
+
+@dataclass(frozen=True)
+class Served:
+    """A deployment with what is there of it. One whose model was replaced has replicas of both for a while: `others`
+    are of what it was before, by their model revision."""
+
+    deployment: Deployment
+    table: RoutingTable
+    others: dict[str, RoutingTable] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClusterTable:
+    """Every deployment. A controller that was started again goes on with higher versions."""
+
+    version: int = 0
+    deployments: tuple[Served, ...] = ()

@@ -63,7 +63,11 @@ class OutOfMemory(ServerError):
 
 
 class Unavailable(ServerError):
-    """Not now."""
+    """Not now. `retry_after`: seconds until it should be, as far as is known."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EngineFailure(ServerError):

@@ -5,11 +5,13 @@ import re
 import socket
 
 import pytest
+from gateways import models_of
 from quire_cluster.addresses import host_of, is_loopback, with_port
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.grpc_api import GrpcServer
+from quire_cluster.gateway.process import bind
 from quire_cluster.gateway.service import Service
-from quire_cluster.serve import bind
+from quire_cluster.observability.metrics import Metrics
 from quire_engine.config import DEMO_MODEL
 from quire_engine.errors import InvalidParameter
 from quire_engine.text.tokenizer import Tokenizer
@@ -43,10 +45,12 @@ def test_a_port_is_taken_from_the_start() -> None:
 def test_a_port_that_is_taken_meanwhile() -> None:
     """gRPC listens once the model is there."""
     files = resolve(DEMO_MODEL)
-    service = Service(files, Tokenizer.load(files), names=["demo"], max_model_len=8192, max_waiting=16)
+    service = Service(
+        files, Tokenizer.load(files), names=["demo"], max_model_len=8192, max_waiting=16, metrics=Metrics()
+    )
 
     async def run(port: int) -> None:
-        server = GrpcServer(service, Limits(connections=16, head=60.0, body=60.0, write=60.0), keys=None)
+        server = GrpcServer(models_of(service), Limits(connections=16, head=60.0, body=60.0, write=60.0), keys=None)
         try:
             await server.start("127.0.0.1", port)
         finally:

@@ -12,6 +12,7 @@ import grpc
 import httpx
 import orjson
 import pytest
+from gateways import models_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.doors import BodyCheck
@@ -19,6 +20,7 @@ from quire_cluster.gateway.grpc_api import GrpcServer, status_code
 from quire_cluster.gateway.http import Api, error_response
 from quire_cluster.gateway.service import Service
 from quire_cluster.keys import Keys
+from quire_cluster.observability.metrics import Metrics
 from quire_engine.config import DEMO_MODEL
 from quire_engine.errors import PoisonRequest, QueueFull, QuireError, Unavailable
 from quire_engine.spec import Pooling
@@ -42,7 +44,13 @@ def tokenizer() -> Tokenizer:
 def service(tokenizer: Tokenizer, *, pooling: Pooling | None = None, context: int = CONTEXT) -> Service:
     """Without replicas."""
     return Service(
-        resolve(DEMO_MODEL), tokenizer, names=["demo"], max_model_len=context, max_waiting=16, pooling=pooling
+        resolve(DEMO_MODEL),
+        tokenizer,
+        names=["demo"],
+        max_model_len=context,
+        max_waiting=16,
+        metrics=Metrics(),
+        pooling=pooling,
     )
 
 
@@ -56,7 +64,7 @@ def post(app: ASGIApp, route: str, content: Any) -> httpx.Response:
 
 @contextlib.asynccontextmanager
 async def grpc_server(served: Service, keys: Keys | None = None) -> AsyncIterator[int]:
-    server = GrpcServer(served, LIMITS, keys=keys)
+    server = GrpcServer(models_of(served), LIMITS, keys=keys)
     try:
         yield await server.start("127.0.0.1", 0)
     finally:
@@ -121,7 +129,7 @@ def test_what_is_sampled(row: str, tokenizer: Tokenizer) -> None:
     served = service(tokenizer)
     for name, within, beyond in SAMPLING[row]:
         bodies = [{"prompt": [5, 6], name: as_json(value)} for value in (within, beyond) if value is not None]
-        answers = [post(Api(served).app(), "/v1/completions", orjson.dumps(body)) for body in bodies]
+        answers = [post(Api(models_of(served)).app(), "/v1/completions", orjson.dumps(body)) for body in bodies]
         messages = [
             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), sampling=pb.SamplingParams(**{name: value}))
             for value in (within, beyond)
@@ -197,7 +205,7 @@ BODIES: dict[str, list[tuple[str, Callable[[], Any], int, str]]] = {  # route, b
 
 @pytest.mark.parametrize("row", BODIES)
 def test_what_a_body_holds(row: str, tokenizer: Tokenizer) -> None:
-    app = Api(service(tokenizer)).app()
+    app = Api(models_of(service(tokenizer))).app()
     for route, body, status, words in BODIES[row]:
         answer = post(app, route, orjson.dumps(body()))
         assert answer.status_code == status, answer.text[:300]
@@ -215,8 +223,8 @@ def test_how_long_a_body_is(context: int, prompts: int, tokenizer: Tokenizer) ->
         route, extra = CHAT, {"messages": [TURN]}
         most = min(32 << 20, (4 << 20) + context * longest * 6)
     start = orjson.dumps(extra)
-    assert post(Api(served).app(), route, start.ljust(most)).status_code == 503
-    refused = post(Api(served).app(), route, start.ljust(most + 1))
+    assert post(Api(models_of(served)).app(), route, start.ljust(most)).status_code == 503
+    refused = post(Api(models_of(served)).app(), route, start.ljust(most + 1))
     assert refused.status_code == 413
     assert refused.headers["connection"] == "close"
 
@@ -260,7 +268,8 @@ def test_tokens_that_are_listed(tokenizer: Tokenizer, monkeypatch: pytest.Monkey
     monkeypatch.setattr("quire_cluster.gateway.texts.MAX_LISTED", 20_000)
     served = service(tokenizer)
     answers = [
-        post(Api(served).app(), "/tokenize", orjson.dumps({"prompt": " a" * count})) for count in (20_000, 20_001)
+        post(Api(models_of(served)).app(), "/tokenize", orjson.dumps({"prompt": " a" * count}))
+        for count in (20_000, 20_001)
     ]
     assert [answer.status_code for answer in answers] == [200, 400]
     assert "at most 20000 are taken" in answers[1].json()["error"]["message"]
@@ -275,7 +284,9 @@ def test_texts_for_vectors(tokenizer: Tokenizer) -> None:
         ("/v1/score", lambda count: {"text_1": "x", "text_2": ["y"] * count}),
         ("/v1/rerank", lambda count: {"query": "x", "documents": ["y"] * count}),
     ):
-        within, beyond = (post(Api(served).app(), route, orjson.dumps(make(count))) for count in (2048, 2049))
+        within, beyond = (
+            post(Api(models_of(served)).app(), route, orjson.dumps(make(count))) for count in (2048, 2049)
+        )
         assert within.status_code == 503, within.text
         assert beyond.status_code == 400
         assert "from 1 to 2048" in beyond.json()["error"]["message"]
@@ -314,7 +325,7 @@ def test_what_a_refusal_is_called(error: QuireError, status: int, header: tuple[
 def test_a_server_at_its_end_takes_nothing_new(tokenizer: Tokenizer) -> None:
     served = service(tokenizer)
     served.draining = True
-    answer = post(Api(served).app(), TEXT, orjson.dumps({"prompt": "x"}))
+    answer = post(Api(models_of(served)).app(), TEXT, orjson.dumps({"prompt": "x"}))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert "shutting down" in answer.json()["error"]["message"]
     [(code, why)] = calls(served, "Generate", pb.GenerateRequest(text="x"))
@@ -328,7 +339,7 @@ def test_bodies_that_are_too_many_together(tokenizer: Tokenizer) -> None:
         yield b" " * 60
         yield b'{"prompt": "x"}'
 
-    app = Api(service(tokenizer)).app()
+    app = Api(models_of(service(tokenizer))).app()
     answer = post(BodyCheck(app, held=100), TEXT, body())
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert "too much is being sent" in answer.json()["error"]["message"]

@@ -7,9 +7,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from gateways import models_of
 from quire_cluster.gateway.grpc_api import MAX_ANSWER, InferenceService
 from quire_cluster.gateway.pooling import MAX_INPUTS
 from quire_cluster.gateway.service import Service
+from quire_cluster.observability.metrics import Metrics
 from quire_engine.spec import Pooling
 from quire_engine.text.tokenizer import Tokenizer
 from quire_protos.v1 import inference_pb2 as pb
@@ -39,10 +41,12 @@ def embed(size: int, count: int, **options: Any) -> str:
     config = {"vocab_size": tokenizer.size, "hidden_size": size}
     files: Any = SimpleNamespace(config=config, generation_config={"eos_token_id": []})
     pooling = Pooling(kind="mean", normalize=True)
-    service = Service(files, tokenizer, names=["m"], max_model_len=100, max_waiting=1, pooling=pooling)
+    service = Service(
+        files, tokenizer, names=["m"], max_model_len=100, max_waiting=1, metrics=Metrics(), pooling=pooling
+    )
     request = pb.EmbedRequest(inputs=[pb.EmbedInput(text="fox")] * count, **options)
     with pytest.raises(Refused) as refused:
-        asyncio.run(InferenceService(service, 1.0).Embed(request, Context()))
+        asyncio.run(InferenceService(models_of(service), 1.0).Embed(request, Context()))
     code, why = refused.value.args
     assert code is (grpc.StatusCode.UNAVAILABLE if "no replica" in why else grpc.StatusCode.INVALID_ARGUMENT)
     return str(why)

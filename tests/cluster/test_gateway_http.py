@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_replica import FakeReplica
-from gateways import PROMPTS, body, http, until
+from gateways import PROMPTS, body, http, models_of, until
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
 from quire_cluster.routing_table import RoutingTable
@@ -69,7 +69,7 @@ def test_headers_of_many_prompts_wait_for_their_admission_alone(service: Callabl
         gate = service()
         async with http(gate) as (_, replica):
             replica.holds = lambda submit: True
-            app = Api(gate).app()
+            app = Api(models_of(gate)).app()
             begun, left = asyncio.Event(), asyncio.Event()
             content = httpx.Request("POST", "http://x", json=body(PROMPTS * 16, stream=True)).content
             messages = iter([{"type": "http.request", "body": content, "more_body": False}])
@@ -120,7 +120,7 @@ def test_health_and_readiness_follow_the_replicas(service: Callable[[], Service]
             await until(lambda: gate.ready)
             assert (await client.get("/health")).status_code == 200
             second = await FakeReplica().start()
-            table = RoutingTable(2, (replica.entry(), second.entry()))
+            table = RoutingTable((replica.entry(), second.entry()))
             gate.dispatcher.update_table(table)
             await until(lambda: len(gate.dispatcher.sessions) == 2)
             await second.stop()
@@ -140,7 +140,7 @@ def test_health_says_which_replica_is_gone_silent_or_stalled(
         gate = service()
         async with http(gate) as (client, replica):
             second = await FakeReplica().start()
-            gate.dispatcher.update_table(RoutingTable(2, (replica.entry(), second.entry())))
+            gate.dispatcher.update_table(RoutingTable((replica.entry(), second.entry())))
             await until(lambda: len(gate.dispatcher.sessions) == 2)
 
             async def becomes(status: str) -> None:

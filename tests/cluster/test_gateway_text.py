@@ -11,9 +11,11 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from gateways import models_of
 from quire_cluster.gateway.completions import Completions
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
+from quire_cluster.observability.metrics import Metrics
 from quire_cluster.routing_table import ReplicaEntry, RoutingTable
 from quire_engine.text.tokenizer import Tokenizer
 from quire_protos.v1 import engine_pb2 as pb
@@ -48,15 +50,17 @@ async def talk(
     fast = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind])
     config = {"vocab_size": KINDS[kind].get_vocab_size()}
     files: Any = SimpleNamespace(config=config, generation_config={"eos_token_id": []})
-    service = Service(files, Tokenizer(fast, TEMPLATE), names=["m"], max_model_len=1000, max_waiting=100)
+    service = Service(
+        files, Tokenizer(fast, TEMPLATE), names=["m"], max_model_len=1000, max_waiting=100, metrics=Metrics()
+    )
     replica = ScriptedReplica(script)
     server = grpc.aio.server()
     engine_pb2_grpc.add_EngineServicer_to_server(replica, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        service.dispatcher.update_table(RoutingTable(1, (ReplicaEntry(0, 1, f"127.0.0.1:{port}", 1000),)))
-        transport = httpx.ASGITransport(Api(service).app())
+        transport = httpx.ASGITransport(Api(models_of(service)).app())
+        service.dispatcher.update_table(RoutingTable((ReplicaEntry(0, 1, f"127.0.0.1:{port}", 1000),)))
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway/v1", timeout=60) as client:
             answers = await asyncio.gather(*(client.post(route, json=body) for route, body in calls))
         return answers, replica

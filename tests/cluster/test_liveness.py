@@ -17,6 +17,7 @@ from quire_cluster.controller import Controller
 from quire_cluster.gateway.service import Service
 from quire_cluster.liveness import LivenessProbe, while_alive
 from quire_cluster.local_ray import start_private_cluster
+from quire_cluster.observability.metrics import Metrics
 from quire_cluster.serve import Server
 from quire_cluster.workers import Workers
 from quire_engine.config import EngineConfig
@@ -138,7 +139,7 @@ def test_a_replica_that_hangs_while_it_loads_is_replaced(config: EngineConfig) -
 def test_a_controller_that_hangs_is_replaced(config: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         files = find_model(config)
-        service = Service.load(files, config, names=["tiny"], chat_template=None)
+        service = Service.load(files, config, names=["tiny"], chat_template=None, metrics=Metrics())
         server = Server(config, ServeConfig(), files)
         await server._start_controller()
         following = asyncio.ensure_future(server._watch(service))

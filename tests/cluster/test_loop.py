@@ -11,7 +11,7 @@ import grpc
 import httpx
 import orjson
 import pytest
-from gateways import http
+from gateways import http, models_of
 from hypothesis import given
 from hypothesis import strategies as st
 from quire_cluster.gateway import bodies, grpc_api
@@ -20,6 +20,7 @@ from quire_cluster.gateway.encoding import in_pieces
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
+from quire_cluster.observability.metrics import Metrics
 from quire_engine.config import DEMO_MODEL
 from quire_engine.errors import ContextTooLong
 from quire_engine.spec import Pooling
@@ -49,7 +50,9 @@ def frozen() -> Iterator[None]:
 def service(tokenizer: Tokenizer, pooling: Pooling | None = None) -> Service:
     """Without replicas: what is sent here is refused, or needs none."""
     files = resolve(DEMO_MODEL)
-    return Service(files, tokenizer, names=["demo"], max_model_len=8192, max_waiting=16, pooling=pooling)
+    return Service(
+        files, tokenizer, names=["demo"], max_model_len=8192, max_waiting=16, metrics=Metrics(), pooling=pooling
+    )
 
 
 def text(size: int) -> str:
@@ -133,7 +136,7 @@ def test_over_http(name: str, tokenizer: Tokenizer) -> None:
     body = orjson.dumps(content())
 
     async def run() -> tuple[float, httpx.Response]:
-        transport = httpx.ASGITransport(Api(service(tokenizer)).app())
+        transport = httpx.ASGITransport(Api(models_of(service(tokenizer))).app())
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             return await longest_gap(client.post(route, content=body))
 
@@ -178,7 +181,7 @@ def test_over_grpc(name: str, tokenizer: Tokenizer) -> None:
     request = make()
 
     async def run() -> tuple[float, Any]:
-        server = GrpcServer(service(tokenizer), LIMITS, keys=None)
+        server = GrpcServer(models_of(service(tokenizer)), LIMITS, keys=None)
         port = await server.start("127.0.0.1", 0)
         options = [("grpc.max_receive_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
@@ -255,7 +258,7 @@ def test_what_is_large_is_worked_on_in_threads(
     async def run() -> httpx.Response:
         gate = service(tokenizer, pooling)
         seen = watch(monkeypatch, owner, function)
-        transport = httpx.ASGITransport(Api(gate).app())
+        transport = httpx.ASGITransport(Api(models_of(gate)).app())
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             answer = await client.post(route, json=content)
         assert seen
@@ -282,7 +285,7 @@ def test_messages_of_grpc_are_read_in_threads(tokenizer: Tokenizer, monkeypatch:
         messages = [pb.ChatMessage(role="user", content="hello")] * 1000
         request = pb.ChatRequest(messages=messages, sampling=pb.SamplingParams(max_tokens=9000))
         with pytest.raises(grpc.aio.AbortError):
-            await grpc_api.InferenceService(service(tokenizer), 1.0).Chat(request, Context())
+            await grpc_api.InferenceService(models_of(service(tokenizer)), 1.0).Chat(request, Context())
         assert seen
         assert threading.current_thread() not in seen
 

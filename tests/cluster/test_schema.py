@@ -9,12 +9,14 @@ from typing import Any
 import openai
 import orjson
 import pytest
+from gateways import models_of
 from pydantic.fields import FieldInfo
 from quire_cluster.gateway import schema
 from quire_cluster.gateway.bodies import parse
 from quire_cluster.gateway.fields import Strict, WithoutEffect
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
+from quire_cluster.observability.metrics import Metrics
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter
 from quire_engine.weights.resolve import find_model
@@ -42,7 +44,7 @@ def kinds() -> set[type[Strict]]:
 
 
 def test_every_schema_is_walked() -> None:
-    assert LEAST.keys() == {kind for kind in kinds() if kind.model_fields and kind.__name__[0] != "_"} - {Strict}
+    assert LEAST.keys() == {kind for kind in kinds() if kind.model_fields and kind.__name__[0] != "_"} - {Strict, schema.OfModel}
 
 
 @pytest.mark.parametrize(("kind", "name", "field"), FIELDS, ids=NAMES)
@@ -147,7 +149,9 @@ def test_routes_and_fields_beyond_openai_are_in_the_docs(checkpoint: Callable[[s
     """OpenAI's are those that its own client knows."""
     text = (Path(__file__).parents[2] / "docs/api.md").read_text()
     config = EngineConfig(model=str(checkpoint("llama")))
-    app = Api(Service.load(find_model(config), config, names=["tiny"], chat_template=None)).app()
+    app = Api(
+        models_of(Service.load(find_model(config), config, names=["tiny"], chat_template=None, metrics=Metrics()))
+    ).app()
     assert isinstance(app, Starlette)
     for route in app.routes:
         assert isinstance(route, Route)

@@ -91,9 +91,9 @@ def test_following_the_controller_never_ends_unseen(
         server = Server(engine, ServeConfig(), find_model(engine))
         answers: list[Exception | RoutingTable] = [
             ConnectionError("the head is gone"),
-            RoutingTable(1, (replica.entry(),)),
+            RoutingTable((replica.entry(),)),
             KeyError("a bug"),
-            RoutingTable(2, (), "the disk is gone"),
+            RoutingTable((), "the disk is gone"),
         ]
 
         class Watch:
@@ -139,7 +139,7 @@ def test_a_server_ends_with_any_part_of_it(
 
         async def _watch(self, service: Service) -> None:
             replica = await FakeReplica().start()
-            service.dispatcher.update_table(RoutingTable(1, (replica.entry(),)))
+            service.dispatcher.update_table(RoutingTable((replica.entry(),)))
             try:
                 await asyncio.Event().wait()
             finally:

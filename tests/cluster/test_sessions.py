@@ -219,7 +219,7 @@ def test_half_of_a_session_is_none(tokenizer: Tokenizer) -> None:
         endless = Patience(avoid=1e9, move=1e9)
         dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8, patience=endless)
         entry = ReplicaEntry(0, 1, f"127.0.0.1:{port}", 4096, secret="secret")
-        dispatcher.update_table(RoutingTable(1, (entry,)))
+        dispatcher.update_table(RoutingTable((entry,)))
         await until(lambda: engine.reports > 5)
         await dispatcher.close()
         await server.stop(0)

@@ -44,7 +44,7 @@ def test_what_waits_for_a_replica_waits_as_long_as_one_takes_to_load(
     async def waiting(load_seconds: float) -> tuple[Dispatcher, Generation]:
         replica = await FakeReplica().start()
         dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8)
-        dispatcher.update_table(RoutingTable(1, (replica.entry(load_seconds=load_seconds),)))
+        dispatcher.update_table(RoutingTable((replica.entry(load_seconds=load_seconds),)))
         await until(lambda: bool(dispatcher.sessions))
         await replica.stop()
         await until(lambda: not dispatcher.sessions)
@@ -83,7 +83,7 @@ def test_whatever_a_look_at_replicas_raises_the_next_one_comes(
         replica = await FakeReplica().start()
         dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8, patience=Patience(avoid=0.5, move=1.0))
         dispatcher.on_silence = fail
-        dispatcher.update_table(RoutingTable(1, (replica.entry(),)))
+        dispatcher.update_table(RoutingTable((replica.entry(),)))
         await until(lambda: bool(dispatcher.sessions))
         replica.silent = True
         await until(lambda: bool(told))
@@ -120,9 +120,9 @@ def test_who_does_not_answer_is_asked_less_and_less(monkeypatch: pytest.MonkeyPa
         replica = await FakeReplica().start()
         await replica.stop()
         dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8)
-        dispatcher.update_table(RoutingTable(1, (ReplicaEntry(0, 1, f"127.0.0.1:{replica.port}", 4096),)))
+        dispatcher.update_table(RoutingTable((ReplicaEntry(0, 1, f"127.0.0.1:{replica.port}", 4096),)))
         await until(lambda: len(pauses) >= 9)
-        dispatcher.update_table(RoutingTable(2, ()))
+        dispatcher.update_table(RoutingTable(()))
         await until(lambda: not dispatcher._sessions)
         await dispatcher.close()
 

@@ -34,6 +34,21 @@ class CompleteConfig(ChatConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdminConfig:
+    """The cluster that is asked."""
+
+    admin_address: str | None = option(
+        None, "of operators' calls over gRPC", form="an address (as localhost:50052)", unset="what `quire start` wrote"
+    )
+    admin_key: str | None = option(
+        None, "of the cluster", form="a key of visible ASCII characters", unset="$QUIRE_ADMIN_KEY, or what it wrote"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """The device."""
 

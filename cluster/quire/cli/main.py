@@ -1,4 +1,5 @@
-"""The command line: `quire serve`, `chat`, `complete`, `run-batch`, `plan`.
+"""The command line: `quire serve`; `start`, `deploy`, `status` and the other operators' commands; `chat`, `complete`,
+`run-batch`, `plan`.
 
 What a command takes is read and checked before what it needs is imported: torch and Ray take seconds.
 """
@@ -12,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from quire_cluster.addresses import with_port
-from quire_cluster.config import ServeConfig
+from quire_cluster.config import ServeConfig, StartConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.errors import InvalidParameter, QuireError
 
-from quire.cli.config import ChatConfig, CompleteConfig, PlanConfig
+from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, PlanConfig
 from quire.cli.options import add_options, build, names_of, read_config_file
 from quire.cli.terminal import flush, prepare, say
 
@@ -44,6 +45,37 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="YAML file with options; the command line goes before it",
     )
+
+    command(
+        "start",
+        _start,
+        "start a cluster in a running Ray cluster",
+        "Start a controller and gateways in a running Ray cluster; they stay when this command has ended.",
+        StartConfig,
+    )
+    deploy = command(
+        "deploy", _deploy, "serve the models of a file", "Make what a file says what is served.", AdminConfig
+    )
+    deploy.add_argument("file", help="YAML: names of models, each with its options (see deploy/models.yaml)")
+    status = command("status", _status, "how a cluster is", "Deployments, replicas, gateways, nodes.", AdminConfig)
+    status.add_argument("--watch", action="store_true", help="again every second")
+    status.add_argument("--json", action="store_true", help="all of it, for programs")
+    scale = command("scale", _scale, "so many replicas of a model", "Set how many replicas a model has.", AdminConfig)
+    scale.add_argument("name", help="of the deployment")
+    scale.add_argument("replicas", help="how many, whatever the load; auto: as the load asks for")
+    drain = command(
+        "drain",
+        _drain,
+        "end a replica, or all of a node",
+        "What runs there finishes; what is new goes on elsewhere.",
+        AdminConfig,
+    )
+    drain.add_argument("what", metavar="NODE|REPLICA", help="a node's address or id, or a replica as NAME/NUMBER")
+    delete = command("delete", _delete, "serve a model no more", "Drain all replicas of a model.", AdminConfig)
+    delete.add_argument("name", help="of the deployment")
+    why = command("why", _why, "what requests wait for", "What requests wait for, and how long yet.", AdminConfig)
+    why.add_argument("request", nargs="?", default="", help="its id [all that wait]")
+    command("shutdown", _shutdown, "end a cluster", "Finish what runs, and end the cluster.", AdminConfig)
 
     chat = command("chat", _chat, "talk to a served model", "Talk to a served model.", ChatConfig)
     chat.add_argument("prompt", nargs="?", help="without it: a conversation")
@@ -111,6 +143,63 @@ def _serve(arguments: argparse.Namespace, config: ServeConfig, engine: EngineCon
         )
 
     serve(engine, config, on_ready)
+
+
+def _start(arguments: argparse.Namespace, config: StartConfig) -> None:
+    from quire_cluster.start import start
+
+    from quire.cli.operate import operator_file
+
+    fresh = start(config, operator_file())
+    host = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::") else config.host
+    say(
+        f"the cluster {'has started' if fresh else 'runs already'}; deploy models with `quire deploy FILE`\n"
+        f"  OpenAI API  http://{with_port(host, config.port)}/v1\n"
+        f"  gRPC        {with_port(host, config.grpc_port)}\n"
+        f"  operators   {operator_file()} has the address and the key for `quire status` and the others"
+    )
+
+
+def _deploy(arguments: argparse.Namespace, config: AdminConfig) -> None:
+    from quire.cli.operate import deploy
+
+    deploy(arguments.file, config)
+
+
+def _status(arguments: argparse.Namespace, config: AdminConfig) -> None:
+    from quire.cli.operate import status
+
+    status(config, watch=arguments.watch, as_json=arguments.json)
+
+
+def _scale(arguments: argparse.Namespace, config: AdminConfig) -> None:
+    from quire.cli.operate import scale
+
+    scale(arguments.name, arguments.replicas, config)
+
+
+def _drain(arguments: argparse.Namespace, config: AdminConfig) -> None:
+    from quire.cli.operate import drain
+
+    drain(arguments.what, config)
+
+
+def _delete(arguments: argparse.Namespace, config: AdminConfig) -> None:
+    from quire.cli.operate import delete
+
+    delete(arguments.name, config)
+
+
+def _why(arguments: argparse.Namespace, config: AdminConfig) -> None:
+    from quire.cli.operate import why
+
+    why(arguments.request, config)
+
+
+def _shutdown(arguments: argparse.Namespace, config: AdminConfig) -> None:
+    from quire.cli.operate import shutdown
+
+    shutdown(config)
 
 
 def _plan(arguments: argparse.Namespace, config: PlanConfig, engine: EngineConfig) -> None:

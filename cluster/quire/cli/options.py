@@ -64,7 +64,7 @@ def names_of(configs: Iterable[type]) -> set[str]:
     return {f.name for config in configs for f in fields(config)}
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Without YAML's habit of taking the last of several values."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -85,7 +85,7 @@ def read_config_file(path: str, known: set[str]) -> dict[str, Any]:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-        given = yaml.load(content.decode(), _Loader)
+        given = yaml.load(content.decode(), StrictLoader)
     except Exception as error:  # PyYAML raises whatever its constructors meet: KeyError for `!!bool x`
         raise InvalidParameter(f"--config {path} cannot be read: {error}", "config") from error
     if not isinstance(given, dict):

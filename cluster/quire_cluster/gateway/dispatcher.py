@@ -59,7 +59,9 @@ class Dispatcher:
         self._patience = patience
         self._ticking: asyncio.Task[None] | None = None
         self.on_silence: Callable[[Key], None] = lambda key: None  # a replica that says nothing
-        self.max_model_len = 0
+        self.on_wait: Callable[[], None] = lambda: None  # a request finds no replica
+        self.max_model_len = 0  # 0: not known, so that nothing can be taken
+        self._ready_at: float | None = None  # in time.time() seconds: when a replica should be there
 
     # ---- replicas come and go -------------------------------------------------------------------------------------
 
@@ -67,6 +69,11 @@ class Dispatcher:
     def sessions(self) -> list[ReplicaSession]:
         """Of the replicas that can be routed to."""
         return [session for session in self._sessions.values() if session.usable]
+
+    @property
+    def homeless(self) -> list[Choice]:
+        """What waits for a replica."""
+        return [*self._homeless, *self._suspects]
 
     @property
     def overdue(self) -> list[int]:
@@ -82,14 +89,25 @@ class Dispatcher:
     def update_table(self, table: RoutingTable) -> None:
         """Opens sessions to new replicas; a replica that left the table is left when its session breaks."""
         for entry in table.replicas:
-            if entry.key not in self._sessions:
+            session = self._sessions.get(entry.key)
+            if session is None:
                 self._sessions[entry.key] = ReplicaSession(entry, self, self._patience)
+            else:
+                session.entry = entry
             self._load_seconds = max(self._load_seconds, entry.load_seconds)
+        self._load_seconds = max(self._load_seconds, table.load_seconds)
+        self._ready_at = table.ready_at
         wanted = {entry.key for entry in table.replicas}
         for key, session in self._sessions.items():
             session.wanted = key in wanted
         if table.replicas:
             self.max_model_len = min(entry.max_model_len for entry in table.replicas)
+        elif table.max_model_len:
+            self.max_model_len = table.max_model_len
+        if table.replicas:
+            self._begin_ticking()
+
+    def _begin_ticking(self) -> None:
         if self._ticking is None:
             self._ticking = asyncio.ensure_future(self._tick())
 
@@ -120,7 +138,12 @@ class Dispatcher:
         choices, sessions = generation.choices, self.sessions
         if not sessions:
             if len(self._homeless) + len(choices) > self._max_waiting:
-                raise Unavailable(f"no replica is there now, and {len(self._homeless)} requests wait; try again later")
+                wait = max(1.0, (self._ready_at or 0.0) - time.time())
+                known = f"in {wait:.0f} s" if self._ready_at else "later"
+                waiting = len(self._homeless)
+                raise Unavailable(f"no replica is there now, and {waiting} requests wait; try again {known}", wait)
+            self._begin_ticking()
+            self.on_wait()
         elif not has_room((session.as_load() for session in sessions), len(choices) + len(self._homeless)):
             most = sum(session.load.most_requests for session in sessions)
             if len(choices) > most:
@@ -234,6 +257,11 @@ class Dispatcher:
     def lost(self, session: ReplicaSession, choices: list[tuple[Choice, bool]], failure: str) -> None:
         """A replica is gone: its choices go on elsewhere, from their logs, unless one is to blame."""
         now = time.monotonic()
+        if session.entry.draining:  # it was to end: what it had left goes on elsewhere, and nobody is to blame
+            for choice, _ in sorted(choices, key=lambda one: _arrival(one[0])):
+                self._place.pop(choice, None)
+                self._guard(choice, self._send)
+            return
         unproven = {choice for choice, begun in choices if begun and not choice.losses.proven(len(choice.output))}
         if choices:
             log.warning(

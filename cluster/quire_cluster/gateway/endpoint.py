@@ -58,7 +58,6 @@ class Endpoint(ABC):
 
     async def respond(self) -> Response:
         """Raises RequestError or ServerError for whatever goes wrong before the first byte."""
-        self._service.check_model(self._body.model)
         self._service.check_generates()
         self._params = self._body.sampling()
         prompts = await self._prompts()

@@ -30,6 +30,7 @@ from quire_cluster.gateway.calls import CallGuard
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.fields import MAX_MESSAGES
 from quire_cluster.gateway.generation import Delta, Generation
+from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.pooling import check_count, pooled, shortened, tokens_of
 from quire_cluster.gateway.service import Service
 from quire_cluster.gateway.texts import MAX_LISTED
@@ -117,27 +118,27 @@ async def _fail(context: Any, error: QuireError) -> NoReturn:
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Inference over one service."""
+    """Inference over all models."""
 
-    def __init__(self, service: Service, write_timeout: float) -> None:
+    def __init__(self, models: Models, write_timeout: float) -> None:
         """`write_timeout`: seconds that a client may leave a message of a stream unread."""
-        self._service = service
+        self._models = models
         self._write_timeout = write_timeout
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Text or token ids in, tokens out."""
 
-        async def prompt() -> list[int]:
+        async def prompt(service: Service) -> list[int]:
             if request.WhichOneof("prompt") == "text":
-                return await self._service.tokenize(request.text)
-            return _ids(request.token_ids.ids, self._service.max_model_len, "prompt")
+                return await service.tokenize(request.text)
+            return _ids(request.token_ids.ids, service.max_model_len, "prompt")
 
         await self._write(self._run("Generate", request, prompt, 16, context), context)
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:
         """A conversation in, the answer out."""
 
-        async def prompt() -> list[int]:
+        async def prompt(service: Service) -> list[int]:
             if not 1 <= len(request.messages) <= MAX_MESSAGES:
                 raise InvalidParameter(
                     f"there are {len(request.messages)} messages; from 1 to {MAX_MESSAGES} are read", "messages"
@@ -150,7 +151,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     "continue_final_message and add_generation_prompt exclude each other",
                     "continue_final_message",
                 )
-            return await self._service.render(messages, add_generation_prompt=opening, continue_final_message=going_on)
+            return await service.render(messages, add_generation_prompt=opening, continue_final_message=going_on)
 
         await self._write(self._run("Chat", request, prompt, None, context), context)
 
@@ -171,19 +172,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self,
         route: str,
         request: Any,
-        prompt: Callable[[], Awaitable[list[int]]],
+        prompt: Callable[[Service], Awaitable[list[int]]],
         max_tokens: int | None,
         context: Any,
     ) -> AsyncGenerator[pb.GenerateResponse]:
-        service = self._service
+        service: Service | None = None
         generation: Generation | None = None
         try:
-            service.check_model(request.model)
+            service = self._models.find(request.model)
             service.check_generates()
             params = sampling_from_proto(request.sampling, max_tokens=max_tokens)
             left = context.time_remaining()
             generation = service.start(
-                await prompt(),
+                await prompt(service),
                 await service.sampling(params),
                 priority=request.priority,
                 deadline=time.monotonic() + left if left is not None and left < 1e8 else 0.0,
@@ -193,129 +194,136 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 for delta in deltas:
                     if delta.error is not None:
                         raise delta.error
-                    yield self._response(generation, delta)
-            async for response in self._last(generation):
+                    yield _response(service, generation, delta)
+            async for response in _last(service, generation):
                 yield response
         except QuireError as error:
             if generation is None:
-                service.refused(error, route=route)
+                self._models.refused(error, route=route, model=request.model)
             await _fail(context, error)
         finally:
-            if generation is not None:
+            if service is not None and generation is not None:
                 service.finished(generation, route=route)
-
-    def _response(self, generation: Generation, delta: Delta) -> pb.GenerateResponse:
-        response = pb.GenerateResponse(
-            request_id=generation.facts.request_id,
-            index=delta.index,
-            text=delta.text,
-            token_ids=delta.token_ids,
-        )
-        for scores in delta.logprobs:
-            response.logprobs.append(self._position(scores, 0))
-        if delta.finish_reason is not None:
-            response.finish_reason = delta.finish_reason
-            if delta.stop_reason is not None:
-                response.stop_reason = str(delta.stop_reason)
-        return response
-
-    async def _last(self, generation: Generation) -> AsyncGenerator[pb.GenerateResponse]:
-        """The prompt's scores, in as many messages as they need, and the usage."""
-        response = pb.GenerateResponse(request_id=generation.facts.request_id)
-        scored = [(scores, at) for scores in generation.choices[0].prompt_logprobs for at in range(len(scores.chosen))]
-        for start in range(0, len(scored), _POSITIONS):
-            share = scored[start : start + _POSITIONS]
-            positions = await asyncio.to_thread(self._positions, share)
-            response.prompt_logprobs.extend(positions)
-            if start + _POSITIONS < len(scored):
-                yield response
-                response = pb.GenerateResponse(request_id=generation.facts.request_id)
-        response.usage.prompt_tokens = len(generation.facts.prompt)
-        response.usage.completion_tokens = generation.num_output_tokens
-        response.usage.cached_tokens = generation.cached_tokens
-        yield response
-
-    def _positions(self, scored: list[tuple[TokenLogprobs, int]]) -> list[pb.PositionLogprobs]:
-        return [self._position(scores, at) for scores, at in scored]
-
-    def _position(self, scores: TokenLogprobs, at: int) -> pb.PositionLogprobs:
-        text = self._service.tokenizer.token_text
-
-        def entry(token: int, value: float, rank: int) -> pb.TokenLogprob:
-            return pb.TokenLogprob(token_id=token, token=text(token), logprob=value, rank=rank)
-
-        pairs = zip(scores.top_ids[at].tolist(), scores.top_logprobs[at].tolist(), strict=True)
-        return pb.PositionLogprobs(
-            chosen=entry(int(scores.chosen[at]), float(scores.logprobs[at]), int(scores.ranks[at])),
-            top=[entry(token, value, rank + 1) for rank, (token, value) in enumerate(pairs)],
-        )
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         """A vector per input."""
         left = context.time_remaining()
         deadline = time.monotonic() + left if left is not None and left < 1e8 else 0.0
         try:
-            self._service.check_model(request.model)
+            service = self._models.find(request.model)
             dimensions = request.dimensions if request.HasField("dimensions") else None
             check_count(len(request.inputs))
-            self._check_answer(len(request.inputs), dimensions)
-            longest = self._service.max_model_len
+            _check_answer(service, len(request.inputs), dimensions)
+            longest = service.max_model_len
             tokens = await tokens_of(
-                self._service,
+                service,
                 [
                     one.text if one.WhichOneof("input") == "text" else _ids(one.token_ids.ids, longest, "inputs")
                     for one in request.inputs
                 ],
             )
-            vectors = await pooled(self._service, tokens, "Embed", scores=False, deadline=deadline)
+            vectors = await pooled(service, tokens, "Embed", scores=False, deadline=deadline)
             embeddings = await asyncio.to_thread(
                 lambda: [pb.Embedding(values=shortened(vector, dimensions)) for vector in vectors]
             )
         except QuireError as error:
-            self._service.refused(error, route="Embed")
+            self._models.refused(error, route="Embed", model=request.model)
             await _fail(context, error)
         return pb.EmbedResponse(embeddings=embeddings, usage=pb.Usage(prompt_tokens=sum(map(len, tokens))))
-
-    def _check_answer(self, count: int, dimensions: int | None) -> None:
-        """Raises InvalidParameter for vectors that one message could not hold, before they are computed."""
-        size = min(dimensions or self._service.vector_size, self._service.vector_size)
-        most = max(1, (MAX_ANSWER - _FRAME) // (4 * size + _FRAME)) if size else count
-        if count > most:
-            raise InvalidParameter(
-                f"{count} vectors of {size} numbers are more than one answer holds; send at most {most} inputs at once",
-                "inputs",
-            )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids of a text."""
         try:
-            self._service.check_model(request.model)
+            service = self._models.find(request.model)
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-            tokens = await self._service.texts.encode(request.text, add_special_tokens=special)
+            tokens = await service.texts.encode(request.text, add_special_tokens=special)
         except QuireError as error:
             await _fail(context, error)
-        return pb.TokenizeResponse(token_ids=tokens, max_model_len=self._service.max_model_len)
+        return pb.TokenizeResponse(token_ids=tokens, max_model_len=service.max_model_len)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """The text of token ids."""
         try:
-            self._service.check_model(request.model)
-            text = await self._service.texts.decode(_ids(request.token_ids, MAX_LISTED, "token_ids"))
+            text = await self._models.find(request.model).texts.decode(_ids(request.token_ids, MAX_LISTED, "token_ids"))
         except QuireError as error:
             await _fail(context, error)
         return pb.DetokenizeResponse(text=text)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         """What is served."""
-        models = [pb.Model(id=name, max_model_len=self._service.max_model_len) for name in self._service.names]
-        return pb.ListModelsResponse(models=models)
+        described = [self._models.described(name) for name in self._models.names]
+        return pb.ListModelsResponse(
+            models=[pb.Model(id=one["id"], max_model_len=one["max_model_len"], state=one["state"]) for one in described]
+        )
+
+
+def _response(service: Service, generation: Generation, delta: Delta) -> pb.GenerateResponse:
+    response = pb.GenerateResponse(
+        request_id=generation.facts.request_id,
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+    )
+    for scores in delta.logprobs:
+        response.logprobs.append(_position(service, scores, 0))
+    if delta.finish_reason is not None:
+        response.finish_reason = delta.finish_reason
+        if delta.stop_reason is not None:
+            response.stop_reason = str(delta.stop_reason)
+    return response
+
+
+async def _last(service: Service, generation: Generation) -> AsyncGenerator[pb.GenerateResponse]:
+    """The prompt's scores, in as many messages as they need, and the usage."""
+    response = pb.GenerateResponse(request_id=generation.facts.request_id)
+    scored = [(scores, at) for scores in generation.choices[0].prompt_logprobs for at in range(len(scores.chosen))]
+    for start in range(0, len(scored), _POSITIONS):
+        share = scored[start : start + _POSITIONS]
+        positions = await asyncio.to_thread(_positions, service, share)
+        response.prompt_logprobs.extend(positions)
+        if start + _POSITIONS < len(scored):
+            yield response
+            response = pb.GenerateResponse(request_id=generation.facts.request_id)
+    response.usage.prompt_tokens = len(generation.facts.prompt)
+    response.usage.completion_tokens = generation.num_output_tokens
+    response.usage.cached_tokens = generation.cached_tokens
+    yield response
+
+
+def _positions(service: Service, scored: list[tuple[TokenLogprobs, int]]) -> list[pb.PositionLogprobs]:
+    return [_position(service, scores, at) for scores, at in scored]
+
+
+def _position(service: Service, scores: TokenLogprobs, at: int) -> pb.PositionLogprobs:
+    text = service.tokenizer.token_text
+
+    def entry(token: int, value: float, rank: int) -> pb.TokenLogprob:
+        return pb.TokenLogprob(token_id=token, token=text(token), logprob=value, rank=rank)
+
+    pairs = zip(scores.top_ids[at].tolist(), scores.top_logprobs[at].tolist(), strict=True)
+    return pb.PositionLogprobs(
+        chosen=entry(int(scores.chosen[at]), float(scores.logprobs[at]), int(scores.ranks[at])),
+        top=[entry(token, value, rank + 1) for rank, (token, value) in enumerate(pairs)],
+    )
+
+
+def _check_answer(service: Service, count: int, dimensions: int | None) -> None:
+    """Raises InvalidParameter for vectors that one message could not hold, before they are computed."""
+    size = min(dimensions or service.vector_size, service.vector_size)
+    most = max(1, (MAX_ANSWER - _FRAME) // (4 * size + _FRAME)) if size else count
+    if count > most:
+        raise InvalidParameter(
+            f"{count} vectors of {size} numbers are more than one answer holds; send at most {most} inputs at once",
+            "inputs",
+        )
 
 
 class GrpcServer:
     """The server with its health and reflection services."""
 
-    def __init__(self, service: Service, limits: Limits, *, keys: Keys | None) -> None:
-        """`keys`: that every call but the health service's must send one of."""
+    def __init__(self, models: Models, limits: Limits, *, keys: Keys | None, shared_port: bool = False) -> None:
+        """`keys`: that every call but the health service's must send one of. `shared_port`: other gateways of this host
+        may listen on the same one."""
         refusal = "missing or wrong API key; send metadata 'authorization: Bearer KEY'"
         doors = [KeyInterceptor(keys, refusal=refusal, open_services=[health.SERVICE_NAME])] if keys else []
         self._server = grpc.aio.server(
@@ -323,7 +331,7 @@ class GrpcServer:
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST),
                 ("grpc.max_send_message_length", MAX_ANSWER),
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(shared_port)),
                 ("grpc.max_metadata_size", _METADATA),
                 ("grpc.absolute_max_metadata_size", _METADATA),
                 ("grpc.max_allowed_incoming_connections", limits.connections),
@@ -337,7 +345,7 @@ class GrpcServer:
             ],
             maximum_concurrent_rpcs=limits.connections,
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(service, limits.write), self._server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(models, limits.write), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable((SERVICE, health.SERVICE_NAME), self._server)

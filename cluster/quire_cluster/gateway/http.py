@@ -1,8 +1,9 @@
 """The OpenAI HTTP API."""
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from quire_engine.errors import (
@@ -23,22 +24,24 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from quire_cluster.gateway import pooling
-from quire_cluster.gateway.bodies import Body, BodyTooLarge, read
+from quire_cluster.gateway.bodies import BodyTooLarge, read
 from quire_cluster.gateway.chat import ChatCompletions
 from quire_cluster.gateway.completions import MAX_PROMPTS, Completions
 from quire_cluster.gateway.events import while_connected
+from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.schema import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    OfModel,
     RerankRequest,
     ScoreRequest,
     TokenizeRequest,
 )
-from quire_cluster.gateway.service import Service
 
 log = logging.getLogger(__name__)
+ModelBody = TypeVar("ModelBody", bound=OfModel)
 
 
 class BadMethod(RequestError):
@@ -85,7 +88,8 @@ def error_response(error: QuireError) -> Response:
     status = http_status(error)
     response = json_response(error_body(error, status), status)
     if status in (429, 503):
-        response.headers["Retry-After"] = "1"
+        wait = error.retry_after if isinstance(error, Unavailable) else 1.0
+        response.headers["Retry-After"] = str(math.ceil(wait))
     if isinstance(error, PoisonRequest):
         response.headers["x-should-retry"] = "false"  # OpenAI's clients try again after any other 500
     if status == 413:
@@ -94,10 +98,10 @@ def error_response(error: QuireError) -> Response:
 
 
 class Api:
-    """The routes over one service."""
+    """The routes over all models."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, models: Models) -> None:
+        self._models = models
 
     def app(self) -> ASGIApp:
         """The ASGI application, without doors."""
@@ -127,7 +131,8 @@ class Api:
             except ClientDisconnect:
                 return Response(status_code=499)
             except QuireError as error:
-                self._service.refused(error, route=request.url.path)
+                model = getattr(request.state, "model", None)
+                self._models.refused(error, route=request.url.path, model=model)
                 return error_response(error)
             except Exception:  # a bug of ours: the caller gets its 500, and the log the cause
                 log.exception("a request to %s failed", request.url.path)
@@ -146,56 +151,45 @@ class Api:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
-        return json_response({"object": "list", "data": [self._described(name) for name in self._service.names]})
+        models = self._models
+        return json_response({"object": "list", "data": [models.described(name) for name in models.names]})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{name}"""
         name = request.path_params["name"]
         if not name:
             return await self.models(request)
-        self._service.check_model(name)
-        return json_response(self._described(name))
-
-    def _described(self, name: str) -> dict[str, Any]:
-        service = self._service
-        return {
-            "id": name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "quire",
-            "max_model_len": service.max_model_len,
-        }
+        return json_response(self._models.described(name))
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
         body = await self._read(request, CompletionRequest, prompts=MAX_PROMPTS)
-        return await Completions(self._service, body, request).respond()
+        return await Completions(self._models.find(body.model), body, request).respond()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
         body = await self._read(request, ChatCompletionRequest)
-        return await ChatCompletions(self._service, body, request).respond()
+        return await ChatCompletions(self._models.find(body.model), body, request).respond()
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
         body = await self._read(request, EmbeddingRequest, prompts=pooling.MAX_INPUTS)
-        return json_response(await while_connected(request, pooling.embeddings(self._service, body)))
+        return json_response(await while_connected(request, pooling.embeddings(self._models.find(body.model), body)))
 
     async def score(self, request: Request) -> Response:
         """POST /v1/score"""
         body = await self._read(request, ScoreRequest, prompts=pooling.MAX_INPUTS)
-        return json_response(await while_connected(request, pooling.score(self._service, body)))
+        return json_response(await while_connected(request, pooling.score(self._models.find(body.model), body)))
 
     async def rerank(self, request: Request) -> Response:
         """POST /v1/rerank, /v2/rerank and /rerank"""
         body = await self._read(request, RerankRequest, prompts=pooling.MAX_INPUTS)
-        return json_response(await while_connected(request, pooling.rerank(self._service, body)))
+        return json_response(await while_connected(request, pooling.rerank(self._models.find(body.model), body)))
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""
         body = await self._read(request, TokenizeRequest)
-        service = self._service
-        service.check_model(body.model)
+        service = self._models.find(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidParameter("give either prompt or messages", "prompt")
         if body.messages is not None:
@@ -218,25 +212,26 @@ class Api:
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize"""
         body = await self._read(request, DetokenizeRequest)
-        self._service.check_model(body.model)
-        return json_response({"prompt": await self._service.texts.decode(body.tokens)})
+        return json_response({"prompt": await self._models.find(body.model).texts.decode(body.tokens)})
 
-    async def _read(self, request: Request, kind: type[Body], *, prompts: int = 1) -> Body:
+    async def _read(self, request: Request, kind: type[ModelBody], *, prompts: int = 1) -> ModelBody:
         """A body that so many prompts fit in."""
-        service = self._service
-        return await read(request, kind, service.texts.bytes_of(service.max_model_len, prompts))
+        body = await read(request, kind, self._models.largest_body(prompts))
+        request.state.model = body.model
+        return body
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 while the first replica starts, and then while every replica is there and makes progress."""
-        trouble = self._service.trouble
+        trouble = self._models.trouble
         return json_response({"status": trouble or "ok"}, 503 if trouble else 200)
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: 200 while requests are served, and by how many replicas."""
-        if self._service.ready:
-            return json_response({"status": "ready", "replicas": len(self._service.dispatcher.sessions)})
-        return json_response({"status": "draining" if self._service.draining else "starting"}, 503)
+        models = self._models
+        if models.ready:
+            return json_response({"status": "ready", "replicas": models.replicas})
+        return json_response({"status": "draining" if models.draining else "starting"}, 503)
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics"""
-        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._models.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -58,7 +58,6 @@ def shortened(vector: Floats, dimensions: int | None) -> Floats:
 
 async def embeddings(service: Service, body: EmbeddingRequest) -> dict[str, Any]:
     """POST /v1/embeddings"""
-    service.check_model(body.model)
     tokens = await tokens_of(service, body.inputs())
     vectors = await pooled(service, tokens, "/v1/embeddings", scores=False)
     data = await asyncio.to_thread(embedding_objects, vectors, body)
@@ -78,7 +77,6 @@ def embedding_objects(vectors: list[Floats], body: EmbeddingRequest) -> list[orj
 
 async def score(service: Service, body: ScoreRequest) -> dict[str, Any]:
     """POST /v1/score"""
-    service.check_model(body.model)
     values, counted = await _scores(service, score_pairs(body), "/v1/score")
     return score_answer(body.model or service.names[0], values, counted)
 
@@ -100,7 +98,6 @@ def score_answer(model: str, values: list[float], counted: dict[str, int]) -> di
 
 async def rerank(service: Service, body: RerankRequest) -> dict[str, Any]:
     """POST /v1/rerank, /v2/rerank and /rerank"""
-    service.check_model(body.model)
     values, counted = await _scores(service, rerank_pairs(body), "/v1/rerank")
     return rerank_answer(body, body.model or service.names[0], values, counted)
 

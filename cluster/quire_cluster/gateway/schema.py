@@ -52,10 +52,15 @@ class StreamOptions(Strict):
     include_obfuscation: Ignored = None
 
 
-class _Sampling(Strict):
-    """Parameters of both kinds of completion. None means: not given."""
+class OfModel(Strict):
+    """What every call says; none: the model that there is."""
 
     model: str | None = None
+
+
+class _Sampling(OfModel):
+    """Parameters of both kinds of completion. None means: not given."""
+
     n: Int32 | None = None
     max_tokens: Int32 | None = None
     min_tokens: Int32 | None = None
@@ -189,10 +194,9 @@ class ChatCompletionRequest(_Sampling):
         return variables
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(OfModel):
     """POST /v1/embeddings"""
 
-    model: str | None = None
     input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Int32 | None = None
@@ -206,19 +210,17 @@ class EmbeddingRequest(Strict):
         return found
 
 
-class ScoreRequest(Strict):
+class ScoreRequest(OfModel):
     """POST /v1/score"""
 
-    model: str | None = None
     text_1: TextOrTexts
     text_2: TextOrTexts
     user: Ignored = None
 
 
-class RerankRequest(Strict):
+class RerankRequest(OfModel):
     """POST /v1/rerank, /v2/rerank and /rerank"""
 
-    model: str | None = None
     query: Text
     documents: Documents
     top_n: Int32 | None = None
@@ -226,10 +228,9 @@ class RerankRequest(Strict):
     user: Ignored = None
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(OfModel):
     """POST /tokenize"""
 
-    model: str | None = None
     prompt: Text | None = None
     messages: Messages | None = None
     add_special_tokens: bool = True
@@ -237,10 +238,9 @@ class TokenizeRequest(Strict):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(OfModel):
     """POST /detokenize"""
 
-    model: str | None = None
     tokens: TokenIds
 
 

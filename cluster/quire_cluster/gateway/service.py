@@ -16,9 +16,7 @@ from quire_engine.errors import (
     DeadlineExceeded,
     InvalidParameter,
     QueueFull,
-    QuireError,
     Unavailable,
-    UnknownModel,
 )
 from quire_engine.pooling import pooling_of
 from quire_engine.request import check_length
@@ -28,16 +26,18 @@ from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
 from quire_engine.weights.resolve import ModelFiles
 
+from quire_cluster.deployment import Deployment
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.texts import Texts
-from quire_cluster.observability.metrics import Metrics
+from quire_cluster.observability.metrics import Metrics, ModelMetrics
+from quire_cluster.reports import ModelReport, ReplicaReport, WaitingRequest
+from quire_cluster.routing_table import RoutingTable
 
 access_log = logging.getLogger("quire.requests")
 _STALL = 10.0  # seconds a busy engine may go without a step before it counts as hung
 _SILENCE = 5.0  # seconds a replica may go without a report
-_REJECTIONS = {QueueFull: "queue_full", ContextTooLong: "context_too_long", Unavailable: "unavailable"}
 
 
 class Service:
@@ -51,6 +51,7 @@ class Service:
         names: list[str],
         max_model_len: int,
         max_waiting: int,
+        metrics: Metrics,
         pooling: Pooling | None = None,
     ) -> None:
         """`max_waiting`: requests that wait while there is no replica. `pooling`: of a model that gives vectors or
@@ -62,18 +63,20 @@ class Service:
         self.max_model_len = max_model_len
         self.vocab_size: int = files.config["vocab_size"]
         self.vector_size: int = files.config.get("hidden_size") or 0  # numbers of an embedding
-        self.created = int(time.time())
-        self.metrics = Metrics(names[0])
+        self.metrics = ModelMetrics(metrics, names[0])
         self.dispatcher = Dispatcher(self._on_load, self._on_steps, max_waiting=max_waiting)
         self.draining = False
-        self.num_open = 0  # requests whose answer is not yet with the client, as far as we see
+        self._open: set[Generation] = set()  # whose answer is not yet with the client, as far as we see
+        self.num_prompted, self.num_generated = 0, 0  # tokens of those that have ended
         self._end_tokens = end_tokens(files, tokenizer)
         self._pooled = SamplingParams(max_tokens=1, temperature=0.0).in_tokens(
             tokenizer, vocab_size=self.vocab_size, end_tokens=self._end_tokens
         )
 
     @staticmethod
-    def load(files: ModelFiles, config: EngineConfig, *, names: list[str], chat_template: str | None) -> "Service":
+    def load(
+        files: ModelFiles, config: EngineConfig, *, names: list[str], chat_template: str | None, metrics: Metrics
+    ) -> "Service":
         """Raises ModelError for a tokenizer that cannot be loaded."""
         tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
         longest = config.max_model_len or files.config.get("max_position_embeddings") or 0
@@ -84,8 +87,14 @@ class Service:
             names=names,
             max_model_len=longest,
             max_waiting=config.max_num_queued_reqs,
+            metrics=metrics,
             pooling=pooling,
         )
+
+    @property
+    def num_open(self) -> int:
+        """Requests whose answer is not yet with the client, as far as we see."""
+        return len(self._open)
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -114,6 +123,34 @@ class Service:
                 return f"stalled: replica {session.entry.slot}"
         return ""
 
+    def follow(self, table: RoutingTable, deployment: Deployment) -> None:
+        """What the controller says of its replicas, and what clients may call it."""
+        self.names = list(deployment.names)
+        dispatcher = self.dispatcher
+        dispatcher.update_table(table)
+        if deployment.config.min_replicas == 0:  # a request may be the first that ever was
+            dispatcher.max_model_len = dispatcher.max_model_len or self.max_model_len
+        if table.failure is not None:
+            dispatcher.give_up("no replica of this model can be started")
+        if dispatcher.max_model_len:
+            # An engine that pools has one place more, for the token that it does not generate.
+            self.max_model_len = dispatcher.max_model_len - (self.pooling is not None)
+
+    def report(self) -> ModelReport:
+        """For the controller."""
+        waiting = self.dispatcher.homeless
+        return ModelReport(
+            replicas=tuple(_reported(session) for session in self.dispatcher.sessions),
+            at_gateway=len(waiting),
+            tokens_at_gateway=sum(len(choice.facts.prompt) + len(choice.output) for choice in waiting),
+            generated=self.num_generated,
+            prompted=self.num_prompted,
+        )
+
+    async def why(self, deployment: str, request_id: str) -> list[WaitingRequest]:
+        """What a request waits for, answer by answer; of all that wait, for ""."""
+        return []
+
     def _on_load(self, session: ReplicaSession) -> None:
         self.metrics.engine_load(str(session.entry.slot), session.load)
 
@@ -122,13 +159,6 @@ class Service:
             self.metrics.step_tokens.observe(size)
 
     # ---- requests -------------------------------------------------------------------------------------------------
-
-    def check_model(self, name: str | None) -> None:
-        """Raises UnknownModel for a name that is not served; none at all means the one there is."""
-        if name and name not in self.names:
-            raise UnknownModel(
-                f"the model {name[:100]!r} is not served here; served is {', '.join(self.names)}", "model"
-            )
 
     def check_generates(self) -> None:
         """Raises InvalidParameter for a model that gives vectors or scores."""
@@ -228,7 +258,7 @@ class Service:
         )
         generation = Generation(facts, samplings, [OutputText(self.tokenizer, params, prompt) for _ in samplings])
         self.dispatcher.submit(generation)
-        self.num_open += 1
+        self._open.add(generation)
         return generation
 
     def _check_prompt(self, prompt: list[int]) -> None:
@@ -239,15 +269,10 @@ class Service:
 
     # ---- endings --------------------------------------------------------------------------------------------------
 
-    def refused(self, error: QuireError, *, route: str) -> None:
-        """A request that never started."""
-        self.metrics.rejection(_REJECTIONS.get(type(error), "invalid"))
-        access_log.info(json.dumps({"route": route, "refused": type(error).__name__, "why": str(error)[:200]}))
-
     def finished(self, generation: Generation, *, route: str, user: str | None = None) -> None:
         """The one place where a request ends for the gateway: aborts what is left, counts, and writes its line."""
         self.dispatcher.abort(generation)
-        self.num_open -= 1
+        self._open.discard(generation)
         facts, metrics = generation.facts, self.metrics
         now = time.monotonic()
         reasons = []
@@ -256,7 +281,7 @@ class Service:
             reason = choice.finish_reason or "abort"
             reasons.append(reason)
             if choice.error is not None and isinstance(choice.error, (QueueFull, DeadlineExceeded, ContextTooLong)):
-                metrics.rejection(_REJECTIONS.get(type(choice.error), "deadline"))
+                metrics.rejection(choice.error)
             metrics.success(reason)
             metrics.output_size.observe(len(choice.output) if choice.vector is None else 0)
             metrics.end_to_end.observe((times.finished or now) - times.submitted)
@@ -271,6 +296,8 @@ class Service:
                 for interval in choice.token_intervals:
                     metrics.between_tokens.observe(interval)
         first = generation.choices[0].times
+        self.num_prompted += len(facts.prompt)
+        self.num_generated += generation.num_output_tokens
         metrics.prompt_size.observe(len(facts.prompt))
         metrics.prompt_tokens.inc(len(facts.prompt))
         metrics.prompt_tokens_cached.inc(generation.cached_tokens)
@@ -292,3 +319,19 @@ class Service:
         if error is not None:
             line["error"] = str(error)[:200]
         access_log.info(json.dumps(line))
+
+
+def _reported(session: ReplicaSession) -> ReplicaReport:
+    load = session.load
+    return ReplicaReport(
+        key=session.key,
+        age=session.silence.seconds,
+        running=load.running,
+        waiting=load.waiting,
+        queued_tokens=load.queued_tokens,
+        prefill_rate=load.prefill_rate,
+        pages_used=load.pages_used,
+        pages_total=load.pages_total,
+        rows=load.rows,
+        waiting_for=dict(load.waiting_for),
+    )

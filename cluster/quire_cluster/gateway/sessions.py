@@ -79,7 +79,7 @@ class ReplicaSession:
     @property
     def usable(self) -> bool:
         """Whether something new may be sent there."""
-        return self.open and self.wanted and not self.draining
+        return self.open and self.wanted and not (self.draining or self.entry.draining)
 
     @property
     def unproven(self) -> bool:

@@ -8,6 +8,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from quire_engine.errors import ContextTooLong, DeadlineExceeded, QueueFull, QuireError, Unavailable
 from quire_protos.v1 import engine_pb2 as pb
 
 LATENCY_BUCKETS = (
@@ -58,55 +59,59 @@ TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
 SIZE_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
+_REJECTIONS = {
+    QueueFull: "queue_full",
+    ContextTooLong: "context_too_long",
+    DeadlineExceeded: "deadline",
+    Unavailable: "unavailable",
+}
+
 
 class Metrics:
-    """All series of one model. Engine gauges carry the replica as `engine`."""
+    """All series of a gateway, over all models. Engine gauges carry the replica as `engine`."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self) -> None:
         disable_created_metrics()  # a second series per counter that no dashboard reads
-        self._registry = CollectorRegistry()
-        self._model = model_name
+        self.registry = CollectorRegistry()
         labels = ["model_name", "engine"]
 
         def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"quire:{name}", text, labels, registry=self._registry)
+            return Gauge(f"quire:{name}", text, labels, registry=self.registry)
 
         def counter(name: str, text: str, extra: tuple[str, ...] = ()) -> Counter:
-            return Counter(f"quire:{name}", text, ["model_name", *extra], registry=self._registry)
+            return Counter(f"quire:{name}", text, ["model_name", *extra], registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            series = Histogram(f"quire:{name}", text, ["model_name"], buckets=buckets, registry=self._registry)
-            return series.labels(model_name)
+            return Histogram(f"quire:{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
 
-        self._running = gauge("num_requests_running", "Requests in the engine's batch")
-        self._waiting = gauge("num_requests_waiting", "Requests that wait for a place in it")
-        self._usage = gauge("kv_cache_usage_perc", "Pages of the cache that requests hold; 1: all")
-        self._allocated = gauge("kv_cache_slots_allocated", "Token slots of the pages that requests hold")
-        self._unused = gauge("kv_cache_slots_unused", "Of these, slots that hold nothing: the only waste")
-        self._info = Gauge(
+        self.running = gauge("num_requests_running", "Requests in the engine's batch")
+        self.waiting = gauge("num_requests_waiting", "Requests that wait for a place in it")
+        self.usage = gauge("kv_cache_usage_perc", "Pages of the cache that requests hold; 1: all")
+        self.allocated = gauge("kv_cache_slots_allocated", "Token slots of the pages that requests hold")
+        self.unused = gauge("kv_cache_slots_unused", "Of these, slots that hold nothing: the only waste")
+        self.info = Gauge(
             "quire:cache_config_info",
             "The cache",
             [*labels, "block_size", "num_gpu_blocks"],
-            registry=self._registry,
+            registry=self.registry,
         )
-        self._engine_counters = {
-            "preemptions": Counter("quire:num_preemptions", "Preemptions", labels, registry=self._registry),
+        self.engine_counters = {
+            "preemptions": Counter("quire:num_preemptions", "Preemptions", labels, registry=self.registry),
             "prefix_queries": Counter(
                 "quire:prefix_cache_queries",
                 "Tokens looked up in the prefix cache",
                 labels,
-                registry=self._registry,
+                registry=self.registry,
             ),
             "prefix_hits": Counter(
-                "quire:prefix_cache_hits", "Tokens found in the prefix cache", labels, registry=self._registry
+                "quire:prefix_cache_hits", "Tokens found in the prefix cache", labels, registry=self.registry
             ),
         }
-        self._last: dict[tuple[str, str], int] = {}
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens").labels(model_name)
-        self.prompt_tokens_cached = counter("prompt_tokens_cached", "Prompt tokens found cached").labels(model_name)
-        self.generation_tokens = counter("generation_tokens", "Generated tokens").labels(model_name)
-        self._success = counter("request_success", "Requests by their ending", ("finished_reason",))
-        self._rejections = counter("admission_rejections", "Requests refused", ("reason",))
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens")
+        self.prompt_tokens_cached = counter("prompt_tokens_cached", "Prompt tokens found cached")
+        self.generation_tokens = counter("generation_tokens", "Generated tokens")
+        self.success = counter("request_success", "Requests by their ending", ("finished_reason",))
+        self.rejections = counter("admission_rejections", "Requests refused", ("reason",))
         self.first_token = histogram("time_to_first_token_seconds", "To the first token", FIRST_TOKEN_BUCKETS)
         self.between_tokens = histogram("inter_token_latency_seconds", "Between tokens", TOKEN_BUCKETS)
         self.per_token = histogram("request_time_per_output_token_seconds", "Mean per token", TOKEN_BUCKETS)
@@ -118,29 +123,55 @@ class Metrics:
         self.prompt_size = histogram("request_prompt_tokens", "Prompt tokens per request", SIZE_BUCKETS)
         self.output_size = histogram("request_generation_tokens", "Generated tokens per request", SIZE_BUCKETS)
 
+    def rejection(self, model_name: str, error: QuireError) -> None:
+        """A request was refused; `model_name`: "" where it named none that is served."""
+        self.rejections.labels(model_name, _REJECTIONS.get(type(error), "invalid")).inc()
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
+
+
+class ModelMetrics:
+    """The series of one model."""
+
+    def __init__(self, metrics: Metrics, model_name: str) -> None:
+        self.all = metrics
+        self._model = model_name
+        self._last: dict[tuple[str, str], int] = {}
+        self.prompt_tokens = metrics.prompt_tokens.labels(model_name)
+        self.prompt_tokens_cached = metrics.prompt_tokens_cached.labels(model_name)
+        self.generation_tokens = metrics.generation_tokens.labels(model_name)
+        self.first_token = metrics.first_token.labels(model_name)
+        self.between_tokens = metrics.between_tokens.labels(model_name)
+        self.per_token = metrics.per_token.labels(model_name)
+        self.end_to_end = metrics.end_to_end.labels(model_name)
+        self.queued = metrics.queued.labels(model_name)
+        self.prefill = metrics.prefill.labels(model_name)
+        self.decode = metrics.decode.labels(model_name)
+        self.step_tokens = metrics.step_tokens.labels(model_name)
+        self.prompt_size = metrics.prompt_size.labels(model_name)
+        self.output_size = metrics.output_size.labels(model_name)
+
     def success(self, reason: str) -> None:
         """A request came to its end."""
-        self._success.labels(self._model, reason).inc()
+        self.all.success.labels(self._model, reason).inc()
 
-    def rejection(self, reason: str) -> None:
+    def rejection(self, error: QuireError) -> None:
         """A request was refused."""
-        self._rejections.labels(self._model, reason).inc()
+        self.all.rejection(self._model, error)
 
     def engine_load(self, engine: str, load: pb.Load) -> None:
         """A replica's report."""
-        at = (self._model, engine)
-        self._running.labels(*at).set(load.running)
-        self._waiting.labels(*at).set(load.waiting)
-        self._usage.labels(*at).set(load.pages_used / load.pages_total if load.pages_total else 0.0)
-        self._allocated.labels(*at).set(load.slots_allocated)
-        self._unused.labels(*at).set(load.slots_unused)
-        self._info.labels(*at, load.block_size, load.pages_total).set(1)
-        for name, series in self._engine_counters.items():
+        at, series_of = (self._model, engine), self.all
+        series_of.running.labels(*at).set(load.running)
+        series_of.waiting.labels(*at).set(load.waiting)
+        series_of.usage.labels(*at).set(load.pages_used / load.pages_total if load.pages_total else 0.0)
+        series_of.allocated.labels(*at).set(load.slots_allocated)
+        series_of.unused.labels(*at).set(load.slots_unused)
+        series_of.info.labels(*at, load.block_size, load.pages_total).set(1)
+        for name, series in series_of.engine_counters.items():
             value, key = int(getattr(load, name)), (engine, name)
             last = self._last.get(key, 0)
             series.labels(*at).inc(value - last if value >= last else value)  # a rebuilt replica counts from 0
             self._last[key] = value
-
-    def text(self) -> bytes:
-        """The exposition format."""
-        return generate_latest(self._registry)

@@ -1,0 +1,131 @@
+"""How everything is, as the controller sees it: for `quire status`."""
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from quire_protos.v1 import control_pb2 as pb
+
+from quire_cluster.addresses import with_port
+from quire_cluster.keeper import Demand, Keeper
+from quire_cluster.nodes import is_head
+from quire_cluster.policies.reconcile import Phase
+from quire_cluster.reports import GatewayReport
+
+if TYPE_CHECKING:
+    from quire_cluster.controller import Controller
+
+_SPAN = 5.0  # seconds that a rate is an average of
+
+
+class Rates:
+    """Tokens per second of each deployment, from what gateways have counted."""
+
+    def __init__(self) -> None:
+        self._counted: dict[tuple[str, str], tuple[float, int, float]] = {}  # (gateway, deployment) → when, what, rate
+
+    def take(self, report: GatewayReport, now: float) -> None:
+        """A gateway's report, which came at `now` (seconds)."""
+        for name, model in report.models.items():
+            at, count, rate = self._counted.get((report.identity, name), (now, model.generated, 0.0))
+            if now - at >= _SPAN:
+                rate, at, count = max(0, model.generated - count) / (now - at), now, model.generated
+            self._counted[report.identity, name] = (at, count, rate)
+
+    def of(self, name: str, gateways: set[str]) -> float:
+        """Of a deployment, over those gateways."""
+        return sum(
+            rate for (gateway, one), (_, _, rate) in self._counted.items() if one == name and gateway in gateways
+        )
+
+
+def status(controller: "Controller") -> pb.StatusResponse:
+    """Of the whole cluster."""
+    now = time.monotonic()
+    nodes = controller.nodes
+    return pb.StatusResponse(
+        cluster=controller.config.name,
+        seconds=now - controller.since,
+        deployments=[_deployment(controller, name, keeper) for name, keeper in controller.keepers.items()],
+        gateways=[_gateway(report, now - at) for at, report in controller.reports.values()],
+        nodes=[
+            pb.NodeStatus(
+                id=node["NodeID"],
+                address=node["NodeManagerAddress"],
+                head=is_head(node),
+                leaving=node["NodeID"] in nodes.leaving,
+                cpus=node["Resources"].get("CPU", 0),
+                gpus=node["Resources"].get("GPU", 0),
+            )
+            for node in nodes.alive
+        ],
+    )
+
+
+def _gateway(report: GatewayReport, age: float) -> pb.GatewayStatus:
+    return pb.GatewayStatus(
+        id=report.identity,
+        node=report.node,
+        http=with_port(report.host, report.http_port),
+        grpc=with_port(report.host, report.grpc_port),
+        ready=report.ready,
+        open_requests=report.open_requests,
+        age=age,
+    )
+
+
+def _deployment(controller: "Controller", name: str, keeper: Keeper) -> pb.DeploymentStatus:
+    demand, config = controller.demand(name), keeper.deployment.config
+    waiting_for: Counter[str] = Counter()
+    for one in demand.replicas.values():
+        waiting_for.update(one.waiting_for)
+    found = pb.DeploymentStatus(
+        name=name,
+        aliases=keeper.deployment.names[1:],
+        model=keeper.deployment.engine.model,
+        state=_state(keeper),
+        wanted=keeper.wanted,
+        why_wanted=keeper.why_wanted,
+        min_replicas=config.min_replicas,
+        max_replicas=config.most_replicas,
+        replicas=_replicas(controller, keeper, demand),
+        at_gateways=demand.at_gateways,
+        waiting_for=waiting_for,
+        tokens_per_second=controller.rates.of(name, set(controller.reports)),
+    )
+    if keeper.record.pinned is not None:
+        found.pinned = keeper.record.pinned
+    return found
+
+
+def _state(keeper: Keeper) -> str:
+    phases = [slot.phase for slot in keeper.slots]
+    revision = keeper.deployment.engine_revision
+    if any(slot.deployment.engine_revision != revision for slot in keeper.slots):
+        return "updating"
+    if Phase.SERVING in phases:
+        return "ready"
+    if phases and all(phase is Phase.FAILED for phase in phases):
+        return "failed"
+    return "starting" if keeper.wanted else "sleeping"
+
+
+def _replicas(controller: "Controller", keeper: Keeper, demand: Demand) -> list[pb.ReplicaStatus]:
+    found = []
+    for slot in sorted(keeper.slots, key=lambda slot: slot.index):
+        load = demand.replicas.get(slot.entry.key) if slot.entry is not None else None
+        found.append(
+            pb.ReplicaStatus(
+                slot=slot.index,
+                epoch=slot.epoch,
+                phase=slot.phase.name.lower(),
+                seconds=slot.seconds,
+                nodes=slot.nodes,
+                failure=str(slot.failure) if slot.failure is not None else "",
+                running=load.running if load is not None else 0,
+                waiting=load.waiting if load is not None else 0,
+                usage=load.pages_used / load.pages_total if load is not None and load.pages_total else 0.0,
+                outdated=not keeper.is_wanted(slot, controller.nodes.leaving),
+            )
+        )
+    return found
