@@ -172,6 +172,7 @@ class Keeper:
         table = replace(
             tables.pop(deployment.model_revision, RoutingTable()),
             failure=self._hopeless(),
+            slots=frozenset(slot.index for slot in self.slots),
             max_model_len=self.record.max_model_len,
             load_seconds=self.record.load_seconds,
             ready_at=self._ready_at(),

@@ -179,10 +179,9 @@ def _watch(look: Callable[[], Group]) -> None:
 
 def shown(found: pb.StatusResponse) -> Group:
     """A page for a terminal."""
-    deployments = [_deployment(one, found) for one in found.deployments]
-    return Group(
-        *(deployments or ["nothing is deployed yet: `quire deploy FILE`\n"]), _gateways(found), "", _nodes(found)
-    )
+    deployments: list[Group | str] = [_deployment(one, found) for one in found.deployments]
+    nothing = "nothing is deployed yet: `quire deploy FILE`\n"
+    return Group(*(deployments or [nothing]), _gateways(found), "", _nodes(found))
 
 
 def _table(*columns: str) -> Table:

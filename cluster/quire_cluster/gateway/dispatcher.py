@@ -59,6 +59,7 @@ class Dispatcher:
         self._patience = patience
         self._ticking: asyncio.Task[None] | None = None
         self.on_silence: Callable[[Key], None] = lambda key: None  # a replica that says nothing
+        self.on_gone: Callable[[int], None] = lambda slot: None  # a slot is no more
         self.on_wait: Callable[[], None] = lambda: None  # a request finds no replica
         self.max_model_len = 0  # 0: not known, so that nothing can be taken
         self._ready_at: float | None = None  # in time.time() seconds: when a replica should be there
@@ -97,6 +98,9 @@ class Dispatcher:
             self._load_seconds = max(self._load_seconds, entry.load_seconds)
         self._load_seconds = max(self._load_seconds, table.load_seconds)
         self._ready_at = table.ready_at
+        for slot in [slot for slot in self._up if table.slots is not None and slot not in table.slots]:
+            del self._up[slot]
+            self.on_gone(slot)
         wanted = {entry.key for entry in table.replicas}
         for key, session in self._sessions.items():
             session.wanted = key in wanted

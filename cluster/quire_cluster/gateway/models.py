@@ -233,7 +233,7 @@ class Models:
     def read(self, deployment: Deployment) -> Service:
         """What a deployment needs at a gateway: its tokenizer. Raises QuireError."""
         return Service.load(
-            find_model(deployment.engine),
+            find_model(deployment.engine, weights=False),
             deployment.engine,
             names=list(deployment.names),
             chat_template=deployment.chat_template,

@@ -65,6 +65,7 @@ class Service:
         self.vector_size: int = files.config.get("hidden_size") or 0  # numbers of an embedding
         self.metrics = ModelMetrics(metrics, names[0])
         self.dispatcher = Dispatcher(self._on_load, self._on_steps, max_waiting=max_waiting)
+        self.dispatcher.on_gone = lambda slot: self.metrics.engine_gone(str(slot))
         self.draining = False
         self._open: set[Generation] = set()  # whose answer is not yet with the client, as far as we see
         self.num_prompted, self.num_generated = 0, 0  # tokens of those that have ended

@@ -139,6 +139,7 @@ class ModelMetrics:
         self.all = metrics
         self._model = model_name
         self._last: dict[tuple[str, str], int] = {}
+        self._cache: dict[str, tuple[str, ...]] = {}  # by engine: the labels of its cache's series
         self.prompt_tokens = metrics.prompt_tokens.labels(model_name)
         self.prompt_tokens_cached = metrics.prompt_tokens_cached.labels(model_name)
         self.generation_tokens = metrics.generation_tokens.labels(model_name)
@@ -161,6 +162,13 @@ class ModelMetrics:
         """A request was refused."""
         self.all.rejection(self._model, error)
 
+    def engine_gone(self, engine: str) -> None:
+        """A replica that is no more has no load; what it counted stays."""
+        if (cache := self._cache.pop(engine, None)) is not None:
+            self.all.info.remove(*cache)
+            for series in (self.all.running, self.all.waiting, self.all.usage, self.all.allocated, self.all.unused):
+                series.remove(self._model, engine)
+
     def engine_load(self, engine: str, load: pb.Load) -> None:
         """A replica's report."""
         at, series_of = (self._model, engine), self.all
@@ -169,7 +177,11 @@ class ModelMetrics:
         series_of.usage.labels(*at).set(load.pages_used / load.pages_total if load.pages_total else 0.0)
         series_of.allocated.labels(*at).set(load.slots_allocated)
         series_of.unused.labels(*at).set(load.slots_unused)
-        series_of.info.labels(*at, load.block_size, load.pages_total).set(1)
+        cache = (*at, str(load.block_size), str(load.pages_total))
+        if (before := self._cache.get(engine)) not in (None, cache):
+            series_of.info.remove(*before)
+        self._cache[engine] = cache
+        series_of.info.labels(*cache).set(1)
         for name, series in series_of.engine_counters.items():
             value, key = int(getattr(load, name)), (engine, name)
             last = self._last.get(key, 0)

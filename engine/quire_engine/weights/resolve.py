@@ -92,16 +92,19 @@ class ModelFiles:
         return SafetensorsCheckpoint(self.folder)
 
 
-def find_model(config: EngineConfig) -> ModelFiles:
-    """The model a configuration names. Raises ModelError, and InvalidParameter where `load_format` is another."""
-    files = resolve(config.model, revision=config.revision, download_dir=config.download_dir)
+def find_model(config: EngineConfig, *, weights: bool = True) -> ModelFiles:
+    """The model a configuration names; without its `weights`, where it has to be fetched and only its tokenizer is
+    wanted. Raises ModelError, and InvalidParameter where `load_format` is another."""
+    files = resolve(config.model, revision=config.revision, download_dir=config.download_dir, weights=weights)
     if config.load_format != "auto" and (config.load_format == "gguf") != (files.gguf_path is not None):
         kind = "a GGUF file" if files.gguf_path else "a folder of safetensors"
         raise InvalidParameter(f"load_format is {config.load_format}, but {files.name} is {kind}", "load_format")
     return files
 
 
-def resolve(model: str, *, revision: str | None = None, download_dir: str | None = None) -> ModelFiles:
+def resolve(
+    model: str, *, revision: str | None = None, download_dir: str | None = None, weights: bool = True
+) -> ModelFiles:
     """Finds a model. Raises ModelError, saying what was looked for and what would be found."""
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):  # unlike pathlib's, False for what can be no path
@@ -122,7 +125,7 @@ def resolve(model: str, *, revision: str | None = None, download_dir: str | None
             f"there is no model at {model!r}; give a checkpoint folder, a .gguf file, an installed model package or a "
             "hub id (owner/name)"
         )
-    return _from_hub(model, revision, download_dir)
+    return _from_hub(model, revision, download_dir, weights)
 
 
 def _installed_wheel(model: str) -> ModelFiles | None:
@@ -150,7 +153,7 @@ def _only_gguf(folder: Path) -> Path | None:
     return files[0] if files else None
 
 
-def _from_hub(model: str, revision: str | None, download_dir: str | None) -> ModelFiles:
+def _from_hub(model: str, revision: str | None, download_dir: str | None, weights: bool) -> ModelFiles:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -160,7 +163,7 @@ def _from_hub(model: str, revision: str | None, download_dir: str | None) -> Mod
             revision=revision,
             cache_dir=download_dir,
             allow_patterns=_HUB_FILES,
-            ignore_patterns=_NOT_READ,
+            ignore_patterns=_NOT_READ if weights else [*_NOT_READ, "*.safetensors"],
             max_workers=os.cpu_count() or 4,
         )
     except HFValidationError as error:
