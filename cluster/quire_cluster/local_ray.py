@@ -15,6 +15,7 @@ import ray
 from quire_engine.errors import InvalidParameter, Unavailable
 from ray import _raylet
 from ray._private import ray_constants
+from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 
 log = logging.getLogger(__name__)
@@ -148,9 +149,13 @@ def join_cluster(address: str, namespace: str) -> None:
 def workers_on_gpus(device: str, workers: int, *, may_grow: bool = False) -> bool:
     """Whether each of `workers` workers gets a GPU of the running Ray cluster, for an engine on `device`.
 
-    Raises InvalidParameter where there are too few; for a cluster that `may_grow`, says that they are waited for.
+    Raises InvalidParameter where there are too few. A cluster that `may_grow` has those that its autoscaler could add,
+    too; where even these are too few, it says that more are waited for.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
+    if may_grow and device != "cpu":
+        could: dict[str, float] = ray_state.state.get_max_resources_from_cluster_config() or {}
+        gpus = max(gpus, int(could.get("GPU", 0)))
     if device == "cuda" and not gpus:
         raise InvalidParameter("device is 'cuda', but the Ray cluster has no GPU", "device")
     if 0 < gpus < workers:
