@@ -18,8 +18,9 @@ from quire_engine.errors import InvalidParameter, UnknownModel
 from quire_protos.v1 import control_pb2 as pb
 from ray.util import list_named_actors
 
+from quire_cluster.demand import Demand
 from quire_cluster.deployment import Deployment
-from quire_cluster.keeper import Demand, Keeper
+from quire_cluster.keeper import Keeper
 from quire_cluster.liveness import CONTROLLER
 from quire_cluster.nodes import Nodes
 from quire_cluster.replica_actor import ReplicaFacts
@@ -382,7 +383,8 @@ class Controller:
             for one in model.replicas:
                 if one.key not in replicas or one.age < replicas[one.key].age:
                     replicas[one.key] = one
-        return Demand(replicas=replicas, at_gateways=waiting, tokens_at_gateways=tokens)
+        heard = bool(self.reports)
+        return Demand(replicas=replicas, heard=heard, at_gateways=waiting, tokens_at_gateways=tokens)
 
     async def _publish(self) -> None:
         """Where something is new. The first version is above all those of a controller before this one."""

@@ -2,30 +2,23 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
 
+from quire_cluster.demand import Demand, Observer
 from quire_cluster.deployment import Deployment
 from quire_cluster.policies.reconcile import Act, Phase, actions
+from quire_cluster.policies.scaling import Rules, Scaling
 from quire_cluster.replica_actor import ReplicaFacts
-from quire_cluster.reports import ReplicaReport
 from quire_cluster.routing_table import Key, RoutingTable, Served
 from quire_cluster.slot import Home, Slot
 from quire_cluster.store import Record, Store
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What gateways said of a deployment: the freshest word of each replica, and what waits for one."""
-
-    replicas: Mapping[Key, ReplicaReport]
-    at_gateways: int = 0
-    tokens_at_gateways: int = 0
 
 
 class Keeper:
@@ -45,6 +38,8 @@ class Keeper:
         self.slots: list[Slot] = []
         self.why_wanted = ""
         self.wanted = 0
+        self._observer = Observer()
+        self._scaling = Scaling()
         self._home = home
         self._store = store
         self._changed = changed
@@ -82,7 +77,7 @@ class Keeper:
     def reconcile(self, demand: Demand, leaving: frozenset[str]) -> None:
         """Starts, drains and kills replicas as the policy says."""
         self.slots = [slot for slot in self.slots if not slot.gone]
-        self.wanted = self._replicas(demand)
+        self.wanted = self._replicas(time.monotonic(), demand)
         views = [
             slot.view(wanted=self.is_wanted(slot, leaving), requests=_requests(slot, demand)) for slot in self.slots
         ]
@@ -96,13 +91,27 @@ class Keeper:
             else:
                 self._begin(by_index[index].end())
 
-    def _replicas(self, demand: Demand) -> int:
+    def _replicas(self, now: float, demand: Demand) -> int:
+        """How many there should be, and why."""
         config, pinned = self.deployment.config, self.record.pinned
-        if pinned is not None:
-            self.why_wanted = "an operator asked for so many"
-            return pinned
-        self.why_wanted = "min_replicas"
-        return max(config.min_replicas, int(demand.at_gateways > 0))
+        rules = Rules(
+            min_replicas=config.min_replicas,
+            max_replicas=config.most_replicas,
+            target_backlog=config.target_backlog,
+            idle_seconds=config.idle_seconds,
+        )
+        taking = [slot for slot in self.slots if slot.phase is Phase.SERVING and slot.entry is not None]
+        starting = [slot for slot in self.slots if slot.phase in (Phase.PAUSED, Phase.PLACING, Phase.LOADING)]
+        observed = self._observer.look(
+            now,
+            demand,
+            [(slot.entry.key, slot.seconds) for slot in taking if slot.entry is not None],
+            starting=len(starting),
+            start_seconds=self.record.load_seconds,
+        )
+        by_load = self._scaling.wanted(rules, observed)
+        self.why_wanted = self._scaling.reason if pinned is None else "an operator asked for so many"
+        return by_load if pinned is None else pinned
 
     def _slot(self, deployment: Deployment, index: int) -> Slot:
         changed, epoch = self._changed, self._next_epoch

@@ -15,6 +15,7 @@ class ReplicaReport:
     waiting: int
     queued_tokens: int  # known, and not computed
     prefill_rate: float  # tokens per second; 0: not measured
+    computed: int  # tokens of prompts that no cache held, since the replica's start
     pages_used: int
     pages_total: int
     rows: int  # requests that run at once, at most

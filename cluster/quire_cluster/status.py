@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from quire_protos.v1 import control_pb2 as pb
 
 from quire_cluster.addresses import with_port
-from quire_cluster.keeper import Demand, Keeper
+from quire_cluster.demand import Demand
+from quire_cluster.keeper import Keeper
 from quire_cluster.nodes import is_head
 from quire_cluster.policies.reconcile import Phase
 from quire_cluster.reports import GatewayReport

@@ -331,6 +331,7 @@ def _reported(session: ReplicaSession) -> ReplicaReport:
         waiting=load.waiting,
         queued_tokens=load.queued_tokens,
         prefill_rate=load.prefill_rate,
+        computed=max(0, load.prefix_queries - load.prefix_hits),
         pages_used=load.pages_used,
         pages_total=load.pages_total,
         rows=load.rows,
