@@ -10,14 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from conftest import processes, wait_until
 from quire_cluster import liveness
 from quire_cluster.config import ServeConfig
-from quire_cluster.controller import Controller
-from quire_cluster.gateway.service import Service
-from quire_cluster.liveness import LivenessProbe, while_alive
-from quire_cluster.local_ray import start_private_cluster
-from quire_cluster.observability.metrics import Metrics
+from quire_cluster.controller import ClusterConfig, Controller
+from quire_cluster.deployment import Deployment, DeploymentConfig
+from quire_cluster.gateway.process import Gateway
+from quire_cluster.liveness import CONTROLLER, LivenessProbe, while_alive
+from quire_cluster.local_ray import PrivateCluster, start_private_cluster
 from quire_cluster.serve import Server
 from quire_cluster.workers import Workers
 from quire_engine.config import EngineConfig
@@ -28,9 +29,9 @@ LIMIT = 600.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster() -> Iterator[PrivateCluster]:
     running = start_private_cluster(num_workers=2)
-    yield
+    yield running
     running.stop()
 
 
@@ -114,50 +115,63 @@ def test_a_worker_that_hangs_while_it_loads_is_found(config: EngineConfig) -> No
     wait_until(lambda: not Path(f"/proc/{victim}").exists())
 
 
+class Named:
+    """In the controller's place for those who look whether it is there."""
+
+
 @pytest.mark.usefixtures("cluster")
 def test_a_replica_that_hangs_while_it_loads_is_replaced(config: EngineConfig) -> None:
+    """By a controller of this process."""
+
     async def run() -> None:
-        controller = Controller("quire-test", config, 1, threads=1, gpu=False, host="127.0.0.1")
-        await controller.start()
+        name = "quire-test"
+        named = ray.remote(Named).options(name=CONTROLLER, namespace=name, num_cpus=0).remote()
+        controller = Controller(ClusterConfig(name=name, host="127.0.0.1", private=True))
         try:
+            await controller.deploy([Deployment("tiny", config, DeploymentConfig())], checked=True)
             await asyncio.to_thread(wait_until, lambda: bool(processes(os.getpid(), "Worker")))
             [victim] = processes(os.getpid(), "Replica")
             os.kill(victim, signal.SIGSTOP)
             table = await asyncio.wait_for(controller.watch(0), LIMIT)
-            while not table.replicas:
+            while not (table.deployments and table.deployments[0].table.replicas):
                 table = await asyncio.wait_for(controller.watch(table.version), LIMIT)
-            assert [replica.epoch for replica in table.replicas] == [2]
+            assert [replica.epoch for replica in table.deployments[0].table.replicas] == [2]
             await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{victim}").exists())
         finally:
             await controller.shutdown()
             await asyncio.to_thread(wait_until, lambda: not processes(os.getpid(), "Replica"))
+            ray.kill(named)
 
     asyncio.run(run())
 
 
-@pytest.mark.usefixtures("cluster")
-def test_a_controller_that_hangs_is_replaced(config: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_controller_that_hangs_is_replaced(cluster: PrivateCluster, config: EngineConfig) -> None:
+    """Ray starts it again, and it goes on with the replica that is there."""
+
     async def run() -> None:
-        files = find_model(config)
-        service = Service.load(files, config, names=["tiny"], chat_template=None, metrics=Metrics())
-        server = Server(config, ServeConfig(), files)
+        server = Server(config, ServeConfig(served_model_name="tiny"), find_model(config))
+        gateway = server._gateway = Gateway(ServeConfig(), None, identity="test")
+        server._cluster = cluster
+        server._take(gateway.models.read(server._deployment))
         await server._start_controller()
-        following = asyncio.ensure_future(server._watch(service))
+        versions: list[int] = []
+        gateway.follow(server._controller, lambda table: versions.append(table.version))
         try:
             async with asyncio.timeout(LIMIT):
-                while not service.ready:
+                while not gateway.models.ready:
                     await asyncio.sleep(0.1)
-                before = {session.key for session in service.dispatcher.sessions}
-                [victim] = processes(os.getpid(), "Controller")
+                [victim], before = processes(os.getpid(), "Controller"), processes(os.getpid(), "Replica")
+                told = len(versions)
                 os.kill(victim, signal.SIGSTOP)
-                while not service.ready or before & {session.key for session in service.dispatcher.sessions}:
+                while len(versions) == told:
                     await asyncio.sleep(0.1)
+            assert versions == sorted(versions), "whoever follows must see that it is news"
+            assert gateway.models.ready
+            assert processes(os.getpid(), "Replica") == before
             await asyncio.to_thread(wait_until, lambda: victim not in processes(os.getpid(), "Controller"))
         finally:
-            server.stop()
-            following.cancel()
-            await service.dispatcher.close()
+            await gateway.stop()
             await server._controller.shutdown.remote()
+            ray.kill(server._controller)
 
     asyncio.run(run())
-    assert "the controller says nothing for 4 s" in caplog.text

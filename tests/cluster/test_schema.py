@@ -44,7 +44,10 @@ def kinds() -> set[type[Strict]]:
 
 
 def test_every_schema_is_walked() -> None:
-    assert LEAST.keys() == {kind for kind in kinds() if kind.model_fields and kind.__name__[0] != "_"} - {Strict, schema.OfModel}
+    assert LEAST.keys() == {kind for kind in kinds() if kind.model_fields and kind.__name__[0] != "_"} - {
+        Strict,
+        schema.OfModel,
+    }
 
 
 @pytest.mark.parametrize(("kind", "name", "field"), FIELDS, ids=NAMES)
