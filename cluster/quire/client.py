@@ -1,6 +1,14 @@
-"""A gRPC client, sync and async. `Client("host:50051").chat([...])`; the `stream` methods give deltas as they come."""
+"""A gRPC client, sync and async. `Client("host:50051").chat([...])`; the `stream` methods give deltas as they come.
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+It takes the addresses of several gateways, or a DNS name of theirs. Calls take turns among them; one that finds its
+gateway gone goes to another, and a stream that breaks goes on there after the tokens that have come: the same tokens.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +18,25 @@ from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
-_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.keepalive_time_ms", 15_000),  # a gateway whose host vanished without a word is found
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.lb_policy_name", "round_robin"),  # among the addresses of a name
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_SHUNNED = 5.0  # seconds that an address is left out after it failed, while there are others
+_PATIENCE = 30.0  # seconds without progress that a call which had begun is tried again for
+_PAUSES = (0.05, 1.0)  # seconds before it is: the first, and the longest
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+Addresses = str | Sequence[str]
 
 
-def _options(address: str) -> list[tuple[str, int]]:
+def _options(address: str) -> list[tuple[str, Any]]:
     """Of a channel. A proxy that the environment names cannot lead back to this machine."""
     return [*_OPTIONS, ("grpc.enable_http_proxy", 0)] if is_loopback(host_of(address)) else _OPTIONS
 
@@ -91,8 +114,8 @@ def _chat_request(messages: list[dict[str, str]], model: str, options: dict[str,
     return request
 
 
-def _embed_request(inputs: Sequence[str | list[int]], dimensions: int | None) -> pb.EmbedRequest:
-    request = pb.EmbedRequest(dimensions=dimensions)
+def _embed_request(inputs: Sequence[str | list[int]], model: str, dimensions: int | None) -> pb.EmbedRequest:
+    request = pb.EmbedRequest(model=model, dimensions=dimensions)
     for given in inputs:
         if isinstance(given, str):
             request.inputs.add(text=given)
@@ -147,27 +170,133 @@ class _Gathered:
         )
 
 
+class _Place:
+    """One address, with its channel."""
+
+    def __init__(self, address: str, channel: Any) -> None:
+        self.address = address
+        self.channel = channel
+        self.stub: Any = inference_pb2_grpc.InferenceStub(channel)
+        self.shunned_until = 0.0
+
+
+class _Places:
+    """The addresses in turn, those that failed a moment ago left out while there are others."""
+
+    def __init__(self, addresses: Addresses, connect: Any) -> None:
+        given = addresses.split(",") if isinstance(addresses, str) else addresses
+        names = [address.strip() for address in given if address.strip()]
+        if not names:
+            raise InvalidParameter("no address was given; give one as localhost:50051", "addresses")
+        self._all = [_Place(name, connect(name, options=_options(name))) for name in names]
+        self._turn = random.randrange(len(names))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[_Place]:
+        return iter(self._all)
+
+    def next(self) -> _Place:
+        self._turn += 1
+        now = time.monotonic()
+        rotated = [self._all[(self._turn + step) % len(self._all)] for step in range(len(self._all))]
+        return next((place for place in rotated if place.shunned_until <= now), rotated[0])
+
+
+class _Attempts:
+    """A call, over as many gateways as it takes: where it goes next, and after how long."""
+
+    def __init__(self, places: _Places, timeout: float | None) -> None:
+        self._places = places
+        self._until = None if timeout is None else time.monotonic() + timeout
+        self._tried = 0
+        self._progress = time.monotonic()
+        self._pause = _PAUSES[0]
+        self.begun = False
+        self.place = places.next()
+
+    @property
+    def time_left(self) -> float | None:
+        return None if self._until is None else max(0.0, self._until - time.monotonic())
+
+    def advanced(self) -> None:
+        """Something has come."""
+        self.begun = True
+        self._tried, self._progress, self._pause = 0, time.monotonic(), _PAUSES[0]
+
+    def failed(self, error: grpc.RpcError) -> float:
+        """Seconds to wait before the next attempt, at another place. Raises `error` where there is none: it is the
+        call's own, or every address has failed, and what has begun does not go on for long."""
+        call: Any = error
+        full = call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        now = time.monotonic()
+        if call.code() not in _GONE and not full:
+            raise error
+        self._tried += 1
+        self.place.shunned_until = now + _SHUNNED
+        patient = self.begun and not full and now - self._progress < _PATIENCE
+        if (self._tried >= len(self._places) and not patient) or self.time_left == 0.0:
+            raise error
+        pause, self._pause = self._pause, min(2 * self._pause, _PAUSES[1])
+        self.place = self._places.next()
+        return pause if self._tried >= len(self._places) else 0.0
+
+
+class _Stream(_Attempts):
+    """A call whose answer comes piece by piece: the request, and what has come of its answers."""
+
+    def __init__(self, places: _Places, timeout: float | None, method: str, request: Any) -> None:
+        super().__init__(places, timeout)
+        self._method = method
+        self._request = request
+        if not request.sampling.HasField("seed"):  # else no other gateway could go on with it
+            request.sampling.seed = random.getrandbits(63)
+        self._held: dict[int, pb.Emitted] = {}
+        self._scored = 0  # positions of the prompt whose log-probabilities have come
+        self._known = 0  # of those, how many this attempt has yet to tell again
+
+    def open(self, metadata: list[tuple[str, str]]) -> Any:
+        """At the place whose turn it is."""
+        self._known = self._scored
+        del self._request.resume[:]
+        self._request.resume.extend(self._held[index] for index in sorted(self._held))
+        return getattr(self.place.stub, self._method)(self._request, timeout=self.time_left, metadata=metadata)
+
+    def take(self, message: pb.GenerateResponse) -> None:
+        """Something has come; what had come before is taken out of it."""
+        self.advanced()
+        again = min(self._known, len(message.prompt_logprobs))
+        if message.HasField("usage") or message.prompt_logprobs:
+            self._known -= again
+            self._scored += len(message.prompt_logprobs) - again
+            del message.prompt_logprobs[:again]
+            return
+        held = self._held.setdefault(message.index, pb.Emitted(index=message.index))
+        held.token_ids.extend(message.token_ids)
+        held.finished = held.finished or message.HasField("finish_reason")
+
+
 class _Base:
-    _stub: Any
-
-    def __init__(self, api_key: str | None) -> None:
+    def __init__(self, addresses: Addresses, api_key: str | None, connect: Any) -> None:
         self._metadata = _metadata(api_key)
+        self._places = _Places(addresses, connect)
 
-    def _generate(self, prompt: str | list[int], model: str, timeout: float | None, options: dict[str, Any]) -> Any:
-        request = _generate_request(prompt, model, options)
-        return self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
+    def _generate(self, prompt: str | list[int], model: str, timeout: float | None, options: dict[str, Any]) -> _Stream:
+        return _Stream(self._places, timeout, "Generate", _generate_request(prompt, model, options))
 
-    def _chat(self, messages: list[dict[str, str]], model: str, timeout: float | None, options: dict[str, Any]) -> Any:
-        return self._stub.Chat(_chat_request(messages, model, options), timeout=timeout, metadata=self._metadata)
+    def _chat(
+        self, messages: list[dict[str, str]], model: str, timeout: float | None, options: dict[str, Any]
+    ) -> _Stream:
+        return _Stream(self._places, timeout, "Chat", _chat_request(messages, model, options))
 
 
 class Client(_Base):
     """Blocking. Options of `generate` and `chat` are the sampling parameters; errors are grpc.RpcError."""
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
-        super().__init__(api_key)
-        self._channel = grpc.insecure_channel(address, options=_options(address))
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+    def __init__(self, addresses: Addresses = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
+        """`addresses`: of gateways; one, several (also as one text, with commas), or a DNS name of theirs."""
+        super().__init__(addresses, api_key, grpc.insecure_channel)
 
     def __enter__(self) -> "Client":
         return self
@@ -177,7 +306,8 @@ class Client(_Base):
 
     def close(self) -> None:
         """Hangs up."""
-        self._channel.close()
+        for place in self._places:
+            place.channel.close()
 
     def generate(
         self, prompt: str | list[int], *, model: str = "", timeout: float | None = None, **options: Any
@@ -203,48 +333,66 @@ class Client(_Base):
         """The same, piece by piece."""
         return self._follow(self._chat(messages, model, timeout, options))
 
-    def embed(self, inputs: Sequence[str | list[int]], *, dimensions: int | None = None) -> list[list[float]]:
+    def embed(
+        self, inputs: Sequence[str | list[int]], *, model: str = "", dimensions: int | None = None
+    ) -> list[list[float]]:
         """A vector for each text (or token ids)."""
-        request = _embed_request(inputs, dimensions)
-        return [list(one.values) for one in self._stub.Embed(request, metadata=self._metadata).embeddings]
+        answer = self._ask("Embed", _embed_request(inputs, model, dimensions))
+        return [list(one.values) for one in answer.embeddings]
 
-    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, model: str = "", add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
-        request = pb.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
-        return list(self._stub.Tokenize(request, metadata=self._metadata).token_ids)
+        request = pb.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
+        return list(self._ask("Tokenize", request).token_ids)
 
-    def detokenize(self, token_ids: list[int]) -> str:
+    def detokenize(self, token_ids: list[int], *, model: str = "") -> str:
         """The text of token ids."""
-        return str(self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids), metadata=self._metadata).text)
+        return str(self._ask("Detokenize", pb.DetokenizeRequest(model=model, token_ids=token_ids)).text)
 
     def models(self) -> list[str]:
         """What is served."""
-        return [model.id for model in self._stub.ListModels(pb.ListModelsRequest(), metadata=self._metadata).models]
+        return [model.id for model in self._ask("ListModels", pb.ListModelsRequest()).models]
 
-    @staticmethod
-    def _gather(call: Any) -> Response:
+    def _ask(self, method: str, request: Any) -> Any:
+        attempts = _Attempts(self._places, None)
+        while True:
+            try:
+                return getattr(attempts.place.stub, method)(request, metadata=self._metadata)
+            except grpc.RpcError as error:
+                time.sleep(attempts.failed(error))
+
+    def _messages(self, stream: _Stream) -> Iterator[pb.GenerateResponse]:
+        while True:
+            call = stream.open(self._metadata)
+            try:
+                for message in call:
+                    stream.take(message)
+                    yield message
+                return
+            except grpc.RpcError as error:
+                pause = stream.failed(error)
+            finally:
+                call.cancel()
+            time.sleep(pause)
+
+    def _gather(self, stream: _Stream) -> Response:
         gathered = _Gathered()
-        for message in call:
+        for message in self._messages(stream):
             gathered.add(message)
         return gathered.response()
 
-    @staticmethod
-    def _follow(call: Any) -> Iterator[Output]:
-        try:
-            for message in call:
-                if not (message.HasField("usage") or message.prompt_logprobs):
-                    yield _delta(message)
-        finally:
-            call.cancel()
+    def _follow(self, stream: _Stream) -> Iterator[Output]:
+        for message in self._messages(stream):
+            if not (message.HasField("usage") or message.prompt_logprobs):
+                yield _delta(message)
 
 
 class AsyncClient(_Base):
     """The same for asyncio."""
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
-        super().__init__(api_key)
-        self._channel = grpc.aio.insecure_channel(address, options=_options(address))
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+    def __init__(self, addresses: Addresses = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
+        """`addresses`: of gateways; one, several (also as one text, with commas), or a DNS name of theirs."""
+        super().__init__(addresses, api_key, grpc.aio.insecure_channel)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -254,7 +402,8 @@ class AsyncClient(_Base):
 
     async def close(self) -> None:
         """Hangs up."""
-        await self._channel.close()
+        for place in self._places:
+            await place.channel.close()
 
     async def generate(
         self, prompt: str | list[int], *, model: str = "", timeout: float | None = None, **options: Any
@@ -265,7 +414,7 @@ class AsyncClient(_Base):
     def stream(
         self, prompt: str | list[int], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> AsyncIterator[Output]:
-        """The same, piece by piece."""
+        """The same, piece by piece. Closing the iterator cancels the request."""
         return self._follow(self._generate(prompt, model, timeout, options))
 
     async def chat(
@@ -280,23 +429,40 @@ class AsyncClient(_Base):
         """The same, piece by piece."""
         return self._follow(self._chat(messages, model, timeout, options))
 
-    async def embed(self, inputs: Sequence[str | list[int]], *, dimensions: int | None = None) -> list[list[float]]:
+    async def embed(
+        self, inputs: Sequence[str | list[int]], *, model: str = "", dimensions: int | None = None
+    ) -> list[list[float]]:
         """A vector for each text (or token ids)."""
-        response = await self._stub.Embed(_embed_request(inputs, dimensions), metadata=self._metadata)
-        return [list(one.values) for one in response.embeddings]
+        attempts, request = _Attempts(self._places, None), _embed_request(inputs, model, dimensions)
+        while True:
+            try:
+                answer = await attempts.place.stub.Embed(request, metadata=self._metadata)
+                return [list(one.values) for one in answer.embeddings]
+            except grpc.RpcError as error:
+                await asyncio.sleep(attempts.failed(error))
 
-    @staticmethod
-    async def _gather(call: Any) -> Response:
+    async def _messages(self, stream: _Stream) -> AsyncGenerator[pb.GenerateResponse]:
+        while True:
+            call = stream.open(self._metadata)
+            try:
+                async for message in call:
+                    stream.take(message)
+                    yield message
+                return
+            except grpc.RpcError as error:
+                pause = stream.failed(error)
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause)
+
+    async def _gather(self, stream: _Stream) -> Response:
         gathered = _Gathered()
-        async for message in call:
+        async for message in self._messages(stream):
             gathered.add(message)
         return gathered.response()
 
-    @staticmethod
-    async def _follow(call: Any) -> AsyncIterator[Output]:
-        try:
-            async for message in call:
+    async def _follow(self, stream: _Stream) -> AsyncIterator[Output]:
+        async with aclosing(self._messages(stream)) as messages:
+            async for message in messages:
                 if not (message.HasField("usage") or message.prompt_logprobs):
                     yield _delta(message)
-        finally:
-            call.cancel()

@@ -139,7 +139,7 @@ class Dispatcher:
         """
         if not self.max_model_len:
             raise Unavailable("no replica is ready yet; try again when /ready answers 200")
-        choices, sessions = generation.choices, self.sessions
+        choices, sessions = [choice for choice in generation.choices if not choice.ended], self.sessions
         if not sessions:
             if len(self._homeless) + len(choices) > self._max_waiting:
                 wait = max(1.0, (self._ready_at or 0.0) - time.time())

@@ -5,10 +5,10 @@ The log (prompt, emitted tokens, sampling parameters, seed) is all that a replic
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quire_engine.errors import QuireError
+from quire_engine.errors import InvalidParameter, QuireError
 from quire_engine.request import EngineSampling
 from quire_engine.step import Floats, TokenLogprobs
 from quire_engine.text.output import OutputText
@@ -30,6 +30,14 @@ class Delta:
     finish_reason: str | None
     stop_reason: str | int | None
     error: QuireError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """What a client holds of a choice: its tokens, and whether its ending came, too."""
+
+    tokens: Sequence[int]
+    finished: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,7 @@ class Choice:
         else:
             self.token_intervals.append(now - times.last_token)
         times.last_token = now
-        stops = token in self._stop_ids and len(output) > self.sampling.min_tokens
+        stops = self._stops_at((token,))
         self._new_tokens.append(token)
         self._new_offsets.append(self._text.length)
         shown = self._text.push(token, stops)
@@ -137,6 +145,29 @@ class Choice:
             self.end("stop", stop_reason=self._text.stopped_by)
         self._arrived.set()
         return True
+
+    def resume(self, tokens: Sequence[int], *, finished: bool) -> None:
+        """Goes on after tokens that the client holds, with all the text that they had shown. Nothing of them is told
+        again, but for an ending that had not come yet. Raises InvalidParameter for what no answer can have been."""
+        for token in tokens:
+            if self._text.stopped_by is not None or self._stops_at(self.output[-1:]):
+                raise InvalidParameter(f"resume has tokens of answer {self.index} after its end", "resume")
+            self.output.append(token)
+            self._text.push(token, self._stops_at((token,)))
+        if len(self.output) > self.sampling.max_tokens:
+            raise InvalidParameter(f"resume has more tokens of answer {self.index} than max_tokens", "resume")
+        if finished:
+            self.finish_reason, self._reported_end = "stop", True
+        elif self._text.stopped_by is not None:
+            self.end("stop", stop_reason=self._text.stopped_by)
+        elif self._stops_at(self.output[-1:]):
+            self.end("stop", stop_reason=self.output[-1])
+        elif len(self.output) == self.sampling.max_tokens:
+            self.end("length")
+
+    def _stops_at(self, tokens: Sequence[int]) -> bool:
+        """Whether the output, which these end, ends with them."""
+        return any(token in self._stop_ids for token in tokens) and len(self.output) > self.sampling.min_tokens
 
     def start(self, cached_tokens: int, now: float) -> None:
         """A replica computes it; the first one counts."""
@@ -196,6 +227,13 @@ class Generation:
             Choice(index, facts, sampling, text, self._arrived)
             for index, (sampling, text) in enumerate(zip(samplings, texts, strict=True))
         ]
+
+    def resume(self, emitted: Mapping[int, "Emitted"]) -> None:
+        """What the client holds already, by choice. Raises InvalidParameter."""
+        for index, one in emitted.items():
+            if index >= len(self.choices):
+                raise InvalidParameter(f"resume has an answer {index}, and n is {len(self.choices)}", "resume")
+            self.choices[index].resume(one.tokens, finished=one.finished)
 
     async def deltas(self) -> list[Delta]:
         """The next batch of news, at most one Delta per choice; an empty list once everything has been told."""

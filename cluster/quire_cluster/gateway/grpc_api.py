@@ -29,7 +29,7 @@ from quire_cluster.gateway import reflection
 from quire_cluster.gateway.calls import CallGuard
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.fields import MAX_MESSAGES
-from quire_cluster.gateway.generation import Delta, Generation
+from quire_cluster.gateway.generation import Delta, Emitted, Generation
 from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.pooling import check_count, pooled, shortened, tokens_of
 from quire_cluster.gateway.service import Service
@@ -103,6 +103,16 @@ def _ids(given: Sequence[int], most: int, name: str) -> list[int]:
     if len(given) > most:
         raise ContextTooLong(f"{name} has {len(given)} token ids; at most {most} fit; shorten it", name)
     return list(given)
+
+
+def _emitted(given: Sequence[pb.Emitted], most: int) -> dict[int, Emitted]:
+    """By the choice. Raises InvalidParameter."""
+    found: dict[int, Emitted] = {}
+    for one in given:
+        if one.index in found:
+            raise InvalidParameter(f"resume has answer {one.index} twice", "resume")
+        found[one.index] = Emitted(_ids(one.token_ids, most, "resume"), one.finished)
+    return found
 
 
 def _messages(request: pb.ChatRequest) -> list[dict[str, Any]]:
@@ -183,13 +193,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             service.check_generates()
             params = sampling_from_proto(request.sampling, max_tokens=max_tokens)
             left = context.time_remaining()
-            generation = service.start(
-                await prompt(service),
-                await service.sampling(params),
-                priority=request.priority,
-                deadline=time.monotonic() + left if left is not None and left < 1e8 else 0.0,
-                cache_salt=request.cache_salt or None,
-            )
+            tokens, sampling = await prompt(service), await service.sampling(params)
+            emitted = _emitted(request.resume, service.max_model_len)
+            options = {
+                "priority": request.priority,
+                "deadline": time.monotonic() + left if left is not None and left < 1e8 else 0.0,
+                "cache_salt": request.cache_salt or None,
+            }
+            if emitted:
+                generation = await service.resume(tokens, sampling, emitted, **options)
+            else:
+                generation = service.start(tokens, sampling, **options)
             while deltas := await generation.deltas():
                 for delta in deltas:
                     if delta.error is not None:

@@ -1,6 +1,7 @@
 """What every way in has in common: check, render, tokenize, dispatch; and at the end, the metrics and one line of
 log."""
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -28,7 +29,7 @@ from quire_engine.weights.resolve import ModelFiles
 
 from quire_cluster.deployment import Deployment
 from quire_cluster.gateway.dispatcher import Dispatcher
-from quire_cluster.gateway.generation import Generation, RequestFacts
+from quire_cluster.gateway.generation import Emitted, Generation, RequestFacts
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.texts import Texts
 from quire_cluster.observability.metrics import Metrics, ModelMetrics
@@ -216,7 +217,31 @@ class Service:
     ) -> Generation:
         """Checks what is left to check and sends it off. Raises RequestError or Unavailable."""
         check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
-        return self._start(prompt, sampling, priority, deadline, cache_salt, request_id)
+        return self._send(self._made(prompt, sampling, priority, deadline, cache_salt, request_id))
+
+    async def resume(
+        self,
+        prompt: list[int],
+        sampling: TokenSampling,
+        emitted: Mapping[int, Emitted],
+        *,
+        priority: int = 0,
+        deadline: float = 0.0,
+        cache_salt: str | None = None,
+    ) -> Generation:
+        """`start`, where the client holds a part of the answer, which another gateway began: by choice, `emitted`."""
+        check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
+        if sampling.params.seed is None and sampling.params.temperature > 0:
+            raise InvalidParameter(
+                "resume wants the seed that the answer was begun with, as what comes next depends on it; send a seed "
+                "from the start, or temperature = 0",
+                "seed",
+            )
+        for one in emitted.values():
+            self._check_tokens(one.tokens, "resume")
+        generation = self._made(prompt, sampling, priority, deadline, cache_salt, None)
+        await asyncio.to_thread(generation.resume, emitted)
+        return self._send(generation)
 
     def pool(self, prompt: list[int], *, scores: bool, deadline: float = 0.0) -> Generation:
         """Sends a text off whose vector (or score) is wanted. Raises RequestError or Unavailable."""
@@ -231,9 +256,9 @@ class Service:
             raise ContextTooLong(
                 f"an input has {len(prompt)} tokens; the context is {self.max_model_len}; shorten it", "input"
             )
-        return self._start(prompt, self._pooled, 0, deadline, None, None)
+        return self._send(self._made(prompt, self._pooled, 0, deadline, None, None))
 
-    def _start(
+    def _made(
         self,
         prompt: list[int],
         sampling: TokenSampling,
@@ -244,7 +269,9 @@ class Service:
     ) -> Generation:
         if self.draining:
             raise Unavailable("this server is shutting down; try another one")
-        self._check_prompt(prompt)
+        if not prompt:
+            raise InvalidParameter("the prompt has no tokens", "prompt")
+        self._check_tokens(prompt, "prompt")
         params = sampling.params
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         samplings = sampling.choices(room=max(1, self.max_model_len - len(prompt)), seed=seed)
@@ -257,16 +284,16 @@ class Service:
             cache_salt=salt,
             arrival=time.monotonic(),
         )
-        generation = Generation(facts, samplings, [OutputText(self.tokenizer, params, prompt) for _ in samplings])
+        return Generation(facts, samplings, [OutputText(self.tokenizer, params, prompt) for _ in samplings])
+
+    def _send(self, generation: Generation) -> Generation:
         self.dispatcher.submit(generation)
         self._open.add(generation)
         return generation
 
-    def _check_prompt(self, prompt: list[int]) -> None:
-        if not prompt:
-            raise InvalidParameter("the prompt has no tokens", "prompt")
-        if max(prompt) >= self.vocab_size or min(prompt) < 0:
-            raise InvalidParameter(f"the prompt holds a token id outside 0 to {self.vocab_size - 1}", "prompt")
+    def _check_tokens(self, tokens: Sequence[int], name: str) -> None:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            raise InvalidParameter(f"the {name} holds a token id outside 0 to {self.vocab_size - 1}", name)
 
     # ---- endings --------------------------------------------------------------------------------------------------
 
