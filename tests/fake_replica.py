@@ -36,6 +36,8 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
         self.deadly: Callable[[pb.Submit, int], bool] = lambda submit, length: False
         self.refuses: Callable[[pb.Submit], pb.Ending | None] = lambda submit: None
         self.last_words = "a worker process died"
+        self.cached: Callable[[pb.Submit], int] = lambda submit: 0  # tokens of its prompt
+        self.block_size = 0  # tokens; 0: it does not say
         self.silent = False
         self.step_age = 0.0  # seconds without a step, while it is busy
         self.num_sessions = 0
@@ -96,7 +98,7 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
 
     async def _beat(self, updates: Updates) -> None:
         while True:
-            load = pb.Load(running=len(self._running), most_requests=self.most_requests)
+            load = pb.Load(running=len(self._running), most_requests=self.most_requests, block_size=self.block_size)
             load.busy, load.step_age = self.step_age > 0, self.step_age
             updates.put_nowait(pb.SessionUpdate(load=load))
             await asyncio.sleep(0.02)
@@ -122,7 +124,7 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
             return
         self._running.add(submit.id)
         updates.put_nowait(pb.SessionUpdate(admitted=[submit.id]))
-        updates.put_nowait(pb.SessionUpdate(started=[pb.Started(id=submit.id)]))
+        updates.put_nowait(pb.SessionUpdate(started=[pb.Started(id=submit.id, cached_tokens=self.cached(submit))]))
         for index in range(len(submit.output), submit.sampling.max_tokens):
             if self.deadly(submit, index):
                 self.die(self.last_words)

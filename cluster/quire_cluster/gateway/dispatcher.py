@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,10 +21,11 @@ from quire_engine.errors import (
 from quire_protos.v1 import engine_pb2 as pb
 
 from quire_cluster.convert import error_from_proto, logprobs_from_proto
-from quire_cluster.gateway.generation import Choice, Generation
+from quire_cluster.gateway.generation import Choice, Generation, RequestFacts
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.policies.admission import has_room, rebuild_wait
-from quire_cluster.policies.routing import choose_replica
+from quire_cluster.policies.prefixes import Prompt
+from quire_cluster.policies.routing import Router, choose_replica
 from quire_cluster.policies.suspicion import Patience, Standing
 from quire_cluster.routing_table import Key, RoutingTable
 
@@ -49,6 +51,8 @@ class Dispatcher:
         self._homeless: dict[Choice, float] = {}  # choices that wait for a replica without a suspect → since when
         self._suspects: dict[Choice, float] = {}  # suspects that do
         self._held_back: float | None = None  # since when what is new waits for suspects
+        self._router: Router[Key] = Router(random.Random())
+        self._last: tuple[RequestFacts, Prompt, Key] | None = None  # the request that was sent last, and where
         self._turn = itertools.count()
         self._place: dict[Choice, tuple[ReplicaSession, int]] = {}
         self._up: dict[int, float] = {}  # slots that have had a replica → when it last was there
@@ -104,6 +108,7 @@ class Dispatcher:
         wanted = {entry.key for entry in table.replicas}
         for key, session in self._sessions.items():
             session.wanted = key in wanted
+            self._show(session)
         if table.replicas:
             self.max_model_len = min(entry.max_model_len for entry in table.replicas)
         elif table.max_model_len:
@@ -139,8 +144,10 @@ class Dispatcher:
         """
         if not self.max_model_len:
             raise Unavailable("no replica is ready yet; try again when /ready answers 200")
-        choices, sessions = [choice for choice in generation.choices if not choice.ended], self.sessions
-        if not sessions:
+        choices = [choice for choice in generation.choices if not choice.ended]
+        # There may be many replicas: they are gone through no further than is needed.
+        usable = (session for session in self._sessions.values() if session.usable)
+        if (first := next(usable, None)) is None:
             if len(self._homeless) + len(choices) > self._max_waiting:
                 wait = max(1.0, (self._ready_at or 0.0) - time.time())
                 known = f"in {wait:.0f} s" if self._ready_at else "later"
@@ -148,8 +155,10 @@ class Dispatcher:
                 raise Unavailable(f"no replica is there now, and {waiting} requests wait; try again {known}", wait)
             self._begin_ticking()
             self.on_wait()
-        elif not has_room((session.as_load() for session in sessions), len(choices) + len(self._homeless)):
-            most = sum(session.load.most_requests for session in sessions)
+        elif not has_room(
+            (session.as_load() for session in itertools.chain((first,), usable)), len(choices) + len(self._homeless)
+        ):
+            most = sum(session.load.most_requests for session in self.sessions)
             if len(choices) > most:
                 raise InvalidParameter(
                     f"n is {len(choices)}, and {most} answers run and wait at a time; ask for fewer, or start the "
@@ -178,17 +187,42 @@ class Dispatcher:
             choice.end("error", error=DeadlineExceeded("the deadline passed before the end"))
             return
         suspected = choice.losses.suspected
-        sessions = {session.key: session for session in self._open_to(suspected)}
-        chosen = choose_replica({key: session.as_load() for key, session in sessions.items()}, next(self._turn))
+        prompt, chosen = self._route(choice)
         if chosen is None:
             (self._suspects if suspected else self._homeless)[choice] = now
             return
-        session = sessions[chosen]
+        session = self._sessions[chosen]
         choice.epoch += 1
         choice.losses.sent(len(choice.output))
         if suspected:
             session.suspect = choice
-        self._place[choice] = (session, session.submit(choice))
+        choice.expected_cached = self._router.sent(chosen, prompt)
+        self._place[choice] = (session, session.submit(choice, prompt.tokens - choice.expected_cached))
+        self._show(session)
+
+    def _route(self, choice: Choice) -> tuple[Prompt, Key | None]:
+        """What routing looks at of it, and where it should go. The router knows no replica that is to be got around;
+        a suspect, and what finds no other, goes to the least loaded of those that are open to it."""
+        facts, last = choice.facts, self._last
+        sibling = last if last is not None and last[0] is facts else None
+        if sibling is not None and not choice.output:
+            prompt = sibling[1]
+        else:
+            prompt = Prompt.of(facts.prompt + choice.output, facts.cache_salt, self._router.block_size)
+        chosen = None
+        if not choice.losses.suspected:
+            chosen = self._router.choose(prompt, sibling[2] if sibling is not None else None)
+        if chosen is None:
+            loads = {session.key: session.as_load() for session in self._open_to(choice.losses.suspected)}
+            chosen = choose_replica(loads, next(self._turn))
+        if chosen is not None:
+            self._last = (facts, prompt, chosen)
+        return prompt, chosen
+
+    def _show(self, session: ReplicaSession) -> None:
+        """Tells the router what became of a replica. It is to know none that is suspicious, silent or draining."""
+        good = session.usable and session.suspect is None and session.silence.standing is Standing.GOOD
+        self._router.update(session.key, session.as_load() if good else None)
 
     def _release(self, choice: Choice, *, tell: bool) -> None:
         session, wire_id = self._place.pop(choice, (None, 0))
@@ -196,10 +230,12 @@ class Dispatcher:
             session.release(wire_id, tell=tell)
             if session.suspect is choice:
                 self._acquit(session)
+            self._show(session)
 
     def _acquit(self, session: ReplicaSession) -> None:
         """Its suspect has ended, or done nothing: others may come."""
         session.suspect = None
+        self._show(session)
         self._place_waiting()
 
     def _place_waiting(self) -> None:
@@ -244,7 +280,8 @@ class Dispatcher:
         for wire_id, index, token in zip(update.ids, update.indexes, update.tokens, strict=True):
             self._tell(session, wire_id, partial(Choice.accept, index=index, token=token, now=now))
         for started in update.started:
-            self._tell(session, started.id, partial(Choice.start, cached_tokens=started.cached_tokens, now=now))
+            cached = started.cached_tokens
+            self._tell(session, started.id, partial(self._start, session=session, cached=cached, now=now))
         for ending in update.endings:
             self._tell(session, ending.id, partial(self._finish, session=session, ending=ending))
         if session.suspect is not None and session.suspect.losses.grown(len(session.suspect.output)):
@@ -255,12 +292,15 @@ class Dispatcher:
     def reported(self, session: ReplicaSession) -> None:
         """A replica's load; the first one says that it is there."""
         self._up[session.entry.slot] = time.monotonic()
+        self._router.block_size = self._router.block_size or session.load.block_size
+        self._show(session)
         self._on_load(session)
         self._place_waiting()
 
     def lost(self, session: ReplicaSession, choices: list[tuple[Choice, bool]], failure: str) -> None:
         """A replica is gone: its choices go on elsewhere, from their logs, unless one is to blame."""
         now = time.monotonic()
+        self._router.forget(session.key)
         if session.entry.draining:  # it was to end: what it had left goes on elsewhere, and nobody is to blame
             for choice, _ in sorted(choices, key=lambda one: _arrival(one[0])):
                 self._place.pop(choice, None)
@@ -309,10 +349,17 @@ class Dispatcher:
         if choice.ended:
             self._release(choice, tell=True)
 
+    def _start(self, choice: Choice, session: ReplicaSession, cached: int, now: float) -> None:
+        choice.start(cached_tokens=cached, now=now)
+        if choice.sampling.prompt_logprobs is None:  # for those the whole prompt is computed, cached or not
+            expected = min(choice.expected_cached, len(choice.facts.prompt))  # more is not reported
+            self._router.started(session.key, expected, cached)
+
     def _finish(self, choice: Choice, session: ReplicaSession, ending: pb.Ending) -> None:
         self._release(choice, tell=False)
         if ending.error_kind == Unavailable.__name__:  # refused by a replica that drains: another one takes it
             session.draining = True
+            self._show(session)
             self._send(choice)
         elif ending.error_kind:
             choice.end("error", error=error_from_proto(ending.error_kind, ending.error))
@@ -338,6 +385,7 @@ class Dispatcher:
             session.silence.passed(passed)
             if session.usable:
                 self._up[session.entry.slot] = now
+            self._show(session)
             if session.silence.standing is Standing.LOST:
                 log.warning("replica %d (epoch %d) says nothing for %g s", *session.key[:2], self._patience.move)
                 session.silence.heard()  # and is asked again

@@ -83,6 +83,7 @@ class Choice:
         self.losses = Losses()
         self.times = Times()
         self.cached_tokens = 0
+        self.expected_cached = 0  # tokens that routing believes to be cached where it was sent last
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.error: QuireError | None = None

@@ -17,7 +17,7 @@ from quire_protos.v1 import engine_pb2_grpc
 from quire_cluster.convert import KEEPALIVE, MESSAGE_BYTES
 from quire_cluster.gateway.generation import Choice
 from quire_cluster.keys import bearer
-from quire_cluster.policies.routing import ReplicaLoad
+from quire_cluster.policies.routing import ReplicaLoad, Unreported
 from quire_cluster.policies.suspicion import Patience, Silence, Standing
 from quire_cluster.routing_table import ReplicaEntry
 
@@ -68,6 +68,7 @@ class ReplicaSession:
         self.draining = False  # it takes nothing new
         self.wanted = True
         self._own_at_report = 0
+        self._unreported = Unreported()
         self._failure = ""
         self._listener = listener
         self._submits: deque[int] = deque()
@@ -93,13 +94,17 @@ class ReplicaSession:
             reported=self.load.running + self.load.waiting,
             own_at_report=self._own_at_report,
             most=self.load.most_requests,
+            queued=self.load.queued_tokens + self._unreported.tokens,
+            pages=self.load.pages_total,
             avoided=self.silence.standing is not Standing.GOOD,
         )
 
-    def submit(self, choice: Choice) -> int:
-        """Sends a choice; its wire id. The message is built when it can go, so that nothing large waits."""
+    def submit(self, choice: Choice, tokens: int) -> int:
+        """Sends a choice; its wire id. The message is built when it can go, so that nothing large waits. `tokens`: of
+        its log, those that the replica will have to compute."""
         wire_id = next(_wire_ids)
         self.live[wire_id] = choice
+        self._unreported.sent(wire_id, tokens)
         self._submits.append(wire_id)
         self._work.set()
         return wire_id
@@ -108,6 +113,7 @@ class ReplicaSession:
         """A choice is done with. `tell`: the replica does not know."""
         self.live.pop(wire_id, None)
         self.begun.discard(wire_id)
+        self._unreported.gone(wire_id)
         if tell and self.open:
             self._aborts.append(wire_id)
             self._work.set()
@@ -161,7 +167,10 @@ class ReplicaSession:
         self.begun.update(started.id for started in update.started if started.id in self.live)
         self._failure = update.failure
         self._listener.updated(self, update)
+        for wire_id in update.admitted:
+            self._unreported.admitted(wire_id)
         if update.HasField("load"):
+            self._unreported.reported()
             self.load, self._own_at_report = update.load, len(self.live)
             self._listener.reported(self)
 
@@ -170,7 +179,7 @@ class ReplicaSession:
         failure = self._failure
         self.live, self.begun, self.suspect = {}, set(), None
         self.open, self.draining, self._failure = False, False, ""
-        self.load, self._own_at_report = pb.Load(), 0
+        self.load, self._own_at_report, self._unreported = pb.Load(), 0, Unreported()
         self._submits.clear()
         self._aborts.clear()
         self._listener.lost(self, choices, failure)

@@ -1,5 +1,6 @@
 """What a gateway takes in, and how long it keeps what finds no replica. Plain data in, a decision out."""
 
+import itertools
 from collections.abc import Iterable
 
 from quire_cluster.policies.routing import ReplicaLoad
@@ -9,8 +10,9 @@ _LOADS = 3.0  # times that a replica took to load: it is lost, placed, read from
 
 
 def has_room(loads: Iterable[ReplicaLoad], count: int) -> bool:
-    """Whether replicas will accept `count` requests more, as far as they have said."""
-    return sum(load.room for load in loads) >= count
+    """Whether replicas will accept `count` requests more, as far as they have said. Asks no more of them than it has
+    to."""
+    return any(room >= count for room in itertools.accumulate(load.room for load in loads))
 
 
 def rebuild_wait(load_seconds: float) -> float:
