@@ -196,8 +196,9 @@ class Dispatcher:
         choice.losses.sent(len(choice.output))
         if suspected:
             session.suspect = choice
-        choice.expected_cached = self._router.sent(chosen, prompt)
-        self._place[choice] = (session, session.submit(choice, prompt.tokens - choice.expected_cached))
+        believed = self._router.sent(chosen, prompt)
+        choice.routed = (prompt, believed)
+        self._place[choice] = (session, session.submit(choice, prompt.tokens - believed))
         self._show(session)
 
     def _route(self, choice: Choice) -> tuple[Prompt, Key | None]:
@@ -352,8 +353,8 @@ class Dispatcher:
     def _start(self, choice: Choice, session: ReplicaSession, cached: int, now: float) -> None:
         choice.start(cached_tokens=cached, now=now)
         if choice.sampling.prompt_logprobs is None:  # for those the whole prompt is computed, cached or not
-            expected = min(choice.expected_cached, len(choice.facts.prompt))  # more is not reported
-            self._router.started(session.key, expected, cached)
+            prompt, believed = choice.routed
+            self._router.started(session.key, prompt, min(believed, len(choice.facts.prompt)), cached)
 
     def _finish(self, choice: Choice, session: ReplicaSession, ending: pb.Ending) -> None:
         self._release(choice, tell=False)

@@ -15,6 +15,7 @@ from quire_engine.text.output import OutputText
 from quire_protos.v1 import engine_pb2 as pb
 
 from quire_cluster.convert import sampling_to_proto
+from quire_cluster.policies.prefixes import Prompt
 from quire_cluster.policies.quarantine import Losses
 
 
@@ -83,7 +84,7 @@ class Choice:
         self.losses = Losses()
         self.times = Times()
         self.cached_tokens = 0
-        self.expected_cached = 0  # tokens that routing believes to be cached where it was sent last
+        self.routed = (Prompt(0), 0)  # as it was sent last; tokens that were believed to be cached there
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.error: QuireError | None = None

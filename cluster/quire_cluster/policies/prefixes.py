@@ -74,9 +74,8 @@ class PrefixMap:
         self._trim(replica, min(self._share, most or self._share))
         return known
 
-    def missed(self, replica: int, count: int) -> None:
-        """It lacked so many blocks that it was believed to have. It has them now; but its cache holds less than was
-        believed, so as many of the oldest are forgotten."""
+    def shrink(self, replica: int, count: int) -> None:
+        """So many of its oldest blocks are not there any more."""
         self._trim(replica, max(0, len(self._blocks[replica]) - count))
 
     def found(self, hashes: Sequence[int], among: int) -> list[tuple[int, int]]:

@@ -145,11 +145,14 @@ class Router(Generic[Key]):
             self._prefixes.forget(replica.number)
             self._numbered[replica.number] = None
 
-    def started(self, key: Key, believed: int, cached: int) -> None:
-        """A request was begun there, with so many tokens cached; `believed`: what `sent` had returned."""
+    def started(self, key: Key, prompt: Prompt, believed: int, cached: int) -> None:
+        """A request was begun there, with so many tokens cached; `believed`: what `sent` had returned. Where that was
+        more, the cache holds less than was believed: as much of the oldest is forgotten. The prompt itself is there
+        now."""
         replica = self._replicas.get(key)
         if replica is not None and believed > cached:
-            self._prefixes.missed(replica.number, (believed - cached) // self.block_size)
+            self._prefixes.shrink(replica.number, (believed - cached) // self.block_size)
+            self._prefixes.learn(replica.number, prompt.hashes, replica.pages)
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
