@@ -423,20 +423,23 @@ def test_a_gateway_hears_what_was_cached(tokenizer: Tokenizer, kept: bool) -> No
 
 
 def test_what_waits_at_a_replica_sends_what_is_new_to_another(tokenizer: Tokenizer) -> None:
-    """Though this one's report does not say so yet."""
+    """Though no report says so, and the other has more requests."""
 
     async def run() -> None:
         async with gateway(tokenizer, 2) as g:
             for replica in g.replicas:
                 replica.ponders = lambda submit: len(submit.prompt) > 100
+                replica.holds = lambda submit: True
             large = g.start([9] * 1000)
             await until(lambda: any(replica.submitted for replica in g.replicas))
             [one] = [replica for replica in g.replicas if replica.submitted]
-            for number in range(5):
-                await tokens(g.start([4, number]))
+            small = [g.start([4, number]) for number in range(5)]
+            await until(lambda: sum(len(replica.submitted) for replica in g.replicas) == 6)
             assert len(one.submitted) == 1
             for replica in g.replicas:
-                replica.ponders = lambda submit: False
+                replica.ponders = replica.holds = lambda submit: False
             assert await tokens(large) == expected([9] * 1000)
+            for number, answer in enumerate(small):
+                assert await tokens(answer) == expected([4, number])
 
     asyncio.run(run())

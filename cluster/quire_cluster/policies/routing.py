@@ -1,6 +1,7 @@
 """Which replica a request goes to. Plain data in, a choice out."""
 
 import random
+import sys
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -86,7 +87,8 @@ class _Replica(Generic[Key]):
         self.key = key
         self.number = number  # of its bit
         self.place = -1  # among those that are open; -1: it is not
-        self.requests = self.most = self.queued = self.pages = 0
+        self.requests = self.queued = self.pages = 0
+        self.most = 0  # requests that it accepts, as far as it has said
         self.turn = 0  # when something was last sent there
 
 
@@ -134,7 +136,7 @@ class Router(Generic[Key]):
             self._requests += replica.requests
         requests = load.requests
         self._requests += requests - replica.requests
-        replica.requests, replica.most = requests, load.most
+        replica.requests, replica.most = requests, load.most or sys.maxsize
         replica.queued, replica.pages = load.queued, load.pages
 
     def forget(self, key: Key) -> None:
@@ -162,17 +164,14 @@ class Router(Generic[Key]):
         if not self._open:
             return None
         sibling = self._replicas.get(beside) if beside is not None else None
-        if sibling is not None and sibling.place >= 0 and self._may_have_more(sibling):
+        if sibling is not None and sibling.place >= 0 and sibling.requests < min(self._cap, sibling.most):
             return sibling.key
-        best: _Replica[Key] | None = None
-        least = (0, 0)
-        for replica, blocks in self._candidates(prompt):
-            cached = min(blocks * self.block_size, prompt.tokens - 1)
-            rank = (prompt.tokens - cached + replica.queued + _RUNNING * replica.requests, replica.turn)
-            if best is None or rank < least:
-                best, least = replica, rank
-        assert best is not None, "there is a candidate where a replica is open"
-        return best.key
+        size, last = self.block_size, prompt.tokens - 1  # which is always computed
+        ranks = [
+            (one.queued + _RUNNING * one.requests - min(blocks * size, last), one.turn, one.number)
+            for one, blocks in self._candidates(prompt)
+        ]
+        return self._at(min(ranks)[2]).key
 
     def candidates(self, prompt: Prompt) -> list[Key]:
         """Those that are looked at for it."""
@@ -186,23 +185,25 @@ class Router(Generic[Key]):
         known = self._prefixes.learn(replica.number, prompt.hashes, replica.pages)
         return min(known * self.block_size, prompt.tokens - 1)
 
-    def _may_have_more(self, replica: _Replica[Key]) -> bool:
-        after = replica.requests + 1
-        return after <= _SHARE * (self._requests + 1) / len(self._open) + _SLACK and (
-            not replica.most or after <= replica.most
-        )
+    @property
+    def _cap(self) -> int:
+        """Requests that one replica may have, with the one that is to be sent."""
+        return int(_SHARE * (self._requests + 1) / len(self._open) + _SLACK)
 
     def _candidates(self, prompt: Prompt) -> list[tuple[_Replica[Key], int]]:
         """With how many of the prompt's first blocks each is believed to have. Where none may have more, one that
         accepts more if there is one, and of these one with few requests."""
         found = self._prefixes.found(prompt.hashes, self._open_bits)
-        looked = self._all(found) if len(self._open) <= _ALL else self._drawn(found)
-        return [one for one in looked if self._may_have_more(one[0])] or [min(looked, key=_fullness)]
+        cap = self._cap
+        looked = self._all(found) if len(self._open) <= _ALL else self._drawn(found, cap)
+        good = [one for one in looked if one[0].requests < cap and one[0].requests < one[0].most]
+        return good or [min(looked, key=_fullness)]
 
     def _all(self, found: list[tuple[int, int]]) -> list[tuple[_Replica[Key], int]]:
-        return [(self._at(number), blocks) for blocks, mask in found for number in bits(mask)]
+        at = self._at
+        return [(at(number), blocks) for blocks, mask in found for number in bits(mask)]
 
-    def _drawn(self, found: list[tuple[int, int]]) -> list[tuple[_Replica[Key], int]]:
+    def _drawn(self, found: list[tuple[int, int]], cap: int) -> list[tuple[_Replica[Key], int]]:
         """Until two may have more. At most four fifths of all have more than 1.25 times the mean, so that is soon. The
         draw among holders is not an even one, which their loads make up for."""
         draw = self._generator.randrange
@@ -213,14 +214,14 @@ class Router(Generic[Key]):
             above = mask >> at
             replica = self._at(at + (above & -above).bit_length() - 1)
             looked.append((replica, blocks))
-            if self._may_have_more(replica):
+            if replica.requests < min(cap, replica.most):
                 good = 1
                 break
         while good < 2 and len(looked) < _DRAWS:
             replica = self._open[draw(len(self._open))]
             bit = 1 << replica.number
             looked.append((replica, next(blocks for blocks, mask in found if mask & bit)))
-            good += self._may_have_more(replica)
+            good += replica.requests < min(cap, replica.most)
         return looked
 
     def _at(self, number: int) -> _Replica[Key]:
@@ -250,4 +251,4 @@ class Router(Generic[Key]):
 
 def _fullness(one: tuple[_Replica[Key], int]) -> tuple[bool, int]:
     replica, _ = one
-    return (bool(replica.most) and replica.requests >= replica.most, replica.requests)
+    return (replica.requests >= replica.most, replica.requests)
