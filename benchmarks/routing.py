@@ -65,7 +65,7 @@ class RoundRobin(LeastLoaded):
 
     def choose(self, prompt: Prompt, beside: Any = None) -> Any:
         """The next."""
-        return sorted(self._loads)[next(self._sent) % len(self._loads)]
+        return sorted(self._loads)[next(self._sent) % len(self._loads)] if self._loads else None
 
 
 POLICIES: dict[str, Callable[[random.Random], Router[Any]]] = {
@@ -258,8 +258,8 @@ def simulate_by_name(name: str, pages: int) -> Found:
 
 # ---- real -------------------------------------------------------------------------------------------------------
 
-REAL = Traffic(12, 2, 5, 128, 64, 24, think=2.0, ramp=8.0)
-CACHE = 160 << 20  # bytes of a replica: about 3,500 tokens
+REAL = Traffic(14, 2, 7, 160, 48, 16, think=5.0, ramp=15.0)
+CACHE = 110 << 20  # bytes of a replica: about 2,500 tokens; all conversations come to 6,000 in the end
 
 
 @contextlib.contextmanager
