@@ -49,6 +49,19 @@ class AdminConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoadBalancerConfig(AdminConfig):
+    """The load balancer."""
+
+    listen_host: str = option("0.0.0.0", "that clients reach it at", form="an address of its machine")
+    listen_port: int = option(8080, "that clients reach it at over HTTP", least=1, most=65535)
+    listen_grpc_port: int = option(50050, "that clients reach it at over gRPC", least=1, most=65535)
+    output: str | None = option(None, "to write", form="a file", unset="the terminal")
+    reload: str | None = option(
+        None, "run after each write (as `systemctl reload haproxy`)", form="a command", unset="none"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """The device."""
 

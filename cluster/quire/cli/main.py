@@ -17,7 +17,7 @@ from quire_cluster.config import ServeConfig, StartConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.errors import InvalidParameter, QuireError
 
-from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, PlanConfig
+from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, LoadBalancerConfig, PlanConfig
 from quire.cli.options import add_options, build, names_of, read_config_file
 from quire.cli.terminal import flush, prepare, say
 
@@ -75,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     delete.add_argument("name", help="of the deployment")
     why = command("why", _why, "what requests wait for", "What requests wait for, and how long yet.", AdminConfig)
     why.add_argument("request", nargs="?", default="", help="its id [all that wait]")
+    balancer = command(
+        "load-balancer",
+        _load_balancer,
+        "the configuration of one for the gateways",
+        "Write a load balancer's configuration for the gateways that are registered now.",
+        LoadBalancerConfig,
+    )
+    balancer.add_argument("kind", choices=("haproxy", "nginx", "envoy"))
+    balancer.add_argument("--watch", action="store_true", help="go on, and write it again when gateways come and go")
     command("shutdown", _shutdown, "end a cluster", "Finish what runs, and end the cluster.", AdminConfig)
 
     chat = command("chat", _chat, "talk to a served model", "Talk to a served model.", ChatConfig)
@@ -194,6 +203,12 @@ def _why(arguments: argparse.Namespace, config: AdminConfig) -> None:
     from quire.cli.operate import why
 
     why(arguments.request, config)
+
+
+def _load_balancer(arguments: argparse.Namespace, config: LoadBalancerConfig) -> None:
+    from quire.cli.load_balancer import load_balancer
+
+    load_balancer(arguments.kind, config, watch=arguments.watch)
 
 
 def _shutdown(arguments: argparse.Namespace, config: AdminConfig) -> None:

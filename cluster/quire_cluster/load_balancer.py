@@ -1,0 +1,57 @@
+"""Configurations of load balancers in front of a cluster's gateways, made from those that are registered."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jinja2
+
+from quire_cluster.addresses import with_port
+
+KINDS = {"haproxy": "haproxy.cfg.j2", "nginx": "nginx.conf.j2", "envoy": "envoy.yaml.j2"}
+_PATIENCE = 3600  # seconds that an answer may take, and that one may pause
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayAddress:
+    """Where one is reached."""
+
+    name: str
+    host: str
+    http_port: int
+    grpc_port: int
+
+    @property
+    def http(self) -> str:
+        """host:port"""
+        return with_port(self.host, self.http_port)
+
+    @property
+    def grpc(self) -> str:
+        """host:port"""
+        return with_port(self.host, self.grpc_port)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listens:
+    """Where clients reach the load balancer. `socket`: of HAProxy's own commands."""
+
+    host: str
+    port: int
+    grpc_port: int
+    socket: str
+
+
+def configuration(kind: str, gateways: Sequence[GatewayAddress], listens: Listens) -> str:
+    """For one of KINDS. Gateways that share an address (the ports of one host) are one to it."""
+    loader = jinja2.PackageLoader("quire_cluster", "load_balancers")
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    apart = {(gateway.http, gateway.grpc): gateway for gateway in sorted(gateways, key=lambda one: one.name)}
+    return environment.get_template(KINDS[kind]).render(
+        gateways=list(apart.values()),
+        host="[::]" if listens.host == "::" else listens.host,
+        address=listens.host,
+        port=listens.port,
+        grpc_port=listens.grpc_port,
+        socket=listens.socket,
+        patience=_PATIENCE,
+    )
