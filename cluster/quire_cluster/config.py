@@ -107,15 +107,12 @@ class StartConfig(GatewayConfig):
     """The cluster."""
 
     ray_address: str = option("auto", "to start in", form="auto or the address of a Ray cluster")
-    gateways: int = option(1, "per node, which share its ports", form="gateways", least=1, most=64)
+    gateways: int = option(
+        1, "per node, which share its ports (with --port 0 each has its own)", form="gateways", least=1, most=64
+    )
     gateways_on: str = option("head", "nodes that have gateways", choices=("head", "all"))
     admin_host: str = option(
         "127.0.0.1", "of the head, for operators' calls", form="an address or a name of this machine"
     )
     admin_port: int = option(8001, "of operators' calls over HTTP", least=1, most=65535)
     admin_grpc_port: int = option(50052, "of operators' calls over gRPC", least=1, most=65535)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.port and self.grpc_port):
-            raise InvalidParameter("gateways that share a port need one: give --port and --grpc-port", "port")

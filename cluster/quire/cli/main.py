@@ -21,6 +21,7 @@ from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, LoadBalanc
 from quire.cli.options import add_options, build, names_of, read_config_file
 from quire.cli.terminal import flush, prepare, say
 
+_ANY_PORT = "any port: see `quire status`"
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # as shells say that a signal ended a program: 128 + its number
 
 
@@ -163,8 +164,8 @@ def _start(arguments: argparse.Namespace, config: StartConfig) -> None:
     host = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::") else config.host
     say(
         f"the cluster {'has started' if fresh else 'runs already'}; deploy models with `quire deploy FILE`\n"
-        f"  OpenAI API  http://{with_port(host, config.port)}/v1\n"
-        f"  gRPC        {with_port(host, config.grpc_port)}\n"
+        f"  OpenAI API  {f'http://{with_port(host, config.port)}/v1' if config.port else _ANY_PORT}\n"
+        f"  gRPC        {with_port(host, config.grpc_port) if config.grpc_port else _ANY_PORT}\n"
         f"  operators   {operator_file()} has the address and the key for `quire status` and the others"
     )
 
