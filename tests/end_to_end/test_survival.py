@@ -118,6 +118,14 @@ class Site:
         reload = ["--reload", f"kill -USR2 {master.pid}"]
         self.balancer.append(subprocess.Popen([*watching, *reload], env=self.environment))
 
+    def answers(self) -> bool:
+        """Whether both gateways do, and the load balancer in front of them."""
+        try:
+            ready = httpx.get(f"http://127.0.0.1:{self.http_port}/ready", timeout=60).status_code == 200
+        except httpx.HTTPError:
+            return False
+        return ready and [one.get("ready", False) for one in self.status()["gateways"]] == [True, True]
+
     def actors(self, kind: str) -> list[int]:
         """Processes of the cluster's actors."""
         return sorted(
@@ -151,6 +159,7 @@ def site(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         wait_until(found.serving("demo", 1))
         wait_until(found.serving("tiny", 2))
         found.balance(haproxy)
+        wait_until(found.answers)
         yield found
     finally:
         found.close()

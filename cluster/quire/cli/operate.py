@@ -163,7 +163,11 @@ def status(config: AdminConfig, *, watch: bool, as_json: bool) -> None:
             return found
 
         if as_json:
-            say(json_format.MessageToJson(look(), preserving_proto_field_name=True))
+            say(
+                json_format.MessageToJson(
+                    look(), preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+                )
+            )
         elif watch:
             _watch(lambda: shown(look()))
         else:
