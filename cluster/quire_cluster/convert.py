@@ -72,6 +72,7 @@ def request_from_proto(message: pb.Submit, request_id: int, now: float) -> Reque
         deadline=now + message.time_left if message.time_left else 0.0,
         cache_salt=message.cache_salt,
         resumed=message.resumed,
+        waiting_since=now if message.resumed else 0.0,
     )
 
 

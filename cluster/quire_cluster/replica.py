@@ -112,6 +112,9 @@ class EngineThread:
             block_size=scheduler.limits.block_size,
             most_requests=min(scheduler.limits.most_requests, 2**32 - 1),
             rows=scheduler.limits.max_num_seqs,
+            queued_tokens=scheduler.queued_tokens,
+            prefill_rate=self._engine.prompt_rate.per_second,
+            waiting_for={why.value: count for why, count in scheduler.waiting_for().items()},
         )
 
     @property
@@ -154,6 +157,23 @@ class EngineThread:
         request_id = session.by_wire_id.get(wire_id)
         if request_id is not None:
             self._engine.abort(request_id)
+
+    def why(self, session: GatewaySession, wire_ids: list[int]) -> None:
+        """Tells what requests wait for; nothing of those that are gone."""
+        known = self._engine.scheduler.requests
+        asked = {
+            wire_id: request
+            for wire_id in wire_ids
+            if (request := known.get(session.by_wire_id.get(wire_id, 0))) is not None
+        }
+        update, now = pb.SessionUpdate(), time.monotonic()
+        for wire_id, wait in zip(asked, self._engine.scheduler.explain(list(asked.values())), strict=True):
+            if wait.reason is None:
+                update.waiting.add(id=wire_id)
+            else:
+                since = max(0.0, now - wait.since)
+                update.waiting.add(id=wire_id, reason=wait.reason.value, since=since, tokens_ahead=wait.tokens_ahead)
+        self._deliver([(session, update)])
 
     def end_session(self, session: GatewaySession) -> None:
         """Its requests end with it."""
@@ -316,6 +336,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     session.put(refused)
                     continue
                 engine.put(functools.partial(engine.submit, session, submit))
+            if message.why:
+                engine.put(functools.partial(engine.why, session, list(message.why)))
 
     async def _beat(self, session: GatewaySession) -> None:
         while True:

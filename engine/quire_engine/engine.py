@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -25,6 +26,22 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+class PromptRate:
+    """How fast prompts are computed. A step counts by its prompt tokens: what many short prompts beside much decoding
+    take says little about a long queue."""
+
+    def __init__(self, most_tokens: int) -> None:
+        """`most_tokens`: of a step."""
+        self.per_second = 0.0  # 0: not measured yet
+        self._memory = 4.0 * most_tokens
+
+    def take(self, tokens: int, seconds: float) -> None:
+        """A step computed so many prompt tokens in that time."""
+        if tokens and seconds > 0:
+            share = tokens / self._memory if self.per_second else 1.0
+            self.per_second += share * (tokens / seconds - self.per_second)
+
+
 class Engine:
     """One continuous-batching engine. Not thread-safe: one thread adds, aborts and steps."""
 
@@ -32,6 +49,9 @@ class Engine:
         self._executor = executor
         self.scheduler = Scheduler(executor.limits)
         self.steps = 0  # liveness is the progress of this counter
+        self.prompt_rate = PromptRate(executor.limits.most_tokens)
+        self._begun: deque[float] = deque()  # when the steps in flight were
+        self._collected = 0.0  # when one was last
 
     def add(self, request: Request) -> None:
         """Accepts a request; raises what `Scheduler.add` raises."""
@@ -52,15 +72,23 @@ class Engine:
         `on_start` is told of what the step takes in for the first time before it is submitted, instead of its outcome.
         """
         scheduler = self.scheduler
-        plan = scheduler.schedule(time.monotonic())
+        now = time.monotonic()
+        plan = scheduler.schedule(now)
         if on_start is not None and (started := scheduler.take_started()):
             on_start(started)
         if plan is not None:
             self._executor.submit(plan)
+            self._begun.append(now)
         self.steps += 1
         in_flight = scheduler.num_in_flight
         due = in_flight and (plan is None or in_flight >= scheduler.limits.steps_in_flight)
-        return scheduler.commit(self._executor.collect() if due else None)
+        if not due:
+            return scheduler.commit(None)
+        result = self._executor.collect()
+        begun, self._collected = max(self._begun.popleft(), self._collected), time.monotonic()
+        outcome = scheduler.commit(result)
+        self.prompt_rate.take(outcome.num_prompt_tokens, self._collected - begun)
+        return outcome
 
     def close(self) -> None:
         """Stops the workers."""

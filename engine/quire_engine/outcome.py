@@ -18,6 +18,7 @@ class StepOutcome:
     prompt_logprobs: list[tuple[Request, int, TokenLogprobs]] = field(default_factory=list)  # with the first's place
     vectors: list[tuple[Request, Floats]] = field(default_factory=list)  # of models that pool
     num_tokens: int = 0  # computed
+    num_prompt_tokens: int = 0  # of these, of prompts, and of logs that were computed again
 
     def tell_vectors(self, drawing: list[Request], vectors: Floats) -> None:
         """Of the requests that drew and are told of it. vectors [S, width]."""

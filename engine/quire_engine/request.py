@@ -129,6 +129,7 @@ class Request:
     deadline: float = 0.0  # of the same clock; 0: none
     cache_salt: bytes = b""
     resumed: bool = False  # an engine had accepted it: no queue is too full for it
+    waiting_since: float = 0.0  # of the same clock: when it came, was preempted, or was left out of a plan; 0: arrival
     state: State = State.WAITING
     num_computed: int = 0  # tokens whose keys and values are in the cache, or on their way in a step in flight
     pending: int = 0  # tokens that steps in flight draw; they are not in the log yet
@@ -152,6 +153,7 @@ class Request:
         self.stop_ids = frozenset(self.params.stop_token_ids)
         self.end_length = self.num_prompt + self.params.max_tokens
         self.min_length = self.num_prompt + self.params.min_tokens
+        self.waiting_since = self.waiting_since or self.arrival
 
     def check(self, vocab_size: int) -> None:
         """Raises InvalidParameter for a log or for parameters that would harm the step it is in."""
@@ -165,6 +167,16 @@ class Request:
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that are known, and in no step yet."""
+        return max(0, len(self.tokens) - self.num_computed)  # below 0 where tokens in flight are not known yet
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it ever had a row here: where it waits, it was preempted."""
+        return self.num_cached >= 0
 
     def finish(self, reason: str, *, stop_token_id: int | None = None, error: Exception | None = None) -> None:
         """Its only ending; a second one is a bug."""

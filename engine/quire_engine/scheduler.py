@@ -13,9 +13,11 @@ given to someone else meanwhile is written by the later step.
 """
 
 import heapq
-from collections import deque
-from collections.abc import Callable
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from quire_engine.errors import DeadlineExceeded, EngineFailure, InvalidParamete
 from quire_engine.outcome import StepOutcome
 from quire_engine.request import Request, State, check_length
 from quire_engine.step import NewRow, PlanDraft, StepPlan, StepResult
+from quire_engine.waiting import Importance, Wait, WaitingQueue, WaitsFor
 
 
 @dataclass(slots=True)
@@ -46,16 +49,16 @@ class Scheduler:
         self.stats = SchedulerStats()
         self.requests: dict[int, Request] = {}
         self.running: list[Request] = []  # most important first
-        self._waiting: list[tuple[tuple[int, float, int], Request]] = []  # a heap
-        self._num_waiting = 0  # the heap also holds aborted requests until they surface
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id)
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._in_flight: deque[tuple[list[Request], StepPlan]] = deque()  # oldest first
+        self._in_flight: deque[tuple[list[Request], int, StepPlan]] = deque()  # oldest first; int: its prompt tokens
         self._ended: list[Request] = []  # finished outside a commit: aborted, past their deadline
         self._started: list[Request] = []
-        self._importance: Callable[[Request], tuple[int, float, int]] = (
+        self._importance: Callable[[Request], Importance] = (
             (lambda r: (r.priority, r.arrival, r.id)) if limits.by_priority else (lambda r: (0, r.arrival, r.id))
         )
+        self._waiting = WaitingQueue(self._importance)
+        self._held: dict[Request, WaitsFor] = {}  # what the last plan left out; replaced, and never changed
 
     @property
     def context(self) -> int:
@@ -67,12 +70,12 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Accepted, without a row."""
-        return self._num_waiting
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.running or self._num_waiting or self._ended or self._in_flight)
+        return bool(self.running or self._waiting or self._ended or self._in_flight)
 
     @property
     def num_in_flight(self) -> int:
@@ -88,8 +91,8 @@ class Scheduler:
         check_length(request.num_prompt, request.params.max_tokens, self.context)
         if request.deadline and request.deadline <= request.arrival:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
-        if not request.resumed and self._num_waiting >= limits.max_num_queued_reqs + len(self._rows):
-            raise QueueFull(f"{self._num_waiting} requests wait already; try again later")
+        if not request.resumed and self.num_waiting >= limits.max_num_queued_reqs + len(self._rows):
+            raise QueueFull(f"{self.num_waiting} requests wait already; try again later")
         self.requests[request.id] = request
         if request.deadline:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
@@ -108,8 +111,7 @@ class Scheduler:
 
     def _wait(self, request: Request) -> None:
         request.state = State.WAITING
-        heapq.heappush(self._waiting, (self._importance(request), request))
-        self._num_waiting += 1
+        self._waiting.push(request)
 
     def _withdraw(self, request: Request) -> None:
         """Out of the queue or off its row, its pages given back."""
@@ -117,7 +119,7 @@ class Scheduler:
             self.running.remove(request)
             self._vacate(request)
         else:
-            self._num_waiting -= 1  # the heap entry is skipped when it surfaces
+            self._waiting.remove(request)
 
     def _vacate(self, request: Request) -> None:
         self.cache.release(request)
@@ -142,17 +144,22 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """Plans a step; None when there is nothing to compute (a commit may still have something to report)."""
         self._expire(now)
-        draft = PlanDraft(self.limits.max_num_batched_tokens)
+        draft = PlanDraft(self.limits.max_num_batched_tokens, now)
         prompts = self._decode(draft)
+        num_decoding = len(draft.requests)
         self._prefill(prompts, draft)
         self._admit(draft)
+        for request in draft.held:
+            if request.state is State.RUNNING and request not in self._held:
+                request.waiting_since = now
+        self._held = draft.held
         if not draft.requests:
-            assert self._in_flight or not (self.running or self._num_waiting), "requests are left and none can run"
+            assert self._in_flight or not (self.running or self._waiting), "requests are left and none can run"
             return None
         if self.states is not None:
             self.states.settle()
         plan = draft.plan()
-        self._in_flight.append((draft.requests, plan))
+        self._in_flight.append((draft.requests, len(draft.token_ids) - num_decoding, plan))
         return plan
 
     def _decode(self, draft: PlanDraft) -> list[Request]:
@@ -167,9 +174,12 @@ class Scheduler:
             if length - computed != 1:
                 others.append(request)
                 continue
-            if budget == 0 or request.state is not State.RUNNING:
+            if request.state is not State.RUNNING:
                 continue
             if pending and length >= request.end_length:  # the token in flight is its last
+                continue
+            if budget == 0:
+                draft.held[request] = WaitsFor.BUDGET
                 continue
             if computed == len(request.pages) * block_size and not self._grow(request, computed + 1, draft):
                 continue
@@ -192,18 +202,30 @@ class Scheduler:
     def _prefill(self, requests: list[Request], draft: PlanDraft) -> None:
         """What the budget leaves to running requests that lack several tokens."""
         for request in requests:
-            if draft.budget and request.state is State.RUNNING:
+            if request.state is not State.RUNNING:
+                continue
+            if draft.budget:
                 self._compute(request, draft)
+            else:
+                draft.held[request] = WaitsFor.BUDGET
 
     def _admit(self, draft: PlanDraft) -> None:
         """Waiting requests, most important first, as budget, rows and pages allow."""
-        while draft.budget and self._rows and (waiting := self._next_waiting()) is not None:
+        while (waiting := self._waiting.head) is not None:
+            if not self._rows:
+                draft.held[waiting] = WaitsFor.ROW
+                break
+            if not draft.budget:
+                draft.held[waiting] = WaitsFor.BUDGET
+                break
             if waiting.pending:  # preempted while its next token is in flight
                 break
             if self.limits.whole_prompts and len(waiting.tokens) > draft.budget:
+                draft.held[waiting] = WaitsFor.WHOLE
                 break
             prefix = self.cache.find_prefix(waiting)
             if not self.cache.has_room(waiting, prefix, spare=len(self.running)):  # one each, against thrashing
+                draft.held[waiting] = WaitsFor.PAGES
                 break
             self._start(waiting, prefix, draft)
             if not self._compute(waiting, draft):  # the room was counted: it cannot happen
@@ -239,7 +261,7 @@ class Scheduler:
         happened."""
         outcome = StepOutcome(started=self.take_started())
         if result is not None:
-            requests, plan = self._in_flight.popleft()
+            requests, outcome.num_prompt_tokens, plan = self._in_flight.popleft()
             outcome.num_tokens = len(plan.token_ids)
             if plan.draws.all():
                 drawing = requests
@@ -301,7 +323,7 @@ class Scheduler:
         if request.state is State.RUNNING:
             self._vacate(request)
         else:
-            self._num_waiting -= 1  # preempted meanwhile; the heap entry is skipped when it surfaces
+            self._waiting.remove(request)  # preempted meanwhile
         request.finish(reason, stop_token_id=stop_token_id, error=error)
         del self.requests[request.id]
 
@@ -317,8 +339,9 @@ class Scheduler:
             while (page := self.pool.allocate()) is None:
                 victim = self._victim(draft)
                 if victim is request:
+                    draft.held[request] = WaitsFor.PAGES
                     return False
-                self._preempt(victim)
+                self._preempt(victim, draft.now)
             pages.append(page)
             draft.pages.append((request.row, index, page))
         return True
@@ -328,24 +351,16 @@ class Scheduler:
         planned = {id(request) for request in draft.requests}
         return next(request for request in reversed(self.running) if id(request) not in planned)
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, now: float) -> None:
         self.running.remove(request)
         self._vacate(request)
+        request.waiting_since = now
         self._wait(request)
         self.stats.preemptions += 1
 
-    def _next_waiting(self) -> Request | None:
-        while self._waiting:
-            request = self._waiting[0][1]
-            if request.state is State.WAITING:
-                return request
-            heapq.heappop(self._waiting)
-        return None
-
     def _start(self, request: Request, prefix: list[int], draft: PlanDraft) -> None:
         """The most important waiting request takes a row and the pages of its prefix."""
-        heapq.heappop(self._waiting)
-        self._num_waiting -= 1
+        self._waiting.remove(request)
         request.state = State.RUNNING
         request.row = self._rows.pop()
         self.cache.take_prefix(request, prefix)
@@ -365,6 +380,40 @@ class Scheduler:
         if len(running) > 1 and self._importance(running[-2]) > self._importance(request):
             running.sort(key=self._importance)
 
+    # ---- what requests wait for -----------------------------------------------------------------------------------
+
+    def explain(self, requests: Sequence[Request]) -> list[Wait]:
+        """What each of these, which have not ended, waits for as of the last plan. Looks once at all requests, however
+        many are asked for."""
+        places = sorted(self._place(request) for request in requests)
+        lacking = [0] * (len(places) + 1)  # tokens between two places
+        for other in chain(self.running, self._waiting):
+            lacking[bisect_right(places, self._place(other))] += other.num_uncomputed
+        ahead = dict(zip(places, accumulate(lacking[:-1]), strict=True))
+        return [Wait(self._reason(r), r.waiting_since, ahead[self._place(r)]) for r in requests]
+
+    def _place(self, request: Request) -> tuple[bool, Importance]:
+        """Where it stands among those that want tokens of a step."""
+        return (request.state is State.WAITING, self._importance(request))
+
+    def _reason(self, request: Request) -> WaitsFor | None:
+        if request.state is State.WAITING:
+            return self._waiting.reason(request, self._held)
+        return self._held.get(request)
+
+    def waiting_for(self) -> Counter[WaitsFor]:
+        """How many requests wait for what: those without a row, and those that run and were left out of the last plan.
+        Other threads may call this."""
+        held = self._held
+        found = self._waiting.counts(held)
+        found.update(why for request, why in held.items() if request.state is State.RUNNING)
+        return found
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that are known and in no step yet, of all requests. Other threads may ask."""
+        return self._waiting.tokens + sum(request.num_uncomputed for request in self.running)
+
     # ---- invariants -----------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
@@ -372,10 +421,10 @@ class Scheduler:
         self.cache.check_integrity(self.running)
         rows = [request.row for request in self.running]
         assert sorted([*rows, *self._rows]) == list(range(self.limits.max_num_seqs)), "rows are lost or used twice"
-        waiting = [request for request in self.requests.values() if request.state is State.WAITING]
-        assert len(waiting) == self._num_waiting, "the count of waiting requests is wrong"
-        queued = {entry[1].id for entry in self._waiting if entry[1].state is State.WAITING}
-        assert {request.id for request in waiting} <= queued, "a waiting request is not in the queue"
+        self._waiting.check_integrity()
+        assert {id(r) for r in self._waiting} == {id(r) for r in self.requests.values() if r.state is State.WAITING}, (
+            "the queue is wrong"
+        )
         assert {id(r) for r in self.running} == {id(r) for r in self.requests.values() if r.state is State.RUNNING}, (
             "the running list is wrong"
         )

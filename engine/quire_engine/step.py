@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire_engine.request import EngineSampling, Request
+from quire_engine.waiting import WaitsFor
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -49,6 +50,7 @@ class PlanDraft:
     """A plan in the making: see StepPlan for what the lists hold."""
 
     budget: int  # tokens that it may still compute
+    now: float
     requests: list[Request] = field(default_factory=list)  # of the rows
     rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
@@ -58,6 +60,7 @@ class PlanDraft:
     pages: list[tuple[int, int, int]] = field(default_factory=list)  # row, place, page
     states: list[tuple[int, int]] = field(default_factory=list)  # read, written
     new_rows: list[NewRow] = field(default_factory=list)
+    held: dict[Request, WaitsFor] = field(default_factory=dict)  # what runs and is left out, and the head of the queue
 
     def plan(self) -> StepPlan:
         """Its arrays."""

@@ -5,6 +5,7 @@ import itertools
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -18,11 +19,13 @@ from quire_engine.errors import (
     QuireError,
     Unavailable,
 )
+from quire_engine.waiting import WaitsFor
 from quire_protos.v1 import engine_pb2 as pb
 
 from quire_cluster.convert import error_from_proto, logprobs_from_proto
 from quire_cluster.gateway.generation import Choice, Generation, RequestFacts
 from quire_cluster.gateway.sessions import ReplicaSession
+from quire_cluster.gateway.waiting import ChoiceWait, estimate, wait_of
 from quire_cluster.policies.admission import has_room, rebuild_wait
 from quire_cluster.policies.prefixes import Prompt
 from quire_cluster.policies.routing import Router, choose_replica
@@ -32,6 +35,7 @@ from quire_cluster.routing_table import Key, RoutingTable
 log = logging.getLogger(__name__)
 _TICK = 0.25  # seconds
 _HELD_BACK = 10.0  # seconds that what is new waits for suspects at the most
+_ANSWER = 1.0  # seconds that replicas have to say what their requests wait for
 _PATIENCE = Patience()
 
 
@@ -367,6 +371,45 @@ class Dispatcher:
         else:
             stop = ending.stop_token_id if ending.HasField("stop_token_id") else None
             choice.end(ending.reason, stop_reason=stop)
+
+    # ---- what requests wait for -----------------------------------------------------------------------------------
+
+    @property
+    def waiting_for(self) -> Counter[str]:
+        """How many requests wait for what, in the words of WaitsFor: those at replicas, whoever sent them, and those
+        here that have none."""
+        found: Counter[str] = Counter()
+        for session in self._sessions.values():
+            found.update(session.load.waiting_for)
+        if homeless := len(self.homeless):
+            found[self._homeless_for] += homeless
+        return found
+
+    @property
+    def _homeless_for(self) -> str:
+        return (WaitsFor.UNSUSPECTED if self.sessions else WaitsFor.REPLICA).value
+
+    async def why(self, generation: Generation) -> list[ChoiceWait]:
+        """What each answer that has not ended waits for, or that it runs. Replicas are asked, and waited for a second
+        at the most."""
+        places = {choice: self._place[choice] for choice in generation.choices if choice in self._place}
+        asked = {choice: session.ask(wire_id) for choice, (session, wire_id) in places.items()}
+        if asked:
+            await asyncio.wait(asked.values(), timeout=_ANSWER)
+        now = time.monotonic()
+        return [self._wait_of(choice, asked.get(choice), now) for choice in generation.choices if not choice.ended]
+
+    def _wait_of(self, choice: Choice, asked: "asyncio.Future[pb.Waiting | None] | None", now: float) -> ChoiceWait:
+        session, _ = self._place.get(choice, (None, 0))
+        if session is None:
+            since = self._homeless.get(choice, self._suspects.get(choice, now))
+            return wait_of(choice, self._homeless_for, now - since)
+        times, answer = choice.times, asked.result() if asked is not None and asked.done() else None
+        if answer is None:  # it came there just now, or the replica is busy
+            return wait_of(choice, WaitsFor.WORD.value, now - (times.last_token or times.submitted))
+        if not answer.reason:
+            return wait_of(choice, "", now - (times.started or times.submitted))
+        return wait_of(choice, answer.reason, answer.since, estimate(answer, session.load))
 
     # ---- the clock ------------------------------------------------------------------------------------------------
 

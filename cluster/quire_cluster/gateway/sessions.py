@@ -73,6 +73,8 @@ class ReplicaSession:
         self._listener = listener
         self._submits: deque[int] = deque()
         self._aborts: list[int] = []
+        self._questions: list[int] = []  # wire ids whose wait is to be asked for
+        self._asked: dict[int, asyncio.Future[pb.Waiting | None]] = {}  # those without an answer
         self._work = asyncio.Event()
         self._attempt: asyncio.Task[None] | None = None
         self._task = asyncio.ensure_future(self._run())
@@ -109,11 +111,26 @@ class ReplicaSession:
         self._work.set()
         return wire_id
 
+    def ask(self, wire_id: int) -> "asyncio.Future[pb.Waiting | None]":
+        """What a live choice waits for, in the replica's words; None when it is gone before they come. One question is
+        under way for a choice, whoever asks."""
+        if wire_id not in self._asked:
+            self._asked[wire_id] = asyncio.get_running_loop().create_future()
+            self._questions.append(wire_id)
+            self._work.set()
+        return self._asked[wire_id]
+
+    def _answer(self, wire_id: int, waiting: pb.Waiting | None) -> None:
+        question = self._asked.pop(wire_id, None)
+        if question is not None and not question.done():
+            question.set_result(waiting)
+
     def release(self, wire_id: int, *, tell: bool) -> None:
         """A choice is done with. `tell`: the replica does not know."""
         self.live.pop(wire_id, None)
         self.begun.discard(wire_id)
         self._unreported.gone(wire_id)
+        self._answer(wire_id, None)
         if tell and self.open:
             self._aborts.append(wire_id)
             self._work.set()
@@ -165,6 +182,8 @@ class ReplicaSession:
         self.silence.heard()
         self.open = True
         self.begun.update(started.id for started in update.started if started.id in self.live)
+        for waiting in update.waiting:
+            self._answer(waiting.id, waiting)
         self._failure = update.failure
         self._listener.updated(self, update)
         for wire_id in update.admitted:
@@ -182,13 +201,16 @@ class ReplicaSession:
         self.load, self._own_at_report, self._unreported = pb.Load(), 0, Unreported()
         self._submits.clear()
         self._aborts.clear()
+        self._questions.clear()
+        for wire_id in list(self._asked):
+            self._answer(wire_id, None)
         self._listener.lost(self, choices, failure)
 
     async def _messages(self) -> AsyncIterator[pb.SessionRequest]:
         """What waits, in messages of bounded size. Ends with its stream, after which gRPC goes on asking for more."""
         work = self._work
         while self._work is work:
-            if self._submits or self._aborts:
+            if self._submits or self._aborts or self._questions:
                 yield self._message()
             else:
                 work.clear()
@@ -215,6 +237,9 @@ class ReplicaSession:
             else:
                 why = f"the request takes {submit.ByteSize()} bytes; at most {_LARGEST_SUBMIT} reach a replica"
                 self._refuse(wire_id, InvalidParameter(why))
+        if not self._submits:  # a replica is asked about what it has
+            message.why.extend(self._questions)
+            self._questions.clear()
         return message
 
     def _refuse(self, wire_id: int, error: QuireError) -> None:

@@ -1,0 +1,118 @@
+"""What requests wait for, and the queue of those without a row. Pure bookkeeping."""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from quire_engine.request import Request
+
+Importance = tuple[int, float, int]  # its class (the priority, where that counts), arrival, id; the least goes first
+
+
+class WaitsFor(Enum):
+    """All that a request may wait for: "it waits for ...". Every report and every metric uses these words."""
+
+    REPLICA = "a replica"
+    UNSUSPECTED = "a replica without a suspect"  # a request that may have killed one
+    WORD = "word from its replica"
+    STEP = "the next step"
+    EARLIER = "requests that came before it"
+    PRIORITY = "requests of higher priority"
+    ROW = "a row in the batch"
+    PAGES = "pages of the cache"
+    PREEMPTED = "pages again, which it gave to others"
+    BUDGET = "the token budget of a step"
+    WHOLE = "a step with room for its whole prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Of one request, as of the step planned last."""
+
+    reason: WaitsFor | None  # None: it runs
+    since: float  # when it began to wait, on the clock of its arrival
+    tokens_ahead: int  # known and not computed, of requests that go first; fewer where the cache holds some of them
+
+
+class WaitingQueue:
+    """Requests without a row, the most important first. Other threads may read `len`, `tokens` and `counts`: each is of
+    some moment."""
+
+    def __init__(self, importance: Callable[[Request], Importance]) -> None:
+        self._importance = importance
+        self._heap: list[tuple[Importance, Request]] = []  # its top waits; below, some may have left
+        self._lengths: dict[int, int] = {}  # of what waits: request id → tokens of its log when it came here
+        self._fresh: Counter[int] = Counter()  # requests that have never run, by class
+        self._num_preempted = 0
+        self.tokens = 0  # of all their logs, as long as they were when they came here
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[Request]:
+        """In no order."""
+        return (request for _, request in self._heap if request.id in self._lengths)
+
+    @property
+    def head(self) -> Request | None:
+        """The most important one."""
+        return self._heap[0][1] if self._heap else None
+
+    def push(self, request: Request) -> None:
+        """It waits from now on."""
+        heapq.heappush(self._heap, (self._importance(request), request))
+        self._lengths[request.id] = len(request.tokens)
+        self.tokens += len(request.tokens)
+        self._count(request, 1)
+
+    def remove(self, request: Request) -> None:
+        """It has its row now, or its ending."""
+        self.tokens -= self._lengths.pop(request.id)
+        self._count(request, -1)
+        while self._heap and self._heap[0][1].id not in self._lengths:
+            heapq.heappop(self._heap)
+
+    def _count(self, request: Request, change: int) -> None:
+        if request.has_run:
+            self._num_preempted += change
+            return
+        kind = self._importance(request)[0]
+        self._fresh[kind] += change
+        if not self._fresh[kind]:
+            del self._fresh[kind]
+
+    def reason(self, request: Request, held: dict[Request, WaitsFor]) -> WaitsFor:
+        """What one of them waits for. `held`: why the last plan left out the head, if it looked at it."""
+        if request.has_run:
+            return WaitsFor.PREEMPTED
+        head = self.head
+        assert head is not None, "a waiting request is not in the queue"
+        if head is request:
+            return held.get(request, WaitsFor.STEP)
+        same = self._importance(head)[0] == self._importance(request)[0]
+        return WaitsFor.EARLIER if same else WaitsFor.PRIORITY
+
+    def counts(self, held: dict[Request, WaitsFor]) -> Counter[WaitsFor]:
+        """How many wait for what, without a look at each."""
+        found: Counter[WaitsFor] = Counter({WaitsFor.PREEMPTED: self._num_preempted})
+        behind = len(self._lengths) - self._num_preempted
+        for (kind, *_), head in self._heap[:1]:
+            peers = self._fresh.get(kind, 0)
+            if not head.has_run:
+                found[held.get(head, WaitsFor.STEP)] += 1
+                peers, behind = peers - 1, behind - 1
+            found[WaitsFor.EARLIER] += peers
+            found[WaitsFor.PRIORITY] += behind - peers
+        return +found  # what is above 0
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless the counts are those of the requests."""
+        waiting = list(self)
+        assert {request.id for request in waiting} == self._lengths.keys(), "a waiting request is not in the queue"
+        assert all(head in waiting for _, head in self._heap[:1]), "the head of the queue does not wait"
+        assert self.tokens == sum(self._lengths.values()), "the count of waiting tokens is wrong"
+        assert self._num_preempted == sum(request.has_run for request in waiting), "so many were not preempted"
+        fresh = Counter(self._importance(request)[0] for request in waiting if not request.has_run)
+        assert fresh == self._fresh, "the counts by priority are wrong"
