@@ -1,6 +1,8 @@
 """The scheduler without a model: random lives of requests, with every invariant checked at every step."""
 
-from collections import deque
+import sys
+import threading
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from quire_engine.outcome import StepOutcome
 from quire_engine.request import EngineSampling, Request, State
 from quire_engine.scheduler import Scheduler
 from quire_engine.step import StepPlan, StepResult, TokenLogprobs
+from quire_engine.waiting import WaitsFor
 
 STOP = 99
 
@@ -69,6 +72,75 @@ class FakeModel:
             states[page] = tokens
 
 
+def reason(scheduler: Scheduler, request: Request) -> WaitsFor | None:
+    [wait] = scheduler.explain([request])
+    return wait.reason
+
+
+def waiting_first(scheduler: Scheduler) -> list[Request]:
+    """What waits, the most important first."""
+    waiting = [request for request in scheduler.requests.values() if request.state is State.WAITING]
+    by_priority = scheduler.limits.by_priority
+    return sorted(waiting, key=lambda r: (r.priority if by_priority else 0, r.arrival, r.id))
+
+
+def check_waits(scheduler: Scheduler) -> None:
+    """Whatever waits has a reason, reasons are counted, and tokens are those of a plain look at every log."""
+    asked = list(reversed(scheduler.requests.values()))
+    waits = dict(zip(asked, scheduler.explain(asked), strict=True))
+    waiting, preempted = waiting_first(scheduler), 0
+    ahead = 0
+    for request in (*scheduler.running, *waiting):
+        assert waits[request].tokens_ahead == ahead
+        ahead += max(0, len(request.tokens) - request.num_computed)
+    for place, request in enumerate(waiting):
+        why, since = waits[request].reason, waits[request].since
+        if request.num_cached >= 0:
+            preempted += 1
+            assert why is WaitsFor.PREEMPTED
+            assert since >= request.arrival
+            continue
+        assert since == request.arrival
+        if place:
+            first = waiting[0].priority < request.priority and scheduler.limits.by_priority
+            assert why is (WaitsFor.PRIORITY if first else WaitsFor.EARLIER)
+        else:
+            assert why in (WaitsFor.STEP, WaitsFor.ROW, WaitsFor.BUDGET, WaitsFor.PAGES)
+    for request in scheduler.running:
+        assert waits[request].reason in (None, WaitsFor.BUDGET, WaitsFor.PAGES)
+    reasons = Counter(wait.reason for wait in waits.values() if wait.reason is not None)
+    assert scheduler.waiting_for() == reasons
+    assert reasons.total() == len(waiting) + sum(waits[r].reason is not None for r in scheduler.running)
+    late = ahead - scheduler.queued_tokens  # tokens that were in flight when their request was preempted
+    assert 0 <= late <= preempted * (scheduler.limits.steps_in_flight - 1)
+
+
+def check_reasons(scheduler: Scheduler, plan: StepPlan | None) -> None:
+    """They are those of the plan just made."""
+    bounds, running = scheduler.limits, scheduler.running
+    planned = set(plan.rows.tolist()) if plan is not None else set()
+    spent = plan is not None and len(plan.token_ids) == bounds.max_num_batched_tokens
+    for request in running:
+        why = reason(scheduler, request)
+        if request.row in planned:
+            assert why is None
+        elif why is None:
+            assert request.pending, "it gets nothing, waits for no result, and is said to run"
+            assert len(request.tokens) + request.pending >= request.end_length
+        elif why is WaitsFor.BUDGET:
+            assert spent
+    if (waiting := waiting_first(scheduler)) and waiting[0].num_cached < 0:
+        why, length = reason(scheduler, waiting[0]), len(waiting[0].tokens)
+        if why is WaitsFor.PAGES:
+            short = scheduler.pool.num_free < -(-length // bounds.block_size) + len(running)
+            assert short or scheduler.states is not None  # of which there were too few, while the plan was made
+        elif why is WaitsFor.BUDGET:
+            assert spent
+        else:
+            assert why is WaitsFor.ROW
+        assert (why is WaitsFor.ROW) == (len(running) == bounds.max_num_seqs)
+
+
 def next_token(log: list[int]) -> int:
     return (sum((i + 1) * token for i, token in enumerate(log)) * 31 + 7) % 100
 
@@ -105,6 +177,8 @@ def step(scheduler: Scheduler, model: FakeModel, now: float) -> StepOutcome:
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a row is planned twice"
         assert plan.counts.min() > 0, "a step without progress"
         model.results.append(model.execute(plan))
+    check_waits(scheduler)
+    check_reasons(scheduler, plan)
     waits = scheduler.num_in_flight and (plan is None or scheduler.num_in_flight >= depth)
     return scheduler.commit(model.results.popleft() if waits else None)
 
@@ -178,6 +252,7 @@ def test_random_lives(
             )
             try:
                 scheduler.add(request)
+                check_waits(scheduler)
             except ContextTooLong:
                 assert len(prompt) + max_tokens > min(40, num_pages * 4)
                 continue
@@ -303,6 +378,131 @@ def test_priorities() -> None:
         scheduler.add(request(number, 4, 1, priority=priority, arrival=float(number)))
     order = [done.id for _ in range(3) for done in step(scheduler, model, 0.0).finished]
     assert order == [1, 2, 0]
+
+
+def test_what_waits_for_a_row_or_for_whatever_is_ahead() -> None:
+    bounds = limits(by_priority=True, max_num_seqs=1, num_pages=30)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    running, second, third, last = (
+        request(number, 4 + number, 3, priority=priority, arrival=float(number))
+        for number, priority in enumerate((0, 1, 1, 2))
+    )
+    for one in (last, running, third, second):
+        scheduler.add(one)
+    assert reason(scheduler, running) is WaitsFor.STEP
+    step(scheduler, model, 5.0)
+    waits = scheduler.explain([last, third, second, running])
+    assert [wait.reason for wait in waits] == [WaitsFor.PRIORITY, WaitsFor.EARLIER, WaitsFor.ROW, None]
+    assert [wait.since for wait in waits[:3]] == [3.0, 2.0, 1.0]
+    assert [wait.tokens_ahead for wait in waits] == [1 + 5 + 6, 1 + 5, 1, 0]  # one token is drawn and not computed
+    assert scheduler.queued_tokens == 1 + 5 + 6 + 7
+    scheduler.abort(second.id)
+    assert reason(scheduler, third) is WaitsFor.STEP, "nobody has looked yet whether there is a row for it"
+
+
+def test_what_waits_for_pages_goes_on_once_they_are_free() -> None:
+    scheduler, model = Scheduler(limits()), FakeModel(limits())
+    scheduler.add(request(1, 36, 4, arrival=1.0))
+    late = request(2, 12, 4, arrival=2.0)
+    scheduler.add(late)
+    told = []
+    for now in range(50):
+        if not scheduler.has_work:
+            break
+        step(scheduler, model, 3.0 + now)
+        if late.state is State.WAITING:
+            told.append((reason(scheduler, late), scheduler.pool.num_free))
+    assert told[0] == (WaitsFor.BUDGET, 8), "the first prompt takes all of the first step"
+    assert (WaitsFor.PAGES, 3) in told
+    assert told[-1] == (WaitsFor.PAGES, 12), "the first has just ended"
+    assert late.finish_reason == "length"
+
+
+def test_a_running_request_waits_from_the_first_step_that_leaves_it_out() -> None:
+    """Beside what decodes, the first of two prompts stops at the end of a block, and leaves the other one some tokens;
+    alone it takes the whole budget."""
+    bounds = limits(num_pages=40, max_num_batched_tokens=8, num_states=8)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    prompt = request(3, 20, 1)
+    scheduler.add(request(1, 1, 2))
+    step(scheduler, model, 1.0)
+    scheduler.add(request(2, 36, 1))
+    scheduler.add(prompt)
+    seen: list[tuple[float, WaitsFor | None, float]] = []
+    now = 1.0
+    while prompt.state is not State.FINISHED:
+        now += 1.0
+        step(scheduler, model, now)
+        if prompt.state is State.RUNNING:
+            [wait] = scheduler.explain([prompt])
+            seen.append((now, wait.reason, wait.since))
+    held = [(now, since) for now, why, since in seen if why is WaitsFor.BUDGET]
+    assert held == [(3.0, 3.0), (4.0, 3.0), (5.0, 3.0), (6.0, 3.0)]
+    assert [why for now, why, _ in seen if now not in (3.0, 4.0, 5.0, 6.0)] == [None, None, None]
+
+
+def test_what_was_preempted_waits_from_then_on() -> None:
+    bounds = limits(num_pages=9, max_num_batched_tokens=64)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    first, second = request(1, 15, 20, arrival=1.0), request(2, 15, 20, arrival=2.0)
+    scheduler.add(first)
+    scheduler.add(second)
+    now, preempted = 3.0, 0.0
+    while scheduler.has_work:
+        now += 1.0
+        step(scheduler, model, now)
+        if second.state is State.WAITING:
+            preempted = preempted or now
+            [wait] = scheduler.explain([second])
+            assert (wait.reason, wait.since) == (WaitsFor.PREEMPTED, preempted)
+    assert preempted, "pages sufficed"
+    assert second.finish_reason == "length"
+
+
+def test_a_prompt_that_must_be_whole_waits_for_a_step() -> None:
+    bounds = limits(num_pages=40, whole_prompts=True)
+    scheduler = Scheduler(bounds)
+    first, second = request(1, 10), request(2, 10)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.schedule(0.0) is not None
+    assert reason(scheduler, second) is WaitsFor.WHOLE
+    assert scheduler.waiting_for() == {WaitsFor.WHOLE: 1}
+
+
+def test_another_thread_may_count() -> None:
+    """While requests come, go and are preempted."""
+    bounds = limits(num_pages=14, by_priority=True)
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    generator = np.random.default_rng(0)
+    done, errors, counted = threading.Event(), [], []
+
+    def count() -> None:
+        while not done.is_set():
+            try:
+                counted.append((scheduler.waiting_for().total(), scheduler.queued_tokens))
+            except Exception as error:
+                errors.append(error)
+                return
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=count)
+    try:
+        thread.start()
+        for number in range(600):
+            length, priority = int(generator.integers(1, 28)), int(generator.integers(0, 50))
+            scheduler.add(request(number, length, 6, priority=priority, arrival=float(number)))
+            if generator.random() < 0.7:
+                scheduler.abort(int(generator.choice(list(scheduler.requests))))
+            step(scheduler, model, float(number))
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    assert not errors
+    assert max(total for total, _ in counted) > 5
+    assert min(tokens for _, tokens in counted) >= 0
 
 
 def test_requests_of_one_step_share_a_prefix() -> None:
