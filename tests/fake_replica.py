@@ -35,6 +35,10 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
         self.holds: Callable[[pb.Submit], bool] = lambda submit: False
         self.deadly: Callable[[pb.Submit, int], bool] = lambda submit, length: False
         self.refuses: Callable[[pb.Submit], pb.Ending | None] = lambda submit: None
+        self.waits: Callable[[int], pb.Waiting | None] = lambda wire_id: pb.Waiting(id=wire_id)  # None: no answer
+        self.questions: list[int] = []
+        self.prefill_rate = 0.0
+        self.waiting_for: dict[str, int] = {}
         self.last_words = "a worker process died"
         self.cached: Callable[[pb.Submit], int] = lambda submit: 0  # tokens of its prompt
         self.block_size = 0  # tokens; 0: it does not say
@@ -99,6 +103,8 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
     async def _beat(self, updates: Updates) -> None:
         while True:
             load = pb.Load(running=len(self._running), most_requests=self.most_requests, block_size=self.block_size)
+            load.prefill_rate = self.prefill_rate
+            load.waiting_for.update(self.waiting_for)
             load.busy, load.step_age = self.step_age > 0, self.step_age
             updates.put_nowait(pb.SessionUpdate(load=load))
             await asyncio.sleep(0.02)
@@ -113,6 +119,10 @@ class FakeReplica(engine_pb2_grpc.EngineServicer):
                 for submit in message.submit:
                     self.submitted.append(submit)
                     answers.append(asyncio.ensure_future(self._answer(submit, updates)))
+                self.questions += message.why
+                known = set(message.why) & {submit.id for submit in self.submitted}
+                waiting = [wait for wire_id in known if (wait := self.waits(wire_id)) is not None]
+                updates.put_nowait(pb.SessionUpdate(waiting=waiting))
         for answer in answers:
             answer.cancel()
 

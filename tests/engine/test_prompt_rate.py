@@ -75,4 +75,4 @@ def test_a_full_step_says_more_than_many_small_ones() -> None:
     assert 9000 < rate.per_second < 10_000
     for _ in range(100):
         rate.take(2, 0.01)
-    assert 8000 < rate.per_second
+    assert rate.per_second > 8000
