@@ -8,6 +8,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -375,16 +376,26 @@ class Controller:
         """What gateways last said of a deployment: of each replica the freshest word."""
         replicas: dict[Key, ReplicaReport] = {}
         waiting, tokens = int(name in self._woken), 0
+        waiting_for: Counter[str] = Counter()
         for _, report in self.reports.values():
             if (model := report.models.get(name)) is None:
                 continue
             waiting += model.at_gateway
             tokens += model.tokens_at_gateway
+            if model.at_gateway:
+                waiting_for[model.at_gateway_for] += model.at_gateway
             for one in model.replicas:
                 if one.key not in replicas or one.age < replicas[one.key].age:
                     replicas[one.key] = one
-        heard = bool(self.reports)
-        return Demand(replicas=replicas, heard=heard, at_gateways=waiting, tokens_at_gateways=tokens)
+        for one in replicas.values():
+            waiting_for.update(one.waiting_for)
+        return Demand(
+            replicas=replicas,
+            heard=bool(self.reports),
+            at_gateways=waiting,
+            tokens_at_gateways=tokens,
+            waiting_for=waiting_for,
+        )
 
     async def _publish(self) -> None:
         """Where something is new. The first version is above all those of a controller before this one."""

@@ -1,7 +1,7 @@
 """What gateways said of a deployment, made ready for the scaling policy."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quire_cluster.policies.scaling import Observed
 from quire_cluster.reports import ReplicaReport
@@ -18,6 +18,7 @@ class Demand:
     heard: bool = True  # from any gateway
     at_gateways: int = 0
     tokens_at_gateways: int = 0
+    waiting_for: Mapping[str, int] = field(default_factory=dict)  # requests, by what they wait for
 
 
 class Observer:

@@ -28,6 +28,7 @@ class ModelReport:
 
     replicas: tuple[ReplicaReport, ...] = ()
     at_gateway: int = 0  # requests that wait there for a replica
+    at_gateway_for: str = ""  # for what, in words
     tokens_at_gateway: int = 0  # of their prompts
     generated: int = 0  # tokens, since the gateway's start
     prompted: int = 0  # the same, of prompts

@@ -1,7 +1,6 @@
 """How everything is, as the controller sees it: for `quire status`."""
 
 import time
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from quire_protos.v1 import control_pb2 as pb
@@ -77,9 +76,6 @@ def _gateway(report: GatewayReport, age: float) -> pb.GatewayStatus:
 
 def _deployment(controller: "Controller", name: str, keeper: Keeper) -> pb.DeploymentStatus:
     demand, config = controller.demand(name), keeper.deployment.config
-    waiting_for: Counter[str] = Counter()
-    for one in demand.replicas.values():
-        waiting_for.update(one.waiting_for)
     found = pb.DeploymentStatus(
         name=name,
         aliases=keeper.deployment.names[1:],
@@ -91,7 +87,7 @@ def _deployment(controller: "Controller", name: str, keeper: Keeper) -> pb.Deplo
         max_replicas=config.most_replicas,
         replicas=_replicas(controller, keeper, demand),
         at_gateways=demand.at_gateways,
-        waiting_for=waiting_for,
+        waiting_for=demand.waiting_for,
         tokens_per_second=controller.rates.of(name, set(controller.reports)),
     )
     if keeper.record.pinned is not None:

@@ -197,7 +197,7 @@ def _deployment(one: pb.DeploymentStatus, found: pb.StatusResponse) -> Group:
     serving = sum(replica.phase == "serving" for replica in one.replicas)
     title = f"{names}: {one.state}, {serving} of {one.wanted} replicas ({one.why_wanted})"
     title += f", {one.tokens_per_second:.0f} tokens/s"
-    waits = dict(one.waiting_for) | ({"a replica to start": one.at_gateways} if one.at_gateways else {})
+    waits = dict(one.waiting_for)
     if waits:
         title += "\nwaiting: " + ", ".join(f"{count} for {reason}" for reason, count in sorted(waits.items()))
     table = _table("replica", "phase", "since", "nodes", "running", "waiting", "cache", "")

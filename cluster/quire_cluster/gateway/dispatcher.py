@@ -5,7 +5,6 @@ import itertools
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -83,6 +82,11 @@ class Dispatcher:
     def homeless(self) -> list[Choice]:
         """What waits for a replica."""
         return [*self._homeless, *self._suspects]
+
+    @property
+    def ready_in(self) -> float | None:
+        """Seconds until a replica that starts should be there, where that is known."""
+        return max(0.0, self._ready_at - time.time()) if self._ready_at is not None else None
 
     @property
     def overdue(self) -> list[int]:
@@ -375,18 +379,8 @@ class Dispatcher:
     # ---- what requests wait for -----------------------------------------------------------------------------------
 
     @property
-    def waiting_for(self) -> Counter[str]:
-        """How many requests wait for what, in the words of WaitsFor: those at replicas, whoever sent them, and those
-        here that have none."""
-        found: Counter[str] = Counter()
-        for session in self._sessions.values():
-            found.update(session.load.waiting_for)
-        if homeless := len(self.homeless):
-            found[self._homeless_for] += homeless
-        return found
-
-    @property
-    def _homeless_for(self) -> str:
+    def homeless_for(self) -> str:
+        """What those that have no replica wait for."""
         return (WaitsFor.UNSUSPECTED if self.sessions else WaitsFor.REPLICA).value
 
     async def why(self, generation: Generation) -> list[ChoiceWait]:
@@ -403,7 +397,7 @@ class Dispatcher:
         session, _ = self._place.get(choice, (None, 0))
         if session is None:
             since = self._homeless.get(choice, self._suspects.get(choice, now))
-            return wait_of(choice, self._homeless_for, now - since)
+            return wait_of(choice, self.homeless_for, now - since)
         times, answer = choice.times, asked.result() if asked is not None and asked.done() else None
         if answer is None:  # it came there just now, or the replica is busy
             return wait_of(choice, WaitsFor.WORD.value, now - (times.last_token or times.submitted))

@@ -25,6 +25,7 @@ from quire_engine.spec import Pooling
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
+from quire_engine.waiting import WaitsFor
 from quire_engine.weights.resolve import ModelFiles
 
 from quire_cluster.deployment import Deployment
@@ -144,6 +145,7 @@ class Service:
         return ModelReport(
             replicas=tuple(_reported(session) for session in self.dispatcher.sessions),
             at_gateway=len(waiting),
+            at_gateway_for=self.dispatcher.homeless_for,
             tokens_at_gateway=sum(len(choice.facts.prompt) + len(choice.output) for choice in waiting),
             generated=self.num_generated,
             prompted=self.num_prompted,
@@ -151,7 +153,22 @@ class Service:
 
     async def why(self, deployment: str, request_id: str) -> list[WaitingRequest]:
         """What a request waits for, answer by answer; of all that wait, for ""."""
-        return []
+        asked = [one for one in self._open if not request_id or one.facts.request_id == request_id]
+        found = await asyncio.gather(*(self.dispatcher.why(generation) for generation in asked))
+        return [
+            WaitingRequest(
+                request_id=generation.facts.request_id,
+                deployment=deployment,
+                index=one.index,
+                reason=one.reason,
+                since=one.since,
+                estimate=self.dispatcher.ready_in if one.reason == WaitsFor.REPLICA.value else one.estimate,
+                tokens=one.tokens,
+            )
+            for generation, choices in zip(asked, found, strict=True)
+            for one in choices
+            if request_id or one.reason
+        ]
 
     def _on_load(self, session: ReplicaSession) -> None:
         self.metrics.engine_load(str(session.entry.slot), session.load)
