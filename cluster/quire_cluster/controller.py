@@ -82,6 +82,7 @@ class Controller:
         self.since = time.monotonic()
         self._store = Store(config.name)
         self._woken: set[str] = set()  # deployments that a request waits for, since the last look
+        self._epochs: dict[str, int] = {}  # of deployments that are no more: their replicas may still drain
         self._table = ClusterTable()
         self._changed = asyncio.Condition()
         self._news = asyncio.Event()
@@ -156,6 +157,7 @@ class Controller:
             return None
         keeper = self.keepers.get(deployment)
         if keeper is None:  # it was deleted
+            self._epochs[deployment] = max(self._epochs.get(deployment, 0), int(epoch))
             keeper = self._keeper(Record(deployment=facts.deployment, needs=Needs(gpu=False, threads=1)))
             slot = keeper.adopt(int(index), int(epoch), actor, facts)
             if not facts.draining:
@@ -186,6 +188,8 @@ class Controller:
         keepers, self.keepers = list(self.keepers.values()), {}
         await asyncio.gather(*(keeper.end() for keeper in keepers))
         await self._store.clear()
+        for name in await self._home.placements.names():  # of replicas that were about to end anyhow
+            await self._home.placements.remove(name)
 
     def end_soon(self) -> None:
         """This actor's own end, for good, once whoever asked for it has been answered."""
@@ -216,13 +220,14 @@ class Controller:
         await asyncio.shield(self._started)
         async with self._deploying:
             self._check_names(wanted)
-            records = [self._record(deployment) for deployment in wanted]
+            for deployment in wanted:
+                self._record(deployment)
             if not checked:
-                await asyncio.gather(*(self._check_model(record.deployment) for record in records))
+                await asyncio.gather(*(self._check_model(deployment) for deployment in wanted))
             done = {}
-            for record in records:
+            # Anew: replicas were started meanwhile, and operators may have said something.
+            for record in [self._record(deployment) for deployment in wanted]:
                 name, keeper = record.deployment.name, self.keepers.get(record.deployment.name)
-                await self._store.write(record)
                 if keeper is None:
                     self.keepers[name] = self._keeper(record)
                     done[name] = "created"
@@ -231,6 +236,7 @@ class Controller:
                     keeper.change(record)
                 log.info("deployment %s: %s", name, done[name])
             self._news.set()
+            await asyncio.gather(*(self.keepers[name].save() for name in done))
             return done
 
     def _check_names(self, wanted: Sequence[Deployment]) -> None:
@@ -258,7 +264,7 @@ class Controller:
         threads = deployment.engine.cpu_threads or max(1, self.nodes.least_cores // workers)
         needs = Needs(gpu=gpu, threads=threads)
         if keeper is None:
-            return Record(deployment=deployment, needs=needs)
+            return Record(deployment=deployment, needs=needs, epoch=self._epochs.get(deployment.name, 0))
         return replace(keeper.record, deployment=deployment, needs=needs, max_model_len=0)
 
     async def _check_model(self, deployment: Deployment) -> None:
@@ -276,10 +282,11 @@ class Controller:
     async def delete(self, name: str) -> None:
         """Its replicas are drained, and it is no more. Raises UnknownModel."""
         keeper = self._find(name)
-        await self._store.delete(name)
         del self.keepers[name]
+        self._epochs[name] = keeper.record.epoch
         keeper.drain_all()
         self._news.set()
+        await keeper.forget()
 
     async def scale(self, name: str, replicas: int | None) -> None:
         """So many from now on, whatever the load; None: as the load asks for. Raises UnknownModel."""

@@ -44,6 +44,9 @@ class Keeper:
         self._store = store
         self._changed = changed
         self._begin = begin
+        self._saving = asyncio.Lock()
+        self._forgotten = False
+        self._room_came = 0.0  # when a slot last gave its room back
 
     @property
     def deployment(self) -> Deployment:
@@ -61,25 +64,40 @@ class Keeper:
 
     async def pin(self, replicas: int | None) -> None:
         """So many from now on, whatever the load; None: as the load asks for."""
-        await self._keep(replace(self.record, pinned=replicas))
+        self.record = replace(self.record, pinned=replicas)
+        await self.save()
 
     def is_wanted(self, slot: Slot, leaving: frozenset[str]) -> bool:
         """With today's options, on nodes that stay."""
         alike = slot.deployment.engine_revision == self.deployment.engine_revision
         return alike and not leaving.intersection(slot.nodes)
 
-    async def _keep(self, record: Record) -> None:
-        self.record = record
-        await self._store.write(record)
+    async def save(self) -> None:
+        """Keeps what is known now. One write after another: the last word is what stays."""
+        async with self._saving:
+            if not self._forgotten:
+                await self._store.write(self.record)
+
+    async def forget(self) -> None:
+        """The deployment is no more: nothing is kept of it, whatever was still to be."""
+        self._forgotten = True
+        async with self._saving:
+            await self._store.delete(self.deployment.name)
 
     # ---- what is done ---------------------------------------------------------------------------------------------
 
     def reconcile(self, demand: Demand, leaving: frozenset[str]) -> None:
         """Starts, drains and kills replicas as the policy says."""
-        self.slots = [slot for slot in self.slots if not slot.gone]
-        self.wanted = self._replicas(time.monotonic(), demand)
+        now = time.monotonic()
+        there = [slot for slot in self.slots if not slot.gone]
+        if len(there) < len(self.slots):
+            self._room_came = now
+        self.slots = there
+        self.wanted = self._replicas(now, demand)
+        since = now - self._room_came
         views = [
-            slot.view(wanted=self.is_wanted(slot, leaving), requests=_requests(slot, demand)) for slot in self.slots
+            slot.view(wanted=self.is_wanted(slot, leaving), requests=_requests(slot, demand), since_room=since)
+            for slot in self.slots
         ]
         by_index = {slot.index: slot for slot in self.slots}
         for act, index in actions(self.wanted, views):
@@ -118,10 +136,9 @@ class Keeper:
         return Slot(deployment, index, self._home, self.record.needs, changed=changed, next_epoch=epoch)
 
     def _next_epoch(self) -> int:
-        epoch = self.record.epoch + 1
-        self._begin(self._keep(replace(self.record, epoch=epoch)))
-        self.record = replace(self.record, epoch=epoch)
-        return epoch
+        self.record = replace(self.record, epoch=self.record.epoch + 1)
+        self._begin(self.save())
+        return self.record.epoch
 
     def adopt(self, index: int, epoch: int, actor: Any, facts: ReplicaFacts) -> Slot:
         """Goes on with a replica that a controller before this one started."""
@@ -200,7 +217,7 @@ class Keeper:
         now = replace(self.record, max_model_len=entry.max_model_len, load_seconds=entry.load_seconds)
         if now != self.record:
             self.record = now
-            self._begin(self._keep(now))
+            self._begin(self.save())
 
     def _hopeless(self) -> str | None:
         """Why there is no replica and none will come, where that is so."""

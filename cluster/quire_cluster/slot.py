@@ -57,10 +57,15 @@ class Placements:
         ranks, stages = deployment.engine.tensor_parallel_size, deployment.engine.pipeline_parallel_size
         bundle = {"CPU": float(ranks)} | ({"GPU": float(ranks)} if needs.gpu else {})
         name = f"{self._prefix}-{uuid.uuid4().hex[:12]}"
-        group = await asyncio.to_thread(
-            placement_group, [bundle] * stages, strategy="PACK", name=name, lifetime="detached"
+        making = asyncio.ensure_future(
+            asyncio.to_thread(placement_group, [bundle] * stages, strategy="PACK", name=name, lifetime="detached")
         )
-        return group, name
+        try:
+            return await asyncio.shield(making), name
+        except asyncio.CancelledError:  # who asked has ended, and will not give back what Ray makes all the same
+            loop = asyncio.get_running_loop()
+            making.add_done_callback(lambda made: loop.run_in_executor(None, remove_placement_group, made.result()))
+            raise
 
     async def nodes(self, group: PlacementGroup) -> list[str]:
         """The node of each bundle, once there is room for all. Raises EngineFailure for a group that is gone."""
@@ -172,9 +177,10 @@ class Slot:
         """In this phase."""
         return time.monotonic() - self._since
 
-    def view(self, *, wanted: bool, requests: int) -> SlotView:
-        """For the policy."""
-        return SlotView(index=self.index, phase=self._phase, wanted=wanted, seconds=self.seconds, requests=requests)
+    def view(self, *, wanted: bool, requests: int, since_room: float) -> SlotView:
+        """For the policy. `since_room`: seconds since another slot gave its room back, which this one may get."""
+        seconds = min(self.seconds, since_room)
+        return SlotView(index=self.index, phase=self._phase, wanted=wanted, seconds=seconds, requests=requests)
 
     def _enter(self, phase: Phase) -> None:
         self._phase, self._since, self.entered = phase, time.monotonic(), time.time()

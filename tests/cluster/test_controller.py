@@ -1,25 +1,27 @@
-"""How a deployment's slots are kept, without Ray: what a slot starts is the test's."""
+"""How a deployment keeps its slots, without Ray: what a slot starts is the test's."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from quire_cluster import keeper as keeper_module
+from gateways import until
 from quire_cluster import slot as module
-from quire_cluster.demand import Demand
 from quire_cluster.deployment import Deployment, DeploymentConfig
-from quire_cluster.keeper import Keeper
+from quire_cluster.keeper import Demand, Keeper
 from quire_cluster.policies import restart
 from quire_cluster.policies.reconcile import Phase
 from quire_cluster.replica_actor import Place, ReplicaFacts
-from quire_cluster.slot import Home, Needs, Slot
+from quire_cluster.slot import Needs, Slot
 from quire_cluster.store import Record
 from quire_engine.config import EngineConfig
 from quire_engine.errors import EngineFailure, OutOfMemory
 
-NOTHING: Any = None
-NOBODY = Demand(replicas={})
+NOTHING = Demand(replicas={})
+PLACE = Place(group="", nodes=(), host="127.0.0.1")
 
 
 class Clock:
@@ -31,110 +33,131 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
-    time = monotonic
+    def time(self) -> float:
+        return self.now
 
 
-class Rehearsed(Slot):
+class Kept:
+    """A store that has what was written last."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+
+    async def write(self, record: Record) -> None:
+        await asyncio.sleep(0)
+        self.records[record.deployment.name] = record
+
+
+class RehearsedSlot(Slot):
     """`load` and `serve` are what becomes of each start of a slot: they return, or raise."""
 
-    load: Callable[[int, int], None]
-    serve: Callable[[int, int], Any]
+    load: Callable[[int], None]
+    serve: Callable[[int], Coroutine[Any, Any, None]]
     starts = 0
 
     async def _start(self) -> None:
+        self.epoch = self._next_epoch()
         self.starts += 1
         self._enter(Phase.LOADING)
 
     async def _until_loaded(self) -> None:
-        type(self).load(self.index, self.starts)
-        slot = self
+        self.load(self.index)
 
-        class Run:
-            @staticmethod
-            async def remote() -> None:
-                await type(slot).serve(slot.index, slot.starts)
+        async def run() -> None:
+            await self.serve(self.index)
 
-        class Stop:
-            @staticmethod
-            async def remote() -> None:
-                pass
+        async def stop() -> None:
+            pass
 
-        class Actor:
-            run, stop = Run, Stop
-
-        self._actor = Actor
-        place = Place(group="", nodes=("node",), host="127.0.0.1")
-        facts = ReplicaFacts(deployment=self.deployment, place=place, address="127.0.0.1:1", max_model_len=512)
+        self._actor = SimpleNamespace(run=SimpleNamespace(remote=run), stop=SimpleNamespace(remote=stop))
+        facts = ReplicaFacts(deployment=self.deployment, place=PLACE, address="127.0.0.1:1", max_model_len=512)
         self._serves(facts)
 
     async def _remove(self) -> None:
         self._actor = self.entry = None
 
 
-class Kept(Keeper):
-    """A deployment of `replicas`, whose slots are rehearsed."""
+class Rehearsed(Keeper):
+    """A deployment whose slots are those."""
 
-    def __init__(self, replicas: int) -> None:
-        class Memory:
-            async def write(self, record: Record) -> None:
-                pass
-
-        self.running: set[asyncio.Future[Any]] = set()
-        deployment = Deployment("test", EngineConfig(model="none"), DeploymentConfig(min_replicas=replicas))
-        home = Home(namespace="test", host=None, secret="", placements=NOTHING, addresses=lambda node: None)
-        memory: Any = Memory()
-        super().__init__(
-            Record(deployment=deployment, needs=Needs(gpu=False, threads=1)),
-            home,
-            memory,
-            changed=lambda: None,
-            begin=lambda work: self.running.add(asyncio.ensure_future(work)),
+    def __init__(self, replicas: int, load: Callable[[int], None], serve: Callable[[int], Any]) -> None:
+        config = DeploymentConfig(min_replicas=replicas)
+        record = Record(
+            deployment=Deployment("test", EngineConfig(model="none"), config), needs=Needs(gpu=False, threads=1)
         )
+        home: Any = SimpleNamespace(secret="")
+        store: Any = Kept()
+        self.news = asyncio.Event()
+        self.kept: Kept = store
+        self.beside: set[asyncio.Future[Any]] = set()
+        super().__init__(record, home, store, changed=self.news.set, begin=self._beside)
+        self._load, self._serve = load, serve
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Reconciling all the while."""
+    def _beside(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(work)
+        self.beside.add(task)
+        task.add_done_callback(self.beside.discard)
+
+    def _slot(self, deployment: Deployment, index: int) -> Slot:
+        made = RehearsedSlot(
+            deployment,
+            index,
+            self._home,
+            self.record.needs,
+            changed=self.news.set,
+            next_epoch=self._next_epoch,
+        )
+        made.load, made.serve = self._load, self._serve
+        return made
+
+
+@asynccontextmanager
+async def kept(keeper: Rehearsed) -> AsyncIterator[Rehearsed]:
+    """Reconciled whenever anything happens, as the controller does it."""
+
+    async def reconcile() -> None:
+        while True:
+            keeper.reconcile(NOTHING, frozenset())
+            await keeper.news.wait()
+            keeper.news.clear()
+
+    reconciling = asyncio.ensure_future(reconcile())
+    try:
         async with asyncio.timeout(60):
-            while not condition():
-                self.reconcile(NOBODY, frozenset())
-                await asyncio.sleep(0.001)
-
-
-def rehearse(
-    monkeypatch: pytest.MonkeyPatch, load: Callable[[int, int], None], serve: Callable[[int, int], Any]
-) -> None:
-    monkeypatch.setattr(Rehearsed, "load", staticmethod(load), raising=False)
-    monkeypatch.setattr(Rehearsed, "serve", staticmethod(serve), raising=False)
-    monkeypatch.setattr(keeper_module, "Slot", Rehearsed)
-    monkeypatch.setattr(restart, "_PAUSES", (0.0,))
+            yield keeper
+    finally:
+        reconciling.cancel()
+        await keeper.end()
 
 
 def test_a_slot_that_is_given_up_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only once all are is there nothing left to wait for, and the reason is told. Who deploys again has mended it."""
+    """Only once all are is there nothing left to wait for, and the reason is told."""
+    monkeypatch.setattr(restart, "_PAUSES", (0.0,))
 
     async def run() -> None:
-        died, mended = asyncio.Event(), asyncio.Event()
+        died = asyncio.Event()
 
-        def load(index: int, start: int) -> None:
-            if not mended.is_set() and (index == 0 or died.is_set()):
+        def load(index: int) -> None:
+            if index == 0 or died.is_set():
                 raise OutOfMemory(f"the weights of {index} do not fit")
 
-        async def serve(index: int, start: int) -> None:
-            await (died if not mended.is_set() else asyncio.Event()).wait()
+        async def serve(index: int) -> None:
+            await died.wait()
             raise EngineFailure("a worker process died")
 
-        rehearse(monkeypatch, load, serve)
-        kept = Kept(2)
-        await kept.until(lambda: {slot.phase for slot in kept.slots} == {Phase.FAILED, Phase.SERVING})
-        table = kept.served().table
-        assert table.failure is None
-        assert [entry.slot for entry in table.replicas] == [1]
-        died.set()
-        await kept.until(lambda: [slot.phase for slot in kept.slots] == [Phase.FAILED] * 2)
-        assert kept.served().table.failure == "the weights of 1 do not fit"
-        mended.set()
-        kept.change(kept.record)
-        await kept.until(lambda: [slot.phase for slot in kept.slots] == [Phase.SERVING] * 2)
-        assert kept.served().table.failure is None
+        async with kept(Rehearsed(2, load, serve)) as keeper:
+            await until(lambda: [slot.phase for slot in keeper.slots] == [Phase.FAILED, Phase.SERVING])
+            table = keeper.served().table
+            assert table.failure is None
+            assert [entry.slot for entry in table.replicas] == [1]
+            died.set()
+            await until(lambda: keeper.served().table.failure is not None)
+            assert keeper.served().table.failure == "the weights of 1 do not fit"
+            starts = [slot.starts for slot in keeper.slots if isinstance(slot, RehearsedSlot)]
+            assert starts == [1, 1 + restart._ATTEMPTS]
+            keeper.change(keeper.record)  # the operator asks again
+            await until(lambda: keeper.record.epoch == sum(starts) + 2)
+            assert [slot.starts for slot in keeper.slots if isinstance(slot, RehearsedSlot)] == [1, 1]
 
     asyncio.run(run())
 
@@ -148,26 +171,50 @@ def test_time_of_loading_is_no_service(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(self, service, died=died)
 
     monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(restart, "_PAUSES", (0.0,))
     monkeypatch.setattr(restart.Restarts, "failed", failed)
 
-    def load(index: int, start: int) -> None:
-        clock.now += 1000.0
-        if start == 2:
-            raise EngineFailure("a worker process died")
-
     async def run() -> None:
-        done = asyncio.Event()
+        def starts() -> int:
+            [slot] = keeper.slots
+            assert isinstance(slot, RehearsedSlot)
+            return slot.starts
 
-        async def serve(index: int, start: int) -> None:
-            clock.now += start
-            if start == 4:
-                done.set()
-                await asyncio.Event().wait()
-            raise EngineFailure("a worker process died")
+        def load(index: int) -> None:
+            clock.now += 1000.0
+            if starts() == 2:
+                raise EngineFailure("a worker process died")
 
-        rehearse(monkeypatch, load, serve)
-        kept = Kept(1)
-        await kept.until(done.is_set)
+        async def serve(index: int) -> None:
+            clock.now += starts()
+            if starts() < 4:
+                raise EngineFailure("a worker process died")
+            await asyncio.Event().wait()
+
+        keeper = Rehearsed(1, load, serve)
+        async with kept(keeper):
+            await until(lambda: bool(keeper.slots) and starts() == 4)
 
     asyncio.run(run())
     assert told == [1.0, None, 3.0]
+
+
+def test_what_an_operator_says_meanwhile_is_kept() -> None:
+    """Each start of a replica writes its epoch down: no word of an operator may be lost beside it."""
+
+    async def run() -> None:
+        async def serve(index: int) -> None:
+            await asyncio.Event().wait()
+
+        async with kept(Rehearsed(4, lambda index: None, serve)) as keeper:
+            while not keeper.record.epoch:
+                await asyncio.sleep(0)
+            other = replace(keeper.deployment, config=DeploymentConfig(min_replicas=6))
+            keeper.change(replace(keeper.record, deployment=other))
+            await keeper.pin(5)
+            await until(lambda: sum(slot.phase is Phase.SERVING for slot in keeper.slots) == 5 and not keeper.beside)
+            assert (keeper.deployment, keeper.record.pinned, keeper.record.epoch) == (other, 5, 5)
+            assert sorted(slot.epoch for slot in keeper.slots) == [1, 2, 3, 4, 5]
+            assert keeper.kept.records["test"] == keeper.record
+
+    asyncio.run(run())

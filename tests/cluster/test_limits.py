@@ -200,7 +200,7 @@ MET: dict[str, list[str]] = {
     "silence of a replica or a worker that loads, of the controller": [
         f"{LIVENESS}::test_a_worker_that_hangs_while_it_loads_is_found",
         f"{LIVENESS}::test_a_replica_that_hangs_while_it_loads_is_replaced",
-        f"{LIVENESS}::test_a_controller_that_hangs_is_replaced",
+        f"{LIVENESS}::test_a_controller_that_hangs_is_started_again",
     ],
     "running requests at the end": [f"{CALL}::test_a_server_at_its_end_takes_nothing_new"],
 }

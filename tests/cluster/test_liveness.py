@@ -18,7 +18,7 @@ from quire_cluster.controller import ClusterConfig, Controller
 from quire_cluster.deployment import Deployment, DeploymentConfig
 from quire_cluster.gateway.process import Gateway
 from quire_cluster.liveness import CONTROLLER, LivenessProbe, while_alive
-from quire_cluster.local_ray import PrivateCluster, start_private_cluster
+from quire_cluster.local_ray import start_private_cluster
 from quire_cluster.serve import Server
 from quire_cluster.workers import Workers
 from quire_engine.config import EngineConfig
@@ -29,9 +29,9 @@ LIMIT = 600.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[PrivateCluster]:
+def cluster() -> Iterator[None]:
     running = start_private_cluster(num_workers=2)
-    yield running
+    yield
     running.stop()
 
 
@@ -115,63 +115,79 @@ def test_a_worker_that_hangs_while_it_loads_is_found(config: EngineConfig) -> No
     wait_until(lambda: not Path(f"/proc/{victim}").exists())
 
 
-class Named:
-    """In the controller's place for those who look whether it is there."""
+@pytest.fixture
+def named() -> Iterator[str]:
+    """A cluster's name, under which replicas find a controller: they would end without."""
+
+    class Nobody:
+        pass
+
+    nobody = ray.remote(Nobody).options(name=CONTROLLER, namespace="quire-test", num_cpus=0).remote()
+    yield "quire-test"
+    ray.kill(nobody)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_replica_that_hangs_while_it_loads_is_replaced(config: EngineConfig) -> None:
-    """By a controller of this process."""
-
+def test_a_replica_that_hangs_while_it_loads_is_replaced(config: EngineConfig, named: str) -> None:
     async def run() -> None:
-        name = "quire-test"
-        named = ray.remote(Named).options(name=CONTROLLER, namespace=name, num_cpus=0).remote()
-        controller = Controller(ClusterConfig(name=name, host="127.0.0.1", private=True))
+        controller = Controller(ClusterConfig(name=named, host="127.0.0.1", private=True))
+        await controller.deploy([Deployment("tiny", config, DeploymentConfig())], checked=True)
         try:
-            await controller.deploy([Deployment("tiny", config, DeploymentConfig())], checked=True)
             await asyncio.to_thread(wait_until, lambda: bool(processes(os.getpid(), "Worker")))
             [victim] = processes(os.getpid(), "Replica")
             os.kill(victim, signal.SIGSTOP)
             table = await asyncio.wait_for(controller.watch(0), LIMIT)
-            while not (table.deployments and table.deployments[0].table.replicas):
+            while not table.deployments[0].table.replicas:
                 table = await asyncio.wait_for(controller.watch(table.version), LIMIT)
-            assert [replica.epoch for replica in table.deployments[0].table.replicas] == [2]
+            assert [(replica.slot, replica.epoch) for replica in table.deployments[0].table.replicas] == [(0, 2)]
             await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{victim}").exists())
         finally:
             await controller.shutdown()
             await asyncio.to_thread(wait_until, lambda: not processes(os.getpid(), "Replica"))
-            ray.kill(named)
 
     asyncio.run(run())
 
 
-def test_a_controller_that_hangs_is_replaced(cluster: PrivateCluster, config: EngineConfig) -> None:
-    """Ray starts it again, and it goes on with the replica that is there."""
+@pytest.mark.usefixtures("cluster")
+def test_a_controller_that_hangs_is_started_again(config: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """Its replicas go on, and the new one looks after them."""
 
     async def run() -> None:
         server = Server(config, ServeConfig(served_model_name="tiny"), find_model(config))
-        gateway = server._gateway = Gateway(ServeConfig(), None, identity="test")
-        server._cluster = cluster
+        gateway = server._gateway = Gateway(server._serve, None, identity="test")
         server._take(gateway.models.read(server._deployment))
+        dispatcher = gateway.models.find("tiny").dispatcher
         await server._start_controller()
-        versions: list[int] = []
-        gateway.follow(server._controller, lambda table: versions.append(table.version))
+        gateway.follow(server._controller)
+
+        def replicas() -> list[tuple[int, int]]:
+            return [session.key[:2] for session in dispatcher.sessions]
+
+        def controllers() -> list[int]:
+            return processes(os.getpid(), "Controller")
+
         try:
             async with asyncio.timeout(LIMIT):
-                while not gateway.models.ready:
+                while replicas() != [(0, 1)]:
                     await asyncio.sleep(0.1)
-                [victim], before = processes(os.getpid(), "Controller"), processes(os.getpid(), "Replica")
-                told = len(versions)
+                [before], [victim] = processes(os.getpid(), "Replica"), controllers()
                 os.kill(victim, signal.SIGSTOP)
-                while len(versions) == told:
+                while victim in controllers() or not controllers():
                     await asyncio.sleep(0.1)
-            assert versions == sorted(versions), "whoever follows must see that it is news"
-            assert gateway.models.ready
-            assert processes(os.getpid(), "Replica") == before
-            await asyncio.to_thread(wait_until, lambda: victim not in processes(os.getpid(), "Controller"))
+                    assert replicas() == [(0, 1)]
+                found = await server._controller.status.remote()
+                [[replica]] = [deployment.replicas for deployment in found.deployments]
+                assert (replica.slot, replica.epoch, replica.phase) == (0, 1, "serving")
+                assert processes(os.getpid(), "Replica") == [before]
+                os.kill(before, signal.SIGKILL)
+                while replicas() != [(0, 2)]:
+                    await asyncio.sleep(0.1)
         finally:
             await gateway.stop()
             await server._controller.shutdown.remote()
             ray.kill(server._controller)
 
     asyncio.run(run())
+    assert "the controller says nothing for 4 s; its process is stopped, or its host gone; it is started again" in (
+        caplog.text
+    )

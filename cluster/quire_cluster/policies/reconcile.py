@@ -36,7 +36,8 @@ _PROGRESS = (Phase.FAILED, Phase.PAUSED, Phase.PLACING, Phase.LOADING, Phase.SER
 
 @dataclass(frozen=True, kw_only=True)
 class SlotView:
-    """What matters of a slot. `wanted`: with today's options, on a node that stays. `seconds`: in its phase."""
+    """What matters of a slot. `wanted`: with today's options, on a node that stays. `seconds`: in its phase, or since
+    another slot gave its room back, if that is less: for that room it may be about to be placed."""
 
     index: int
     phase: Phase
