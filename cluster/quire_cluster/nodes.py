@@ -70,8 +70,10 @@ class Nodes:
         """Of the smallest node that has any."""
         return min((int(c) for node in self.alive if (c := node["Resources"].get("CPU", 0)) >= 1), default=1)
 
-    def address(self, node: str) -> str | None:
-        """As other nodes see it; None: it is gone."""
+    async def address(self, node: str) -> str | None:
+        """As other nodes see it; None: it is gone. One that has joined since the last look is looked for."""
+        if node not in self._nodes:
+            await self.refresh()
         found = self._nodes.get(node)
         return str(found["NodeManagerAddress"]) if found is not None else None
 

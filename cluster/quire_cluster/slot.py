@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -123,7 +123,7 @@ class Home:
     host: str | None  # that replicas listen on; None: their node's address
     secret: str = field(repr=False)
     placements: Placements
-    addresses: Callable[[str], str | None]  # of a node, as others see it
+    addresses: Callable[[str], Awaitable[str | None]]  # of a node, as others see it
 
 
 def replica_name(deployment: str, index: int, epoch: int) -> str:
@@ -288,7 +288,7 @@ class Slot:
         group, self._group = await home.placements.make(self.deployment, self._needs)
         self.nodes = await home.placements.nodes(group)
         self._enter(Phase.LOADING)
-        host = home.host or home.addresses(self.nodes[0])
+        host = home.host or await home.addresses(self.nodes[0])
         if host is None:
             raise EngineFailure("the node a replica was placed on has left the cluster")
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
