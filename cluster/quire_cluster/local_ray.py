@@ -15,7 +15,6 @@ import ray
 from quire_engine.errors import InvalidParameter, Unavailable
 from ray import _raylet
 from ray._private import ray_constants
-from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 
 log = logging.getLogger(__name__)
@@ -149,18 +148,18 @@ def join_cluster(address: str, namespace: str) -> None:
 def workers_on_gpus(device: str, workers: int, *, may_grow: bool = False) -> bool:
     """Whether each of `workers` workers gets a GPU of the running Ray cluster, for an engine on `device`.
 
-    Raises InvalidParameter where there are too few. A cluster that `may_grow` has those that its autoscaler could add,
-    too; where even these are too few, it says that more are waited for.
+    Raises InvalidParameter where there are too few. In a cluster that `may_grow`, replicas wait for more to join; what
+    an autoscaler could add is not known here, so that without any GPU yet only device cuda waits for one.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
-    if may_grow and device != "cpu":
-        could: dict[str, float] = ray_state.state.get_max_resources_from_cluster_config() or {}
-        gpus = max(gpus, int(could.get("GPU", 0)))
-    if device == "cuda" and not gpus:
-        raise InvalidParameter("device is 'cuda', but the Ray cluster has no GPU", "device")
-    if 0 < gpus < workers:
+    if device != "cuda" and not gpus:
+        return False
+    if gpus < workers:
         few = f"{workers} workers (-tp times -pp, for each replica) take a GPU each, and the Ray cluster has {gpus}"
-        if not may_grow:
+        if may_grow:
+            log.warning("%s; replicas wait for more to join", few)
+        elif gpus:
             raise InvalidParameter(f"{few}: use fewer, or --device cpu", "tensor_parallel_size")
-        log.warning("%s; replicas wait for more to join", few)
-    return gpus > 0
+        else:
+            raise InvalidParameter("device is 'cuda', but the Ray cluster has no GPU", "device")
+    return True
