@@ -110,7 +110,9 @@ class StartConfig(GatewayConfig):
     gateways: int = option(
         1, "per node, which share its ports (with --port 0 each has its own)", form="gateways", least=1, most=64
     )
-    gateways_on: str = option("head", "nodes that have gateways", choices=("head", "all"))
+    gateways_on: str = option(
+        "head", "nodes that have gateways; all: the head, and those with replicas", choices=("head", "all")
+    )
     admin_host: str = option(
         "127.0.0.1", "of the head, for operators' calls", form="an address or a name of this machine"
     )

@@ -377,7 +377,8 @@ class Controller:
             keeper.reconcile(self.demand(name), leaving)
         self._woken.clear()
         if self._gateways is not None:
-            self._gateways.reconcile(self.nodes.identities, self.nodes.head, leaving, silent)
+            busy = {node for keeper in self.keepers.values() for slot in keeper.slots for node in slot.nodes}
+            self._gateways.reconcile(self.nodes.identities, self.nodes.head, leaving, silent, busy)
 
     def demand(self, name: str) -> Demand:
         """What gateways last said of a deployment: of each replica the freshest word."""

@@ -1,8 +1,10 @@
-"""The gateways of a cluster, on the head or on every node: each an actor of its own, started again where it ends."""
+"""The gateways of a cluster, on the head or on all nodes that it uses: each an actor of its own, started again where it
+ends."""
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from quire_cluster.config import GatewayConfig
 from quire_cluster.gateway_actor import GatewayActor
 from quire_cluster.keys import Keys
+from quire_cluster.policies.hosts import Hosts
 from quire_cluster.policies.restart import Restarts
 from quire_cluster.workers import root_cause
 
@@ -27,7 +30,7 @@ class GatewayPlan:
     config: GatewayConfig
     keys: Keys | None
     per_node: int
-    everywhere: bool  # else on the head alone
+    everywhere: bool  # where replicas are, too; else on the head alone
 
 
 class _Place:
@@ -112,6 +115,7 @@ class Gateways:
         self._plan = plan
         self._namespace = namespace
         self._places: dict[str, _Place] = {}
+        self._hosts = Hosts()
         self._ending: set[asyncio.Task[None]] = set()
 
     def adopt(self, name: str, actor: Any) -> None:
@@ -119,9 +123,17 @@ class Gateways:
         _, node, _ = name.split(":")
         self._places[name] = _Place(name, node, self._namespace, self._plan, actor)
 
-    def reconcile(self, nodes: Sequence[str], head: str, leaving: frozenset[str], silent: Sequence[str]) -> None:
-        """`silent`: those whose reports have stopped."""
-        hosts = [node for node in (nodes if self._plan.everywhere else [head]) if node not in leaving]
+    def reconcile(
+        self,
+        nodes: Sequence[str],
+        head: str,
+        leaving: frozenset[str],
+        silent: Sequence[str],
+        busy: Collection[str],
+    ) -> None:
+        """`silent`: those whose reports have stopped. `busy`: nodes that have replicas."""
+        used = self._hosts.of(nodes, head, busy, time.monotonic()) if self._plan.everywhere else [head]
+        hosts = [node for node in used if node not in leaving]
         wanted = {f"gateway:{node}:{number}": node for node in hosts for number in range(self._plan.per_node)}
         for name, node in wanted.items():
             if name not in self._places:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 from quire_cluster.policies.admission import has_room, rebuild_wait
+from quire_cluster.policies.hosts import Hosts
 from quire_cluster.policies.quarantine import PROOF, Losses
 from quire_cluster.policies.restart import Restarts
 from quire_cluster.policies.routing import ReplicaLoad, choose_replica
@@ -35,6 +36,16 @@ def test_room() -> None:
 def test_the_wait_for_a_replica_follows_how_long_one_takes_to_load() -> None:
     assert rebuild_wait(0.5) == 120
     assert rebuild_wait(600) == 1800
+
+
+def test_gateways_are_where_replicas_are() -> None:
+    """And stay for as long as it takes to start one again."""
+    hosts, nodes = Hosts(), ["a", "head", "b"]
+    assert hosts.of(nodes, "head", [], 0.0) == ["head"]
+    assert hosts.of(nodes, "head", {"b"}, 1.0) == ["head", "b"]
+    assert hosts.of(nodes, "head", {"a"}, 60.0) == nodes
+    assert hosts.of(nodes, "head", {"a"}, 61.0) == ["a", "head"]
+    assert hosts.of(["head"], "head", {"a"}, 62.0) == ["head"], "it is gone"
 
 
 def test_silence() -> None:
