@@ -18,10 +18,13 @@ import psutil
 import pytest
 import torch
 from families import ENCODERS, FALLBACK, FAMILIES, REFUSED, TINY
+from hypothesis import HealthCheck, settings
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one core each: threads that wait for a core wait long
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it puts in the background ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as does nohup

@@ -45,7 +45,9 @@ def configuration(kind: str, gateways: Sequence[GatewayAddress], listens: Listen
     """For one of KINDS. Gateways that share an address (the ports of one host) are one to it."""
     loader = jinja2.PackageLoader("quire_cluster", "load_balancers")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    apart = {(gateway.http, gateway.grpc): gateway for gateway in sorted(gateways, key=lambda one: one.name)}
+    apart: dict[tuple[str, str], GatewayAddress] = {}
+    for gateway in sorted(gateways, key=lambda one: one.name):
+        apart.setdefault((gateway.http, gateway.grpc), gateway)
     return environment.get_template(KINDS[kind]).render(
         gateways=list(apart.values()),
         host="[::]" if listens.host == "::" else listens.host,
