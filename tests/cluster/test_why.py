@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 from gateways import TOKENS, expected, gateway, tokens, until
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
-from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.waiting import ChoiceWait
 from quire_cluster.replica import EngineService, EngineThread, session_server
 from quire_cluster.routing_table import ReplicaEntry, RoutingTable
@@ -43,7 +43,7 @@ def tokenizer(checkpoint: Callable[[str], Path]) -> Tokenizer:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas that answer are waited for, however busy this machine is."""
-    monkeypatch.setattr("quire_cluster.gateway.dispatcher._ANSWER", 20.0)
+    monkeypatch.setattr("quire_cluster.gateway.dispatcher._ANSWER", 250.0)
 
 
 class Executor:
@@ -71,59 +71,64 @@ class Executor:
         return StepResult(np.full(int(self._plans.popleft().draws.sum()), 5, np.int32))
 
 
+@asynccontextmanager
+async def engine_and_gateway() -> AsyncIterator[Dispatcher]:
+    """A dispatcher with a session to an engine of two rows."""
+    workers: Any = Executor()
+    engine = EngineThread(workers, asyncio.get_running_loop(), lambda error: None)
+    server = session_server(EngineService(engine), "secret")
+    port = server.add_insecure_port("127.0.0.1:0")
+    dispatcher = Dispatcher(lambda s: None, lambda n: None, max_waiting=8)
+    try:
+        await server.start()
+        engine.start()
+        dispatcher.update_table(RoutingTable((ReplicaEntry(0, 1, f"127.0.0.1:{port}", 20_000, secret="secret"),)))
+        await until(lambda: bool(dispatcher.sessions))
+        yield dispatcher
+    finally:
+        await dispatcher.close()
+        await server.stop(0)
+        engine.stop()
+
+
 def test_an_engine_says_through_its_sessions_what_requests_wait_for(tokenizer: Tokenizer) -> None:
     """Two rows, and five answers of three requests."""
 
     async def run() -> None:
-        workers: Any = Executor()
-        engine = EngineThread(workers, asyncio.get_running_loop(), lambda error: None)
-        server = session_server(EngineService(engine), "secret")
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        engine.start()
-        loads: list[pb.Load] = []
+        async with engine_and_gateway() as dispatcher:
+            [session] = dispatcher.sessions
+            start = time.monotonic()
 
-        def take_load(session: ReplicaSession) -> None:
-            loads.append(session.load)
+            def send(name: str, size: int, n: int) -> Generation:
+                facts = RequestFacts(name, [5] * size, 0, 0.0, b"", time.monotonic())
+                texts = [OutputText(tokenizer, SamplingParams(), facts.prompt) for _ in range(n)]
+                generation = Generation(facts, [EngineSampling(max_tokens=19_000)] * n, texts)
+                dispatcher.submit(generation)
+                return generation
 
-        dispatcher = Dispatcher(take_load, lambda n: None, max_waiting=8)
-        dispatcher.update_table(RoutingTable((ReplicaEntry(0, 1, f"127.0.0.1:{port}", 20_000, secret="secret"),)))
-        await until(lambda: bool(dispatcher.sessions))
-        start = time.monotonic()
-
-        def send(name: str, size: int, n: int) -> Generation:
-            facts = RequestFacts(name, [5] * size, 0, 0.0, b"", time.monotonic())
-            texts = [OutputText(tokenizer, SamplingParams(), facts.prompt) for _ in range(n)]
-            generation = Generation(facts, [EngineSampling(max_tokens=19_000)] * n, texts)
-            dispatcher.submit(generation)
-            return generation
-
-        running, second, third = send("first", 10, 2), send("second", 20, 1), send("third", 30, 2)
-        await until(lambda: all(len(choice.output) > 3 for choice in running.choices))
-        told, behind, last = await asyncio.gather(*(dispatcher.why(one) for one in (running, second, third)))
-        assert [one.reason for one in told] == ["", ""]
-        assert [one.index for one in told] == [0, 1]
-        assert all(one.tokens > 3 for one in told)
-        assert [one.reason for one in behind] == [WaitsFor.ROW.value]
-        assert [one.reason for one in last] == [WaitsFor.EARLIER.value] * 2
-        assert all(0 < one.since <= time.monotonic() - start for one in (*behind, *last))
-        assert all(one.estimate is None for one in (*behind, *last)), "nobody knows when a row will be free"
-        await until(lambda: loads[-1].waiting == 3)
-        assert waiting_for(dispatcher) == {WaitsFor.ROW.value: 1, WaitsFor.EARLIER.value: 2}
-        assert loads[-1].queued_tokens in range(20 + 30 + 30, 20 + 30 + 30 + 3)
-        assert loads[-1].prefill_rate > 0
-        dispatcher.abort(running)
-        await until(lambda: bool(third.choices[0].output))
-        [one] = [one for one in await dispatcher.why(third) if one.index == 0]
-        assert (one.reason, one.tokens > 0) == ("", True)
-        for one in (second, third):
-            dispatcher.abort(one)
-        assert await dispatcher.why(third) == []
-        await until(lambda: loads[-1].running + loads[-1].waiting == 0)
-        assert (waiting_for(dispatcher), loads[-1].queued_tokens) == ({}, 0)
-        await dispatcher.close()
-        await server.stop(0)
-        engine.stop()
+            running, second, third = send("first", 10, 2), send("second", 20, 1), send("third", 30, 2)
+            await until(lambda: all(len(choice.output) > 3 for choice in running.choices))
+            reasons = {WaitsFor.ROW.value: 1, WaitsFor.EARLIER.value: 2}
+            await until(lambda: dict(session.load.waiting_for) == reasons)
+            assert session.load.queued_tokens in range(20 + 30 + 30, 20 + 30 + 30 + 3)
+            await until(lambda: session.load.prefill_rate > 0)
+            told, behind, last = await asyncio.gather(*(dispatcher.why(one) for one in (running, second, third)))
+            assert [one.reason for one in told] == ["", ""]
+            assert [one.index for one in told] == [0, 1]
+            assert all(one.tokens > 3 for one in told)
+            assert [one.reason for one in behind] == [WaitsFor.ROW.value]
+            assert [one.reason for one in last] == [WaitsFor.EARLIER.value] * 2
+            assert all(0 < one.since <= time.monotonic() - start for one in (*behind, *last))
+            assert all(one.estimate is None for one in (*behind, *last)), "nobody knows when a row will be free"
+            dispatcher.abort(running)
+            await until(lambda: bool(third.choices[0].output))
+            [one] = [one for one in await dispatcher.why(third) if one.index == 0]
+            assert (one.reason, one.tokens > 0) == ("", True)
+            for generation in (second, third):
+                dispatcher.abort(generation)
+            assert await dispatcher.why(third) == []
+            await until(lambda: session.load.running + session.load.waiting == 0)
+            assert (dict(session.load.waiting_for), session.load.queued_tokens) == ({}, 0)
 
     asyncio.run(run())
 
