@@ -32,7 +32,7 @@ _OPTIONS: list[tuple[str, Any]] = [
 _SHUNNED = 5.0  # seconds that an address is left out after it failed, while there are others
 _PATIENCE = 30.0  # seconds without progress that a call which had begun is tried again for
 _PAUSES = (0.05, 1.0)  # seconds before it is: the first, and the longest
-_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+_CUT = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
 Addresses = str | Sequence[str]
 
 
@@ -170,6 +170,14 @@ class _Gathered:
         )
 
 
+def _is_broken(call: Any) -> bool:
+    """Whether a gateway, or the way to it, is gone. A stream that was reset bears another status than that, which no
+    server has sent."""
+    details = call.details() or ""
+    cut = "Stream removed" in details or "RST_STREAM" in details or "Cancelling all calls" in details
+    return call.code() is grpc.StatusCode.UNAVAILABLE or (call.code() in _CUT and cut)
+
+
 class _Place:
     """One address, with its channel."""
 
@@ -231,7 +239,7 @@ class _Attempts:
         call: Any = error
         full = call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         now = time.monotonic()
-        if call.code() not in _GONE and not full:
+        if not (_is_broken(call) or full):
             raise error
         self._tried += 1
         self.place.shunned_until = now + _SHUNNED

@@ -3,9 +3,9 @@ the Connect protocol has unary calls). Both want the cluster's admin key."""
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import grpc
 import orjson
@@ -29,9 +29,6 @@ from quire_cluster.gateway.grpc_api import status_code
 from quire_cluster.gateway.http import error_body, error_response, json_response
 from quire_cluster.gateway.process import bind
 from quire_cluster.keys import KeyInterceptor, Keys
-
-if TYPE_CHECKING:
-    from quire_cluster.controller import Controller
 
 log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Control"]
@@ -58,10 +55,41 @@ def deployment_of(spec: pb.DeploymentSpec) -> Deployment:
     return make_deployment(spec.name, options, spec.chat_template if spec.HasField("chat_template") else None)
 
 
-class ControlService(control_pb2_grpc.ControlServicer):
-    """The calls, over a controller. Each raises QuireError."""
+class Operations(Protocol):
+    """What operators may ask of a controller. Each raises QuireError."""
 
-    def __init__(self, controller: "Controller") -> None:
+    async def deploy(self, wanted: Sequence[Deployment]) -> dict[str, str]:
+        """All of them, or none."""
+
+    async def delete(self, name: str) -> None:
+        """Ends a deployment."""
+
+    async def scale(self, name: str, replicas: int | None) -> None:
+        """None: by load."""
+
+    async def drain_replica(self, name: str, index: int) -> None:
+        """Another one takes its place."""
+
+    async def drain_node(self, node: str) -> None:
+        """It leaves."""
+
+    async def status(self) -> pb.StatusResponse:
+        """Of everything."""
+
+    async def why(self, request_id: str) -> pb.WhyResponse:
+        """Of one request, or of all that wait."""
+
+    async def shutdown(self, drain_seconds: float | None) -> None:
+        """Ends everything but itself."""
+
+    def end_soon(self) -> None:
+        """Ends itself."""
+
+
+class ControlService(control_pb2_grpc.ControlServicer):
+    """The calls, over a controller."""
+
+    def __init__(self, controller: Operations) -> None:
         self._controller = controller
 
     async def Deploy(self, request: pb.DeployRequest, context: Any) -> pb.DeployResponse:
@@ -136,7 +164,7 @@ def _note(method: str, request: Any) -> None:
 class AdminServer:
     """Both servers."""
 
-    def __init__(self, controller: "Controller", config: AdminConfig) -> None:
+    def __init__(self, controller: Operations, config: AdminConfig) -> None:
         self._config = config
         self._service = ControlService(controller)
         keys = Keys([config.key])

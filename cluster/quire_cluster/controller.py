@@ -28,7 +28,7 @@ from quire_cluster.replica_actor import ReplicaFacts
 from quire_cluster.reports import GatewayReport, ReplicaReport
 from quire_cluster.routing_table import ClusterTable, Key
 from quire_cluster.slot import Home, Needs, Placements
-from quire_cluster.status import Rates, status
+from quire_cluster.status import Overview, Rates, status
 from quire_cluster.store import Record, Store
 from quire_cluster.workers import root_cause
 
@@ -311,7 +311,18 @@ class Controller:
     async def status(self) -> pb.StatusResponse:
         """How everything is."""
         await asyncio.shield(self._started)
-        return status(self)
+        return status(
+            Overview(
+                cluster=self.config.name,
+                now=time.monotonic(),
+                since=self.since,
+                keepers=self.keepers,
+                demands={name: self.demand(name) for name in self.keepers},
+                reports=self.reports,
+                rates=self.rates,
+                nodes=self.nodes,
+            )
+        )
 
     async def why(self, request_id: str) -> pb.WhyResponse:
         """What a request waits for; of all that wait, for ""."""

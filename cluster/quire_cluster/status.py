@@ -1,19 +1,16 @@
 """How everything is, as the controller sees it: for `quire status`."""
 
-import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from quire_protos.v1 import control_pb2 as pb
 
 from quire_cluster.addresses import with_port
 from quire_cluster.demand import Demand
 from quire_cluster.keeper import Keeper
-from quire_cluster.nodes import is_head
+from quire_cluster.nodes import Nodes, is_head
 from quire_cluster.policies.reconcile import Phase
 from quire_cluster.reports import GatewayReport
-
-if TYPE_CHECKING:
-    from quire_cluster.controller import Controller
 
 _SPAN = 5.0  # seconds that a rate is an average of
 
@@ -39,15 +36,28 @@ class Rates:
         )
 
 
-def status(controller: "Controller") -> pb.StatusResponse:
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What a controller knows. `reports`: of gateways, with when they came, in time.monotonic() seconds as `now`."""
+
+    cluster: str
+    now: float
+    since: float  # of the controller's start
+    keepers: Mapping[str, Keeper]
+    demands: Mapping[str, Demand]  # by deployment
+    reports: Mapping[str, tuple[float, GatewayReport]]
+    rates: Rates
+    nodes: Nodes
+
+
+def status(seen: Overview) -> pb.StatusResponse:
     """Of the whole cluster."""
-    now = time.monotonic()
-    nodes = controller.nodes
+    nodes = seen.nodes
     return pb.StatusResponse(
-        cluster=controller.config.name,
-        seconds=now - controller.since,
-        deployments=[_deployment(controller, name, keeper) for name, keeper in controller.keepers.items()],
-        gateways=[_gateway(report, now - at) for at, report in controller.reports.values()],
+        cluster=seen.cluster,
+        seconds=seen.now - seen.since,
+        deployments=[_deployment(seen, name, keeper) for name, keeper in seen.keepers.items()],
+        gateways=[_gateway(report, seen.now - at) for at, report in seen.reports.values()],
         nodes=[
             pb.NodeStatus(
                 id=node["NodeID"],
@@ -74,8 +84,8 @@ def _gateway(report: GatewayReport, age: float) -> pb.GatewayStatus:
     )
 
 
-def _deployment(controller: "Controller", name: str, keeper: Keeper) -> pb.DeploymentStatus:
-    demand, config = controller.demand(name), keeper.deployment.config
+def _deployment(seen: Overview, name: str, keeper: Keeper) -> pb.DeploymentStatus:
+    demand, config = seen.demands[name], keeper.deployment.config
     found = pb.DeploymentStatus(
         name=name,
         aliases=keeper.deployment.names[1:],
@@ -85,10 +95,10 @@ def _deployment(controller: "Controller", name: str, keeper: Keeper) -> pb.Deplo
         why_wanted=keeper.why_wanted,
         min_replicas=config.min_replicas,
         max_replicas=config.most_replicas,
-        replicas=_replicas(controller, keeper, demand),
+        replicas=_replicas(seen.nodes, keeper, demand),
         at_gateways=demand.at_gateways,
         waiting_for=demand.waiting_for,
-        tokens_per_second=controller.rates.of(name, set(controller.reports)),
+        tokens_per_second=seen.rates.of(name, set(seen.reports)),
     )
     if keeper.record.pinned is not None:
         found.pinned = keeper.record.pinned
@@ -107,7 +117,7 @@ def _state(keeper: Keeper) -> str:
     return "starting" if keeper.wanted else "sleeping"
 
 
-def _replicas(controller: "Controller", keeper: Keeper, demand: Demand) -> list[pb.ReplicaStatus]:
+def _replicas(nodes: Nodes, keeper: Keeper, demand: Demand) -> list[pb.ReplicaStatus]:
     found = []
     for slot in sorted(keeper.slots, key=lambda slot: slot.index):
         load = demand.replicas.get(slot.entry.key) if slot.entry is not None else None
@@ -122,7 +132,7 @@ def _replicas(controller: "Controller", keeper: Keeper, demand: Demand) -> list[
                 running=load.running if load is not None else 0,
                 waiting=load.waiting if load is not None else 0,
                 usage=load.pages_used / load.pages_total if load is not None and load.pages_total else 0.0,
-                outdated=not keeper.is_wanted(slot, controller.nodes.leaving),
+                outdated=not keeper.is_wanted(slot, nodes.leaving),
             )
         )
     return found

@@ -11,7 +11,9 @@ _UINT32 = 2**32 - 1
 class ChatConfig:
     """The request."""
 
-    address: str = option("127.0.0.1:50051", "of the server's gRPC port", form="an address (as localhost:50051)")
+    address: str = option(
+        "127.0.0.1:50051", "of servers' gRPC ports", form="addresses as localhost:50051 (separated by commas)"
+    )
     api_key: str | None = option(
         None, "of the server", form="a key of visible ASCII characters", unset="$QUIRE_API_KEY"
     )

@@ -108,6 +108,8 @@ def _ids(given: Sequence[int], most: int, name: str) -> list[int]:
 def _emitted(given: Sequence[pb.Emitted], most: int) -> dict[int, Emitted]:
     """By the choice. Raises InvalidParameter."""
     found: dict[int, Emitted] = {}
+    if (total := sum(len(one.token_ids) for one in given)) > MAX_LISTED:
+        raise InvalidParameter(f"resume has {total} tokens; at most {MAX_LISTED} are read", "resume")
     for one in given:
         if one.index in found:
             raise InvalidParameter(f"resume has answer {one.index} twice", "resume")
