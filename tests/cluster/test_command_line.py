@@ -16,15 +16,18 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from quire import LLM, Client
-from quire.cli.config import ChatConfig, CompleteConfig, PlanConfig
+from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, PlanConfig
 from quire.cli.main import main, read
-from quire_cluster.config import ServeConfig, entries
+from quire_cluster.config import ServeConfig, StartConfig, entries
 from quire_cluster.gateway.doors import Doors
 from quire_engine.config import EngineConfig, kind_of
 from quire_engine.errors import InvalidParameter, QuireError
 
 COMMANDS: dict[str, tuple[type, ...]] = {
     "serve": (ServeConfig, EngineConfig),
+    "start": (StartConfig,),
+    "deploy file": (AdminConfig,),
+    "scale name auto": (AdminConfig,),
     "plan": (PlanConfig, EngineConfig),
     "run-batch in -o out": (EngineConfig,),
     "chat": (ChatConfig,),
@@ -273,6 +276,10 @@ def main_exit(arguments: list[str]) -> int:
         ["plan", "--memory-gib", "nan"],
         ["chat", "x", "--address", "127.0.0.1:1"],
         ["complete", "x", "--address", "127.0.0.1:1"],
+        ["start", "--port", "0"],
+        ["status", "--admin-address", "127.0.0.1:1", "--admin-key", "k"],
+        ["scale", "x", "many"],
+        ["deploy", "no-such-file"],
     ],
 )
 def test_what_needs_no_model_imports_no_torch(arguments: list[str]) -> None:

@@ -199,6 +199,37 @@ def test_time_of_loading_is_no_service(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [1.0, None, 3.0]
 
 
+def test_a_slot_whose_place_cannot_be_given_back_is_kept_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's head may be gone for a moment."""
+    monkeypatch.setattr(restart, "_PAUSES", (0.0,))
+    removals = 0
+    plain = RehearsedSlot._remove
+
+    async def shaken(slot: RehearsedSlot) -> None:
+        nonlocal removals
+        removals += 1
+        if removals % 2 == 0:
+            raise ConnectionError("the head is gone")
+        await plain(slot)
+
+    monkeypatch.setattr(RehearsedSlot, "_remove", shaken)
+
+    async def run() -> None:
+        def load(index: int) -> None:
+            raise EngineFailure("a worker process died")
+
+        async def serve(index: int) -> None:
+            raise AssertionError("nothing loads")
+
+        async with kept(Rehearsed(1, load, serve)) as keeper:
+            await until(lambda: keeper.served().table.failure is not None)
+            assert keeper.served().table.failure == "a worker process died"
+            assert [slot.starts for slot in keeper.slots if isinstance(slot, RehearsedSlot)] == [3]
+            assert removals >= 5
+
+    asyncio.run(run())
+
+
 def test_what_an_operator_says_meanwhile_is_kept() -> None:
     """Each start of a replica writes its epoch down: no word of an operator may be lost beside it."""
 

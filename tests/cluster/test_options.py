@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quire.cli.config import ChatConfig, CompleteConfig, PlanConfig
+from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, PlanConfig
 from quire.cli.main import _parser, read
 from quire.cli.options import shown_default
-from quire_cluster.config import ServeConfig
+from quire_cluster.config import ServeConfig, StartConfig
+from quire_cluster.deployment import DeploymentConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig, allowed, kind_of
 from quire_engine.errors import InvalidParameter
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "limits.md"
 TABLE = re.compile(r"(?<=^\| option \| of \| default \| what it may be \|\n\|---\|---\|---\|---\|\n)(^\|.*\n)*", re.M)
+DEPLOYMENTS = re.compile(
+    r"(?<=^\| of a deployment \| default \| what it may be \|\n\|---\|---\|---\|\n)(^\|.*\n)*", re.M
+)
 COMMANDS: dict[str, tuple[type, ...]] = {
     "serve": (ServeConfig, EngineConfig),
+    "start": (StartConfig,),
+    **dict.fromkeys(("deploy", "status", "scale", "drain", "delete", "why", "shutdown"), (AdminConfig,)),
     "plan": (PlanConfig, EngineConfig),
     "run-batch": (EngineConfig,),
     "chat": (ChatConfig,),
@@ -28,7 +34,16 @@ COMMANDS: dict[str, tuple[type, ...]] = {
 }
 OPTIONS = [
     pytest.param(config, f, id=f"{config.__name__}.{f.name}")
-    for config in (ServeConfig, EngineConfig, PlanConfig, ChatConfig, CompleteConfig)
+    for config in (
+        ServeConfig,
+        StartConfig,
+        AdminConfig,
+        DeploymentConfig,
+        EngineConfig,
+        PlanConfig,
+        ChatConfig,
+        CompleteConfig,
+    )
     for f in fields(config)
     if f.default is not MISSING
 ]
@@ -41,6 +56,13 @@ OTHERS = {  # what a command takes besides the fields of its configurations
     ("`-o`, `--output`", "must be given", "a file; what has a result in it is not run again"): ["run-batch"],
     ("`PROMPT`", "a conversation", "text"): ["chat"],
     ("`PROMPT`", "must be given", "text"): ["complete"],
+    ("`FILE`", "must be given", "a YAML file of names of models, each with its options"): ["deploy"],
+    ("`--watch`", "false", "true or false: again every second"): ["status"],
+    ("`--json`", "false", "true or false: all of it, for programs"): ["status"],
+    ("`NAME`", "must be given", "the name of a deployment"): ["scale", "delete"],
+    ("`REPLICAS`", "must be given", "a whole number from 0 to 4096, or auto: as the load asks for"): ["scale"],
+    ("`WHAT`", "must be given", "a node's address, name or id, or a replica as NAME/NUMBER"): ["drain"],
+    ("`REQUEST`", "all that wait", "the id of a request"): ["why"],
 }
 
 
@@ -90,6 +112,22 @@ def test_every_option_is_in_the_table(request: pytest.FixtureRequest) -> None:
         text = TABLE.sub(lambda _: table, text)
         DOCUMENT.write_text(text)
     written = TABLE.search(text)
+    assert written is not None
+    assert written[0] == table, "run make options-table"
+
+
+def test_every_option_of_a_deployment_is_in_the_table(request: pytest.FixtureRequest) -> None:
+    kinds = typing.get_type_hints(DeploymentConfig)
+    table = "".join(
+        f"| `{f.name}` | {shown_default(f)} | {allowed(kind_of(kinds[f.name]), f.metadata)} |\n"
+        for f in fields(DeploymentConfig)
+    )
+    table += "| `chat_template` | the model's own | a file with a chat template, beside this one |\n"
+    text = DOCUMENT.read_text()
+    if request.config.getoption("--write-tables"):
+        text = DEPLOYMENTS.sub(lambda _: table, text)
+        DOCUMENT.write_text(text)
+    written = DEPLOYMENTS.search(text)
     assert written is not None
     assert written[0] == table, "run make options-table"
 

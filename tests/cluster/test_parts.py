@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import channels
 from quire_cluster.channel import ChannelClosed, StepChannel, encoded
-from quire_cluster.controller import Controller
 from quire_cluster.convert import (
     logprobs_from_proto,
     logprobs_to_proto,
@@ -31,8 +30,7 @@ from quire_cluster.keys import read_keys
 from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patience
 from quire_cluster.wire import from_bytes, to_bytes
 from quire_cluster.workers import first_failure
-from quire_engine.config import EngineConfig
-from quire_engine.errors import EngineFailure, InvalidParameter, OutOfMemory, QuireError, Unavailable
+from quire_engine.errors import InvalidParameter, OutOfMemory, QuireError, Unavailable
 from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.step import NewRow, StepPlan, StepResult, TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
@@ -452,29 +450,3 @@ def test_of_ranks_that_fail_the_first_cause_is_told() -> None:
     for future in loaded:
         future.set_result(None)
     assert told(loaded) is None
-
-
-def test_a_slot_whose_place_cannot_be_given_back_is_kept_all_the_same() -> None:
-    """Ray's head may be gone for a moment."""
-
-    class Shaken(Controller):
-        starts, removals = 0, 0
-
-        async def _start(self, index: int, slot: Any) -> None:
-            self.starts += 1
-            raise EngineFailure("a worker process died")
-
-        def _remove(self, slot: Any) -> None:
-            self.removals += 1
-            if self.removals % 2 == 0:
-                raise ConnectionError("the head is gone")
-
-    async def run() -> Shaken:
-        controller = Shaken("test", EngineConfig(model="none"), 1, threads=1, gpu=False, host=None)
-        async with asyncio.timeout(60):
-            await controller._keep(0)
-        return controller
-
-    controller = asyncio.run(run())
-    assert controller.starts == 3
-    assert controller._table.failure == "a worker process died"
