@@ -247,6 +247,14 @@ MESSAGES: dict[str, tuple[str, Callable[[], Message], str]] = {
         "at most 8192",
     ),
     "ids": ("Detokenize", lambda: pb.DetokenizeRequest(token_ids=[5] * MANY), "at most 1048576"),
+    "resumed": (
+        "Generate",
+        lambda: pb.GenerateRequest(
+            text="x",
+            resume=[pb.Emitted(index=index, token_ids=[5] * 1024) for index in range(1025)],
+        ),
+        "at most 1048576",
+    ),
     "entries": (
         "Generate",
         lambda: pb.GenerateRequest(text="x", sampling=pb.SamplingParams(allowed_token_ids=[5] * 100_001)),

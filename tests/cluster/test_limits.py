@@ -145,6 +145,10 @@ MET: dict[str, list[str]] = {
     "`bad_words`: texts, characters of one": SAMPLED,
     "`logprobs`, `top_logprobs`, `prompt_logprobs`": [*SAMPLED, f"{CALL}::test_what_a_body_holds"],
     "`allowed_token_ids`": [*SAMPLED, f"{CALL}::test_what_a_message_holds"],
+    "`resume`: tokens": [
+        f"{CALL}::test_what_a_message_holds",
+        "tests/cluster/test_broken_streams.py::test_what_cannot_be_gone_on_with",
+    ],
     "`temperature`": SAMPLED,
     "`top_p`, `min_p`": SAMPLED,
     "`top_k`": SAMPLED,

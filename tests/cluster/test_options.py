@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, PlanConfig
+from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, LoadBalancerConfig, PlanConfig
 from quire.cli.main import _parser, read
 from quire.cli.options import shown_default
 from quire_cluster.config import ServeConfig, StartConfig
@@ -26,6 +26,7 @@ DEPLOYMENTS = re.compile(
 COMMANDS: dict[str, tuple[type, ...]] = {
     "serve": (ServeConfig, EngineConfig),
     "start": (StartConfig,),
+    "load-balancer": (LoadBalancerConfig,),
     **dict.fromkeys(("deploy", "status", "scale", "drain", "delete", "why", "shutdown"), (AdminConfig,)),
     "plan": (PlanConfig, EngineConfig),
     "run-batch": (EngineConfig,),
@@ -38,6 +39,7 @@ OPTIONS = [
         ServeConfig,
         StartConfig,
         AdminConfig,
+        LoadBalancerConfig,
         DeploymentConfig,
         EngineConfig,
         PlanConfig,
@@ -58,6 +60,8 @@ OTHERS = {  # what a command takes besides the fields of its configurations
     ("`PROMPT`", "must be given", "text"): ["complete"],
     ("`FILE`", "must be given", "a YAML file of names of models, each with its options"): ["deploy"],
     ("`--watch`", "false", "true or false: again every second"): ["status"],
+    ("`KIND`", "must be given", "one of haproxy, nginx, envoy"): ["load-balancer"],
+    ("`--watch`", "false", "true or false: go on, and write it anew when gateways come and go"): ["load-balancer"],
     ("`--json`", "false", "true or false: all of it, for programs"): ["status"],
     ("`NAME`", "must be given", "the name of a deployment"): ["scale", "delete"],
     ("`REPLICAS`", "must be given", "a whole number from 0 to 4096, or auto: as the load asks for"): ["scale"],
