@@ -147,7 +147,7 @@ MET: dict[str, list[str]] = {
     "`allowed_token_ids`": [*SAMPLED, f"{CALL}::test_what_a_message_holds"],
     "`resume`: tokens": [
         f"{CALL}::test_what_a_message_holds",
-        "tests/cluster/test_broken_streams.py::test_what_cannot_be_gone_on_with",
+        "cluster/test_broken_streams.py::test_what_cannot_be_gone_on_with",
     ],
     "`temperature`": SAMPLED,
     "`top_p`, `min_p`": SAMPLED,
