@@ -106,8 +106,6 @@ def entries(text: str | None) -> tuple[str, ...]:
 class StartConfig(GatewayConfig):
     """The cluster."""
 
-    port: int = option(8000, "of the OpenAI HTTP API", least=1, most=65535)
-    grpc_port: int = option(50051, "of the gRPC API", least=1, most=65535)
     ray_address: str = option("auto", "to start in", form="auto or the address of a Ray cluster")
     gateways: int = option(
         1, "per node, which share its ports (with --port 0 each has its own)", form="gateways", least=1, most=64
