@@ -31,6 +31,7 @@ _OPTIONS: list[tuple[str, Any]] = [
 ]
 _SHUNNED = 5.0  # seconds that an address is left out after it failed, while there are others
 _PATIENCE = 30.0  # seconds without progress that a call which had begun is tried again for
+_LEAST_ATTEMPTS = 3  # behind one address may be a load balancer
 _PAUSES = (0.05, 1.0)  # seconds before it is: the first, and the longest
 _CUT = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
 Addresses = str | Sequence[str]
@@ -243,8 +244,11 @@ class _Attempts:
             raise error
         self._tried += 1
         self.place.shunned_until = now + _SHUNNED
-        patient = self.begun and not full and now - self._progress < _PATIENCE
-        if (self._tried >= len(self._places) and not patient) or self.time_left == 0.0:
+        if self.begun and not full:
+            may = now - self._progress < _PATIENCE
+        else:
+            may = self._tried < max(len(self._places), 1 if full else _LEAST_ATTEMPTS)
+        if not may or self.time_left == 0.0:
             raise error
         pause, self._pause = self._pause, min(2 * self._pause, _PAUSES[1])
         self.place = self._places.next()

@@ -105,7 +105,7 @@ class Controller:
             namespace=self.config.name,
             host=self.config.host,
             secret=secret,  # who may ask for the routing table may open sessions
-            placements=Placements(f"quire:{self.config.name}"),
+            placements=Placements(self.config.name),
             addresses=self.nodes.address,
         )
         for record in await self._store.read_all():
@@ -115,6 +115,7 @@ class Controller:
 
             self._gateways = Gateways(self.config.gateways, self.config.name)
         await self._adopt()
+        self._begin(self._home.placements.remove_orphans())
         self._begin(self._reconcile_for_ever())
         if self.config.admin is not None:
             from quire_cluster.admin import AdminServer

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import ray
@@ -65,9 +65,18 @@ def named_controller(namespace: str) -> Any:
     return ray.get_actor(CONTROLLER, namespace)
 
 
-async def end_with_controller(namespace: str) -> None:
+def has_controller(namespace: str) -> bool:
+    """Whether a cluster has one, be it about to be started again."""
+    try:
+        named_controller(namespace)
+    except ValueError:
+        return False
+    return True
+
+
+async def end_with_controller(namespace: str, last: Callable[[], None] = lambda: None) -> None:
     """Ends this process once Ray has no controller under that name: one that died comes back under it, and until then,
-    and while Ray's head is away, whoever serves goes on."""
+    and while Ray's head is away, whoever serves goes on. `last` is done before, in a thread."""
     missing = 0
     while missing < _ORPHANED:
         await asyncio.sleep(_ORPHAN_LOOK)
@@ -79,4 +88,7 @@ async def end_with_controller(namespace: str) -> None:
         except Exception:  # Ray's, of any kind: its head does not answer
             log.exception("the controller cannot be looked for; it is tried again")
     log.error("this cluster's controller is gone for good; so this ends, too")
-    os._exit(0)
+    try:
+        await asyncio.to_thread(last)
+    finally:
+        os._exit(0)

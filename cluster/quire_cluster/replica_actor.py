@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 
 from quire_engine.errors import QuireError
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from quire_cluster.addresses import with_port
 from quire_cluster.deployment import Deployment
@@ -58,7 +58,7 @@ class Replica:
         self._facts = ReplicaFacts(deployment=deployment, place=place)
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loading = asyncio.ensure_future(self._load(group, threads, patience, secret))
-        self._orphaned = asyncio.ensure_future(end_with_controller(namespace))
+        self._orphaned = asyncio.ensure_future(end_with_controller(namespace, lambda: remove_placement_group(group)))
 
     async def _load(self, group: PlacementGroup, threads: int, patience: float, secret: str) -> None:
         began = time.monotonic()

@@ -21,7 +21,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire_cluster.deployment import Deployment
-from quire_cluster.liveness import LivenessProbe, while_alive
+from quire_cluster.liveness import LivenessProbe, has_controller, while_alive
 from quire_cluster.policies.lease import more_patience
 from quire_cluster.policies.reconcile import Phase, SlotView
 from quire_cluster.policies.restart import Restarts
@@ -30,6 +30,7 @@ from quire_cluster.routing_table import ReplicaEntry
 from quire_cluster.workers import Hang, root_cause
 
 log = logging.getLogger(__name__)
+_GROUPS = "quire:"  # what the names of all our placement groups begin with
 _LOOK = 0.1  # seconds between looks whether something has a place
 _STOP = 5.0  # seconds that a replica gets to stop by itself
 
@@ -45,9 +46,9 @@ class Needs:
 class Placements:
     """Placement groups: made, waited for with one look at all of them, and given back."""
 
-    def __init__(self, prefix: str) -> None:
-        """`prefix` tells this cluster's from others in the same Ray."""
-        self._prefix = prefix
+    def __init__(self, cluster: str) -> None:
+        """The name of a cluster tells its groups from those of others in the same Ray."""
+        self._prefix = f"{_GROUPS}{cluster}:"
         self._waiting: dict[str, asyncio.Future[list[str]]] = {}
         self._looking: asyncio.Task[None] | None = None
 
@@ -56,7 +57,7 @@ class Placements:
         they can."""
         ranks, stages = deployment.engine.tensor_parallel_size, deployment.engine.pipeline_parallel_size
         bundle = {"CPU": float(ranks)} | ({"GPU": float(ranks)} if needs.gpu else {})
-        name = f"{self._prefix}-{uuid.uuid4().hex[:12]}"
+        name = f"{self._prefix}{uuid.uuid4().hex[:12]}"
         making = asyncio.ensure_future(
             asyncio.to_thread(placement_group, [bundle] * stages, strategy="PACK", name=name, lifetime="detached")
         )
@@ -107,11 +108,22 @@ class Placements:
 
     async def names(self) -> list[str]:
         """Of all that hold, or wait for, room."""
+        return [name for name in await self._all() if name.startswith(self._prefix)]
+
+    async def remove_orphans(self) -> None:
+        """Of clusters whose controller is gone for good: of a server that was killed, say."""
+        for name in await self._all():
+            cluster = name.removeprefix(_GROUPS).rpartition(":")[0]
+            if not await asyncio.to_thread(has_controller, cluster):
+                log.warning("room is given back that a cluster held which is gone (%s)", cluster)
+                await self.remove(name)
+
+    async def _all(self) -> list[str]:
         table = await asyncio.to_thread(placement_group_table)
         return [
             entry["name"]
             for entry in table.values()
-            if entry["name"].startswith(self._prefix) and entry["state"] != "REMOVED"
+            if entry["name"].startswith(_GROUPS) and entry["state"] != "REMOVED"
         ]
 
 

@@ -40,6 +40,7 @@ class _Entry:
     active: Service | None = None  # what its names lead to
     services: dict[_Text, Service] = field(default_factory=dict)
     loading: "asyncio.Task[None] | None" = None
+    unreadable: bool = False  # here
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -152,9 +153,12 @@ class Models:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are served, if only of one model: by a replica, or one that the first request starts."""
-        states = [entry.state for entry in self._entries.values() if entry.active is not None]
-        return not self.draining and any(state in ("ready", "sleeping") for state in states)
+        """Whether requests are served, if only of one model: by a replica, or one that the first request starts. A
+        gateway that has just begun reads all its models first."""
+        entries = self._entries.values()
+        if self.draining or any(entry.active is None and not entry.unreadable for entry in entries):
+            return False
+        return any(entry.state in ("ready", "sleeping") for entry in entries if entry.active is not None)
 
     @property
     def trouble(self) -> str:
@@ -221,6 +225,7 @@ class Models:
             service = await asyncio.to_thread(self.read, deployment)
         except Exception as error:
             log.error("the model of %s cannot be read at this gateway; it is tried again: %s", deployment.name, error)
+            entry.unreadable = True
             await asyncio.sleep(_RETRY)
         else:
             allocator.return_freed_memory()
