@@ -20,6 +20,7 @@ T = TypeVar("T")
 FIRST_SILENCE = 600.0  # seconds until an actor's first answer: its process starts, and imports from a slow disk
 SILENCE = 60.0  # seconds between two answers
 LOOK = 0.25  # seconds between looks
+_PAUSE = 2.0  # seconds from one question to the next: each costs both processes a call of Ray
 CONTROLLER = "controller"  # the actor's name, in the namespace of its cluster
 _ORPHAN_LOOK, _ORPHANED = 10.0, 3  # seconds between looks at it, and looks in a row that find none
 
@@ -33,7 +34,11 @@ class LivenessProbe:
         self._name = name
         self._silence = Silence(Patience(move=FIRST_SILENCE if placed else float("inf")))
         self._looked = time.monotonic()
-        self._asked = actor.ping.remote().future()
+        self._ask(self._looked)
+
+    def _ask(self, now: float) -> None:
+        self._asked = self._actor.ping.remote().future()
+        self._asked_at = now
 
     def check(self) -> None:
         """To be called every LOOK seconds. Raises EngineFailure when it has been silent for too long."""
@@ -42,7 +47,8 @@ class LivenessProbe:
         self._looked = now
         if self._asked.done():
             self._silence = Silence(Patience(move=SILENCE))
-            self._asked = self._actor.ping.remote().future()
+            if now - self._asked_at >= _PAUSE:
+                self._ask(now)
         elif self._silence.standing is Standing.LOST:
             raise EngineFailure(
                 f"{self._name} says nothing for {self._silence.seconds:.0f} s; its process is stopped, or its host gone"
