@@ -1,7 +1,7 @@
 """How a deployment keeps its slots, without Ray: what a slot starts is the test's."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from gateways import until
+from quire_cluster import keeper as keeper_module
 from quire_cluster import slot as module
 from quire_cluster.deployment import Deployment, DeploymentConfig
 from quire_cluster.keeper import Demand, Keeper
 from quire_cluster.policies import restart
-from quire_cluster.policies.reconcile import Phase
+from quire_cluster.policies.reconcile import Act, Phase, SlotView
 from quire_cluster.replica_actor import Place, ReplicaFacts
 from quire_cluster.slot import Needs, Slot
 from quire_cluster.store import Record
@@ -228,6 +229,33 @@ def test_a_slot_whose_place_cannot_be_given_back_is_kept_all_the_same(monkeypatc
             assert removals >= 5
 
     asyncio.run(run())
+
+
+def test_who_waits_for_room_is_not_in_need_of_it_where_some_has_just_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a long drain: its room is about to be taken, and no other replica is drained for some."""
+    clock, seen = Clock(), list[dict[int, float]]()
+
+    def looked(replicas: int, slots: Sequence[SlotView]) -> list[tuple[Act, int]]:
+        seen.append({slot.index: slot.seconds for slot in slots})
+        return []
+
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(keeper_module, "time", clock)
+    monkeypatch.setattr(keeper_module, "actions", looked)
+
+    async def run() -> None:
+        keeper = Rehearsed(1, lambda index: None, lambda index: None)
+        keeper.slots = [keeper._slot(keeper.deployment, index) for index in (0, 1)]
+        for _ in range(2):
+            clock.now += 300.0
+            keeper.reconcile(NOTHING, frozenset())
+        await keeper.slots[0].end()
+        for _ in range(2):
+            keeper.reconcile(NOTHING, frozenset())
+            clock.now += 7.0
+
+    asyncio.run(run())
+    assert seen == [{0: 300.0, 1: 300.0}, {0: 600.0, 1: 600.0}, {1: 0.0}, {1: 7.0}]
 
 
 def test_what_an_operator_says_meanwhile_is_kept() -> None:

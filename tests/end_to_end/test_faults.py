@@ -165,11 +165,19 @@ def test_both_replicas_die_and_the_streams_wait_for_the_rebuild(
 
 
 def test_the_controller_dies_and_the_streams_go_on(two_replicas: RunningServer, undisturbed: list[list[int]]) -> None:
-    """Its replicas die with it; all of it is started again, and the logs are in the gateway."""
+    """Ray starts it again, and it looks after the replicas that are there."""
     server = two_replicas
     both_serve(server)
     [controller] = processes(server, "Controller")
+    before = processes(server, "Worker") + processes(server, "Replica")
+    resumed = server.log.count("go on elsewhere")
     assert asyncio.run(run_streams(server, lambda: os.kill(controller, signal.SIGKILL))) == undisturbed
+    wait_until(lambda: len(processes(server, "Controller")) == 1 and processes(server, "Controller") != [controller])
+    both_serve(server)
+    assert processes(server, "Worker") + processes(server, "Replica") == before
+    assert server.log.count("go on elsewhere") == resumed, "no stream has noticed"
+    os.kill(processes(server, "Replica")[0], signal.SIGKILL)
+    wait_until(lambda: http.get(f"{server.url}/ready").json()["replicas"] < 2)
     both_serve(server)
 
 

@@ -29,7 +29,8 @@ class DeploymentFile:
         return InvalidParameter(f"{self._where(error.parameter or '')}{error}", error.parameter)
 
     def _where(self, parameter: str) -> str:
-        line = self.lines.get(parameter.replace("-", "_")) or self.lines.get(parameter.rpartition(".")[0])
+        name, _, option = parameter.rpartition(".")
+        line = self.lines.get(f"{name}.{option.replace('-', '_')}") or self.lines.get(name) or self.lines.get(parameter)
         return f"{self.path}, line {line}: " if line is not None else f"{self.path}: "
 
 

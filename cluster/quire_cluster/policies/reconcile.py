@@ -2,7 +2,8 @@
 
 Scaling down, taking a node out, and new engine options are the same act: a replica that is no longer wanted is drained
 once what replaces it serves. One more than wanted is started for that, and another one when that serves. Where there is
-no room for one more, a replica is drained first: its requests end, what is new waits at the gateways.
+no room for one more, a replica is drained first, and the next one only when what took its place serves: one that does
+not load costs no other.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ def actions(replicas: int, slots: Sequence[SlotView]) -> list[tuple[Act, int]]:
 
     unneeded = max(0, serving + len(olds) - replicas)
     crowded = any(slot.phase is Phase.PLACING and slot.seconds >= _NO_ROOM for slot in ours)
-    if crowded and not any(slot.phase is Phase.DRAINING for slot in slots):
+    under_way = any(slot.phase not in (Phase.PLACING, Phase.SERVING) for slot in ours)
+    if crowded and not under_way and not any(slot.phase is Phase.DRAINING for slot in slots):
         unneeded = max(unneeded, 1)
     found += [(Act.DRAIN, slot.index) for slot in olds[:unneeded]]
     olds = olds[unneeded:]
