@@ -368,9 +368,8 @@ def test_a_model_that_cannot_be_read_yet_is_tried_again(
 
 def test_who_is_silent_is_told_with_its_deployment(service: Callable[[], Service]) -> None:
     async def work(cluster: Cluster) -> None:
-        cluster.follow(
-            served(deployment("a"), await cluster.replica()), served(deployment("b"), await cluster.replica())
-        )
+        first, quiet = await cluster.replica(), await cluster.replica()
+        cluster.follow(served(deployment("a"), first), served(deployment("b"), quiet))
         await cluster.becomes("a", "ready")
         await cluster.becomes("b", "ready")
         [session] = cluster.models.find("b").dispatcher.sessions
