@@ -5,7 +5,7 @@ gateway gone goes to another, and a stream that breaks goes on there after the t
 """
 
 import asyncio
-import random
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
@@ -24,6 +24,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 15_000),  # a gateway whose host vanished without a word is found
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),  # as long as an answer waits
     ("grpc.lb_policy_name", "round_robin"),  # among the addresses of a name
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
@@ -198,7 +199,7 @@ class _Places:
         if not names:
             raise InvalidParameter("no address was given; give one as localhost:50051", "addresses")
         self._all = [_Place(name, connect(name, options=_options(name))) for name in names]
-        self._turn = random.randrange(len(names))
+        self._turn = secrets.randbelow(len(names))
 
     def __len__(self) -> int:
         return len(self._all)
@@ -210,7 +211,7 @@ class _Places:
         self._turn += 1
         now = time.monotonic()
         rotated = [self._all[(self._turn + step) % len(self._all)] for step in range(len(self._all))]
-        return next((place for place in rotated if place.shunned_until <= now), rotated[0])
+        return min(rotated, key=lambda place: max(now, place.shunned_until))
 
 
 class _Attempts:
@@ -220,6 +221,7 @@ class _Attempts:
         self._places = places
         self._until = None if timeout is None else time.monotonic() + timeout
         self._tried = 0
+        self._was_full = False
         self._progress = time.monotonic()
         self._pause = _PAUSES[0]
         self.begun = False
@@ -243,11 +245,13 @@ class _Attempts:
         if not (_is_broken(call) or full):
             raise error
         self._tried += 1
-        self.place.shunned_until = now + _SHUNNED
-        if self.begun and not full:
-            may = now - self._progress < _PATIENCE
+        if full:  # others may be, too: one of them is asked
+            may = len(self._places) > 1 and not self._was_full
+            self._was_full = True
         else:
-            may = self._tried < max(len(self._places), 1 if full else _LEAST_ATTEMPTS)
+            self.place.shunned_until = now + _SHUNNED
+            may = self._tried < max(len(self._places), _LEAST_ATTEMPTS)
+            may = may or (self.begun and now - self._progress < _PATIENCE)
         if not may or self.time_left == 0.0:
             raise error
         pause, self._pause = self._pause, min(2 * self._pause, _PAUSES[1])
@@ -263,7 +267,8 @@ class _Stream(_Attempts):
         self._method = method
         self._request = request
         if not request.sampling.HasField("seed"):  # else no other gateway could go on with it
-            request.sampling.seed = random.getrandbits(63)
+            request.sampling.seed = secrets.randbits(63)
+        self.complete = False
         self._held: dict[int, pb.Emitted] = {}
         self._scored = 0  # positions of the prompt whose log-probabilities have come
         self._known = 0  # of those, how many this attempt has yet to tell again
@@ -280,6 +285,7 @@ class _Stream(_Attempts):
         self.advanced()
         again = min(self._known, len(message.prompt_logprobs))
         if message.HasField("usage") or message.prompt_logprobs:
+            self.complete = message.HasField("usage")
             self._known -= again
             self._scored += len(message.prompt_logprobs) - again
             del message.prompt_logprobs[:again]
@@ -373,30 +379,32 @@ class Client(_Base):
             except grpc.RpcError as error:
                 time.sleep(attempts.failed(error))
 
-    def _messages(self, stream: _Stream) -> Iterator[pb.GenerateResponse]:
+    def _messages(self, stream: _Stream, call: Any) -> Iterator[pb.GenerateResponse]:
         while True:
-            call = stream.open(self._metadata)
             try:
                 for message in call:
                     stream.take(message)
                     yield message
                 return
             except grpc.RpcError as error:
+                if stream.complete:
+                    return
                 pause = stream.failed(error)
             finally:
                 call.cancel()
             time.sleep(pause)
+            call = stream.open(self._metadata)
 
     def _gather(self, stream: _Stream) -> Response:
         gathered = _Gathered()
-        for message in self._messages(stream):
+        for message in self._messages(stream, stream.open(self._metadata)):
             gathered.add(message)
         return gathered.response()
 
     def _follow(self, stream: _Stream) -> Iterator[Output]:
-        for message in self._messages(stream):
-            if not (message.HasField("usage") or message.prompt_logprobs):
-                yield _delta(message)
+        """The call has begun when this returns."""
+        messages = self._messages(stream, stream.open(self._metadata))
+        return (_delta(one) for one in messages if not (one.HasField("usage") or one.prompt_logprobs))
 
 
 class AsyncClient(_Base):
@@ -453,28 +461,34 @@ class AsyncClient(_Base):
             except grpc.RpcError as error:
                 await asyncio.sleep(attempts.failed(error))
 
-    async def _messages(self, stream: _Stream) -> AsyncGenerator[pb.GenerateResponse]:
+    async def _messages(self, stream: _Stream, call: Any) -> AsyncGenerator[pb.GenerateResponse]:
         while True:
-            call = stream.open(self._metadata)
             try:
                 async for message in call:
                     stream.take(message)
                     yield message
                 return
             except grpc.RpcError as error:
+                if stream.complete:
+                    return
                 pause = stream.failed(error)
             finally:
                 call.cancel()
             await asyncio.sleep(pause)
+            call = stream.open(self._metadata)
 
     async def _gather(self, stream: _Stream) -> Response:
         gathered = _Gathered()
-        async for message in self._messages(stream):
+        async for message in self._messages(stream, stream.open(self._metadata)):
             gathered.add(message)
         return gathered.response()
 
-    async def _follow(self, stream: _Stream) -> AsyncIterator[Output]:
-        async with aclosing(self._messages(stream)) as messages:
+    def _follow(self, stream: _Stream) -> AsyncIterator[Output]:
+        """The call has begun when this returns."""
+        return self._deltas(self._messages(stream, stream.open(self._metadata)))
+
+    async def _deltas(self, messages: AsyncGenerator[pb.GenerateResponse]) -> AsyncIterator[Output]:
+        async with aclosing(messages):
             async for message in messages:
                 if not (message.HasField("usage") or message.prompt_logprobs):
                     yield _delta(message)

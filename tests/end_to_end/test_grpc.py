@@ -12,6 +12,7 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from quire import AsyncClient, Client
+from quire_protos.v1 import inference_pb2, inference_pb2_grpc
 from web import http
 
 ROOT = Path(__file__).parents[2]
@@ -197,3 +198,28 @@ def test_reflection_and_health(two_replicas: RunningServer, version: str) -> Non
             state = health.Check(health_pb2.HealthCheckRequest(service=service)).status
             assert state == health_pb2.HealthCheckResponse.SERVING
     assert "Traceback" not in two_replicas.log
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_prompts_scores_come_after_an_answer_that_was_whole(two_replicas: RunningServer, finished: bool) -> None:
+    """They are sent last: a stream that broke before them had everything else."""
+    with Client(two_replicas.grpc) as client:
+        whole = client.generate([5, 17, 30], max_tokens=6, temperature=0, prompt_logprobs=2)
+    held = inference_pb2.Emitted(token_ids=whole.outputs[0].token_ids, finished=finished)
+    with grpc.insecure_channel(two_replicas.grpc) as channel:
+        messages = list(
+            inference_pb2_grpc.InferenceStub(channel).Generate(
+                inference_pb2.GenerateRequest(
+                    token_ids=inference_pb2.TokenIds(ids=[5, 17, 30]),
+                    sampling=inference_pb2.SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=2),
+                    resume=[held],
+                )
+            )
+        )
+    assert [token for message in messages for token in message.token_ids] == []
+    scores = [position for message in messages for position in message.prompt_logprobs]
+    assert scores == whole.prompt_logprobs
+    assert [message.finish_reason for message in messages if message.HasField("finish_reason")] == (
+        [] if finished else ["length"]
+    )
+    assert messages[-1].usage.completion_tokens == 6

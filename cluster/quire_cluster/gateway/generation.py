@@ -6,7 +6,7 @@ The log (prompt, emitted tokens, sampling parameters, seed) is all that a replic
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quire_engine.errors import InvalidParameter, QuireError
 from quire_engine.request import EngineSampling
@@ -99,6 +99,9 @@ class Choice:
         self._new_offsets: list[int] = []
         self._new_logprobs: list[TokenLogprobs] = []
         self._reported_end = False
+        self._resumed_end: tuple[str, str | int | None, bool] | None = (
+            None  # known, and only the prompt's scores wanted
+        )
 
     @property
     def ended(self) -> bool:
@@ -108,11 +111,13 @@ class Choice:
     def submission(self, wire_id: int) -> pb.Submit:
         """The log as a message: to a first replica, or to the next one. Times go as what has passed, or is left."""
         facts, now = self.facts, time.monotonic()
+        whole = self._resumed_end is not None
+        sampling = replace(self.sampling, max_tokens=0, min_tokens=0) if whole else self.sampling
         return pb.Submit(
             id=wire_id,
             prompt=facts.prompt,
-            output=self.output,
-            sampling=sampling_to_proto(self.sampling),
+            output=() if whole else self.output,
+            sampling=sampling_to_proto(sampling),
             priority=facts.priority,
             time_left=max(facts.deadline - now, 1e-3) if facts.deadline else 0.0,
             cache_salt=facts.cache_salt,
@@ -159,13 +164,27 @@ class Choice:
         if len(self.output) > self.sampling.max_tokens:
             raise InvalidParameter(f"resume has more tokens of answer {self.index} than max_tokens", "resume")
         if finished:
-            self.finish_reason, self._reported_end = "stop", True
+            ending: tuple[str, str | int | None, bool] = ("stop", None, True)
         elif self._text.stopped_by is not None:
-            self.end("stop", stop_reason=self._text.stopped_by)
+            ending = ("stop", self._text.stopped_by, False)
         elif self._stops_at(self.output[-1:]):
-            self.end("stop", stop_reason=self.output[-1])
+            ending = ("stop", self.output[-1], False)
         elif len(self.output) == self.sampling.max_tokens:
-            self.end("length")
+            ending = ("length", None, False)
+        else:
+            return
+        if self.sampling.prompt_logprobs is not None:  # they come last, and so have not come
+            self._resumed_end = ending
+        else:
+            self._end_as(*ending)
+
+    def _end_as(self, reason: str, stop_reason: str | int | None, told: bool) -> None:
+        """`told`: the client knows it already."""
+        if told:
+            self.finish_reason, self._reported_end = reason, True
+            self._arrived.set()
+        else:
+            self.end(reason, stop_reason=stop_reason)
 
     def _stops_at(self, tokens: Sequence[int]) -> bool:
         """Whether the output, which these end, ends with them."""
@@ -191,6 +210,10 @@ class Choice:
     def end(self, reason: str, *, stop_reason: str | int | None = None, error: QuireError | None = None) -> None:
         """Its one ending; a later one (the abort after a stop string, say) changes nothing."""
         if self.finish_reason is not None:
+            return
+        if self._resumed_end is not None and error is None and reason != "abort":
+            ending, self._resumed_end = self._resumed_end, None
+            self._end_as(*ending)
             return
         if self._text.stopped_by is None and reason in ("stop", "length") and (rest := self._text.finish()):
             self._new_text.append(rest)
