@@ -1,5 +1,6 @@
 """Configurations of load balancers in front of a cluster's gateways, made from those that are registered."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,14 @@ from quire_cluster.addresses import with_port
 
 KINDS = {"haproxy": "haproxy.cfg.j2", "nginx": "nginx.conf.j2", "envoy": "envoy.yaml.j2"}
 _PATIENCE = 3600  # seconds that an answer may take, and that one may pause
+_BUFFER = 256 << 10  # bytes; about 60,000 tokens of English
+_RETRIES = 3
+_STREAMS = 1024  # calls of one gRPC connection, as at a gateway
+_ERRORS = {
+    502: "the gateway ended before it answered; try again",
+    503: "no gateway is ready; try again",
+    504: "the gateway did not answer in time",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,4 +65,13 @@ def configuration(kind: str, gateways: Sequence[GatewayAddress], listens: Listen
         grpc_port=listens.grpc_port,
         socket=listens.socket,
         patience=_PATIENCE,
+        buffer=_BUFFER,
+        retries=_RETRIES,
+        streams=_STREAMS,
+        errors={status: _error_body(what) for status, what in _ERRORS.items()},
     )
+
+
+def _error_body(what: str) -> str:
+    """OpenAI's shape, as gateways answer."""
+    return json.dumps({"error": {"message": what, "type": "server_error", "param": None, "code": None}})
