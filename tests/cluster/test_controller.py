@@ -1,6 +1,7 @@
 """How a deployment keeps its slots, without Ray: what a slot starts is the test's."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -256,6 +257,32 @@ def test_who_waits_for_room_is_not_in_need_of_it_where_some_has_just_come(monkey
 
     asyncio.run(run())
     assert seen == [{0: 300.0, 1: 300.0}, {0: 600.0, 1: 600.0}, {1: 0.0}, {1: 7.0}]
+
+
+def test_room_that_was_asked_for_by_who_has_ended_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray makes it in a thread, which goes on."""
+    asked, allowed, given_back = threading.Event(), threading.Event(), list[str]()
+
+    def make(bundles: list[Any], *, name: str, **_: Any) -> str:
+        asked.set()
+        assert allowed.wait(60)
+        return name
+
+    monkeypatch.setattr(module, "placement_group", make)
+    monkeypatch.setattr(module, "remove_placement_group", given_back.append)
+
+    async def run() -> None:
+        deployment = Deployment("test", EngineConfig(model="none"), DeploymentConfig())
+        making = asyncio.ensure_future(module.Placements("mine").make(deployment, Needs(gpu=False, threads=1)))
+        assert await asyncio.to_thread(asked.wait, 60)
+        making.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await making
+        assert not given_back
+        allowed.set()
+        await until(lambda: len(given_back) == 1)
+
+    asyncio.run(run())
 
 
 def test_what_an_operator_says_meanwhile_is_kept() -> None:

@@ -25,7 +25,7 @@ from quire_protos.v1 import control_pb2_grpc
 from web import LIMIT, http
 
 CODE = grpc.StatusCode
-NUM_STREAMS, NUM_TOKENS = 6, 120
+NUM_STREAMS, NUM_TOKENS = 4, 100
 ACTORS = ("Controller", "GatewayActor", "Replica", "Worker")
 
 
@@ -194,10 +194,8 @@ def test_a_port_that_is_taken_is_named_and_nothing_is_left(head: Head, option: s
         port = taken.getsockname()[1]
         done = head.start(**{option: port})
     assert done.returncode == 1
-    assert re.search(
-        rf"^quire: cannot listen on 127\.0\.0\.1:{port} .*; choose another with --{option}$", done.stderr, re.M
-    )
-    assert "Traceback" not in done.stderr.replace("Traceback (most recent call last)", "", 0)
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"quire: cannot listen on 127\.0\.0\.1:{port} .*; choose another with --{option}", last)
     assert not head.file.exists()
     wait_until(lambda: not head.pids(*ACTORS))
 
@@ -244,9 +242,9 @@ def test_the_same_file_again_changes_nothing(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("more", "line", "why"),
     [
-        ("  max-num-seqs: many\n", 11, "max_num_seqs is 'many'"),
-        ("  aliases: [org/a]\n", 11, "a and b are both called org/a"),
-        ("c:\n  model: /no/such/model\n", 12, "/no/such/model"),
+        ("  max-num-seqs: many\n", 12, "max_num_seqs is 'many'"),
+        ("  aliases: [org/a]\n", 12, "a and b are both called org/a"),
+        ("c:\n  model: /no/such/model\n", 13, "/no/such/model"),
     ],
 )
 def test_a_file_that_is_refused_changes_nothing(cluster: Cluster, more: str, line: int, why: str) -> None:
@@ -281,7 +279,7 @@ def test_a_replica_is_drained(cluster: Cluster, undisturbed: list[list[int]]) ->
     before = cluster.has()
 
     def drain() -> None:
-        assert cluster.quire("drain", "a/0" if 0 in before["a"] else f"a/{min(before['a'])}").returncode == 0
+        assert cluster.quire("drain", f"a/{min(before['a'])}").returncode == 0
         wait_until(lambda: len(now := cluster.replicas("a")) == 2 and now != before["a"], LIMIT)
 
     assert cluster.under_load(drain) == undisturbed
@@ -326,9 +324,6 @@ def test_the_controller_dies_and_nobody_notices(cluster: Cluster, undisturbed: l
     assert cluster.under_load(kill) == undisturbed
     assert cluster.has() == before
     assert cluster.head.pids("GatewayActor", "Replica", "Worker") == others
-    os.kill(cluster.head.pids("Replica")[0], signal.SIGKILL)  # the new one looks after them
-    wait_until(lambda: {name: cluster.replicas(name) for name in ("a", "b")} != before, LIMIT)
-    cluster.has()
 
 
 def test_a_gateway_dies_and_comes_back_where_it_was(cluster: Cluster, undisturbed: list[list[int]]) -> None:
@@ -389,7 +384,7 @@ def test_deleted_and_deployed_again_while_it_ends(cluster: Cluster) -> None:
     async def run() -> None:
         async with AsyncClient(cluster.grpc) as client:
             options: dict[str, Any] = {"model": "b", "max_tokens": 450, "temperature": 0, "ignore_eos": True}
-            plain = (await client.generate([5, 6], **options)).choices[0].token_ids
+            plain = (await client.generate([5, 6], **options)).outputs[0].token_ids
             stream = client.stream([5, 6], timeout=LIMIT, **options)
             tokens = list((await anext(stream)).token_ids)
             deleted = await asyncio.to_thread(cluster.quire, "delete", "b")
@@ -406,7 +401,7 @@ def test_deleted_and_deployed_again_while_it_ends(cluster: Cluster) -> None:
     cluster.file.write_text(cluster.file.read_text().partition("b:\n")[0])
     assert cluster.deploy() == [
         "a: unchanged",
-        "left as they are: b (not in " + f"{cluster.file}; `quire delete` ends one)",
+        f"left as they are: b (not in {cluster.file}; `quire delete` ends one)",
     ]
     cluster.write()
     assert cluster.quire("delete", "none").returncode == 1
