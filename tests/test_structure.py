@@ -220,10 +220,21 @@ def test_no_file_grows_beyond_500_lines() -> None:
             assert len(path.read_text().splitlines()) <= 500, path.relative_to(ROOT)
 
 
-def test_ray_accepts_the_deployment() -> None:
+@pytest.mark.parametrize("name", ["on-premise", "aws", "gcp"])
+def test_ray_accepts_the_deployment(name: str) -> None:
+    """As far as it reads the file without asking the cloud. A head without GPUs, whose workers come and go, but for
+    machines of one's own."""
     import yaml
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config = yaml.safe_load((ROOT / "deploy/ray/on-premise.yaml").read_text())
-    config["provider"] |= {"head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}
-    validate_config(prepare_config(config))
+    config = yaml.safe_load((ROOT / f"deploy/ray/{name}.yaml").read_text())
+    if name == "on-premise":
+        config["provider"] |= {"head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}
+    filled = prepare_config(config)
+    validate_config(filled)
+    commands = " ".join(filled["head_setup_commands"])
+    assert not re.search(r"(?<!\.venv/bin/)pip install", commands), "Ray's own defaults, for its own Python"
+    if name != "on-premise":
+        for kind, node in filled["available_node_types"].items():
+            is_head = kind == filled["head_node_type"]
+            assert (node["min_workers"], node["max_workers"]) == (0, 0 if is_head else 8)
