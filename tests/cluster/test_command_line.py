@@ -276,7 +276,7 @@ def main_exit(arguments: list[str]) -> int:
         ["plan", "--memory-gib", "nan"],
         ["chat", "x", "--address", "127.0.0.1:1"],
         ["complete", "x", "--address", "127.0.0.1:1"],
-        ["start", "--port", "0"],
+        ["start", "--gateways", "0"],
         ["status", "--admin-address", "127.0.0.1:1", "--admin-key", "k"],
         ["scale", "x", "many"],
         ["deploy", "no-such-file"],
