@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -211,9 +211,11 @@ class Controller:
 
     # ---- what operators say ---------------------------------------------------------------------------------------
 
-    async def deploy(self, wanted: Sequence[Deployment], *, checked: bool = False) -> dict[str, str]:
+    async def deploy(
+        self, wanted: Sequence[Deployment], *, contexts: Mapping[str, int] | None = None
+    ) -> dict[str, str]:
         """Makes these deployments what is served: "created", "updated" or "unchanged" for each. What is not among them
-        stays as it is. `checked`: the models are known to be good.
+        stays as it is. `contexts`: of models that were checked already, by deployment (CheckedModel.max_model_len).
 
         Raises QuireError for whatever is wrong with any of them, and then has changed nothing. Where one can be named,
         its parameter is deployment.option.
@@ -223,11 +225,12 @@ class Controller:
             self._check_names(wanted)
             for deployment in wanted:
                 self._record(deployment)
-            if not checked:
-                await asyncio.gather(*(self._check_model(deployment) for deployment in wanted))
+            if contexts is None:
+                found = await asyncio.gather(*(self._check_model(deployment) for deployment in wanted))
+                contexts = {deployment.name: context for deployment, context in zip(wanted, found, strict=True)}
             done = {}
             # Anew: replicas were started meanwhile, and operators may have said something.
-            for record in [self._record(deployment) for deployment in wanted]:
+            for record in [self._record(deployment, contexts[deployment.name]) for deployment in wanted]:
                 name, keeper = record.deployment.name, self.keepers.get(record.deployment.name)
                 if keeper is None:
                     self.keepers[name] = self._keeper(record)
@@ -252,7 +255,7 @@ class Controller:
                     raise InvalidParameter(f"{owners[name]} and {deployment.name} are both called {name}", option)
                 owners[name] = deployment.name
 
-    def _record(self, deployment: Deployment) -> Record:
+    def _record(self, deployment: Deployment, context: int = 0) -> Record:
         """What will be kept of it. Raises InvalidParameter where the cluster has no room for it and gets none."""
         keeper = self.keepers.get(deployment.name)
         if keeper is not None and keeper.deployment.engine_revision == deployment.engine_revision:
@@ -265,20 +268,22 @@ class Controller:
         threads = deployment.engine.cpu_threads or max(1, self.nodes.least_cores // workers)
         needs = Needs(gpu=gpu, threads=threads)
         if keeper is None:
-            return Record(deployment=deployment, needs=needs, epoch=self._epochs.get(deployment.name, 0))
-        return replace(keeper.record, deployment=deployment, needs=needs, max_model_len=0)
+            epoch = self._epochs.get(deployment.name, 0)
+            return Record(deployment=deployment, needs=needs, epoch=epoch, max_model_len=context)
+        return replace(keeper.record, deployment=deployment, needs=needs, max_model_len=context)
 
-    async def _check_model(self, deployment: Deployment) -> None:
-        """On the head, in a process of its own: it imports what the controller does without."""
+    async def _check_model(self, deployment: Deployment) -> int:
+        """Its context. On the head, in a process of its own: it imports what the controller does without."""
         keeper = self.keepers.get(deployment.name)
         if keeper is not None and keeper.deployment.engine_revision == deployment.engine_revision:
-            return
+            return keeper.record.max_model_len
         try:
-            await _checked_model.options(resources=HEAD).remote(deployment.engine)
+            context: int = await _context_of.options(resources=HEAD).remote(deployment.engine)
         except Exception as error:
             cause = root_cause(error)
             option = cause.parameter if isinstance(cause, InvalidParameter) and cause.parameter else "model"
             raise InvalidParameter(str(cause), f"{deployment.name}.{option}") from error
+        return context
 
     async def delete(self, name: str) -> None:
         """Its replicas are drained, and it is no more. Raises UnknownModel."""
@@ -427,7 +432,7 @@ class Controller:
 
 
 @ray.remote(num_cpus=0)
-def _checked_model(engine: EngineConfig) -> None:
+def _context_of(engine: EngineConfig) -> int:
     from quire_engine.models.check import check_model
 
-    check_model(engine)
+    return check_model(engine).max_model_len

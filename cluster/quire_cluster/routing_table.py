@@ -32,7 +32,7 @@ class RoutingTable:
     replicas: tuple[ReplicaEntry, ...] = ()
     failure: str | None = None
     slots: frozenset[int] | None = None  # that should have a replica; None: all that ever had one
-    max_model_len: int = 0  # of the replica that loaded last, be it gone; 0: none has
+    max_model_len: int = 0  # of the replica that loaded last, be it gone; before that, what the model allows
     load_seconds: float = 0.0  # that it took
     ready_at: float | None = None  # in time.time() seconds: when the first of those that load should serve
 

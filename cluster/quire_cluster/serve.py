@@ -15,8 +15,7 @@ import ray
 from quire_engine import allocator
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError, ServerError
-from quire_engine.models.check import check_model
-from quire_engine.weights.resolve import ModelFiles
+from quire_engine.models.check import CheckedModel, check_model
 
 from quire_cluster.config import ServeConfig
 from quire_cluster.controller import ClusterConfig, Controller, actor_options
@@ -35,9 +34,9 @@ _CLUSTER = 0.5  # seconds between looks at the private cluster's processes
 class Server:
     """The whole system of one `quire serve`. `run` returns when it has been asked to stop and everything is gone."""
 
-    def __init__(self, engine: EngineConfig, serve: ServeConfig, files: ModelFiles) -> None:
+    def __init__(self, engine: EngineConfig, serve: ServeConfig, model: CheckedModel) -> None:
         self._serve = serve
-        self._files = files
+        self._model = model
         self._name = f"quire-{uuid.uuid4().hex[:12]}"
         name, *aliases = self.model_names
         replicas = serve.data_parallel_size
@@ -100,7 +99,7 @@ class Server:
     @property
     def model_names(self) -> list[str]:
         """What clients may call the model."""
-        return (self._serve.served_model_name or self._files.name).split(",")
+        return (self._serve.served_model_name or self._model.files.name).split(",")
 
     def stop(self) -> None:
         """Drain and end. Idempotent."""
@@ -129,7 +128,8 @@ class Server:
 
     def _take(self, service: Service) -> None:
         """The gateway knows the model before the controller has told it."""
-        self._gateway.models.follow(ClusterTable(0, (Served(self._deployment, RoutingTable()),)), [service])
+        table = RoutingTable(max_model_len=self._model.max_model_len)
+        self._gateway.models.follow(ClusterTable(0, (Served(self._deployment, table),)), [service])
 
     def _start_cluster(self) -> None:
         workers = self._deployment.engine.num_workers * self._serve.data_parallel_size
@@ -142,7 +142,8 @@ class Server:
         private = self._cluster is not None
         config = ClusterConfig(name=self._name, host="127.0.0.1" if private else None, private=private)
         self._controller = ray.remote(Controller).options(**actor_options(self._name)).remote(config)
-        deployed = self._controller.deploy.remote([self._deployment], checked=True)
+        contexts = {self._deployment.name: self._model.max_model_len}
+        deployed = self._controller.deploy.remote([self._deployment], contexts=contexts)
         await while_alive(deployed, LivenessProbe(self._controller, "the controller"))
 
     @property
@@ -195,12 +196,12 @@ def _chat_template(config: ServeConfig) -> str | None:
 
 def serve(engine: EngineConfig, config: ServeConfig, on_ready: Callable[[Server], None]) -> None:
     """Runs a server in the foreground. Raises QuireError with what was wrong and how to mend it."""
-    files = check_model(engine)
+    model = check_model(engine)
     with contextlib.suppress(ImportError):
         import uvloop
 
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     try:
-        asyncio.run(Server(engine, config, files).run(on_ready))
+        asyncio.run(Server(engine, config, model).run(on_ready))
     except ray.exceptions.RayError as error:
         raise ServerError(f"Ray failed: {error}") from error

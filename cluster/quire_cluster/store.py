@@ -19,7 +19,7 @@ class Record:
     needs: Needs
     epoch: int = 0
     pinned: int | None = None
-    max_model_len: int = 0  # as of the last replica that loaded
+    max_model_len: int = 0  # of the replica that loaded last; before that, what the model allows
     load_seconds: float = 0.0  # that the last one took
 
 

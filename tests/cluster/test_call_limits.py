@@ -42,13 +42,13 @@ def tokenizer() -> Tokenizer:
 
 
 def service(tokenizer: Tokenizer, *, pooling: Pooling | None = None, context: int = CONTEXT) -> Service:
-    """Without replicas."""
+    """Without replicas, so that nothing is computed, and nothing waits for one."""
     return Service(
         resolve(DEMO_MODEL),
         tokenizer,
         names=["demo"],
         max_model_len=context,
-        max_waiting=16,
+        max_waiting=0,
         metrics=Metrics(),
         pooling=pooling,
     )

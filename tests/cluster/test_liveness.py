@@ -23,7 +23,7 @@ from quire_cluster.serve import Server
 from quire_cluster.workers import Workers
 from quire_engine.config import EngineConfig
 from quire_engine.errors import EngineFailure
-from quire_engine.weights.resolve import find_model
+from quire_engine.models.check import check_model
 
 LIMIT = 600.0
 
@@ -131,7 +131,7 @@ def named() -> Iterator[str]:
 def test_a_replica_that_hangs_while_it_loads_is_replaced(config: EngineConfig, named: str) -> None:
     async def run() -> None:
         controller = Controller(ClusterConfig(name=named, host="127.0.0.1", private=True))
-        await controller.deploy([Deployment("tiny", config, DeploymentConfig())], checked=True)
+        await controller.deploy([Deployment("tiny", config, DeploymentConfig())], contexts={"tiny": 64})
         try:
             await asyncio.to_thread(wait_until, lambda: bool(processes(os.getpid(), "Worker")))
             [victim] = processes(os.getpid(), "Replica")
@@ -153,10 +153,10 @@ def test_a_controller_that_hangs_is_started_again(config: EngineConfig, caplog: 
     """Its replicas go on, and the new one looks after them."""
 
     async def run() -> None:
-        server = Server(config, ServeConfig(served_model_name="tiny"), find_model(config))
+        server = Server(config, ServeConfig(served_model_name="tiny"), check_model(config))
         gateway = server._gateway = Gateway(server._serve, None, identity="test")
         server._take(gateway.models.read(server._deployment))
-        dispatcher = gateway.models.find("tiny").dispatcher
+        dispatcher = (await gateway.models.find("tiny")).dispatcher
         await server._start_controller()
         gateway.follow(server._controller)
 

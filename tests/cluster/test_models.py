@@ -36,6 +36,7 @@ class Cluster:
         self.waited: list[str] = []
         self.unreadable: set[str] = set()  # models
         self.read = 0
+        self.busy = False
         self.replicas: list[FakeReplica] = []
         self._make = make
         self._version = 0
@@ -44,6 +45,10 @@ class Cluster:
         class Read(Models):
             def read(self, deployment: Deployment) -> Service:
                 outer.read += 1
+                assert not outer.busy, "transformers' modules are imported by one thread at a time"
+                outer.busy = True
+                time.sleep(0.01)
+                outer.busy = False
                 if deployment.engine.model in outer.unreadable:
                     raise ModelError("its files are gone")
                 made = outer._make()
@@ -193,9 +198,12 @@ def test_states(service: Callable[[], Service]) -> None:
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
         assert "can be started" in refused.text
         assert "weights" not in refused.text, "its operator's affair"
-        assert (await cluster.ask("starting", [5])).status_code == 503
+        early = asyncio.ensure_future(cluster.ask("starting", [5]))
         assert text(await cluster.ask("ready", [5])) == words([5])
         assert (await cluster.client.get("/ready")).status_code == 200
+        await until(lambda: cluster.models.reports()["starting"].at_gateway == 1)
+        cluster.follow(served(deployment("starting"), await cluster.replica()))
+        assert text(await early) == words([5])
 
     run(service, work)
 
@@ -247,7 +255,8 @@ def test_a_model_that_is_replaced_answers_until_the_new_one_does(service: Callab
 
         def switched() -> bool:
             cluster.models.look()
-            return {session.key for session in cluster.models.find("a").dispatcher.sessions} == {new.entry().key}
+            active = cluster.models._entries["a"].active
+            return active is not None and {one.key for one in active.dispatcher.sessions} == {new.entry().key}
 
         await until(switched)
         assert text(await cluster.ask("a", [7])) == words([7])
@@ -326,7 +335,7 @@ def test_a_replica_that_drains_gets_nothing_new_and_is_no_loss(service: Callable
         await cluster.becomes("a", "ready")
         replicas[0].holds = lambda submit: True
         running = await cluster.asked("a", [5], replicas[0])
-        dispatcher = cluster.models.find("a").dispatcher
+        dispatcher = (await cluster.models.find("a")).dispatcher
         for leaving, there in pairwise(replicas):
             there.holds = lambda submit, last=there is replicas[-1]: not last and list(submit.prompt) == [5]
             cluster.follow(served(a, replace(leaving.entry(), draining=True), there))
@@ -354,10 +363,10 @@ def test_a_model_that_cannot_be_read_yet_is_tried_again(
         cluster.unreadable = {"m"}
         cluster.follow(served(deployment("a"), await cluster.replica()), served(deployment("b", model="n")))
         await until(lambda: cluster.read >= 4)
-        with pytest.raises(Unavailable, match="no replica of this model is ready yet"):
-            cluster.models.find("a")
+        with pytest.raises(Unavailable, match="cannot be read at this gateway"):
+            await cluster.models.find("a")
         with pytest.raises(UnknownModel):
-            cluster.models.find("c")
+            await cluster.models.find("c")
         assert not cluster.models.ready
         cluster.unreadable = set()
         await cluster.becomes("a", "ready")
@@ -372,7 +381,7 @@ def test_who_is_silent_is_told_with_its_deployment(service: Callable[[], Service
         cluster.follow(served(deployment("a"), first), served(deployment("b"), quiet))
         await cluster.becomes("a", "ready")
         await cluster.becomes("b", "ready")
-        [session] = cluster.models.find("b").dispatcher.sessions
+        [session] = (await cluster.models.find("b")).dispatcher.sessions
         quiet.silent = True
         session.silence.seconds = 9.9
         await until(lambda: bool(cluster.silent))

@@ -25,14 +25,14 @@ from quire_engine.config import EngineConfig
 from quire_engine.errors import (
     ServerError,
 )
+from quire_engine.models.check import check_model
 from quire_engine.text.params import SamplingParams
-from quire_engine.weights.resolve import find_model
 
 
 def server_of(folder: Path, kind: type[Server] = Server, **options: Any) -> Server:
     """A server of one model, not started."""
     engine = EngineConfig(model=str(folder))
-    return kind(engine, ServeConfig(served_model_name="tiny", **options), find_model(engine))
+    return kind(engine, ServeConfig(served_model_name="tiny", **options), check_model(engine))
 
 
 def table(server: Server, version: int, *replicas: FakeReplica, failure: str | None = None) -> ClusterTable:

@@ -68,7 +68,6 @@ class Dispatcher:
         self.on_silence: Callable[[Key], None] = lambda key: None  # a replica that says nothing
         self.on_gone: Callable[[int], None] = lambda slot: None  # a slot is no more
         self.on_wait: Callable[[], None] = lambda: None  # a request finds no replica
-        self.max_model_len = 0  # 0: not known, so that nothing can be taken
         self._ready_at: float | None = None  # in time.time() seconds: when a replica should be there
 
     # ---- replicas come and go -------------------------------------------------------------------------------------
@@ -118,10 +117,6 @@ class Dispatcher:
             session.wanted = key in wanted
             self._show(session)
         if table.replicas:
-            self.max_model_len = min(entry.max_model_len for entry in table.replicas)
-        elif table.max_model_len:
-            self.max_model_len = table.max_model_len
-        if table.replicas:
             self._begin_ticking()
 
     def _begin_ticking(self) -> None:
@@ -147,11 +142,9 @@ class Dispatcher:
     def submit(self, generation: Generation) -> None:
         """Sends every choice to a replica; one that finds none waits for it.
 
-        Raises Unavailable before the first replica, and where too much waits for one; QueueFull where replicas have
-        said that they cannot take as much; InvalidParameter where they never can.
+        Raises Unavailable where too much waits for one; QueueFull where replicas have said that they cannot take as
+        much; InvalidParameter where they never can.
         """
-        if not self.max_model_len:
-            raise Unavailable("no replica is ready yet; try again when /ready answers 200")
         choices = [choice for choice in generation.choices if not choice.ended]
         # There may be many replicas: they are gone through no further than is needed.
         usable = (session for session in self._sessions.values() if session.usable)

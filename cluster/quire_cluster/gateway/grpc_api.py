@@ -191,7 +191,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         service: Service | None = None
         generation: Generation | None = None
         try:
-            service = self._models.find(request.model)
+            service = await self._models.find(request.model)
             service.check_generates()
             params = sampling_from_proto(request.sampling, max_tokens=max_tokens)
             left = context.time_remaining()
@@ -226,7 +226,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         left = context.time_remaining()
         deadline = time.monotonic() + left if left is not None and left < 1e8 else 0.0
         try:
-            service = self._models.find(request.model)
+            service = await self._models.find(request.model)
             dimensions = request.dimensions if request.HasField("dimensions") else None
             check_count(len(request.inputs))
             _check_answer(service, len(request.inputs), dimensions)
@@ -250,7 +250,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids of a text."""
         try:
-            service = self._models.find(request.model)
+            service = await self._models.find(request.model)
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             tokens = await service.texts.encode(request.text, add_special_tokens=special)
         except QuireError as error:
@@ -260,7 +260,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """The text of token ids."""
         try:
-            text = await self._models.find(request.model).texts.decode(_ids(request.token_ids, MAX_LISTED, "token_ids"))
+            service = await self._models.find(request.model)
+            text = await service.texts.decode(_ids(request.token_ids, MAX_LISTED, "token_ids"))
         except QuireError as error:
             await _fail(context, error)
         return pb.DetokenizeResponse(text=text)

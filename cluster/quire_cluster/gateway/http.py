@@ -164,32 +164,35 @@ class Api:
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
         body = await self._read(request, CompletionRequest, prompts=MAX_PROMPTS)
-        return await Completions(self._models.find(body.model), body, request).respond()
+        return await Completions(await self._models.find(body.model), body, request).respond()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
         body = await self._read(request, ChatCompletionRequest)
-        return await ChatCompletions(self._models.find(body.model), body, request).respond()
+        return await ChatCompletions(await self._models.find(body.model), body, request).respond()
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
         body = await self._read(request, EmbeddingRequest, prompts=pooling.MAX_INPUTS)
-        return json_response(await while_connected(request, pooling.embeddings(self._models.find(body.model), body)))
+        service = await self._models.find(body.model)
+        return json_response(await while_connected(request, pooling.embeddings(service, body)))
 
     async def score(self, request: Request) -> Response:
         """POST /v1/score"""
         body = await self._read(request, ScoreRequest, prompts=pooling.MAX_INPUTS)
-        return json_response(await while_connected(request, pooling.score(self._models.find(body.model), body)))
+        service = await self._models.find(body.model)
+        return json_response(await while_connected(request, pooling.score(service, body)))
 
     async def rerank(self, request: Request) -> Response:
         """POST /v1/rerank, /v2/rerank and /rerank"""
         body = await self._read(request, RerankRequest, prompts=pooling.MAX_INPUTS)
-        return json_response(await while_connected(request, pooling.rerank(self._models.find(body.model), body)))
+        service = await self._models.find(body.model)
+        return json_response(await while_connected(request, pooling.rerank(service, body)))
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""
         body = await self._read(request, TokenizeRequest)
-        service = self._models.find(body.model)
+        service = await self._models.find(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidParameter("give either prompt or messages", "prompt")
         if body.messages is not None:
@@ -212,7 +215,8 @@ class Api:
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize"""
         body = await self._read(request, DetokenizeRequest)
-        return json_response({"prompt": await self._models.find(body.model).texts.decode(body.tokens)})
+        service = await self._models.find(body.model)
+        return json_response({"prompt": await service.texts.decode(body.tokens)})
 
     async def _read(self, request: Request, kind: type[ModelBody], *, prompts: int = 1) -> ModelBody:
         """A body that so many prompts fit in."""

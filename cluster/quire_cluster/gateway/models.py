@@ -40,7 +40,7 @@ class _Entry:
     active: Service | None = None  # what its names lead to
     services: dict[_Text, Service] = field(default_factory=dict)
     loading: "asyncio.Task[None] | None" = None
-    unreadable: bool = False  # here
+    tried: asyncio.Event = field(default_factory=asyncio.Event)  # it has been read here, or could not be
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -53,13 +53,6 @@ class _Entry:
         deployment, table = self.served.deployment, self.served.table
         sleeps = deployment.config.min_replicas == 0 and not table.replicas and table.ready_at is None
         return "sleeping" if sleeps else "starting"
-
-    def refusal(self) -> QuireError:
-        """Of a request that cannot even wait."""
-        if self.state == "failed":
-            return Unavailable("no replica of this model can be started; `quire status` tells its operator why", 60.0)
-        wait = (self.served.table.ready_at or 0.0) - time.time()
-        return Unavailable("no replica of this model is ready yet; try again", max(1.0, wait))
 
 
 class Models:
@@ -81,23 +74,31 @@ class Models:
         self._by_name: dict[str, _Entry] = {}
         self._left: list[Service] = []  # of deployments that are no more, with requests that are
         self._closing: set[asyncio.Task[None]] = set()
+        self._reading = asyncio.Lock()  # one at a time: transformers' modules cannot be imported by two threads at once
 
     # ---- what clients name ----------------------------------------------------------------------------------------
 
-    def find(self, name: str | None) -> Service:
-        """The service of a model; of none at all, where there is one. Raises UnknownModel; Unavailable where nothing of
-        the model is known yet."""
+    async def find(self, name: str | None) -> Service:
+        """The service of a model; of none at all, where there is one. A model that is being read is waited for. Raises
+        UnknownModel; Unavailable where it cannot be read here, or none of its replicas be started."""
+        await self._named(name).tried.wait()
+        entry = self._named(name)  # it may have been deleted
+        if entry.state == "failed":
+            raise Unavailable("no replica of this model can be started; `quire status` tells its operator why", 60.0)
+        if entry.active is None:
+            raise Unavailable("the model cannot be read at this gateway, whose log says why; try again", _RETRY)
+        return entry.active
+
+    def _named(self, name: str | None) -> _Entry:
         if name:
             entry = self._by_name.get(name)
             if entry is None:
                 raise UnknownModel(f"the model {name[:100]!r} is not served here; {self._said()}", "model")
-        elif len(self._entries) == 1:
-            [entry] = self._entries.values()
-        else:
+            return entry
+        if len(self._entries) != 1:
             raise UnknownModel(f"name the model; {self._said()}", "model")
-        if entry.active is None or entry.state == "failed":
-            raise entry.refusal()
-        return entry.active
+        [entry] = self._entries.values()
+        return entry
 
     def _said(self) -> str:
         return f"served is {', '.join(self._by_name)}" if self._by_name else "none is served yet"
@@ -109,9 +110,7 @@ class Models:
 
     def described(self, name: str) -> dict[str, Any]:
         """A model as OpenAI's API shows it, and its state. Raises UnknownModel."""
-        entry = self._by_name.get(name)
-        if entry is None:
-            raise UnknownModel(f"the model {name[:100]!r} is not served here; {self._said()}", "model")
+        entry = self._named(name)
         service = entry.active
         return {
             "id": name,
@@ -156,7 +155,7 @@ class Models:
         """Whether requests are served, if only of one model: by a replica, or one that the first request starts. A
         gateway that has just begun reads all its models first."""
         entries = self._entries.values()
-        if self.draining or any(entry.active is None and not entry.unreadable for entry in entries):
+        if self.draining or not all(entry.tried.is_set() for entry in entries):
             return False
         return any(entry.state in ("ready", "sleeping") for entry in entries if entry.active is not None)
 
@@ -199,6 +198,7 @@ class Models:
             entry = self._entries.pop(name)
             if entry.loading is not None:
                 entry.loading.cancel()
+            entry.tried.set()
             for service in entry.services.values():
                 service.dispatcher.update_table(RoutingTable())
                 self._left.append(service)
@@ -222,16 +222,16 @@ class Models:
 
     async def _load(self, entry: _Entry, deployment: Deployment) -> None:
         try:
-            service = await asyncio.to_thread(self.read, deployment)
+            async with self._reading:
+                service = await asyncio.to_thread(self.read, deployment)
         except Exception as error:
             log.error("the model of %s cannot be read at this gateway; it is tried again: %s", deployment.name, error)
-            entry.unreadable = True
+            entry.tried.set()
             await asyncio.sleep(_RETRY)
         else:
             allocator.return_freed_memory()
             gc.freeze()  # modules and tokenizer stay; a collection that goes through them holds the loop up
             self._take(entry, deployment, service)
-            self.look()
         entry.loading = None
         self._load_if_new(entry)  # it may have been replaced meanwhile
 
@@ -252,6 +252,8 @@ class Models:
         service.dispatcher.on_wait = lambda: self._on_wait(name)
         entry.services[_text_of(deployment)] = service
         self._tell(service, entry, _text_of(deployment))
+        self.look()
+        entry.tried.set()
 
     # ---- the clock ------------------------------------------------------------------------------------------------
 

@@ -51,13 +51,13 @@ class Service:
         tokenizer: Tokenizer,
         *,
         names: list[str],
-        max_model_len: int,
+        max_model_len: int = 0,
         max_waiting: int,
         metrics: Metrics,
         pooling: Pooling | None = None,
     ) -> None:
-        """`max_waiting`: requests that wait while there is no replica. `pooling`: of a model that gives vectors or
-        scores instead of tokens."""
+        """`max_model_len`: until a table says it. `max_waiting`: requests that wait while there is no replica.
+        `pooling`: of a model that gives vectors or scores instead of tokens."""
         self.tokenizer = tokenizer
         self.texts = Texts(tokenizer)
         self.pooling = pooling
@@ -82,16 +82,13 @@ class Service:
     ) -> "Service":
         """Raises ModelError for a tokenizer that cannot be loaded."""
         tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
-        longest = config.max_model_len or files.config.get("max_position_embeddings") or 0
-        pooling = pooling_of(files, config.task)
         return Service(
             files,
             tokenizer,
             names=names,
-            max_model_len=longest,
             max_waiting=config.max_num_queued_reqs,
             metrics=metrics,
-            pooling=pooling,
+            pooling=pooling_of(files, config.task),
         )
 
     @property
@@ -129,15 +126,12 @@ class Service:
     def follow(self, table: RoutingTable, deployment: Deployment) -> None:
         """What the controller says of its replicas, and what clients may call it."""
         self.names = list(deployment.names)
-        dispatcher = self.dispatcher
-        dispatcher.update_table(table)
-        if deployment.config.min_replicas == 0:  # a request may be the first that ever was
-            dispatcher.max_model_len = dispatcher.max_model_len or self.max_model_len
+        self.dispatcher.update_table(table)
         if table.failure is not None:
-            dispatcher.give_up("no replica of this model can be started")
-        if dispatcher.max_model_len:
+            self.dispatcher.give_up("no replica of this model can be started")
+        if context := min((entry.max_model_len for entry in table.replicas), default=table.max_model_len):
             # An engine that pools has one place more, for the token that it does not generate.
-            self.max_model_len = dispatcher.max_model_len - (self.pooling is not None)
+            self.max_model_len = context - (self.pooling is not None)
 
     def report(self) -> ModelReport:
         """For the controller."""

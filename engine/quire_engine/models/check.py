@@ -1,18 +1,32 @@
 """What can be known of a model before anything is started for it."""
 
+from dataclasses import dataclass
+
 from quire_engine.config import EngineConfig
+from quire_engine.memory.plan import resolve_max_model_len
 from quire_engine.models.families import spec_of
+from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.weights.resolve import ModelFiles, find_model
 
 
-def check_model(config: EngineConfig) -> ModelFiles:
+@dataclass(frozen=True)
+class CheckedModel:
+    """`max_model_len`: the context of an engine that has memory for it."""
+
+    files: ModelFiles
+    max_model_len: int
+
+
+def check_model(config: EngineConfig) -> CheckedModel:
     """The files are there, whole, and of a family that is served and can be split as wanted. Raises QuireError."""
     files = find_model(config)
-    spec_of(files.config).check_parallel(
+    spec = spec_of(files.config, pooling_of(files, config.task))
+    max_model_len = resolve_max_model_len(config, spec) + (spec.pooling is not None)  # one place that stays empty
+    spec.check_parallel(
         config.tensor_parallel_size, config.pipeline_parallel_size, experts_apart=config.enable_expert_parallel
     )
     quantization_of(files.config, config.quantization)
     if config.load_format != "dummy":
         files.checkpoint()
-    return files
+    return CheckedModel(files, max_model_len)
