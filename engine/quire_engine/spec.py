@@ -7,7 +7,7 @@ from typing import Any, Literal
 from quire_kernels.activation import Activation
 from quire_kernels.norm import Norm
 
-from quire_engine.errors import ModelError
+from quire_engine.errors import InvalidParameter, ModelError
 
 Config = Mapping[str, Any]
 PoolingKind = Literal["last", "mean", "cls"]
@@ -232,6 +232,12 @@ class DecoderSpec:
         """The longest text that is served, in tokens."""
         trained = self.pooling.max_tokens if self.pooling is not None else None
         return self.max_position if trained is None else min(trained, self.max_position)
+
+    def served_context(self, wanted: int | None) -> int:
+        """The context where `--max-model-len` asks for `wanted`. Raises InvalidParameter for more than there is."""
+        if wanted is not None and wanted > self.context:
+            raise InvalidParameter(f"max_model_len is {wanted}; the model's context is {self.context}", "max_model_len")
+        return self.context if wanted is None else wanted
 
     @property
     def gated(self) -> bool:

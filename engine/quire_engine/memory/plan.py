@@ -118,22 +118,10 @@ def resolve_dtype(config: EngineConfig, checkpoint_dtype: str | None, device: to
     return torch.float16 if checkpoint_dtype == "float16" else torch.bfloat16
 
 
-def resolve_max_model_len(config: EngineConfig, spec: DecoderSpec) -> int:
-    """The context length. Raises InvalidParameter for more than the model was made for."""
-    if config.max_model_len is None:
-        return spec.context
-    if config.max_model_len > spec.context:
-        raise InvalidParameter(
-            f"max_model_len is {config.max_model_len}; the model's context is {spec.context}",
-            "max_model_len",
-        )
-    return config.max_model_len
-
-
 def tokens_per_step(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> int:
     """The scheduler's budget. Raises InvalidParameter where a text must be computed at once and can exceed it."""
     wanted = config.max_num_batched_tokens
-    least = resolve_max_model_len(config, spec) if spec.bidirectional else 1
+    least = spec.served_context(config.max_model_len) if spec.bidirectional else 1
     if wanted is not None and wanted < least:
         raise InvalidParameter(
             f"max_num_batched_tokens is {wanted}; this model computes a text of up to {least} tokens at once: raise "
@@ -154,7 +142,7 @@ def dry_limits(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> SchedulerL
         vocab_size=spec.vocab_size,
         num_pages=0,
         block_size=config.block_size,
-        max_model_len=resolve_max_model_len(config, spec),
+        max_model_len=spec.served_context(config.max_model_len),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=tokens_per_step(config, spec, cpu),
         max_num_queued_reqs=0,

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from quire_engine.config import EngineConfig
-from quire_engine.memory.plan import resolve_max_model_len
 from quire_engine.models.families import spec_of
 from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
@@ -22,7 +21,7 @@ def check_model(config: EngineConfig) -> CheckedModel:
     """The files are there, whole, and of a family that is served and can be split as wanted. Raises QuireError."""
     files = find_model(config)
     spec = spec_of(files.config, pooling_of(files, config.task))
-    max_model_len = resolve_max_model_len(config, spec) + (spec.pooling is not None)  # one place that stays empty
+    max_model_len = spec.served_context(config.max_model_len) + (spec.pooling is not None)  # one place that stays empty
     spec.check_parallel(
         config.tensor_parallel_size, config.pipeline_parallel_size, experts_apart=config.enable_expert_parallel
     )
