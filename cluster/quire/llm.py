@@ -19,9 +19,8 @@ from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.engine import Engine, Executor
 from quire_engine.errors import ContextTooLong, EngineFailure, InvalidParameter, QuireError
 from quire_engine.outcome import StepOutcome
-from quire_engine.pooling import pooling_of
+from quire_engine.pooling import Pooling, pooling_of
 from quire_engine.request import EngineSampling, Request, check_length
-from quire_engine.spec import Pooling
 from quire_engine.step import Floats, TokenLogprobs
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams, TokenSampling

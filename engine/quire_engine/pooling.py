@@ -1,19 +1,31 @@
 """Models that give vectors or scores instead of tokens: what becomes of a text's hidden states. No torch here."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.spec import Pooling, PoolingKind
 from quire_engine.weights.resolve import ModelFiles
 
+PoolingKind = Literal["last", "mean", "cls"]
 _CLASSIFIER = "ForSequenceClassification"
 _MODES: dict[str, PoolingKind] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pooling:
+    """Which tokens' states stand for a text, and what is done with them."""
+
+    kind: PoolingKind
+    normalize: bool = True  # to length 1
+    scores: bool = False  # a classifier of one label, then a sigmoid: a text's (or a pair's) relevance
+    separator: int | None = None  # the token after which a pair's second text begins, where models tell them apart
+    max_tokens: int | None = None  # of a text, where the model was trained with fewer than it has positions for
 
 
 def pooling_of(files: ModelFiles, task: str) -> Pooling | None:

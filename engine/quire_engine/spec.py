@@ -8,9 +8,9 @@ from quire_kernels.activation import Activation
 from quire_kernels.norm import Norm
 
 from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.pooling import Pooling
 
 Config = Mapping[str, Any]
-PoolingKind = Literal["last", "mean", "cls"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,17 +147,6 @@ class Rotary:
         """The scaling's."""
         name: str = self.scaling.get("rope_type", self.scaling.get("type", "default"))
         return name
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pooling:
-    """Which tokens' states stand for a text, and what is done with them."""
-
-    kind: PoolingKind
-    normalize: bool = True  # to length 1
-    scores: bool = False  # a classifier of one label, then a sigmoid: a text's (or a pair's) relevance
-    separator: int | None = None  # the token after which a pair's second text begins, where models tell them apart
-    max_tokens: int | None = None  # of a text, where the model was trained with fewer than it has positions for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from quire_cluster.keys import Keys
 from quire_cluster.observability.metrics import Metrics
 from quire_engine.config import DEMO_MODEL
 from quire_engine.errors import PoisonRequest, QueueFull, QuireError, Unavailable
-from quire_engine.spec import Pooling
+from quire_engine.pooling import Pooling
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import resolve
 from quire_protos.v1 import inference_pb2 as pb

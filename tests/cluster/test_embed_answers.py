@@ -12,7 +12,7 @@ from quire_cluster.gateway.grpc_api import MAX_ANSWER, InferenceService
 from quire_cluster.gateway.pooling import MAX_INPUTS
 from quire_cluster.gateway.service import Service
 from quire_cluster.observability.metrics import Metrics
-from quire_engine.spec import Pooling
+from quire_engine.pooling import Pooling
 from quire_engine.text.tokenizer import Tokenizer
 from quire_protos.v1 import inference_pb2 as pb
 from transformers import PreTrainedTokenizerFast

@@ -23,7 +23,7 @@ from quire_cluster.gateway.service import Service
 from quire_cluster.observability.metrics import Metrics
 from quire_engine.config import DEMO_MODEL
 from quire_engine.errors import ContextTooLong
-from quire_engine.spec import Pooling
+from quire_engine.pooling import Pooling
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import resolve
 from quire_protos.v1 import inference_pb2 as pb

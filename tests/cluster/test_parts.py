@@ -450,3 +450,14 @@ def test_of_ranks_that_fail_the_first_cause_is_told() -> None:
     for future in loaded:
         future.set_result(None)
     assert told(loaded) is None
+
+
+def test_a_controller_does_without_torch() -> None:
+    """A second of its start, and a quarter of a gigabyte. With what it starts gateways from, and its admin port."""
+    code = """
+import sys
+from quire_cluster import admin, controller, gateways
+print(*sorted({"torch", "transformers", "triton"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -16,10 +16,10 @@ from quire_engine.execution.checks import check_served
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.memory.plan import gpu_target
 from quire_engine.models.families import spec_of
+from quire_engine.pooling import Pooling
 from quire_engine.quantization.config import Quantization
 from quire_engine.request import EngineSampling, Request
 from quire_engine.scheduler import Scheduler
-from quire_engine.spec import Pooling
 from quire_engine.weights.resolve import find_model
 from quire_kernels.torch_backend import in_tiles
 

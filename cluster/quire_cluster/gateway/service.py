@@ -19,9 +19,8 @@ from quire_engine.errors import (
     QueueFull,
     Unavailable,
 )
-from quire_engine.pooling import pooling_of
+from quire_engine.pooling import Pooling, pooling_of
 from quire_engine.request import check_length
-from quire_engine.spec import Pooling
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import Tokenizer, end_tokens

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from quire_engine.layers.linear import Builder
 from quire_engine.layers.norm import SquaredLength
-from quire_engine.spec import DecoderSpec, Pooling
+from quire_engine.pooling import Pooling
+from quire_engine.spec import DecoderSpec
 from quire_engine.upload import Upload
 
 

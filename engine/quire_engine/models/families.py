@@ -48,7 +48,8 @@ from quire_engine.models import (
     starcoder2,
 )
 from quire_engine.models.fallback import fallback_spec
-from quire_engine.spec import Config, DecoderSpec, Pooling
+from quire_engine.pooling import Pooling
+from quire_engine.spec import Config, DecoderSpec
 from quire_engine.weights.text_parts import TEXT_PARTS, TextPart
 
 FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {

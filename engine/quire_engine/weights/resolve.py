@@ -1,21 +1,24 @@
-"""From what a user types to files: a folder, a GGUF file, an installed model wheel, or a hub id."""
+"""From what a user types to files: a folder, a GGUF file, an installed model wheel, or a hub id.
+
+What needs torch is imported late: whoever only names a model goes without.
+"""
 
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
-from quire_engine.weights.gguf.families import config_of
 from quire_engine.weights.gguf.file import GGUFFile, model_name, split_names
 from quire_engine.weights.gguf.vocabulary import Vocabulary
 from quire_engine.weights.hf_config import completed
 from quire_engine.weights.json_file import read_object
-from quire_engine.weights.tensors import Checkpoint, SafetensorsCheckpoint
+
+if TYPE_CHECKING:
+    from quire_engine.weights.tensors import Checkpoint
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -45,6 +48,8 @@ class ModelFiles:
         """The Hugging Face config, made whole by `completed`. Raises ModelError where there is none that can be
         read."""
         if self.gguf is not None:
+            from quire_engine.weights.gguf.families import config_of
+
             return completed(config_of(self.gguf))
         try:
             return completed(read_object(self.folder / "config.json"))
@@ -73,8 +78,11 @@ class ModelFiles:
         except OSError as error:
             raise ModelError(f"generation_config.json of {self.name} cannot be read: {error.strerror}") from error
 
-    def checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> "Checkpoint":
         """The weights. Raises ModelError for pickles, and for corrupt or missing files."""
+        from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
+        from quire_engine.weights.tensors import SafetensorsCheckpoint
+
         if self.gguf is not None:
             return GGUFCheckpoint(self.gguf)
         if not any(self.folder.glob("*.safetensors")):

@@ -72,11 +72,14 @@ class GGUFCheckpoint:
 
         def part(slices: tuple[slice, ...]) -> Tensor:
             if expert is not None:
-                return self._file.read(info, slice(expert, expert + 1))[0][slices]
-            rows = self._file.read(info, slices[0])[(WHOLE, *slices[1:])]
+                return self._read(info, slice(expert, expert + 1))[0][slices]
+            rows = self._read(info, slices[0])[(WHOLE, *slices[1:])]
             return rows - less if less else rows
 
         return LazyTensor(name, shape, part)
+
+    def _read(self, info: GGUFTensorInfo, rows: slice) -> Tensor:
+        return torch.from_numpy(self._file.read(info, rows))
 
     def _made_tensor(self, name: str) -> LazyTensor:
         made, infos = self._made[name]
@@ -91,6 +94,6 @@ class GGUFCheckpoint:
         shape = make([torch.empty(info.shape, device="meta") for info in infos]).shape
 
         def part(slices: tuple[slice, ...]) -> Tensor:
-            return make([self._file.read(info, WHOLE) for info in infos])[slices]
+            return make([self._read(info, WHOLE) for info in infos])[slices]
 
         return LazyTensor(name, tuple(shape), part)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from quire_engine.errors import ModelError
+from quire_engine.step import Floats
 
 _SCALARS = {
     0: "<B",
@@ -97,7 +96,7 @@ class GGUFFile:
                 f"{path.name} and its other parts hold {len(self.tensors)} tensors of {expected}; download them again"
             )
 
-    def read(self, info: GGUFTensorInfo, rows: slice) -> Tensor:
+    def read(self, info: GGUFTensorInfo, rows: slice) -> Floats:
         """Rows of a tensor in fp32. Quantized blocks never cross a row, so only these rows are decoded."""
         from gguf import dequantize
         from gguf.constants import GGMLQuantizationType
@@ -111,7 +110,7 @@ class GGUFFile:
         if info.quantization in ("F32", "F16"):
             raw = raw.view(np.float32 if info.quantization == "F32" else np.float16)
         values = dequantize(raw, GGMLQuantizationType[info.quantization])
-        return torch.from_numpy(np.array(values, np.float32)).reshape(-1, *info.shape[1:])
+        return np.array(values, np.float32).reshape(-1, *info.shape[1:])
 
 
 def shown(value: Any) -> str:
