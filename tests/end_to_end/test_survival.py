@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,23 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from anyio.from_thread import start_blocking_portal
 from conftest import wait_until
 from quire import AsyncClient
-from ray.cluster_utils import Cluster
+from two_nodes import NODE, TwoNodes, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 STREAMS = 64
 TOKENS = 24
 PATIENCE = 600.0  # seconds for one answer, on a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def install_haproxy() -> str:
@@ -44,72 +36,14 @@ def install_haproxy() -> str:
     return found
 
 
-class Site:
-    """The cluster, its load balancer, and the commands of its operator."""
+class Site(TwoNodes):
+    """With two models and two gateways, and their load balancer."""
 
     def __init__(self, folder: Path, tiny: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.tiny = tiny
-        self.environment = os.environ | {
-            "QUIRE_HOME": str(folder / "home"),
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
-            "RAY_health_check_period_ms": "500",
-            "RAY_health_check_failure_threshold": "4",
-        }
-        os.environ.update(self.environment)
-        node = {"num_cpus": 4, "object_store_memory": 80 << 20}
-        self.ray = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-        self.nodes = [self.ray.add_node(**node)]
         self.http_port, self.grpc_port = free_port(), free_port()
-        admin, admin_grpc = free_port(), free_port()
-        self.run(
-            *("start", "--ray-address", self.ray.address, "--gateways", "2", "--port", "0", "--grpc-port", "0"),
-            *("--admin-port", str(admin), "--admin-grpc-port", str(admin_grpc)),
-        )
-        key = json.loads((folder / "home" / "admin.json").read_text())["key"]
-        self._admin = httpx.Client(
-            base_url=f"http://127.0.0.1:{admin}/quire.v1.Control",
-            headers={"authorization": f"Bearer {key}"},
-            timeout=30,
-        )
         self.balancer: list[subprocess.Popen[bytes]] = []
-
-    def run(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "quire.cli.main", *arguments],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert not done.returncode, f"{arguments}: {done.stdout}{done.stderr}"
-        return done.stdout
-
-    def status(self) -> dict[str, Any]:
-        """What `quire status --json` prints. Raises httpx.HTTPError while no controller is there."""
-        answer = self._admin.post("/Status", json={})
-        answer.raise_for_status()
-        found: dict[str, Any] = answer.json()
-        return found
-
-    def has_state(self) -> bool:
-        """Whether a controller answers, and knows its replicas."""
-        try:
-            return all(one["replicas"] for one in self.status()["deployments"])
-        except httpx.HTTPError:
-            return False
-
-    def replicas(self, name: str) -> list[dict[str, Any]]:
-        [found] = [one for one in self.status()["deployments"] if one["name"] == name]
-        replicas: list[dict[str, Any]] = found["replicas"]
-        return replicas
-
-    def serving(self, name: str, count: int) -> Callable[[], bool]:
-        """Whether it has so many replicas, and nothing goes on with others."""
-        return lambda: [one["phase"] for one in self.replicas(name)] == ["serving"] * count
 
     def deploy(self, **changes: Any) -> str:
         wanted = {
@@ -143,29 +77,14 @@ class Site:
             return False
         return ready and [one["ready"] for one in self.status()["gateways"]] == [True, True]
 
-    def actors(self, kind: str) -> list[int]:
-        """Processes of the cluster's actors."""
-        return sorted(
-            process.pid
-            for process in psutil.process_iter(["cmdline"])
-            if (process.info["cmdline"] or [""])[0].startswith(f"ray::{kind}") and self._is_ours(process)
-        )
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get("QUIRE_HOME") == self.environment["QUIRE_HOME"]
-        except psutil.Error:
-            return False
-
     def close(self) -> None:
-        self._admin.close()
         for process in reversed(self.balancer):
             process.terminate()
             process.wait(60)
         try:
             self.run("shutdown")
         finally:
-            self.ray.shutdown()
+            super().close()
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +92,7 @@ def site(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     haproxy = install_haproxy()
     found = Site(tmp_path_factory.mktemp("site"), checkpoint("qwen3"))
     try:
+        found.start("--gateways", "2")
         found.deploy()
         wait_until(found.serving("demo", 1))
         wait_until(found.serving("tiny", 2))
@@ -345,7 +265,7 @@ def test_a_node_dies(site: Site) -> None:
 
     def act() -> None:
         site.ray.remove_node(victim, allow_graceful=False)
-        site.nodes.append(site.ray.add_node(num_cpus=4, object_store_memory=80 << 20))
+        site.nodes.append(site.ray.add_node(**NODE))
 
     disturb(site, act, http_streams=False)
     wait_until(site.serving("tiny", 2))
