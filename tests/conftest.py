@@ -223,6 +223,8 @@ def kind_of(process: psutil.Process) -> str:
         return "monitor.py"
     if "quire.cli.main" in command:
         return "server"
+    if "ray.util.client.server" in command:
+        return "clients of Ray"
     return command[0].split(".")[0] if command[0].startswith("ray::") else process.name()
 
 

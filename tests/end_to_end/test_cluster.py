@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -15,8 +16,10 @@ from typing import Any
 
 import grpc
 import httpx
+import psutil
 import pytest
-from conftest import processes, wait_until
+from conftest import listeners, processes, wait_until
+from doors import guarded_kinds
 from quire import AsyncClient
 from quire.cli.config import AdminConfig
 from quire.cli.operate import Control
@@ -43,11 +46,14 @@ class Head:
     def __init__(self, folder: Path, home: Path) -> None:
         self.ray_port, self.http, self.grpc, self.admin, self.admin_grpc = free_ports(5)
         self.file = home / "admin.json"
+        self.token = secrets.token_hex(32)
+        (home / "token").write_text(self.token)
         self.environment = os.environ | {
             "QUIRE_HOME": str(home),
             "COLUMNS": "200",
             "TRITON_INTERPRET": "0",
-            "RAY_AUTH_MODE": "disabled",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(home / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "1",
         }
@@ -340,6 +346,17 @@ def test_a_gateway_dies_and_comes_back_where_it_was(cluster: Cluster, undisturbe
     wait_until(lambda: cluster.head.pids("GatewayActor") not in ([], [victim]) and back(), LIMIT)
     assert cluster.has() == before
     assert cluster.under_load(lambda: None) == undisturbed
+
+
+def test_nothing_of_it_answers_without_a_key(cluster: Cluster) -> None:
+    """But what clients ask, of gateways that have no keys. Ray's own are on the network of its nodes."""
+    root, head = psutil.Process(cluster.head.process.pid), cluster.head
+    ours = {head.http, head.grpc, head.admin, head.admin_grpc}
+    assert {address for _, address, port in listeners(root) if port in ours} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    seen, inside = guarded_kinds(root, head.token, open_ports=(head.http, head.grpc), beyond=True)
+    assert {f"ray::{kind}" for kind in ACTORS} <= seen
+    assert {kind for kind, _ in inside} >= {"ray::Controller", "ray::Replica", "ray::Worker", "gcs_server", "raylet"}
+    assert ("ray::Controller", head.admin_grpc) in inside
 
 
 def test_operators_need_the_key(cluster: Cluster) -> None:

@@ -1,6 +1,5 @@
-"""Who gets in: every socket of a running server is tried without a key, and HTTP from sites that have no business."""
+"""Who gets into a running server, and HTTP from sites that have no business."""
 
-import ipaddress
 from pathlib import Path
 
 import grpc
@@ -9,6 +8,7 @@ import openai
 import psutil
 import pytest
 from conftest import KEYS, RunningServer, listeners
+from doors import CODE, METHODS, call, guarded_kinds
 from quire import Client
 from quire_protos.v1 import engine_pb2
 from web import http
@@ -24,34 +24,6 @@ LISTENERS = {
     "ray::Worker": "Ray's port of an actor; the rendezvous of several ranks, gloo and NCCL",
     "monitor.py": "Ray's autoscaler",
 }
-# Which of these answer who has no key, and why that does no harm.
-OPEN = {
-    "monitor.py": "numbers for Prometheus, which cannot be turned off",
-}
-METHODS = [
-    "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
-    "ray.rpc.InternalKVGcsService/InternalKVGet",
-    "ray.rpc.NodeManagerService/GetNodeStats",
-    "ray.rpc.ObjectManagerService/Pull",
-    "ray.rpc.CoreWorkerService/GetCoreWorkerStats",
-    "quire.v1.Engine/Session",
-    "quire.v1.Inference/ListModels",
-]
-CODE = grpc.StatusCode
-
-
-def call(port: int, method: str, token: str | None = None) -> grpc.StatusCode:
-    """What a call with an empty message gets."""
-    metadata = [("authorization", f"Bearer {token}")] if token else []
-    with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            if method.endswith("Session"):
-                next(channel.stream_stream(f"/{method}")(iter([b""]), timeout=60, metadata=metadata))
-            else:
-                channel.unary_unary(f"/{method}")(b"", timeout=60, metadata=metadata)
-        except grpc.RpcError as error:
-            return error.code()
-    return CODE.OK
 
 
 def ray_token(root: psutil.Process) -> str:
@@ -66,26 +38,10 @@ def test_nothing_listens_beyond_this_host_and_nothing_answers_without_a_key(guar
     root = psutil.Process(guarded.process.pid)
     token = ray_token(root)
     public = {int(address.rsplit(":", 1)[1]) for address in (guarded.url, guarded.grpc)}
-    seen, inside = set(), set()
-    for kind, address, port in listeners(root):
-        assert kind in LISTENERS, (kind, address, port)
-        seen.add(kind)
-        ip = ipaddress.ip_address(address.removeprefix("::ffff:"))
-        assert ip.is_loopback, (kind, address, port)
-        refused = {method: call(port, method) for method in METHODS}
-        assert CODE.OK not in refused.values(), (kind, port, refused)
-        with_token = {call(port, method, token) for method in METHODS}
-        if CODE.UNAUTHENTICATED in refused.values():
-            if port not in public:
-                inside.add(kind)
-            continue  # it speaks gRPC
-        assert with_token == {CODE.UNAVAILABLE}, (kind, port, with_token)
-        if kind in OPEN:
-            continue
-        for path in ("/", "/get_or_create_runtime_env", "/v1/models", "/metrics"):
-            assert http.post(f"http://127.0.0.1:{port}{path}", content=b"").status_code == 401, (kind, port, path)
+    seen, inside = guarded_kinds(root, token)
     assert seen | {"monitor.py"} == LISTENERS.keys(), "else the list is out of date (another server may have its port)"
-    assert inside == {"server", "gcs_server", "raylet", "ray::Controller", "ray::Replica", "ray::Worker"}
+    kinds = {kind for kind, port in inside if port not in public}
+    assert kinds == {"server", "gcs_server", "raylet", "ray::Controller", "ray::Replica", "ray::Worker"}
 
 
 def test_the_key_of_the_cluster_is_not_that_of_a_session(guarded: RunningServer) -> None:
