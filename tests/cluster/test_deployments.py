@@ -41,6 +41,7 @@ def refused(folder: Path, text: str | bytes) -> str:
         ("a:\n  model: m\nb:\n  dtype: auto\n", "FILE, line 3: b has no model; give a checkpoint folder"),
         ("a:\n  model: m\nb:\n", "FILE, line 3: b is no mapping of options to values"),
         ("a: m\n", "FILE, line 1: a is no mapping of options to values"),
+        ("yes:\n  model: m\n", "FILE: YAML reads the name True as bool, no text; put it into quotes"),
         ("a:\n  model: m\n  min-replicas: 3\n  max-replicas: 2\n", "FILE, line 4: a: max_replicas is 2, which is less"),
         ("a:\n  model: m\n  aliases: x,,y\n", "FILE, line 3: a: '' is no name for a model"),
         ("a:\n  model: m\n  aliases: [x, 5]\n", "FILE, line 3: a: aliases is a list; it must be"),

@@ -50,8 +50,10 @@ def read_deployments(path: str) -> DeploymentFile:
         raise InvalidParameter(f"{path} is no mapping of names to options; see deploy/models.yaml", "file")
     found = DeploymentFile(path, (), {}, _lines(node))
     deployments = []
-    for key, options in given.items():
-        name = str(key)
+    for name, options in given.items():
+        if not isinstance(name, str):
+            why = f"YAML reads the name {name} as {type(name).__name__}, no text; put it into quotes"
+            raise InvalidParameter(f"{path}: {why}", "file")
         if not isinstance(options, dict):
             why = f"{name} is no mapping of options to values; give at least its model"
             raise found.located(InvalidParameter(why, name))
