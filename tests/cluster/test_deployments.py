@@ -90,7 +90,7 @@ def test_what_lies_beside_the_file_is_found_from_anywhere(tmp_path: Path, monkey
     (folder / "talk.jinja").write_text("{{ messages }} é")
     (folder / "models.yaml").write_text(
         "a:\n  model: weights\n  chat-template: talk.jinja\n  aliases: [b, c/d]\n  max-num-seqs: 4\n"
-        "7:\n  model: org/of-the-hub\n  gpu-memory-utilization: 0.5\n"
+        "'7':\n  model: org/of-the-hub\n  gpu-memory-utilization: 0.5\n"
     )
     monkeypatch.chdir(tmp_path)
     first, second = read_deployments("here/models.yaml").deployments
