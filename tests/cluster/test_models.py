@@ -1,6 +1,7 @@
 """Several models behind one gateway, over fake replicas: what names lead to while deployments come, change and go."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -36,7 +37,9 @@ class Cluster:
         self.waited: list[str] = []
         self.unreadable: set[str] = set()  # models
         self.read = 0
-        self.busy = False
+        self.busy = False  # something is read
+        self.gate = threading.Event()  # which is waited for there
+        self.gate.set()
         self.replicas: list[FakeReplica] = []
         self._make = make
         self._version = 0
@@ -47,7 +50,7 @@ class Cluster:
                 outer.read += 1
                 assert not outer.busy, "transformers' modules are imported by one thread at a time"
                 outer.busy = True
-                time.sleep(0.01)
+                outer.gate.wait(60)
                 outer.busy = False
                 if deployment.engine.model in outer.unreadable:
                     raise ModelError("its files are gone")
@@ -371,6 +374,47 @@ def test_a_model_that_cannot_be_read_yet_is_tried_again(
         cluster.unreadable = set()
         await cluster.becomes("a", "ready")
         assert len(text(await cluster.ask("a", [5])).split("w")) == TOKENS + 1
+
+    run(service, work)
+
+
+def test_a_model_that_is_being_read_is_waited_for_and_stops_no_other(service: Callable[[], Service]) -> None:
+    async def work(cluster: Cluster) -> None:
+        first = served(deployment("a"), await cluster.replica())
+        second = served(deployment("b"), await cluster.replica())
+        cluster.gate.clear()
+        cluster.follow(first)
+        early = asyncio.ensure_future(cluster.ask("a", [5]))
+        await until(lambda: cluster.busy)
+        assert not cluster.models.ready, "it has just begun"
+        cluster.gate.set()
+        assert text(await early) == words([5])
+        await until(lambda: cluster.models.ready)
+        cluster.gate.clear()
+        cluster.follow(first, second)
+        early = asyncio.ensure_future(cluster.ask("b", [6]))
+        await until(lambda: cluster.busy)
+        cluster.models.look()
+        assert cluster.models.ready
+        assert text(await cluster.ask("a", [7])) == words([7])
+        cluster.gate.set()
+        assert text(await early) == words([6])
+
+    run(service, work)
+
+
+def test_a_model_that_is_deleted_while_it_is_read(service: Callable[[], Service]) -> None:
+    async def work(cluster: Cluster) -> None:
+        first, second = served(deployment("a"), await cluster.replica()), served(deployment("b"))
+        cluster.follow(first)
+        await cluster.becomes("a", "ready")
+        cluster.gate.clear()
+        cluster.follow(first, second)
+        early = asyncio.ensure_future(cluster.ask("b", [6]))
+        await until(lambda: cluster.busy)
+        cluster.follow(first)
+        assert (await early).status_code == 404
+        cluster.gate.set()
 
     run(service, work)
 

@@ -74,6 +74,7 @@ class Models:
         self._by_name: dict[str, _Entry] = {}
         self._left: list[Service] = []  # of deployments that are no more, with requests that are
         self._closing: set[asyncio.Task[None]] = set()
+        self._has_read = False  # all models that were there when it began
         self._reading = asyncio.Lock()  # one at a time: transformers' modules cannot be imported by two threads at once
 
     # ---- what clients name ----------------------------------------------------------------------------------------
@@ -154,10 +155,10 @@ class Models:
     def ready(self) -> bool:
         """Whether requests are served, if only of one model: by a replica, or one that the first request starts. A
         gateway that has just begun reads all its models first."""
-        entries = self._entries.values()
-        if self.draining or not all(entry.tried.is_set() for entry in entries):
+        if self.draining or not self._has_read:
             return False
-        return any(entry.state in ("ready", "sleeping") for entry in entries if entry.active is not None)
+        active = (entry for entry in self._entries.values() if entry.active is not None)
+        return any(entry.state in ("ready", "sleeping") for entry in active)
 
     @property
     def trouble(self) -> str:
@@ -252,13 +253,15 @@ class Models:
         service.dispatcher.on_wait = lambda: self._on_wait(name)
         entry.services[_text_of(deployment)] = service
         self._tell(service, entry, _text_of(deployment))
-        self.look()
         entry.tried.set()
+        self.look()
 
     # ---- the clock ------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
         """Now and then: gives names to services that can take them, and leaves those that nobody needs."""
+        read = bool(self._entries) and all(entry.tried.is_set() for entry in self._entries.values())
+        self._has_read = self._has_read or read
         for entry in self._entries.values():
             wanted = entry.services.get(_text_of(entry.served.deployment))
             old = entry.active
