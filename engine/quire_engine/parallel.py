@@ -4,6 +4,7 @@ Ranks are numbered stage by stage: rank = stage * size + the rank within the sta
 slices every layer; from stage to stage, pipeline parallelism hands the activations on.
 """
 
+import fcntl
 import os
 import socket
 from datetime import timedelta
@@ -18,6 +19,7 @@ from quire_engine.one_shot import SYMMETRIC_BYTES, OneShot, one_shot
 _MEETING = timedelta(minutes=5)  # ranks import torch at their own speed,
 _LOADING = timedelta(hours=1)  # and read their weights so; a rank that fails is told by its worker, not by a timeout
 _FOREVER = timedelta(days=365)  # idle engines wait for plans
+_SIOCGIFADDR = 0x8915  # of Linux: an interface's own IPv4 address
 COMMUNICATOR_BYTES = 704 << 20
 """What NCCL takes of a GPU for one communicator: 544 MiB of two A100s and 688 of four were seen (its issue 964), in
 buffers of 4 MiB (NCCL_BUFFSIZE) and those of two low-latency protocols, for each channel and neighbour."""
@@ -84,6 +86,9 @@ class ParallelGroup:
         if address == "127.0.0.1":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        elif (network := interface_to(address)) is not None:
+            # gloo goes by the host's own name, which often leads to loopback, where other hosts do not come.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
         store = TCPStore(address, port, everyone, False, timeout=_MEETING)
         on_gpus = device.type == "cuda"
         dist.init_process_group(
@@ -216,3 +221,20 @@ class ParallelGroup:
         """Leaves the group."""
         if self.everyone > 1:
             dist.destroy_process_group()
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface by which this host reaches an IPv4 address; None: it is not known."""
+    if ":" in address:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # which sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, name.encode().ljust(40, b"\0"))
+            except OSError:  # one without an address
+                continue
+            if found[20:24] == own:
+                return name
+    return None

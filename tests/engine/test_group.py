@@ -1,12 +1,14 @@
 """How ranks sum: which all-reduce takes what, and what is said where peers cannot read each other."""
 
+import socket
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from quire_engine.one_shot import SYMMETRIC_BYTES, OneShot, one_shot
-from quire_engine.parallel import COMMUNICATOR_BYTES, group_bytes
+from quire_engine.parallel import COMMUNICATOR_BYTES, group_bytes, interface_to
 
 
 @pytest.fixture
@@ -59,3 +61,16 @@ def test_bytes_of_the_groups() -> None:
     assert group_bytes(4, 1) == COMMUNICATOR_BYTES + SYMMETRIC_BYTES, "the stage's group is everyone's"
     assert group_bytes(1, 2) == COMMUNICATOR_BYTES
     assert group_bytes(2, 2) == 2 * COMMUNICATOR_BYTES + SYMMETRIC_BYTES
+
+
+def test_gloo_is_told_the_network_between_the_hosts() -> None:
+    """A host reaches each of its own addresses by the interface that has it, as the system's own list says."""
+    first = {
+        name: next((one.address for one in addresses if one.family == socket.AF_INET), None)
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+    assert first["lo"] == "127.0.0.1"
+    for name, address in first.items():
+        if address is not None:
+            assert interface_to(address) == name
+    assert interface_to("::1") is None
