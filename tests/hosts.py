@@ -87,7 +87,7 @@ class Host:
             f"mount --bind {self._folder}/home {self._home}",
             f"mount --bind {self._folder}/tmp /tmp",
             f"mount --bind {self._folder}/passwd /etc/passwd",
-            "mount -t tmpfs -o size=4g shm /dev/shm",
+            "mount -t tmpfs shm /dev/shm",
             "mount -t tmpfs run /run",
             "mkdir /run/sshd",
             f"exec {shutil.which('sshd')} -D -E {self._folder}/sshd.log -f {self._folder}/sshd_config",

@@ -44,17 +44,27 @@ class Site:
         done = subprocess.run(
             command, env=self._environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
-        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{arguments}: {(done.stdout + done.stderr)[-5000:]}"
 
     def up(self, *options: str) -> None:
-        """`ray up`."""
-        self._ray("up", "--yes", "--no-config-cache", *options, str(self._file))
+        """`ray up`, and again where Ray did not start within the half minute that it gives itself."""
+        for _ in range(3):
+            try:
+                return self._ray("up", "--yes", "--no-config-cache", *options, str(self._file))
+            except AssertionError as error:
+                failure = error
+        raise failure
 
-    def deploy(self, models: dict[str, dict[str, Any]]) -> None:
-        """In place of what was served."""
+    def deploy(self, name: str, **options: int) -> None:
+        """The model, each stage with all of a host's CPUs."""
         file = self.hosts.folder / "models.yaml"
-        file.write_text(json.dumps(models))
+        common = {"model": str(self.hosts.folder / "model"), "cpu_threads": 1, "tensor_parallel_size": os.cpu_count()}
+        file.write_text(json.dumps({name: common | options}))
         self._quire(f"deploy {file}")
+
+    def delete(self, name: str) -> None:
+        """What was deployed."""
+        self._quire(f"delete {name}")
 
     def _quire(self, command: str, *, check: bool = True) -> str:
         return self.head.ssh(f"RAY_AUTH_MODE=token ~/quire/.venv/bin/quire {command}", check=check)
@@ -70,14 +80,14 @@ class Site:
         return {node["address"] for node in self._status()["nodes"]}
 
     def replicas(self) -> dict[str, dict[str, Any]]:
-        """Those that serve, by the address of the host where they are."""
+        """Those that serve, by the addresses of the hosts where they are."""
         status = self._status()
         addresses = {node["id"]: node["address"] for node in status["nodes"]}
         serving = [one for model in status["deployments"] for one in model["replicas"] if one["phase"] == "serving"]
-        return {addresses[one["nodes"][0]]: one for one in serving if one["nodes"][0] in addresses}
+        return {addresses[node]: one for one in serving for node in one["nodes"] if node in addresses}
 
     def is_whole(self) -> bool:
-        """A replica serves on each host."""
+        """All hosts serve."""
         return self.replicas().keys() == {host.address for host in self.hosts.all}
 
 
@@ -152,9 +162,7 @@ def lose(site: Site, host: Host, act: Callable[[], None]) -> Callable[[], None]:
 def test_all_hosts_join_and_serve(site: Site, bystander: subprocess.Popen[bytes]) -> None:
     """A replica takes the two CPUs of a host."""
     wait_until(lambda: len(site.addresses()) == 3, PATIENCE)
-    cpus = os.cpu_count()
-    model = {"model": str(site.hosts.folder / "model"), "tensor_parallel_size": cpus, "cpu_threads": 1}
-    site.deploy({"tiny": model | {"min_replicas": 3}})
+    site.deploy("replicated", min_replicas=3)
     wait_until(site.is_whole, PATIENCE)
     assert bystander.poll() is None, "`ray stop` of a host sees this machine's processes"
 
@@ -185,5 +193,14 @@ def test_a_host_that_dies_costs_no_token(site: Site, undisturbed: list[list[int]
     assert asyncio.run(run_streams(site, lose(site, host, host.power_off))) == undisturbed
     wait_until(lambda: len(site.addresses()) == 2, PATIENCE)
     host.boot()
+    wait_until(site.is_whole, PATIENCE)
+    assert asyncio.run(run_streams(site)) == undisturbed
+
+
+def test_one_replica_of_all_hosts_gives_the_same_tokens(site: Site, undisturbed: list[list[int]]) -> None:
+    """A stage on each."""
+    site.delete("replicated")
+    wait_until(lambda: not site.replicas(), PATIENCE)
+    site.deploy("wide", pipeline_parallel_size=3)
     wait_until(site.is_whole, PATIENCE)
     assert asyncio.run(run_streams(site)) == undisturbed
