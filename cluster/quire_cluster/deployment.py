@@ -102,9 +102,10 @@ class Deployment:
 
     @cached_property
     def model_revision(self) -> str:
-        """Replicas with the same one go on with each other's answers."""
+        """Replicas with the same one go on with each other's answers. The chat template is none of it: it is the
+        gateways', and an answer that has begun has its prompt."""
         engine = asdict(self.engine)
-        return _digest({name: engine[name] for name in _MODEL_FIELDS} | {"chat_template": self.chat_template})
+        return _digest({name: engine[name] for name in _MODEL_FIELDS})
 
     def to_json(self) -> str:
         """With every field, be it a default: a later version's defaults change nothing that runs."""

@@ -206,11 +206,11 @@ def test_no_option_of_the_deployment_does(f: Any) -> None:
 
 
 def test_a_chat_template_is_the_gateways() -> None:
-    """No replica is replaced for it; an answer is not gone on with under another."""
+    """No replica is replaced for it, and those that are there serve what is new."""
     plain = Deployment("a", EngineConfig(model="m"), DeploymentConfig())
     changed = replace(plain, chat_template="x")
-    assert changed.engine_revision == plain.engine_revision
-    assert changed.model_revision != plain.model_revision
+    assert changed != plain
+    assert (changed.engine_revision, changed.model_revision) == (plain.engine_revision, plain.model_revision)
 
 
 @pytest.mark.parametrize(

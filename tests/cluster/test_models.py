@@ -279,6 +279,34 @@ def test_a_model_that_is_replaced_answers_until_the_new_one_does(service: Callab
     run(service, work)
 
 
+def test_another_chat_template_is_served_by_the_replicas_that_are_there(service: Callable[[], Service]) -> None:
+    async def work(cluster: Cluster) -> None:
+        replica = await cluster.replica()
+        before = deployment("a")
+        after = replace(before, chat_template="other")
+        slot = replica.entry()  # of a deployment as it was when the replica was started
+        cluster.follow(served(before, slot))
+        await cluster.becomes("a", "ready")
+        replica.holds = lambda submit: list(submit.prompt) == [5]
+        running = await cluster.asked("a", [5], replica)
+        old = await cluster.models.find("a")
+        assert after.model_revision == before.model_revision, "the controller tells of its replicas as of the new one's"
+        cluster.follow(served(after, slot))
+
+        def switched() -> bool:
+            cluster.models.look()
+            return cluster.models._entries["a"].active is not old
+
+        await until(switched)
+        assert text(await cluster.ask("a", [6])) == words([6])
+        replica.holds = lambda submit: False
+        assert text(await running) == words([5])
+        cluster.models.look()
+        assert len(list(cluster.models._services)) == 1, "nobody needs the old one"
+
+    run(service, work)
+
+
 def test_what_a_replaced_model_cannot_end_is_not_gone_on_with_by_another(service: Callable[[], Service]) -> None:
     async def work(cluster: Cluster) -> None:
         old, new = await cluster.replica(), await cluster.replica()
