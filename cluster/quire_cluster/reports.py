@@ -31,7 +31,6 @@ class ModelReport:
     at_gateway_for: str = ""  # for what, in words
     tokens_at_gateway: int = 0  # of their prompts
     generated: int = 0  # tokens, since the gateway's start
-    prompted: int = 0  # the same, of prompts
 
 
 @dataclass(frozen=True, kw_only=True)

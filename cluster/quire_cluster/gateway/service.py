@@ -69,7 +69,7 @@ class Service:
         self.dispatcher.on_gone = lambda slot: self.metrics.engine_gone(str(slot))
         self.draining = False
         self._open: set[Generation] = set()  # whose answer is not yet with the client, as far as we see
-        self.num_prompted, self.num_generated = 0, 0  # tokens of those that have ended
+        self.num_generated = 0  # tokens of those that have ended
         self._end_tokens = end_tokens(files, tokenizer)
         self._pooled = SamplingParams(max_tokens=1, temperature=0.0).in_tokens(
             tokenizer, vocab_size=self.vocab_size, end_tokens=self._end_tokens
@@ -140,8 +140,7 @@ class Service:
             at_gateway=len(waiting),
             at_gateway_for=self.dispatcher.homeless_for,
             tokens_at_gateway=sum(len(choice.facts.prompt) + len(choice.output) for choice in waiting),
-            generated=self.num_generated,
-            prompted=self.num_prompted,
+            generated=self.num_generated + sum(one.num_output_tokens for one in self._open),
         )
 
     async def why(self, deployment: str, request_id: str) -> list[WaitingRequest]:
@@ -334,7 +333,6 @@ class Service:
                 for interval in choice.token_intervals:
                     metrics.between_tokens.observe(interval)
         first = generation.choices[0].times
-        self.num_prompted += len(facts.prompt)
         self.num_generated += generation.num_output_tokens
         metrics.prompt_size.observe(len(facts.prompt))
         metrics.prompt_tokens.inc(len(facts.prompt))
