@@ -21,6 +21,7 @@ from quire_cluster.observability.metrics import Metrics
 from quire_cluster.routing_table import ClusterTable, ReplicaEntry, RoutingTable, Served
 from quire_engine.config import EngineConfig
 from quire_engine.errors import ModelError, Unavailable, UnknownModel
+from quire_engine.text.params import SamplingParams
 
 MAX_WAITING = 3
 
@@ -352,6 +353,29 @@ def test_a_model_is_deleted_and_what_it_has_begun_ends(service: Callable[[], Ser
         cluster.follow(served(b, second), served(a, await cluster.replica()))
         await cluster.becomes("a", "ready")
         assert text(await cluster.ask("a", [8])) == words([8])
+
+    run(service, work)
+
+
+@pytest.mark.parametrize("after", [None, "other"], ids=["deleted", "replaced"])
+def test_who_is_late_for_a_model_is_told(service: Callable[[], Service], after: str | None) -> None:
+    """A request whose prompt is still read when nothing else of its model is left: it would wait for ever."""
+
+    async def work(cluster: Cluster) -> None:
+        cluster.follow(served(deployment("a"), await cluster.replica()))
+        await cluster.becomes("a", "ready")
+        found = await cluster.models.find("a")
+        sampling = await found.sampling(SamplingParams(max_tokens=1))
+        cluster.follow(*([served(deployment("a", model=after), await cluster.replica())] if after else []))
+
+        def left() -> bool:
+            cluster.models.look()
+            return found not in cluster.models._services
+
+        await until(left)
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="deleted or replaced meanwhile"):
+            found.start([5], sampling)
 
     run(service, work)
 

@@ -65,6 +65,7 @@ class Dispatcher:
         self._max_waiting = max_waiting
         self._patience = patience
         self._ticking: asyncio.Task[None] | None = None
+        self._closed = False
         self.on_silence: Callable[[Key], None] = lambda key: None  # a replica that says nothing
         self.on_gone: Callable[[int], None] = lambda slot: None  # a slot is no more
         self.on_wait: Callable[[], None] = lambda: None  # a request finds no replica
@@ -124,7 +125,9 @@ class Dispatcher:
             self._ticking = asyncio.ensure_future(self._tick())
 
     async def close(self) -> None:
-        """Hangs up everywhere."""
+        """Hangs up everywhere, for good."""
+        self._closed = True
+        self.give_up(_GONE)
         if self._ticking is not None:
             self._ticking.cancel()
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
@@ -145,6 +148,8 @@ class Dispatcher:
         Raises Unavailable where too much waits for one; QueueFull where replicas have said that they cannot take as
         much; InvalidParameter where they never can.
         """
+        if self._closed:  # while its prompt was read, which may take seconds
+            raise Unavailable(_GONE)
         choices = [choice for choice in generation.choices if not choice.ended]
         # There may be many replicas: they are gone through no further than is needed.
         usable = (session for session in self._sessions.values() if session.usable)
@@ -435,6 +440,7 @@ class Dispatcher:
                     choice.end("error", error=Unavailable("no replica came back in time; try again"))
 
 
+_GONE = "this model was deleted or replaced meanwhile; send the request again"
 _POISON = (
     "two replicas died with this request, or more, so it is not sent to another; if it should be served, show it to "
     "the server's operator, whose log says what the replicas died of"
