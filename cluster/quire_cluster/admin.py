@@ -145,9 +145,11 @@ class _Refusing(grpc.aio.ServerInterceptor):
             return handler
 
         async def answer(request: Any, context: Any) -> Any:
-            _note(method, request)
             try:
+                _note(method, request)
                 return await handler.unary_unary(request, context)
+            except json_format.Error as error:  # a number that JSON does not have
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"this is no {method}Request: {error}")
             except QuireError as error:
                 if isinstance(error, InvalidParameter) and error.parameter:
                     context.set_trailing_metadata(((PARAMETER, error.parameter.encode("ascii", "replace").decode()),))
@@ -225,7 +227,7 @@ class AdminServer:
             json_format.Parse(body or b"{}", message)
             _note(name, message)
             answer = await call(message, None)
-        except json_format.ParseError as error:
+        except (json_format.Error, UnicodeDecodeError) as error:
             return error_response(InvalidParameter(f"the body is no {method.input_type.name}: {error}"))
         except QuireError as error:
             return error_response(error)

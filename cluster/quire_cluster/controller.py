@@ -14,13 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from quire_engine.config import EngineConfig
-from quire_engine.errors import InvalidParameter, UnknownModel
+from quire_engine.errors import InvalidParameter, ModelError, UnknownModel
 from quire_protos.v1 import control_pb2 as pb
 from ray.util import list_named_actors
 
 from quire_cluster.demand import Demand
-from quire_cluster.deployment import Deployment
+from quire_cluster.deployment import MOST_REPLICAS, Deployment
 from quire_cluster.keeper import Keeper
 from quire_cluster.liveness import CONTROLLER
 from quire_cluster.nodes import Nodes
@@ -42,6 +41,7 @@ _ADOPTION = 10.0  # seconds that a replica has to say what it is
 _LEASE = 10.0  # seconds that a gateway's report holds
 _LAST_ANSWER = 0.5  # seconds that it gets on its way
 _ASKED = 5.0  # seconds that a gateway has to answer
+_CHECKS = 2  # models that are looked at at a time: each in a process with torch
 HEAD = {"node:__internal_head__": 0.001}  # pins to the head
 
 
@@ -88,6 +88,7 @@ class Controller:
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._deploying = asyncio.Lock()
+        self._checks = asyncio.Semaphore(_CHECKS)
         self._home: Home
         self._gateways: Gateways | None = None
         self._admin: AdminServer | None = None
@@ -275,10 +276,11 @@ class Controller:
     async def _check_model(self, deployment: Deployment) -> int:
         """Its context. On the head, in a process of its own: it imports what the controller does without."""
         keeper = self.keepers.get(deployment.name)
-        if keeper is not None and keeper.deployment.engine_revision == deployment.engine_revision:
+        if keeper is not None and _texts(keeper.deployment) == _texts(deployment):
             return keeper.record.max_model_len
         try:
-            context: int = await _context_of.options(resources=HEAD).remote(deployment.engine)
+            async with self._checks:
+                context: int = await _context_of.options(resources=HEAD).remote(deployment)
         except Exception as error:
             cause = root_cause(error)
             option = cause.parameter if isinstance(cause, InvalidParameter) and cause.parameter else "model"
@@ -295,7 +297,9 @@ class Controller:
         await keeper.forget()
 
     async def scale(self, name: str, replicas: int | None) -> None:
-        """So many from now on, whatever the load; None: as the load asks for. Raises UnknownModel."""
+        """So many from now on, whatever the load; None: as the load asks for. Raises UnknownModel, InvalidParameter."""
+        if replicas is not None and replicas > MOST_REPLICAS:
+            raise InvalidParameter(f"replicas is {replicas}; give a number up to {MOST_REPLICAS}", "replicas")
         await self._find(name).pin(replicas)
         self._news.set()
 
@@ -431,8 +435,24 @@ class Controller:
                 self._changed.notify_all()
 
 
-@ray.remote(num_cpus=0)
-def _context_of(engine: EngineConfig) -> int:
-    from quire_engine.models.check import check_model
+def _texts(deployment: Deployment) -> tuple[str, str | None]:
+    """What replicas and gateways read."""
+    return (deployment.engine_revision, deployment.chat_template)
 
-    return check_model(engine).max_model_len
+
+@ray.remote(num_cpus=0)
+def _context_of(deployment: Deployment) -> int:
+    """Raises QuireError for what a replica, or a gateway, could not read."""
+    from quire_engine.models.check import check_model
+    from quire_engine.text.chat_template import ChatTemplate
+    from quire_engine.text.tokenizer import Tokenizer
+
+    engine, template = deployment.engine, deployment.chat_template
+    checked = check_model(engine)
+    if template is not None:
+        try:
+            ChatTemplate(template, {})
+        except ModelError as error:
+            raise InvalidParameter(str(error), "chat_template") from error
+    Tokenizer.load(checked.files, other=engine.tokenizer, chat_template=template)
+    return checked.max_model_len

@@ -12,6 +12,7 @@ from quire_engine.config import EngineConfig, check, kind_of, option
 from quire_engine.errors import InvalidParameter
 
 _NAME = 200  # characters, at most
+MOST_REPLICAS = 4096
 # What the tokens of an answer depend on: an answer begun by one of these is not gone on with by another.
 _MODEL_FIELDS = (
     "model",
@@ -34,10 +35,19 @@ class DeploymentConfig:
         None, "that clients may call it by, too", form="names (separated by commas)", unset="none"
     )
     min_replicas: int = option(
-        1, "kept however little there is to do; 0: the first request starts one", form="replicas", least=0, most=4096
+        1,
+        "kept however little there is to do; 0: the first request starts one",
+        form="replicas",
+        least=0,
+        most=MOST_REPLICAS,
     )
     max_replicas: int | None = option(
-        None, "started for load, at most", form="replicas", unset="min_replicas, and at least 1", least=1, most=4096
+        None,
+        "started for load, at most",
+        form="replicas",
+        unset="min_replicas, and at least 1",
+        least=1,
+        most=MOST_REPLICAS,
     )
     target_backlog: float = option(
         2.0, "that prompts may wait before another replica is started", form="seconds", above=0, most=86400

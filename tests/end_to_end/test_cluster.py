@@ -251,11 +251,13 @@ def test_the_same_file_again_changes_nothing(cluster: Cluster) -> None:
         ("  max-num-seqs: many\n", 12, "max_num_seqs is 'many'"),
         ("  aliases: [org/a]\n", 12, "a and b are both called org/a"),
         ("c:\n  model: /no/such/model\n", 13, "/no/such/model"),
+        ("  chat-template: broken.jinja\n", 12, "the chat template is not valid Jinja"),
     ],
 )
 def test_a_file_that_is_refused_changes_nothing(cluster: Cluster, more: str, line: int, why: str) -> None:
     """Be it that the rest of it was good."""
     before = cluster.has()
+    cluster.file.with_name("broken.jinja").write_text("{% for")
     cluster.write(seqs=5, more=more)
     done = cluster.quire("deploy", str(cluster.file))
     cluster.write()
@@ -279,6 +281,22 @@ def test_other_options_cost_no_stream_a_token(cluster: Cluster, undisturbed: lis
     after = cluster.has()
     assert min(after["a"].values()) > max(before["a"].values())
     assert after["b"] == before["b"]
+
+
+def test_another_chat_template_needs_no_other_replica(cluster: Cluster) -> None:
+    def prompt_tokens() -> int:
+        asked = {"model": "b", "max_tokens": 1, "messages": [{"role": "user", "content": "w5"}]}
+        return int(http.post(f"{cluster.url}/v1/chat/completions", json=asked).json()["usage"]["prompt_tokens"])
+
+    before, plain = cluster.has(), prompt_tokens()
+    cluster.file.with_name("talk.jinja").write_text("w6 w7 w8 {{ messages[0]['content'] }}")
+    cluster.write(more="  chat-template: talk.jinja\n")
+    assert cluster.deploy() == ["a: unchanged", "b: updated"]
+    wait_until(lambda: prompt_tokens() == plain + 3)
+    cluster.write()
+    assert cluster.deploy() == ["a: unchanged", "b: updated"]
+    wait_until(lambda: prompt_tokens() == plain)
+    assert cluster.has() == before
 
 
 def test_a_replica_is_drained(cluster: Cluster, undisturbed: list[list[int]]) -> None:
@@ -384,6 +402,7 @@ def test_operators_need_the_key(cluster: Cluster) -> None:
     for method, body, status, why in (
         ("Scale", {"name": "none"}, 404, "no deployment 'none'"),
         ("Scale", {"name": "b", "replicas": -1}, 400, "replicas"),
+        ("Scale", {"name": "b", "replicas": 4097}, 400, "give a number up to 4096"),
         ("Drain", {}, 400, "name a replica"),
         ("Deploy", {"deployments": [{"name": "c", "options": {"max_num_seqs": 4.5}}]}, 400, "c has no model"),
         ("Destroy", {}, 404, "there is no method Destroy"),
@@ -391,6 +410,13 @@ def test_operators_need_the_key(cluster: Cluster) -> None:
         refused = http.post(f"{address}/{method}", json=body, headers=key)
         assert refused.status_code == status, refused.text
         assert why in refused.json()["error"]["message"]
+    for method, sent in (
+        ("Why", b"\xff"),
+        ("Deploy", b'{"deployments": [{"name": "c", "options": {"model": 1e400}}]}'),
+    ):
+        refused = http.post(f"{address}/{method}", content=sent, headers=key)
+        assert refused.status_code == 400, refused.text
+        assert f"no {method}Request" in refused.json()["error"]["message"]
     assert cluster.has() == before
 
 

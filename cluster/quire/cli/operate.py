@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import json_format
+from quire_cluster.deployment import MOST_REPLICAS
 from quire_cluster.keys import bearer
 from quire_engine.errors import InvalidParameter, ServerError
 from quire_protos.v1 import control_pb2 as pb
@@ -117,8 +118,10 @@ def _say_others(control: Control, file: DeploymentFile) -> None:
 
 def scale(name: str, replicas: str, config: AdminConfig) -> None:
     """To a number of replicas, or `auto`."""
-    if replicas != "auto" and not (replicas.isdecimal() and int(replicas) <= 4096):
-        raise InvalidParameter(f"replicas is {replicas!r:.80}; give a number up to 4096, or auto", "replicas")
+    if replicas != "auto" and not (replicas.isdecimal() and int(replicas) <= MOST_REPLICAS):
+        raise InvalidParameter(
+            f"replicas is {replicas!r:.80}; give a number up to {MOST_REPLICAS}, or auto", "replicas"
+        )
     count = None if replicas == "auto" else int(replicas)
     with Control(config) as control:
         control.call("Scale", pb.ScaleRequest(name=name, replicas=count))
