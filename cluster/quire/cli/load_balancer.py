@@ -25,16 +25,17 @@ def load_balancer(kind: str, config: LoadBalancerConfig, *, watch: bool) -> None
     if watch and config.output is None:
         raise InvalidParameter("--watch writes a file: name it with --output", "output")
     with Control(config) as control:
-        written = _write(_made(kind, control, config), config)
+        told = _made(kind, control, config)
+        _tell(told, config)
         while watch:
             time.sleep(_LOOK)
             try:
                 now = _made(kind, control, config)
+                if now != told:
+                    _tell(now, config)
+                    told = now
             except QuireError as error:  # the load balancer goes on with those it knows
-                log.warning("the cluster does not tell of its gateways; it is asked again: %s", error)
-                continue
-            if now != written:
-                written = _write(now, config)
+                log.warning("the load balancer is not told of today's gateways; it is tried again: %s", error)
 
 
 def _made(kind: str, control: Control, config: LoadBalancerConfig) -> str:
@@ -57,20 +58,25 @@ def _made(kind: str, control: Control, config: LoadBalancerConfig) -> str:
     return configuration(kind, gateways, listens)
 
 
-def _write(text: str, config: LoadBalancerConfig) -> str:
-    """In place of what was there, whole or not at all; then the load balancer is told."""
+def _tell(text: str, config: LoadBalancerConfig) -> None:
+    """In place of what was there, whole or not at all; then the load balancer is told. Raises QuireError."""
     if config.output is None:
         say(text, end="")
-        return text
+        return
     path = Path(config.output)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fresh.write_text(text)
         fresh.replace(path)
     except OSError as error:
+        fresh.unlink(missing_ok=True)
         raise InvalidParameter(f"--output {path} cannot be written: {error.strerror}", "output") from error
-    if config.reload is not None:
+    if config.reload is None:
+        return
+    try:
         done = subprocess.run(shlex.split(config.reload), capture_output=True, text=True, check=False)
-        if done.returncode:
-            log.error("%s failed: %s", config.reload, (done.stderr or done.stdout).strip())
-    return text
+    except (OSError, ValueError) as error:  # there is no such program; a quotation does not end
+        raise InvalidParameter(f"--reload {config.reload} cannot be run: {error}", "reload") from error
+    if done.returncode:
+        why = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
+        raise ServerError(f"{path} is written, but {config.reload} failed: {why}")
