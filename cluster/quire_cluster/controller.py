@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from quire_engine.errors import InvalidParameter, ModelError, UnknownModel
+from quire_engine.errors import InvalidParameter, ModelError, ServerError, UnknownModel
 from quire_protos.v1 import control_pb2 as pb
 from ray.util import list_named_actors
 
@@ -87,6 +87,7 @@ class Controller:
         self._changed = asyncio.Condition()
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ends = False  # for good
         self._deploying = asyncio.Lock()
         self._checks = asyncio.Semaphore(_CHECKS)
         self._home: Home
@@ -175,6 +176,7 @@ class Controller:
     async def ready(self) -> ClusterConfig:
         """Once it and its gateways answer. Raises what keeps one from that."""
         await asyncio.shield(self._started)
+        self._check_stays()
         if self._gateways is not None:
             await self._gateways.answered()
         return self.config
@@ -182,6 +184,7 @@ class Controller:
     async def shutdown(self, drain_seconds: float | None = None) -> None:
         """Gateways finish what runs (for so long; None: as they were told), then every replica ends, and deployments
         are forgotten."""
+        self._ends = True
         await asyncio.wait({self._started})
         for task in self._tasks:
             task.cancel()
@@ -192,6 +195,11 @@ class Controller:
         await self._store.clear()
         for name in await self._home.placements.names():  # of replicas that were about to end anyhow
             await self._home.placements.remove(name)
+
+    def _check_stays(self) -> None:
+        """Raises ServerError where what is said now would be forgotten."""
+        if self._ends:
+            raise ServerError("this cluster is shutting down; try again once that is done")
 
     def end_soon(self) -> None:
         """This actor's own end, for good, once whoever asked for it has been answered."""
@@ -229,6 +237,7 @@ class Controller:
             if contexts is None:
                 found = await asyncio.gather(*(self._check_model(deployment) for deployment in wanted))
                 contexts = {deployment.name: context for deployment, context in zip(wanted, found, strict=True)}
+            self._check_stays()
             done = {}
             # Anew: replicas were started meanwhile, and operators may have said something.
             for record in [self._record(deployment, contexts[deployment.name]) for deployment in wanted]:
@@ -298,6 +307,7 @@ class Controller:
 
     async def scale(self, name: str, replicas: int | None) -> None:
         """So many from now on, whatever the load; None: as the load asks for. Raises UnknownModel, InvalidParameter."""
+        self._check_stays()
         if replicas is not None and replicas > MOST_REPLICAS:
             raise InvalidParameter(f"replicas is {replicas}; give a number up to {MOST_REPLICAS}", "replicas")
         await self._find(name).pin(replicas)

@@ -459,12 +459,28 @@ print([group["name"] for group in groups if group["state"] != "REMOVED"], ray.ut
 
 
 def test_the_end(cluster: Cluster) -> None:
-    """Nothing is left in the Ray cluster, not even of what was about to end."""
+    """Nothing is left in the Ray cluster, not even of what was about to end. What is said meanwhile is refused, as it
+    would be forgotten."""
     cluster.has()
     assert cluster.quire("scale", "a", "1").returncode == 0
-    ended = cluster.quire("shutdown")
-    assert ended.returncode == 0, ended.stderr
-    assert "the cluster has ended" in ended.stdout
+    [gateway] = cluster.head.pids("GatewayActor")
+    os.kill(gateway, signal.SIGSTOP)  # so that the end takes a while
+    ending = subprocess.Popen(
+        [sys.executable, "-m", "quire.cli.main", "shutdown"],
+        env=cluster.head.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: "is shutting down" in cluster.quire("scale", "a", "2").stderr)
+        for late in (cluster.quire("deploy", str(cluster.file)), cluster.head.start()):
+            assert (late.returncode, "is shutting down" in late.stderr) == (1, True), late.stderr
+    finally:
+        os.kill(gateway, signal.SIGCONT)
+        stdout, stderr = ending.communicate(timeout=LIMIT)
+    assert ending.returncode == 0, stderr
+    assert "the cluster has ended" in stdout
     assert not cluster.head.file.exists()
     wait_until(lambda: not cluster.head.pids(*ACTORS))
     left = subprocess.run(

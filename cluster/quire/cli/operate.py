@@ -64,7 +64,8 @@ class Control:
             code, details = call.code(), str(call.details())
             if code is grpc.StatusCode.UNAVAILABLE:
                 raise ServerError(
-                    f"no controller answers at {self._address} ({details}); start a cluster with `quire start`"
+                    f"no controller answers at {self._address} ({details}); one that died is back in seconds; where "
+                    "there is none, start a cluster with `quire start`"
                 ) from error
             if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND):
                 parameter = dict(call.trailing_metadata() or ()).get(PARAMETER)
