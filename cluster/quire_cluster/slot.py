@@ -336,5 +336,5 @@ class Slot:
             ray.kill(self._actor)
             self._actor = None
         if self._group:
-            group, self._group = self._group, ""
-            await self._home.placements.remove(group)
+            await self._home.placements.remove(self._group)
+            self._group = ""  # known until then, so that it is tried again

@@ -304,3 +304,27 @@ def test_what_an_operator_says_meanwhile_is_kept() -> None:
             assert keeper.kept.records["test"] == keeper.record
 
     asyncio.run(run())
+
+
+def test_room_that_could_not_be_given_back_is_given_back_later() -> None:
+    asked: list[str] = []
+
+    class Placements:
+        async def remove(self, name: str) -> None:
+            asked.append(name)
+            if len(asked) == 1:
+                raise ConnectionError("Ray's head is away")
+
+    async def run() -> None:
+        home: Any = SimpleNamespace(placements=Placements())
+        deployment = Deployment("a", EngineConfig(model="m"), DeploymentConfig())
+        needs = Needs(gpu=False, threads=1)
+        slot = Slot(deployment, 0, home, needs, changed=lambda: None, next_epoch=lambda: 1)
+        slot._group = "room"
+        with pytest.raises(ConnectionError):
+            await slot._remove()
+        for _ in range(2):
+            await slot._remove()
+        assert asked == ["room", "room"]
+
+    asyncio.run(run())
