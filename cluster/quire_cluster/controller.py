@@ -19,7 +19,7 @@ from quire_protos.v1 import control_pb2 as pb
 from ray.util import list_named_actors
 
 from quire_cluster.demand import Demand
-from quire_cluster.deployment import MOST_REPLICAS, Deployment
+from quire_cluster.deployment import MOST_REPLICAS, Deployment, listed
 from quire_cluster.keeper import Keeper
 from quire_cluster.liveness import CONTROLLER
 from quire_cluster.nodes import Nodes
@@ -324,7 +324,7 @@ class Controller:
 
     def _find(self, name: str) -> Keeper:
         if name not in self.keepers:
-            there = ", ".join(self.keepers) or "none"
+            there = listed(self.keepers) or "none"
             raise UnknownModel(f"there is no deployment {name[:100]!r}; there are: {there}", "name")
         return self.keepers[name]
 

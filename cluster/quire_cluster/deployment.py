@@ -3,7 +3,7 @@
 import hashlib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from quire_engine.errors import InvalidParameter
 
 _NAME = 200  # characters, at most
 MOST_REPLICAS = 4096
+_LISTED = 400  # characters of a message; gRPC has room for 8 KiB, and writes some characters as nine
 # What the tokens of an answer depend on: an answer begun by one of these is not gone on with by another.
 _MODEL_FIELDS = (
     "model",
@@ -78,6 +79,12 @@ class DeploymentConfig:
 def names_in(text: str | None) -> tuple[str, ...]:
     """Of a list with commas; empty entries stay, to be refused."""
     return tuple(name.strip() for name in text.split(",")) if text is not None else ()
+
+
+def listed(names: Collection[str]) -> str:
+    """For a message, which has no room for any number of them."""
+    text = ", ".join(names)
+    return text if len(text) <= _LISTED else f"{text[:_LISTED]}... ({len(names)} in all)"
 
 
 def check_name(name: str, parameter: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -163,6 +164,21 @@ def test_each_model_by_its_names(service: Callable[[], Service]) -> None:
         assert unnamed.status_code == 404
         assert "name the model; served is small" in unnamed.json()["error"]["message"]
         assert len(small.submitted) + len(large.submitted) == 4
+
+    run(service, work)
+
+
+def test_of_many_models_only_some_are_named(service: Callable[[], Service]) -> None:
+    """A gRPC status that is too long reaches its caller as another one."""
+
+    async def work(cluster: Cluster) -> None:
+        names = [f"{number}" + "é" * 190 for number in range(100)]
+        cluster.follow(*(served(deployment(name)) for name in names))
+        for asked in ("none", None):
+            with pytest.raises(UnknownModel, match="100 in all") as refused:
+                await cluster.models.find(asked)
+            assert names[0] in str(refused.value)
+            assert len(quote(str(refused.value))) < 8192
 
     run(service, work)
 

@@ -17,7 +17,7 @@ from quire_engine import allocator
 from quire_engine.errors import QuireError, Unavailable, UnknownModel
 from quire_engine.weights.resolve import find_model
 
-from quire_cluster.deployment import Deployment
+from quire_cluster.deployment import Deployment, listed
 from quire_cluster.gateway.service import Service, access_log
 from quire_cluster.observability.metrics import Metrics
 from quire_cluster.reports import ModelReport, WaitingRequest
@@ -102,7 +102,7 @@ class Models:
         return entry
 
     def _said(self) -> str:
-        return f"served is {', '.join(self._by_name)}" if self._by_name else "none is served yet"
+        return f"served is {listed(self._by_name)}" if self._by_name else "none is served yet"
 
     @property
     def names(self) -> list[str]:
