@@ -44,7 +44,6 @@ class Keeper:
         self._store = store
         self._changed = changed
         self._begin = begin
-        self._saving = asyncio.Lock()
         self._forgotten = False
         self._room_came = 0.0  # when a slot last gave its room back
 
@@ -73,16 +72,14 @@ class Keeper:
         return alike and not leaving.intersection(slot.nodes)
 
     async def save(self) -> None:
-        """Keeps what is known now. One write after another: the last word is what stays."""
-        async with self._saving:
-            if not self._forgotten:
-                await self._store.write(self.record)
+        """Keeps what is known now."""
+        if not self._forgotten:
+            await self._store.write(self.record)
 
     async def forget(self) -> None:
         """The deployment is no more: nothing is kept of it, whatever was still to be."""
         self._forgotten = True
-        async with self._saving:
-            await self._store.delete(self.deployment.name)
+        await self._store.delete(self.deployment.name)
 
     # ---- what is done ---------------------------------------------------------------------------------------------
 

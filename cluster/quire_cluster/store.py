@@ -24,10 +24,12 @@ class Record:
 
 
 class Store:
-    """Records by the deployment's name, of one cluster. Every call is one of Ray's, off the event loop."""
+    """Records by the deployment's name, of one cluster. Every call is one of Ray's, off the event loop; changes are
+    made one after another, so that the last word is what stays."""
 
     def __init__(self, cluster: str) -> None:
         self._prefix = f"quire:{cluster}:"
+        self._changing = asyncio.Lock()
 
     async def read_all(self) -> list[Record]:
         """In the order of their names."""
@@ -50,7 +52,8 @@ class Store:
 
     async def delete(self, name: str) -> None:
         """Of a deployment that is no more."""
-        await asyncio.to_thread(internal_kv._internal_kv_del, f"{self._prefix}deployment:{name}")
+        async with self._changing:
+            await asyncio.to_thread(internal_kv._internal_kv_del, f"{self._prefix}deployment:{name}")
 
     async def get(self, name: str) -> str | None:
         """A text of the cluster's own (its secret), or None."""
@@ -63,7 +66,9 @@ class Store:
 
     async def clear(self) -> None:
         """Forgets the cluster."""
-        await asyncio.to_thread(internal_kv._internal_kv_del, self._prefix, del_by_prefix=True)
+        async with self._changing:
+            await asyncio.to_thread(internal_kv._internal_kv_del, self._prefix, del_by_prefix=True)
 
     async def _put(self, key: str, text: str) -> None:
-        await asyncio.to_thread(internal_kv._internal_kv_put, self._prefix + key, text, overwrite=True)
+        async with self._changing:
+            await asyncio.to_thread(internal_kv._internal_kv_put, self._prefix + key, text, overwrite=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from quire_cluster.policies import restart
 from quire_cluster.policies.reconcile import Act, Phase, SlotView
 from quire_cluster.replica_actor import Place, ReplicaFacts
 from quire_cluster.slot import Needs, Slot
-from quire_cluster.store import Record
+from quire_cluster.store import Record, Store
 from quire_engine.config import EngineConfig
 from quire_engine.errors import EngineFailure, OutOfMemory
 
@@ -328,3 +329,29 @@ def test_room_that_could_not_be_given_back_is_given_back_later() -> None:
         assert asked == ["room", "room"]
 
     asyncio.run(run())
+
+
+def test_the_last_word_on_a_deployment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is deployed again while the word of its end is still on its way."""
+    there: dict[str, str] = {}
+
+    def put(key: str, text: str, *, overwrite: bool) -> None:
+        there[key] = text
+
+    def delete(key: str) -> None:
+        time.sleep(0.2)
+        there.pop(key, None)
+
+    monkeypatch.setattr(
+        "quire_cluster.store.internal_kv", SimpleNamespace(_internal_kv_put=put, _internal_kv_del=delete)
+    )
+    deployment = Deployment("test", EngineConfig(model="none"), DeploymentConfig())
+    record = Record(deployment=deployment, needs=Needs(gpu=False, threads=1))
+
+    async def run() -> None:
+        store = Store("c")
+        await store.write(record)
+        await asyncio.gather(store.delete("test"), store.write(record))
+
+    asyncio.run(run())
+    assert list(there) == ["quire:c:deployment:test"]
