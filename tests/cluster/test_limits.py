@@ -13,6 +13,7 @@ from quire_cluster.gateway import (
     doors,
     fields,
     grpc_api,
+    models,
     pooling,
     service,
     texts,
@@ -60,6 +61,7 @@ SAID = {
     "requests that run at once, of each replica": f"`--max-num-seqs` {ENGINE.max_num_seqs}",
     "requests that wait, of each replica": f"`--max-num-queued-reqs` {ENGINE.max_num_queued_reqs}",
     "time that they wait for one": f"3 times as long as a replica took to load, {rebuild_wait(0.0):g} s at least",
+    "time that requests wait for a gateway to read a model's tokenizer": f"{models._READ:g} s",
     "replicas that may be lost while they compute a request": f"2 ({quarantine.BESIDE} where",
     "time that what is new waits while a request that a replica died under is tried": f"{dispatcher._HELD_BACK:g} s, ",
     "silence of a replica": f"{Patience().avoid:g} s: nothing new goes there; {Patience().move:g} s: ",
@@ -174,6 +176,10 @@ MET: dict[str, list[str]] = {
     ],
     "time that they wait for one": [
         "cluster/test_resumption.py::test_who_waits_for_a_replica_is_told_in_time_that_none_came",
+        f"{CALL}::test_what_a_refusal_is_called",
+    ],
+    "time that requests wait for a gateway to read a model's tokenizer": [
+        "cluster/test_models.py::test_a_model_that_takes_long_to_read_is_not_waited_for_without_end",
         f"{CALL}::test_what_a_refusal_is_called",
     ],
     "replicas that may be lost while they compute a request": [

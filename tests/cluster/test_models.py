@@ -471,6 +471,24 @@ def test_a_model_that_is_being_read_is_waited_for_and_stops_no_other(service: Ca
     run(service, work)
 
 
+def test_a_model_that_takes_long_to_read_is_not_waited_for_without_end(
+    service: Callable[[], Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire_cluster.gateway.models._READ", 0.05)
+
+    async def work(cluster: Cluster) -> None:
+        cluster.gate.clear()
+        cluster.follow(served(deployment("a"), await cluster.replica()))
+        refused = await cluster.ask("a", [5])
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+        assert "still being read" in refused.text
+        cluster.gate.set()
+        await cluster.becomes("a", "ready")
+        assert text(await cluster.ask("a", [5])) == words([5])
+
+    run(service, work)
+
+
 def test_a_model_that_is_deleted_while_it_is_read(service: Callable[[], Service]) -> None:
     async def work(cluster: Cluster) -> None:
         first, second = served(deployment("a"), await cluster.replica()), served(deployment("b"))

@@ -26,6 +26,7 @@ from quire_cluster.routing_table import ClusterTable, Key, RoutingTable, Served
 log = logging.getLogger(__name__)
 _Text = tuple[str, str | None]  # what a service is made of: the model's revision, and the chat template
 _RETRY = 10.0  # seconds until a model that could not be read is tried again
+_READ = 60.0  # seconds that a request waits for one that is being read
 
 
 def _text_of(deployment: Deployment) -> _Text:
@@ -80,9 +81,13 @@ class Models:
     # ---- what clients name ----------------------------------------------------------------------------------------
 
     async def find(self, name: str | None) -> Service:
-        """The service of a model; of none at all, where there is one. A model that is being read is waited for. Raises
-        UnknownModel; Unavailable where it cannot be read here, or none of its replicas be started."""
-        await self._named(name).tried.wait()
+        """The service of a model; of none at all, where there is one. A model that is being read is waited for, a
+        minute at most. Raises UnknownModel; Unavailable where it cannot be read here, or none of its replicas be
+        started."""
+        try:
+            await asyncio.wait_for(self._named(name).tried.wait(), _READ)
+        except TimeoutError:
+            raise Unavailable("the model is still being read at this gateway; try again", _RETRY) from None
         entry = self._named(name)  # it may have been deleted
         if entry.state == "failed":
             raise Unavailable("no replica of this model can be started; `quire status` tells its operator why", 60.0)
