@@ -268,21 +268,6 @@ def test_a_file_that_is_refused_changes_nothing(cluster: Cluster, more: str, lin
     assert cluster.has() == before
 
 
-def test_other_options_cost_no_stream_a_token(cluster: Cluster, undisturbed: list[list[int]]) -> None:
-    """Replicas are replaced one after another, of that deployment alone."""
-    before = cluster.has()
-
-    def update() -> None:
-        cluster.write(seqs=16)
-        assert cluster.deploy() == ["a: updated", "b: unchanged"]
-        wait_until(lambda: bool(now := cluster.replicas("a")) and not now.items() & before["a"].items(), LIMIT)
-
-    assert cluster.under_load(update) == undisturbed
-    after = cluster.has()
-    assert min(after["a"].values()) > max(before["a"].values())
-    assert after["b"] == before["b"]
-
-
 def test_another_chat_template_needs_no_other_replica(cluster: Cluster) -> None:
     def prompt_tokens() -> int:
         asked = {"model": "b", "max_tokens": 1, "messages": [{"role": "user", "content": "w5"}]}
@@ -297,6 +282,21 @@ def test_another_chat_template_needs_no_other_replica(cluster: Cluster) -> None:
     assert cluster.deploy() == ["a: unchanged", "b: updated"]
     wait_until(lambda: prompt_tokens() == plain)
     assert cluster.has() == before
+
+
+def test_other_options_cost_no_stream_a_token(cluster: Cluster, undisturbed: list[list[int]]) -> None:
+    """Replicas are replaced one after another, of that deployment alone."""
+    before = cluster.has()
+
+    def update() -> None:
+        cluster.write(seqs=16)
+        assert cluster.deploy() == ["a: updated", "b: unchanged"]
+        wait_until(lambda: bool(now := cluster.replicas("a")) and not now.items() & before["a"].items(), LIMIT)
+
+    assert cluster.under_load(update) == undisturbed
+    after = cluster.has()
+    assert min(after["a"].values()) > max(before["a"].values())
+    assert after["b"] == before["b"]
 
 
 def test_a_replica_is_drained(cluster: Cluster, undisturbed: list[list[int]]) -> None:
