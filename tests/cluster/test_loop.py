@@ -51,7 +51,7 @@ def service(tokenizer: Tokenizer, pooling: Pooling | None = None) -> Service:
     """Without replicas: what is sent here is refused, or needs none."""
     files = resolve(DEMO_MODEL)
     return Service(
-        files, tokenizer, names=["demo"], max_model_len=8192, max_waiting=16, metrics=Metrics(), pooling=pooling
+        files, tokenizer, names=["demo"], max_model_len=8192, max_waiting=0, metrics=Metrics(), pooling=pooling
     )
 
 
