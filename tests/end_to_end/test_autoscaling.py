@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,18 +17,13 @@ from quire import AsyncClient
 from quire.cli.config import AdminConfig
 from quire.cli.operate import Control
 from quire_protos.v1 import control_pb2 as pb
-from web import LIMIT
+from web import LIMIT, free_port
 
 NUM_STREAMS, NUM_TOKENS = 8, 2000
 _HEAD = "f" * 51 + "00000"  # that the provider of nodes takes for its head
 _PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 _EMPTY = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 _EMPTY += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def scaling(address: str) -> str:

@@ -4,7 +4,6 @@ token is another one."""
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,23 +16,15 @@ import httpx
 import pytest
 from anyio.from_thread import start_blocking_portal
 from conftest import wait_until
+from load_balancers import program
 from quire import AsyncClient
-from two_nodes import NODE, TwoNodes, free_port
+from two_nodes import NODE, TwoNodes
+from web import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 STREAMS = 64
 TOKENS = 24
 PATIENCE = 600.0  # seconds for one answer, on a busy machine
-
-
-def install_haproxy() -> str:
-    """Its path. Debian's package, where that can be installed."""
-    if shutil.which("haproxy") is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(["apt-get", "install", "-y", "-qq", "haproxy"], capture_output=True, check=False)
-    found = shutil.which("haproxy")
-    if found is None:
-        pytest.skip("HAProxy is not here and could not be installed: apt-get install haproxy")
-    return found
 
 
 class Site(TwoNodes):
@@ -89,7 +80,7 @@ class Site(TwoNodes):
 
 @pytest.fixture(scope="module")
 def site(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    haproxy = install_haproxy()
+    haproxy = program("haproxy")
     found = Site(tmp_path_factory.mktemp("site"), checkpoint("qwen3"))
     try:
         found.start("--gateways", "2")

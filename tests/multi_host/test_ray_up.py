@@ -93,7 +93,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    if missing := what_is_missing():
+    if missing := what_is_missing():  # root, packages or namespaces: what this machine does not have is named
         pytest.skip(f"hosts on this machine need {missing}")
     made = Hosts(3)
     yield made

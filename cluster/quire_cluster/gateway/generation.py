@@ -99,9 +99,7 @@ class Choice:
         self._new_offsets: list[int] = []
         self._new_logprobs: list[TokenLogprobs] = []
         self._reported_end = False
-        self._resumed_end: tuple[str, str | int | None, bool] | None = (
-            None  # known, and only the prompt's scores wanted
-        )
+        self._resumed_end: tuple[str, str | int | None, bool] | None = None  # known; the prompt's scores are to come
 
     @property
     def ended(self) -> bool:
