@@ -23,6 +23,7 @@ from quire_kernels.quantized_matmul.reference import dequantize, dequantize_int4
 from quire_kernels.recurrence import Gates, StateBatch
 from quire_kernels.recurrence import reference as recurrence_reference
 from quire_kernels.sampling import Rows
+from quire_kernels.sampling import reference as sampling_reference
 from quire_kernels.sampling.host import draw
 
 _TILE = 8  # rows of a deterministic product
@@ -213,6 +214,9 @@ class TorchBackend:
         batch: StateBatch,
     ) -> Tensor:
         return recurrence_reference.recurrence(q, k, v, dt, beta, gates, states, batch)
+
+    def mask_logits(self, logits: Tensor, places: Tensor, masks: Tensor) -> None:
+        sampling_reference.mask_logits(logits, places, masks)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         """On the host, wherever the logits are."""

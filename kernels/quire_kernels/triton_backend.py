@@ -26,7 +26,7 @@ from quire_kernels.quantized_matmul.triton import int4_matmul, scaled_matmul
 from quire_kernels.recurrence import Gates, StateBatch
 from quire_kernels.recurrence.triton import recurrence, short_convolution
 from quire_kernels.sampling import Rows
-from quire_kernels.sampling.triton import draw, prepare
+from quire_kernels.sampling.triton import draw, mask_logits, prepare
 
 _Rest = tuple[Tensor | None, Tensor | None]  # a weight's scale and bias
 INVARIANT_TILE = 64  # rows of an expert's tile, whatever the batch
@@ -186,6 +186,9 @@ class TritonBackend:
         batch: StateBatch,
     ) -> Tensor:
         return recurrence(q, k, v, dt, beta, gates, states, batch, invariant=self._deterministic)
+
+    def mask_logits(self, logits: Tensor, places: Tensor, masks: Tensor) -> None:
+        mask_logits(logits, places, masks)
 
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         return draw(logits, rows, prepare(logits, rows, filtered))

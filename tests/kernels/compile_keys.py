@@ -26,7 +26,7 @@ from quire_kernels.quantize import QuantizedOutput, Scales
 from quire_kernels.quantized_matmul import Int4Weight
 from quire_kernels.recurrence import Gates, StateBatch
 from quire_kernels.sampling import Biases, Penalties, Rows
-from quire_kernels.sampling.triton import add_bias, draw, penalize, prepare, token_logprobs
+from quire_kernels.sampling.triton import add_bias, draw, mask_logits, penalize, prepare, token_logprobs
 from quire_kernels.triton_backend import TritonBackend
 from quire_kernels.verification.triton import verify
 from torch import Tensor
@@ -166,7 +166,7 @@ def _states(tokens: int) -> StateBatch:
     )
 
 
-def rows_of(count: int, masked: bool = False) -> Rows:
+def rows_of(count: int) -> Rows:
     return Rows(
         temperature=floats(count),
         top_k=ints(count),
@@ -174,14 +174,13 @@ def rows_of(count: int, masked: bool = False) -> Rows:
         min_p=floats(count),
         seeds=new(count, dtype=torch.int64),
         positions=new(count, dtype=torch.int64),
-        masks=ints(count, -(-VOCABULARY // 32)) if masked else None,
     )
 
 
 def of_rows() -> Iterator[tuple[str, Operation]]:
-    def drawn(filtered: bool, masked: bool) -> Operation:
+    def drawn(filtered: bool) -> Operation:
         def run(count: int) -> None:
-            logits, rows = floats(count, VOCABULARY), rows_of(count, masked)
+            logits, rows = floats(count, VOCABULARY), rows_of(count)
             draw(logits, rows, prepare(logits, rows, filtered))
 
         return run
@@ -199,10 +198,14 @@ def of_rows() -> Iterator[tuple[str, Operation]]:
         penalize(logits, Penalties(starts=ints(count + 1), tokens=ints(listed), counts=ints(listed), **three))
         add_bias(logits, Biases(starts=ints(count + 1), tokens=ints(listed), values=floats(listed)))
 
+    def masked(count: int) -> None:
+        places = new(count, dtype=torch.int64)
+        mask_logits(floats(1024, VOCABULARY), places, ints(count, -(-VOCABULARY // 32)))
+
     yield "edits", edited
+    yield "masks", masked
     for filtered in (False, True):
-        for masked in (False, True):
-            yield f"draw, filtered {filtered}, masked {masked}", drawn(filtered, masked)
+        yield f"draw, filtered {filtered}", drawn(filtered)
     yield "verify", verified
     yield "logprobs", lambda count: token_logprobs(floats(count, VOCABULARY), ints(count))
 

@@ -6,13 +6,14 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from quire_kernels.sampling import Biases, Penalties, Prepared, Rows, host, reference
-from quire_kernels.sampling.triton import add_bias, draw, penalize, prepare, token_logprobs
+from quire_kernels.native.backend import NativeBackend
+from quire_kernels.sampling import Biases, Penalties, Prepared, Rows, host, reference, triton
+from quire_kernels.sampling.triton import add_bias, draw, mask_logits, penalize, prepare, token_logprobs
 from quire_kernels.verification import reference as verification_reference
 from quire_kernels.verification.triton import verify
 
 
-def make_rows(size: int, masks: torch.Tensor | None = None, **values: float) -> Rows:
+def make_rows(size: int, **values: float) -> Rows:
     def filled(name: str, default: float, dtype: torch.dtype) -> torch.Tensor:
         return torch.full((size,), values.get(name, default), dtype=dtype)
 
@@ -23,12 +24,7 @@ def make_rows(size: int, masks: torch.Tensor | None = None, **values: float) -> 
         min_p=filled("min_p", 0.0, torch.float32),
         seeds=torch.randint(-(2**62), 2**62, (size,)),
         positions=torch.randint(0, 2**40, (size,)),
-        masks=masks,
     )
-
-
-def random_masks(size: int, vocabulary: int) -> torch.Tensor:
-    return torch.randint(-(2**31), 2**31, (size, -(-vocabulary // 32))).int()
 
 
 PARAMETERS = [
@@ -50,18 +46,16 @@ PARAMETERS = [
 @pytest.mark.parametrize("vocabulary", [63, 4096, 9001])
 def test_what_may_be_drawn(vocabulary: int, values: dict[str, float], masked: bool, dtype: torch.dtype) -> None:
     size = 4
-    rows = make_rows(size, random_masks(size, vocabulary) if masked else None, **values)
+    rows = make_rows(size, **values)
     logits = (torch.randn(size, vocabulary + 5) * 4).to(dtype)[:, :vocabulary]
+    if masked:
+        logits[torch.rand(size, vocabulary) < 0.5] = -math.inf
     if vocabulary > 100:
-        logits[1] = torch.randn(vocabulary).to(dtype) * 0.01  # nearly uniform
+        logits[1] *= 0.0025  # nearly uniform
         logits[2, 77] = 60.0  # nearly certain
-        if masked:
-            rows.masks[2, 77 // 32] |= 1 << (77 % 32)
     expected = reference.probabilities(logits, rows)
     prepared = prepare(logits, rows)
     scaled = logits.float() / rows.temperature.clamp(min=1e-9)[:, None]
-    if masked:
-        scaled = scaled.masked_fill(~reference.allowed(rows.masks, vocabulary), -math.inf)
     if values.get("temperature", 1) > 0:
         kept = scaled >= prepared.threshold[:, None]
         kept &= scaled > -math.inf
@@ -82,9 +76,8 @@ def test_what_may_be_drawn(vocabulary: int, values: dict[str, float], masked: bo
 
 def test_nothing_possible_is_said() -> None:
     logits = torch.randn(3, 5000)
-    masks = torch.full((3, 157), -1, dtype=torch.int32)
-    masks[1] = 0
-    rows = make_rows(3, masks, top_p=0.9)
+    mask_logits(logits, torch.tensor([1]), torch.zeros(1, 157, dtype=torch.int32))
+    rows = make_rows(3, top_p=0.9)
     tokens = draw(logits, rows, prepare(logits, rows))
     assert tokens[1] == -1
     assert (tokens[[0, 2]] >= 0).all()
@@ -153,6 +146,30 @@ def test_penalties_and_biases() -> None:
     torch.testing.assert_close(got, expected)
     assert torch.equal(got[1], logits[1])
     assert got[0, tokens[7]] == -math.inf
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton", "native"])
+@pytest.mark.parametrize("places", [[], [2], [4, 0, 3], [3, 1, 4, 2, 0]], ids=str)
+@pytest.mark.parametrize("vocabulary", [32, 63, 1000, 49153, 151936])
+def test_a_mask_changes_nothing_but_what_it_forbids(vocabulary: int, places: list[int], kernel: str) -> None:
+    """Bit for bit, numbers that are none included; what lies between the rows is not written either."""
+    masking = {"reference": reference, "triton": triton, "native": NativeBackend()}[kernel].mask_logits
+    kept = torch.randn(5, vocabulary + 7)
+    kept[:, 3] = math.nan
+    kept[:, vocabulary - 1] = math.inf
+    kept[1] = math.nan
+    words = torch.randint(-(2**31), 2**31, (len(places), -(-vocabulary // 32) + 2)).int()
+    words[1:2], words[2:3] = 0, -1  # nothing and all
+    masks = words[:, 1:-1]
+    allowed = np.ones((5, vocabulary), np.bool_)
+    bits = np.unpackbits(np.ascontiguousarray(masks.numpy()).view(np.uint8), axis=1, bitorder="little")
+    allowed[places] = bits[:, :vocabulary]
+    expected = kept.numpy().copy()
+    expected[:, :vocabulary][~allowed] = -np.inf
+    for dtype in (torch.int32, torch.int64):
+        got = kept.clone()
+        masking(got[:, :vocabulary], torch.tensor(places, dtype=dtype), masks)
+        np.testing.assert_array_equal(got.numpy().view(np.int32), expected.view(np.int32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

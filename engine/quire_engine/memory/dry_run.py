@@ -256,6 +256,9 @@ class DryBackend:
     ) -> Tensor:
         return v.new_empty(v.shape)
 
+    def mask_logits(self, logits: Tensor, places: Tensor, masks: Tensor) -> None:
+        pass
+
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor:
         scratch = [torch.empty_like(logits) for _ in range(2 if self._cpu else 1)]
         return torch.empty(scratch[0].shape[0], dtype=torch.int32, device=META)

@@ -24,7 +24,7 @@ def _pointer(x: Tensor | None) -> ctypes.c_void_p:
 
 
 class NativeBackend(TorchBackend):
-    """What C does not have (products of matrices, experts, sampling, quantized results) is torch's.
+    """What C does not have (products of matrices, experts, draws, quantized results) is torch's.
 
     Raises build.NativeBuildError where the kernels cannot be built.
     """
@@ -40,6 +40,7 @@ class NativeBackend(TorchBackend):
         self._silu_mul = library.silu_mul
         self._convolution = library.short_convolution
         self._recurrence = library.recurrence
+        self._mask_logits = library.mask_logits
         for function in (
             self._attention,
             self._cache_write,
@@ -47,6 +48,7 @@ class NativeBackend(TorchBackend):
             self._silu_mul,
             self._convolution,
             self._recurrence,
+            self._mask_logits,
         ):
             function.restype = None
 
@@ -230,3 +232,20 @@ class NativeBackend(TorchBackend):
             ctypes.c_float(NORM_EPS),
         )
         return out
+
+    def mask_logits(self, logits: Tensor, places: Tensor, masks: Tensor) -> None:
+        vocabulary = logits.shape[1]
+        assert logits.dtype == torch.float32
+        assert masks.dtype == torch.int32
+        assert masks.shape == (len(places), -(-vocabulary // 32)), "a bit for each token"
+        assert logits.stride(1) == masks.stride(1) == 1, "tokens of a row follow on"
+        rows = places.long().contiguous()
+        self._mask_logits(
+            _pointer(logits),
+            ctypes.c_int64(logits.stride(0)),
+            _pointer(rows),
+            _pointer(masks),
+            ctypes.c_int64(masks.stride(0)),
+            ctypes.c_int64(len(places)),
+            ctypes.c_int64(vocabulary),
+        )

@@ -314,6 +314,25 @@ void silu_mul(const float *x, float *out, int64_t T, int64_t N) {
     }
 }
 
+/* logits[places[m]][i] = -infinity where bit i % 32 of masks[m][i / 32] is 0. Every word is done alike: the inner loop is
+ * a comparison and a blend. */
+void mask_logits(float *logits, int64_t stride, const int64_t *places, const int32_t *masks, int64_t mask_stride,
+                 int64_t M, int64_t V) {
+#pragma omp parallel for schedule(static) if (M > 1)
+    for (int64_t m = 0; m < M; m++) {
+        float *row = logits + places[m] * stride;
+        const uint32_t *words = (const uint32_t *)masks + m * mask_stride;
+        for (int64_t first = 0; first < V; first += 32) {
+            const uint32_t bits = words[first / 32];
+            float *x = row + first;
+            if (V - first >= 32)
+                for (int i = 0; i < 32; i++) x[i] = bits >> i & 1 ? x[i] : -INFINITY;
+            else
+                for (int i = 0; i < V - first; i++) x[i] = bits >> i & 1 ? x[i] : -INFINITY;
+        }
+    }
+}
+
 /* ---- recurrent layers: see the contract of quire_kernels.recurrence ------------------------------------------------ */
 
 #define MAX_TAPS 8

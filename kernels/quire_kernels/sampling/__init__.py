@@ -2,9 +2,13 @@
 
 `penalize` and `add_bias` edit fp32 logits [S, V] in place, at listed tokens alone.
 
-`prepare(logits, rows)` finds what of each row may be drawn: the tokens that `rows.masks` allows, of these by
-temperature those within min-p, then top-k, then top-p of what is left (tokens equal to the last one kept are kept too).
-It reads the logits once, and again only where candidates stand; nothing is sorted. → `Prepared`.
+`mask_logits(logits, places, masks)` makes minus infinity, in place, of what grammars do not allow: logits [S, V] fp32,
+places [M] int32 or int64 the rows that have a mask, none of them twice, masks [M, V / 32 rounded up] int32, whose bit i
+of word j allows token 32 j + i. Nothing else is written: other rows may hold anything, and bits past V mean nothing.
+
+`prepare(logits, rows)` finds what of each row may be drawn: by temperature the tokens within min-p, then top-k, then
+top-p of what is left (tokens equal to the last one kept are kept too). It reads the logits once, and again only where
+candidates stand; nothing is sorted. → `Prepared`.
 
 `draw(logits, rows, prepared)` → tokens [S] int32: the most likely one where the temperature is 0, else by inversion of
 the cumulative distribution in the order of token ids, at the number of the counter-based generator for (seed,
@@ -15,7 +19,6 @@ position); -1 where no token is possible, or a logit is not a number or plus inf
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +36,6 @@ class Rows:
     min_p: Tensor  # [S] fp32; 0: all
     seeds: Tensor  # [S] int64
     positions: Tensor  # [S] int64, of the token to be drawn
-    masks: Tensor | None = None  # [S, V / 32 rounded up] int32: bit i of word j allows token 32 j + i (a grammar's)
 
     def first(self, count: int) -> "Rows":
         """The parameters of the first rows."""
@@ -44,11 +46,7 @@ class Rows:
         return self._each(Tensor.cpu)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Rows":
-        changed: dict[str, Any] = {}
-        for name in Rows.__slots__:
-            part: Tensor | None = getattr(self, name)
-            changed[name] = None if part is None else change(part)
-        return Rows(**changed)
+        return Rows(**{name: change(getattr(self, name)) for name in Rows.__slots__})
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ _CANDIDATES = 1024  # top-p looks at so many before it sorts the whole vocabular
 
 
 def draw(logits: Tensor, rows: Rows) -> Tensor:
-    """See the package's contract. logits [S, V] fp32 → [S] int32. Grammar masks are the caller's to apply."""
-    assert rows.masks is None, "apply masks to the logits"
+    """See the package's contract. logits [S, V] fp32 → [S] int32."""
     best, greedy = logits.max(-1)
     tokens = torch.where(torch.isfinite(best), greedy, -1).to(torch.int32)
     random = ((rows.temperature > 0) & (tokens >= 0)).nonzero()[:, 0]

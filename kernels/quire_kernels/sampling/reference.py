@@ -24,16 +24,20 @@ def add_bias(logits: Tensor, biases: Biases) -> None:
         logits[row, biases.tokens[begin:end].long()] += biases.values[begin:end]
 
 
+def mask_logits(logits: Tensor, places: Tensor, masks: Tensor) -> None:
+    """See the package's contract."""
+    rows = places.long()
+    logits[rows] = logits[rows].masked_fill(~allowed(masks, logits.shape[1]), float("-inf"))
+
+
 def allowed(masks: Tensor, vocabulary: int) -> Tensor:
-    """Bits [S, words] → [S, V] bool."""
+    """Bits [M, words] → [M, V] bool."""
     return ((masks[..., None] >> torch.arange(32, device=masks.device)) & 1).flatten(1)[:, :vocabulary] == 1
 
 
 def probabilities(logits: Tensor, rows: Rows) -> Tensor:
     """What `prepare` leaves, [S, V] fp64; all zero where no token is possible, one for the best where greedy."""
     wide = logits.double()
-    if rows.masks is not None:
-        wide = wide.masked_fill(~allowed(rows.masks, logits.shape[1]), float("-inf"))
     out = torch.zeros_like(wide)
     for row, x in enumerate(wide):
         if not torch.isfinite(x.max()):

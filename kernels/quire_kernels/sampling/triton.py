@@ -58,25 +58,44 @@ def _launch_edit(logits: Tensor, *lists: Tensor | None) -> None:
     kernel[(logits.shape[0],)](logits, *lists, logits.stride(0), BLOCK=256, num_warps=4)
 
 
+# Of a stride that is not known to be aligned: then a warp's lanes write tokens side by side, not four of them each.
+@triton.jit(do_not_specialize=["stride", "words"])
+def _mask_logits(logits_ptr, places_ptr, masks_ptr, V, stride: tl.int64, words: tl.int64, CHUNK: tl.constexpr):
+    listed = tl.program_id(0).to(tl.int64)
+    row = tl.load(places_ptr + listed).to(tl.int64)
+    ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    bits = tl.load(masks_ptr + listed * words + ids // 32, mask=ids < V, other=-1)
+    tl.store(logits_ptr + row * stride + ids, float("-inf"), mask=(bits >> (ids % 32)) & 1 == 0)
+
+
+def mask_logits(logits: Tensor, places: Tensor, masks: Tensor) -> None:
+    """See the package's contract."""
+    vocabulary = logits.shape[1]
+    assert logits.dtype == torch.float32
+    assert masks.shape == (len(places), triton.cdiv(vocabulary, 32)), "a bit for each token"
+    assert logits.stride(1) == masks.stride(1) == 1, "tokens of a row follow on"
+    hardware(logits.device)
+    kernel: Any = _mask_logits
+    kernel[(len(places), triton.cdiv(vocabulary, CHUNK))](
+        logits, places, masks, vocabulary, logits.stride(0), masks.stride(0), CHUNK=CHUNK, num_warps=8
+    )
+
+
 @triton.jit
-def _scaled(logits_ptr, masks_ptr, temperature_ptr, row, ids, V, stride, words):
-    """logit / temperature of a row's tokens, minus infinity where masked or past the vocabulary."""
+def _scaled(logits_ptr, temperature_ptr, row, ids, V, stride):
+    """logit / temperature of a row's tokens, minus infinity past the vocabulary."""
     temperature = tl.load(temperature_ptr + row)
     x = tl.load(logits_ptr + row * stride + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
-    if masks_ptr is not None:
-        bits = tl.load(masks_ptr + row * words + ids // 32, mask=ids < V, other=0)
-        x = tl.where((bits >> (ids % 32)) & 1 == 1, x, float("-inf"))
     return tl.where(temperature > 0, x / tl.where(temperature > 0, temperature, 1.0), x)
 
 
 @triton.jit
 def _chunk_stats(
-    logits_ptr, masks_ptr, temperature_ptr, max_ptr, sum_ptr, arg_ptr, V, stride: tl.int64, words: tl.int64,
-    CHUNK: tl.constexpr,
+    logits_ptr, temperature_ptr, max_ptr, sum_ptr, arg_ptr, V, stride: tl.int64, CHUNK: tl.constexpr
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = _scaled(logits_ptr, masks_ptr, temperature_ptr, row, ids, V, stride, words)
+    x = _scaled(logits_ptr, temperature_ptr, row, ids, V, stride)
     broken = (x != x) | (x == float("inf"))
     x = tl.where(broken, float("-inf"), x)
     best = tl.max(x, 0)
@@ -117,7 +136,6 @@ def _count_and_mass(candidates_ptr, count, threshold, best, SEARCH: tl.constexpr
 @triton.jit
 def _candidates(
     logits_ptr,
-    masks_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -133,7 +151,6 @@ def _candidates(
     V,
     chunks,
     stride: tl.int64,
-    words: tl.int64,
     CHUNK: tl.constexpr,
     C_PADDED: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -177,7 +194,7 @@ def _candidates(
             if tl.load(max_ptr + row * chunks + i) >= low:
                 for part in range(CHUNK // SEARCH):
                     ids = i * CHUNK + part * SEARCH + tl.arange(0, SEARCH)
-                    x = _scaled(logits_ptr, masks_ptr, temperature_ptr, row, ids, V, stride, words)
+                    x = _scaled(logits_ptr, temperature_ptr, row, ids, V, stride)
                     kept = (x >= low) & (x > float("-inf"))
                     places = count + tl.cumsum(kept.to(tl.int32), 0) - 1
                     tl.store(candidates_ptr + places, x, mask=kept)
@@ -241,12 +258,10 @@ def prepare(logits: Tensor, rows: Rows, filtered: bool = True) -> Prepared:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     maxima, sums, args = empty(size, chunks), empty(size, chunks), empty(size, chunks, dtype=torch.int32)
-    words = 0 if rows.masks is None else rows.masks.shape[1]
     kernel: Any = _chunk_stats
     kernel[(size, chunks)](
-        logits, rows.masks, rows.temperature, maxima, sums, args, vocabulary, logits.stride(0), words, CHUNK=CHUNK,
-        num_warps=8,
-    )  # fmt: skip
+        logits, rows.temperature, maxima, sums, args, vocabulary, logits.stride(0), CHUNK=CHUNK, num_warps=8
+    )
     best, threshold, log_mass = empty(size, dtype=torch.int32), empty(size), empty(size)
     count = empty(size, dtype=torch.int32)
     candidates = empty(size, vocabulary) if filtered else threshold
@@ -254,7 +269,6 @@ def prepare(logits: Tensor, rows: Rows, filtered: bool = True) -> Prepared:
     kernel = _candidates
     kernel[(size,)](
         logits,
-        rows.masks,
         rows.temperature,
         rows.top_k,
         rows.top_p,
@@ -270,7 +284,6 @@ def prepare(logits: Tensor, rows: Rows, filtered: bool = True) -> Prepared:
         vocabulary,
         chunks,
         logits.stride(0),
-        words,
         CHUNK=CHUNK,
         C_PADDED=padded,
         SEARCH=_SEARCH,
@@ -298,11 +311,9 @@ def uniform(seeds_ptr, positions_ptr, request, offset, STREAM: tl.constexpr):
 
 
 @triton.jit
-def probability(
-    logits_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride, words
-):  # fmt: skip
+def probability(logits_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride):
     """Of a prepared row's tokens."""
-    x = _scaled(logits_ptr, masks_ptr, temperature_ptr, row, ids, V, stride, words)
+    x = _scaled(logits_ptr, temperature_ptr, row, ids, V, stride)
     p = tl.where(x >= tl.load(threshold_ptr + row), tl.exp(x - tl.load(log_mass_ptr + row)), 0.0)
     greedy = tl.load(temperature_ptr + row) == 0.0
     return tl.where(greedy, (ids == tl.load(best_ptr + row)).to(tl.float32), p)
@@ -321,28 +332,22 @@ def pick(mass, target):
 
 @triton.jit
 def _chunk_mass(
-    logits_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, max_ptr, mass_ptr, V,
-    stride: tl.int64, words: tl.int64, CHUNK: tl.constexpr,
+    logits_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, max_ptr, mass_ptr, V, stride: tl.int64,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = row * tl.num_programs(1) + chunk
     mass = 0.0
     if tl.load(max_ptr + at) >= tl.load(threshold_ptr + row):
         ids = chunk * CHUNK + tl.arange(0, CHUNK)
-        mass = tl.sum(
-            probability(
-                logits_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride,
-                words,
-            ),
-            0,
-        )  # fmt: skip
+        p = probability(logits_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride)
+        mass = tl.sum(p, 0)
     tl.store(mass_ptr + at, mass)
 
 
 @triton.jit
 def _draw(
     logits_ptr,
-    masks_ptr,
     temperature_ptr,
     best_ptr,
     threshold_ptr,
@@ -354,7 +359,6 @@ def _draw(
     V,
     chunks,
     stride: tl.int64,
-    words: tl.int64,
     STREAM: tl.constexpr,
     CHUNK: tl.constexpr,
     C_PADDED: tl.constexpr,
@@ -367,8 +371,8 @@ def _draw(
         target = (uniform(seeds_ptr, positions_ptr, row, 0, STREAM) * tl.sum(mass, 0)).to(tl.float32)
         chosen, before = pick(mass, target)
         p = probability(
-            logits_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row,
-            chosen * CHUNK + tl.arange(0, CHUNK), V, stride, words,
+            logits_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row,
+            chosen * CHUNK + tl.arange(0, CHUNK), V, stride,
         )  # fmt: skip
         place, _ = pick(p, target - before)
         token = chosen * CHUNK + place
@@ -379,14 +383,11 @@ def draw(logits: Tensor, rows: Rows, prepared: Prepared) -> Tensor:
     """See the package's contract."""
     size, vocabulary = logits.shape
     chunks = prepared.chunk_max.shape[1]
-    words = 0 if rows.masks is None else rows.masks.shape[1]
     masses = torch.empty_like(prepared.chunk_max)
     tokens = torch.empty((size,), dtype=torch.int32, device=logits.device)
-    row = (logits, rows.masks, rows.temperature, prepared.best, prepared.threshold, prepared.log_mass)
+    row = (logits, rows.temperature, prepared.best, prepared.threshold, prepared.log_mass)
     kernel: Any = _chunk_mass
-    kernel[(size, chunks)](
-        *row, prepared.chunk_max, masses, vocabulary, logits.stride(0), words, CHUNK=CHUNK, num_warps=8
-    )
+    kernel[(size, chunks)](*row, prepared.chunk_max, masses, vocabulary, logits.stride(0), CHUNK=CHUNK, num_warps=8)
     kernel = _draw
     kernel[(size,)](
         *row,
@@ -397,7 +398,6 @@ def draw(logits: Tensor, rows: Rows, prepared: Prepared) -> Tensor:
         vocabulary,
         chunks,
         logits.stride(0),
-        words,
         STREAM=DRAW,
         CHUNK=CHUNK,
         C_PADDED=triton.next_power_of_2(chunks),

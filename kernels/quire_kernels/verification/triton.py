@@ -18,17 +18,15 @@ def _draft_probability(
 ):  # fmt: skip
     """What the draft token was drawn with; where it was not drawn, all lies on it."""
     if logits_ptr is not None:
-        return probability(
-            logits_ptr, None, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride, 0
-        )
+        return probability(logits_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride)
     return (ids == token).to(tl.float32)
 
 
 @triton.jit
 def _accept(
-    target_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, seeds_ptr, positions_ptr,
+    target_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, seeds_ptr, positions_ptr,
     draft_ptr, draft_temperature_ptr, draft_best_ptr, draft_threshold_ptr, draft_log_mass_ptr,
-    draft_tokens_ptr, accepted_ptr, tokens_ptr, V, stride: tl.int64, words: tl.int64, draft_stride: tl.int64,
+    draft_tokens_ptr, accepted_ptr, tokens_ptr, V, stride: tl.int64, draft_stride: tl.int64,
     K: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0).to(tl.int64)
@@ -40,10 +38,7 @@ def _accept(
         taken = -1
         if going == 1:
             row = request * (K + 1) + i
-            p = probability(
-                target_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, token, V, stride,
-                words,
-            )  # fmt: skip
+            p = probability(target_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, token, V, stride)
             q = _draft_probability(
                 draft_ptr, draft_temperature_ptr, draft_best_ptr, draft_threshold_ptr, draft_log_mass_ptr,
                 request * K + i, token, token, V, draft_stride,
@@ -61,14 +56,14 @@ def _accept(
 
 @triton.jit
 def _residual(
-    target_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr,
+    target_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr,
     draft_ptr, draft_temperature_ptr, draft_best_ptr, draft_threshold_ptr, draft_log_mass_ptr,
-    draft_tokens_ptr, request, accepted, ids, V, stride, words, draft_stride, K: tl.constexpr,
+    draft_tokens_ptr, request, accepted, ids, V, stride, draft_stride, K: tl.constexpr,
 ):  # fmt: skip
     """What is left for the token after the accepted ones: p, less q where a draft was rejected."""
     p = probability(
-        target_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr,
-        request * (K + 1) + accepted, ids, V, stride, words,
+        target_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr,
+        request * (K + 1) + accepted, ids, V, stride,
     )  # fmt: skip
     token = tl.load(draft_tokens_ptr + request * K + accepted, mask=accepted < K, other=-1)
     if token >= 0:
@@ -82,9 +77,9 @@ def _residual(
 
 @triton.jit
 def _residual_mass(
-    target_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, max_ptr,
+    target_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, max_ptr,
     draft_ptr, draft_temperature_ptr, draft_best_ptr, draft_threshold_ptr, draft_log_mass_ptr,
-    draft_tokens_ptr, accepted_ptr, mass_ptr, V, stride: tl.int64, words: tl.int64, draft_stride: tl.int64,
+    draft_tokens_ptr, accepted_ptr, mass_ptr, V, stride: tl.int64, draft_stride: tl.int64,
     K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     request, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -94,10 +89,9 @@ def _residual_mass(
     mass = 0.0
     if tl.load(max_ptr + row * chunks + chunk) >= tl.load(threshold_ptr + row):
         left = _residual(
-            target_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr,
+            target_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr,
             draft_ptr, draft_temperature_ptr, draft_best_ptr, draft_threshold_ptr, draft_log_mass_ptr,
-            draft_tokens_ptr, request, accepted, chunk * CHUNK + tl.arange(0, CHUNK), V, stride, words, draft_stride,
-            K,
+            draft_tokens_ptr, request, accepted, chunk * CHUNK + tl.arange(0, CHUNK), V, stride, draft_stride, K,
         )  # fmt: skip
         mass = tl.sum(left, 0)
     tl.store(mass_ptr + request * chunks + chunk, mass)
@@ -105,10 +99,10 @@ def _residual_mass(
 
 @triton.jit
 def _draw_residual(
-    target_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, seeds_ptr, positions_ptr,
+    target_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, seeds_ptr, positions_ptr,
     draft_ptr, draft_temperature_ptr, draft_best_ptr, draft_threshold_ptr, draft_log_mass_ptr,
     draft_tokens_ptr, accepted_ptr, mass_ptr, tokens_ptr, V, chunks,
-    stride: tl.int64, words: tl.int64, draft_stride: tl.int64,
+    stride: tl.int64, draft_stride: tl.int64,
     K: tl.constexpr, STREAM: tl.constexpr, CHUNK: tl.constexpr, C_PADDED: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0).to(tl.int64)
@@ -122,10 +116,9 @@ def _draw_residual(
         target = (uniform(seeds_ptr, positions_ptr, row, 0, STREAM) * total).to(tl.float32)
         chosen, before = pick(mass, target)
         left = _residual(
-            target_ptr, masks_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr,
+            target_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr,
             draft_ptr, draft_temperature_ptr, draft_best_ptr, draft_threshold_ptr, draft_log_mass_ptr,
-            draft_tokens_ptr, request, accepted, chosen * CHUNK + tl.arange(0, CHUNK), V, stride, words, draft_stride,
-            K,
+            draft_tokens_ptr, request, accepted, chosen * CHUNK + tl.arange(0, CHUNK), V, stride, draft_stride, K,
         )  # fmt: skip
         place, _ = pick(left, target - before)
         token = chosen * CHUNK + place
@@ -149,13 +142,11 @@ def verify(
     tokens = torch.empty((requests, k + 1), dtype=torch.int32, device=target.device)
     accepted = torch.empty((requests,), dtype=torch.int32, device=target.device)
     masses = torch.empty((requests, chunks), dtype=torch.float32, device=target.device)
-    words = 0 if rows.masks is None else rows.masks.shape[1]
-    of_target = (target, rows.masks, rows.temperature, prepared.best, prepared.threshold, prepared.log_mass)
+    of_target = (target, rows.temperature, prepared.best, prepared.threshold, prepared.log_mass)
     of_draft: tuple[Tensor | None, ...] = (None,) * 5
     if draft is not None:
         assert draft_rows is not None
         assert draft_prepared is not None
-        assert draft_rows.masks is None, "drafts are drawn without masks"
         of_draft = (
             draft,
             draft_rows.temperature,
@@ -164,7 +155,7 @@ def verify(
             draft_prepared.log_mass,
         )
     numbers = (rows.seeds, rows.positions)
-    strides = (target.stride(0), words, 0 if draft is None else draft.stride(0))
+    strides = (target.stride(0), 0 if draft is None else draft.stride(0))
     kernel: Any = _accept
     kernel[(requests,)](
         *of_target, *numbers, *of_draft, draft_tokens, accepted, tokens, vocabulary, *strides, K=k, STREAM=ACCEPT,
