@@ -31,6 +31,7 @@ ENGINE_FLOORS = (  # lowest first; a room imports from those before it
     "request",
     "waiting",
     "step",
+    "guidance",
     "outcome",
     "one_shot",
     "parallel",

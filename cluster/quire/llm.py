@@ -90,12 +90,11 @@ class LLM:
         self._unusable = ""  # why
         self._end = weakref.finalize(self, _close, self.engine, os.getpid())
 
-    @staticmethod
-    def _start(config: EngineConfig, files: ModelFiles) -> Executor:
+    def _start(self, config: EngineConfig, files: ModelFiles) -> Executor:
         if config.num_workers == 1:
             from quire_engine.execution.runner import ModelRunner
 
-            return ModelRunner(config, files)
+            return ModelRunner(config, files, tokenizer=self.tokenizer)
         from quire_cluster.workers import LocalWorkers
         from quire_engine.models.check import check_model
 

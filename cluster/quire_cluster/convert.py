@@ -41,6 +41,7 @@ def sampling_to_proto(params: EngineSampling) -> pb.EngineSampling:
         prompt_logprobs=params.prompt_logprobs,
         logit_bias=params.logit_bias,
         allowed_token_ids=params.allowed_token_ids.bits,
+        guidance=params.guidance,
     )
     for word in params.bad_words:
         message.bad_words.add(ids=word)
@@ -57,6 +58,7 @@ def sampling_from_proto(message: pb.EngineSampling) -> EngineSampling:
         logit_bias=dict(message.logit_bias) or None,
         allowed_token_ids=TokenSet(message.allowed_token_ids),
         bad_words=tuple(tuple(word.ids) for word in message.bad_words),
+        guidance=message.guidance,
     )
 
 

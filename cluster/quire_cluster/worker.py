@@ -52,6 +52,10 @@ class Worker:
         """Joins the group at `store` (address:port) and loads this rank's slice. `remote`: ranks on other hosts."""
         return self._compute.submit(self._load, config, threads, store, remote).result()
 
+    def prepare(self, guidance: str) -> None:
+        """Compiles what an output has to look like, in threads beside the step loop. Raises InvalidParameter."""
+        self._runner.prepare(guidance).result()
+
     def run(self, channel_path: str | None, replica: int) -> None:
         """The step loop. Returns when the channel closes or the replica is gone; raises what a step raises.
 
@@ -93,6 +97,7 @@ class Worker:
         )
         self._group, self._remote = group, remote
         self._runner = ModelRunner(config, files, group, threads=threads, progress_bar=tqdm_ray.tqdm)
+        self._runner.read_vocabulary()
         limits: SchedulerLimits = self._runner.limits
         return limits
 

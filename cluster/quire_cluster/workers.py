@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from quire_cluster.local_ray import PrivateCluster, start_private_cluster, worke
 from quire_cluster.policies.lease import StepLease
 from quire_cluster.worker import Worker
 
+_PREPARATIONS = 2  # at once
 _LAST_WORDS = 2.0  # seconds that the other ranks have to say what they met, where one lost its connection to them
 
 
@@ -102,7 +103,7 @@ class Workers:
                 if placement
                 else "DEFAULT"
             )
-            options = {"num_cpus": 1 if placement else 0, "num_gpus": int(gpus), "max_concurrency": 2}
+            options = {"num_cpus": 1 if placement else 0, "num_gpus": int(gpus), "max_concurrency": 2 + _PREPARATIONS}
             self._actors.append(
                 ray.remote(Worker)
                 .options(scheduling_strategy=strategy, runtime_env=_worker_environment(threads), **options)
@@ -112,6 +113,8 @@ class Workers:
             LivenessProbe(actor, f"rank {rank}", placed=placement is not None)
             for rank, actor in enumerate(self._actors)
         ]
+        self._drawing = self._actors[config.drawing_rank]
+        self._preparations = ThreadPoolExecutor(_PREPARATIONS, thread_name_prefix="preparations")
         self._channel = StepChannel.create()
         try:
             hosts = self._loaded(actor.host.remote() for actor in self._actors)
@@ -164,6 +167,16 @@ class Workers:
         self._lease.submit(time.monotonic(), int(counts.sum()), int(counts @ (plan.starts + plan.counts)))
         self._channel.send_plan(plan)
 
+    def prepare(self, guidance: str) -> "Future[Any]":
+        """See `Executor`."""
+        return self._preparations.submit(self._prepare, guidance)
+
+    def _prepare(self, guidance: str) -> None:
+        try:
+            ray.get(self._drawing.prepare.remote(guidance))
+        except Exception as error:  # whatever it is: what is wrong with a worker, its loop says, too
+            raise root_cause(error) from error
+
     def collect(self) -> StepResult:
         """The oldest result that is due. Raises EngineFailure within 0.1 s of a worker's death."""
         self._lease.begin()
@@ -193,6 +206,7 @@ class Workers:
         if self._closing:
             return
         self._closing = True
+        self._preparations.shutdown(wait=False, cancel_futures=True)
         self._channel.close()
         self._kill()
 

@@ -184,6 +184,11 @@ class EngineConfig:
         """Ranks of the engine."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    @property
+    def drawing_rank(self) -> int:
+        """The one that draws tokens: the first of the last stage."""
+        return (self.pipeline_parallel_size - 1) * self.tensor_parallel_size
+
     def __post_init__(self) -> None:
         check(self)
 

@@ -3,13 +3,17 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, Protocol
 
 from quire_engine.config import SchedulerLimits
+from quire_engine.errors import EngineFailure, QuireError
 from quire_engine.outcome import StepOutcome
-from quire_engine.request import Request
+from quire_engine.request import Request, State
 from quire_engine.scheduler import Scheduler
 from quire_engine.step import StepPlan, StepResult
+
+_PAUSE = 0.002  # seconds
 
 
 class Executor(Protocol):
@@ -22,6 +26,10 @@ class Executor(Protocol):
 
     def collect(self) -> StepResult:
         """The result of the oldest step that was submitted and not collected."""
+
+    def prepare(self, guidance: str) -> "Future[Any]":
+        """Compiles what a request's output has to look like, where tokens are drawn. The future raises
+        InvalidParameter for what cannot be compiled."""
 
     def close(self) -> None: ...
 
@@ -52,19 +60,23 @@ class Engine:
         self.prompt_rate = PromptRate(executor.limits.most_tokens)
         self._begun: deque[float] = deque()  # when the steps in flight were
         self._collected = 0.0  # when one was last
+        self._preparing: dict[int, Future[Any]] = {}  # by the request that waits for it
 
     def add(self, request: Request) -> None:
         """Accepts a request; raises what `Scheduler.add` raises."""
         self.scheduler.add(request)
+        if request.state is State.PREPARING:
+            self._preparing[request.id] = self._executor.prepare(request.params.guidance)
 
     def abort(self, request_id: int) -> None:
         """Ends a request early."""
+        self._preparing.pop(request_id, None)
         self.scheduler.abort(request_id)
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        return self.scheduler.has_work
+        """Whether a step would do anything, if only to wait for what is being compiled."""
+        return self.scheduler.has_work or bool(self._preparing)
 
     def step(self, on_start: Callable[[list[Request]], None] | None = None) -> StepOutcome:
         """Schedule and submit one step; collect and commit the oldest, unless there is room for another in flight.
@@ -72,6 +84,8 @@ class Engine:
         `on_start` is told of what the step takes in for the first time before it is submitted, instead of its outcome.
         """
         scheduler = self.scheduler
+        if self._preparing:
+            self._take_prepared()
         now = time.monotonic()
         plan = scheduler.schedule(now)
         if on_start is not None and (started := scheduler.take_started()):
@@ -90,6 +104,22 @@ class Engine:
         self.prompt_rate.take(outcome.num_prompt_tokens, self._collected - begun)
         return outcome
 
+    def _take_prepared(self) -> None:
+        """Grammars that are compiled let their requests in. Waits a moment where there is nothing else to do."""
+        if not self.scheduler.has_work:
+            wait(self._preparing.values(), timeout=_PAUSE, return_when=FIRST_COMPLETED)
+        for request_id, future in list(self._preparing.items()):
+            if future.done():
+                del self._preparing[request_id]
+                self.scheduler.prepared(request_id, _refusal(future))
+
     def close(self) -> None:
         """Stops the workers."""
         self._executor.close()
+
+
+def _refusal(prepared: "Future[Any]") -> QuireError | None:
+    error = prepared.exception()
+    if error is None or isinstance(error, QuireError):
+        return error
+    return EngineFailure(f"a grammar could not be compiled: {type(error).__name__}")

@@ -71,6 +71,7 @@ class EngineSampling:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: TokenSet = TokenSet()  # empty: all
     bad_words: tuple[tuple[int, ...], ...] = ()
+    guidance: str = ""  # what the output has to look like: a GuidanceSpec as JSON; "": anything
 
     def check(self, vocab_size: int) -> None:
         """Raises InvalidParameter for what would harm the step it is in, and so its neighbours."""
@@ -100,17 +101,27 @@ class EngineSampling:
     @property
     def restricted(self) -> bool:
         """Whether there are tokens that may not be drawn, so that none may be left."""
-        return bool(self.allowed_token_ids or self.bad_words or (self.min_tokens and self.stop_token_ids))
+        return bool(self.guidance) or self._bans
 
     @property
     def edits_logits(self) -> bool:
         """Whether the logits of this request need anything before temperature."""
-        return bool(self.penalized or self.logit_bias or self.restricted)
+        return bool(self.penalized or self.logit_bias or self._bans)
+
+    @property
+    def _bans(self) -> bool:
+        return bool(self.allowed_token_ids or self.bad_words or (self.min_tokens and self.stop_token_ids))
+
+    @property
+    def needs_log(self) -> bool:
+        """Whether the rank that draws has to know the tokens so far."""
+        return bool(self.edits_logits or self.guidance or self.prompt_logprobs is not None)
 
 
 class State(Enum):
-    """waiting → running → finished; running → waiting when preempted."""
+    """(preparing →) waiting → running → finished; running → waiting when preempted."""
 
+    PREPARING = "preparing"  # its grammar is being compiled
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"

@@ -59,6 +59,7 @@ class Scheduler:
         )
         self._waiting = WaitingQueue(self._importance)
         self._held: dict[Request, WaitsFor] = {}  # what the last plan left out; replaced, and never changed
+        self._preparing: dict[int, Request] = {}  # whose grammar is being compiled
 
     @property
     def context(self) -> int:
@@ -70,7 +71,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Accepted, without a row."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._preparing)
 
     @property
     def has_work(self) -> bool:
@@ -99,8 +100,19 @@ class Scheduler:
         done = request.num_output >= request.params.max_tokens  # resumed after its last token was emitted
         if done and (request.num_output or request.params.prompt_logprobs is None):
             self._end(request, "length")
-            return
-        self._wait(request)
+        elif request.params.guidance:
+            request.state = State.PREPARING
+            self._preparing[request.id] = request
+        else:
+            self._wait(request)
+
+    def prepared(self, request_id: int, error: Exception | None) -> None:
+        """A request's grammar is compiled, or cannot be. Unknown ids are ignored: it may have been aborted."""
+        request = self._preparing.pop(request_id, None)
+        if request is not None and error is None:
+            self._wait(request)
+        elif request is not None:
+            self._end(request, "error", error)
 
     def abort(self, request_id: int) -> None:
         """Ends a request early; its pages are free at once. Unknown ids are ignored: it may just have finished."""
@@ -118,6 +130,8 @@ class Scheduler:
         if request.state is State.RUNNING:
             self.running.remove(request)
             self._vacate(request)
+        elif request.state is State.PREPARING:
+            del self._preparing[request.id]
         else:
             self._waiting.remove(request)
 
@@ -371,10 +385,8 @@ class Scheduler:
             self.stats.prefix_hits += request.num_computed
             self._started.append(request)
         params = request.params
-        needs_log = params.edits_logits or params.prompt_logprobs is not None
-        draft.new_rows.append(
-            NewRow(request.row, params, request.num_prompt, np.array(request.tokens if needs_log else (), np.int32))
-        )
+        log = np.array(request.tokens if params.needs_log else (), np.int32)
+        draft.new_rows.append(NewRow(request.row, params, request.num_prompt, log))
         running = self.running
         running.append(request)
         if len(running) > 1 and self._importance(running[-2]) > self._importance(request):
@@ -387,16 +399,18 @@ class Scheduler:
         many are asked for."""
         places = sorted(self._place(request) for request in requests)
         lacking = [0] * (len(places) + 1)  # tokens between two places
-        for other in chain(self.running, self._waiting):
+        for other in chain(self.running, self._waiting, self._preparing.values()):
             lacking[bisect_right(places, self._place(other))] += other.num_uncomputed
         ahead = dict(zip(places, accumulate(lacking[:-1]), strict=True))
         return [Wait(self._reason(r), r.waiting_since, ahead[self._place(r)]) for r in requests]
 
     def _place(self, request: Request) -> tuple[bool, Importance]:
         """Where it stands among those that want tokens of a step."""
-        return (request.state is State.WAITING, self._importance(request))
+        return (request.state is not State.RUNNING, self._importance(request))
 
     def _reason(self, request: Request) -> WaitsFor | None:
+        if request.state is State.PREPARING:
+            return WaitsFor.GRAMMAR
         if request.state is State.WAITING:
             return self._waiting.reason(request, self._held)
         return self._held.get(request)
@@ -406,6 +420,8 @@ class Scheduler:
         Other threads may call this."""
         held = self._held
         found = self._waiting.counts(held)
+        if preparing := len(self._preparing):
+            found[WaitsFor.GRAMMAR] = preparing
         found.update(why for request, why in held.items() if request.state is State.RUNNING)
         return found
 
@@ -428,6 +444,8 @@ class Scheduler:
         assert {id(r) for r in self.running} == {id(r) for r in self.requests.values() if r.state is State.RUNNING}, (
             "the running list is wrong"
         )
+        preparing = {id(r) for r in self.requests.values() if r.state is State.PREPARING}
+        assert {id(r) for r in self._preparing.values()} == preparing, "the list of what is being prepared is wrong"
 
     def slots(self) -> tuple[int, int]:
         """Token slots of held pages, and how many of them hold nothing (PagedAttention's only waste)."""

@@ -17,6 +17,7 @@ class WaitsFor(Enum):
     REPLICA = "a replica"
     UNSUSPECTED = "a replica without a suspect"  # a request that may have killed one
     WORD = "word from its replica"
+    GRAMMAR = "its grammar to be compiled"
     STEP = "the next step"
     EARLIER = "requests that came before it"
     PRIORITY = "requests of higher priority"

@@ -34,6 +34,7 @@ LEAST: dict[type[Strict], dict[str, Any]] = {
     schema.DetokenizeRequest: {"tokens": [1]},
     schema.StreamOptions: {},
     schema.ResponseFormat: {"type": "text"},
+    schema.JsonSchemaFormat: {},
 }
 FIELDS = [(kind, name, field) for kind in LEAST for name, field in kind.model_fields.items()]
 NAMES = [f"{kind.__name__}.{name}" for kind, name, _ in FIELDS]
@@ -133,11 +134,14 @@ def test_what_asks_for_nothing_is_accepted() -> None:
         {"audio": {"voice": "x"}},
         {"web_search_options": {}},
         {"tools": [{"type": "function"}]},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "grammar"}},
         {"logit_bias": {"x": 1}},
         {"reasoning_effort": "high"},
         {"chat_template": "{{ 1 }}"},
-        {"structured_outputs": {"choice": ["a"]}},
+        {"structured_outputs": {"choices": ["a"]}},
+        {"structured_outputs": {"choice": ["a"]}, "response_format": {"type": "json_object"}},
+        {"guided_json": {}},
     ],
     ids=lambda body: next(iter(body)),
 )

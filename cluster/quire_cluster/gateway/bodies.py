@@ -51,9 +51,7 @@ def validated(kind: type[Body], content: Any) -> Body:
         where = [str(part) for part in first["loc"]]
         if unknown := first.get("ctx", {}).get("field"):
             where = [*where, unknown]
-            raise InvalidParameter(
-                f"{'.'.join(where)} is not a parameter of this call; leave it out", where[0]
-            ) from error
+            raise InvalidParameter(f"{'.'.join(where)} {first['msg']}", where[0]) from error
         raise InvalidParameter(
             f"{'.'.join(where) or 'the body'}: {first['msg']}", where[0] if where else None
         ) from error

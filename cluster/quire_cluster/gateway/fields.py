@@ -3,7 +3,7 @@ hand: pydantic would try every form on every item and write an error for each.""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,7 @@ class Strict(BaseModel):
     errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    renamed: ClassVar[dict[str, str]] = {}  # names of old → what to write instead
 
     @model_validator(mode="before")
     @classmethod
@@ -26,14 +27,17 @@ class Strict(BaseModel):
         if not isinstance(values, dict):
             raise _wrong("it must be an object with named fields")
         given = {name: value for name, value in values.items() if value is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name in given:
-            if name not in cls.model_fields:
-                raise _wrong(f"{name[:60]} is not a parameter of this call; leave it out", field=name[:60])
+            if name in cls.renamed:
+                raise _wrong(f"is not served; write {cls.renamed[name]}", field=name)
+            if name not in known:
+                raise _wrong("is not a parameter of this call; leave it out", field=name[:60])
         return given
 
 
 def _wrong(message: str, *, field: str | None = None) -> PydanticCustomError:
-    """`field`: which one is at fault, where that is not the one that is being checked."""
+    """`field`: which one is at fault, where that is not the one that is being checked: the message's subject."""
     return PydanticCustomError("wrong", "{message}", {"message": message, "field": field})
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from quire_engine.errors import InvalidParameter
+from quire_engine.guidance.structure import StructuredOutputs
 from quire_engine.text.params import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_TOKENS, SamplingParams
 
 from quire_cluster.gateway.fields import (
@@ -61,6 +62,10 @@ class OfModel(Strict):
 class _Sampling(OfModel):
     """Parameters of both kinds of completion. None means: not given."""
 
+    renamed = {
+        f"guided_{name}": f'structured_outputs = {{"{name}": ...}}'
+        for name in ("json", "regex", "choice", "grammar", "json_object")
+    } | {"guided_decoding_backend": "nothing: llguidance is used", "guided_whitespace_pattern": "nothing instead"}
     n: Int32 | None = None
     max_tokens: Int32 | None = None
     min_tokens: Int32 | None = None
@@ -129,10 +134,30 @@ class CompletionRequest(_Sampling):
         return self._params(max_tokens=max_tokens, logprobs=self.logprobs, **scored)
 
 
-class ResponseFormat(Strict):
-    """Only plain text, for now."""
+class JsonSchemaFormat(Strict):
+    """A schema with a name that nothing here reads."""
 
-    type: Literal["text"]
+    name: Ignored = None
+    description: Ignored = None
+    strict: bool | None = None
+    schema_: Any = Field(None, alias="schema")
+
+
+class ResponseFormat(Strict):
+    """OpenAI's way to ask for a structure."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def structure(self) -> StructuredOutputs | None:
+        """The same as the field's parameter. Raises InvalidParameter."""
+        if self.type != "json_schema":
+            if self.json_schema is not None:
+                raise InvalidParameter("json_schema is only for type = json_schema", "response_format")
+            return StructuredOutputs(json_object=True) if self.type == "json_object" else None
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            raise InvalidParameter("response_format of type json_schema wants json_schema.schema", "response_format")
+        return StructuredOutputs(json=self.json_schema.schema_, lenient=self.json_schema.strict is False)
 
 
 class ChatCompletionRequest(_Sampling):
@@ -178,7 +203,11 @@ class ChatCompletionRequest(_Sampling):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidParameter("max_tokens and max_completion_tokens differ; give one", "max_tokens")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return self._params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        structure = self.response_format.structure() if self.response_format is not None else None
+        if structure is not None and self.structured_outputs is not None:
+            raise InvalidParameter("response_format and structured_outputs exclude each other", "structured_outputs")
+        others = {"structured_outputs": structure} if structure is not None else {}
+        return self._params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None, **others)
 
     def template_variables(self, known: frozenset[str]) -> dict[str, Any]:
         """What the chat template gets besides the messages. `known`: what it reads. Raises InvalidParameter."""

@@ -99,7 +99,7 @@ class Texts:
         words, ids = params.bad_words or (), params.allowed_token_ids or ()
         return await _off_loop(
             lambda: params.in_tokens(self._tokenizer, vocab_size=vocab_size, end_tokens=end_tokens),
-            large=sum(map(len, words)) + len(ids) >= LARGE_TEXT // 16,
+            large=params.structured_outputs is not None or sum(map(len, words)) + len(ids) >= LARGE_TEXT // 16,
         )
 
     async def conversation(

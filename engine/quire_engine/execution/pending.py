@@ -26,6 +26,7 @@ class PendingStep:
         self._tokens = drawn.tokens.to("cpu", non_blocking=True) if drawn is not None else None
         self._scores = drawn.scores.to_host() if drawn is not None and drawn.scores is not None else None
         self._scored_rows = drawn.scored_rows if drawn is not None else []
+        self._failed = drawn.failed if drawn is not None else {}
         self._prompt = {row: ([part.to_host() for part in parts], n) for row, (parts, n) in prompt_scores.items()}
         self._vectors = vectors.to("cpu", non_blocking=True) if vectors is not None else None
         self._copied: torch.Event | None = None
@@ -45,7 +46,7 @@ class PendingStep:
         if self._vectors is not None:
             return StepResult(np.zeros(len(self._rows), np.int32), vectors=self._vectors.numpy())
         tokens = np.zeros(0, np.int32) if self._tokens is None else self._tokens.numpy()
-        failed = {int(self._rows[place]): _NO_LOGIT for place in np.flatnonzero(tokens < 0)}
+        failed = {int(self._rows[place]): _NO_LOGIT for place in np.flatnonzero(tokens < 0)} | self._failed
         logprobs = {}
         if self._scores is not None:
             for place, (row, width) in enumerate(self._scored_rows):

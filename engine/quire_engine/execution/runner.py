@@ -5,6 +5,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,7 @@ from quire_engine.execution.backend import choose_backend
 from quire_engine.execution.checks import check_served
 from quire_engine.execution.graphs import Record, StepGraphs, graph_recorder
 from quire_engine.execution.pending import PendingStep
+from quire_engine.guidance.compiled import Guides
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.experts import cuts_blocks
 from quire_engine.layers.linear import Builder
@@ -47,6 +49,7 @@ from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
 from quire_engine.spec import DecoderSpec
 from quire_engine.step import Ints, NewRow, StepPlan, StepResult
+from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.resolve import ModelFiles
 from quire_engine.weights.tensors import TensorReader, Weights
@@ -79,8 +82,10 @@ class ModelRunner:
         *,
         threads: int | None = None,
         progress_bar: Callable[..., Any] = tqdm,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        """Loads the model, showing a `progress_bar` (tqdm, or what looks like it) on rank 0.
+        """Loads the model, showing a `progress_bar` (tqdm, or what looks like it) on rank 0. `tokenizer`: the model's,
+        where it is loaded already; on the rank that draws, grammars are made of it.
 
         Raises ModelError, OutOfMemory or InvalidParameter, each with its mend.
         """
@@ -158,7 +163,11 @@ class ModelRunner:
             num_states=num_states,
             steps_in_flight=2 if config.async_scheduling else 1,
         )
-        self._sampler = Sampler(config.max_num_seqs + 1, self.spec.vocab_size, self.device, backend)
+        self._guides: Guides | None = None
+        if group.draws and pooling is None:
+            size = self.spec.vocab_size
+            self._guides = Guides(lambda: (tokenizer or _tokenizer(config, files)).for_grammars(files, size))
+        self._sampler = Sampler(config.max_num_seqs + 1, self.spec.vocab_size, self.device, backend, self._guides)
         self._batcher = Batcher(self.limits, self.device, self._sampler)
         self._last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device=self.device)
         self._submitted: deque[PendingStep] = deque()
@@ -196,6 +205,16 @@ class ModelRunner:
     def collect(self) -> StepResult:
         """The result of the oldest step that was submitted."""
         return self._submitted.popleft().result()
+
+    def prepare(self, guidance: str) -> "Future[Any]":
+        """See `Executor`. On the rank that draws, from any thread."""
+        assert self._guides is not None, "another rank draws, or nothing is drawn"
+        return self._guides.prepare(guidance)
+
+    def read_vocabulary(self) -> None:
+        """Begins to, in a thread, so that the first request with a grammar does not wait for it."""
+        if self._guides is not None:
+            self._guides.read_vocabulary()
 
     def on_progress(self, mark: Callable[[], None]) -> None:
         """`mark` is called whenever a step has come further: at its beginning and after each layer."""
@@ -359,7 +378,13 @@ class ModelRunner:
 
     def close(self) -> None:
         """Leaves the group; the memory goes with the object."""
+        if self._guides is not None:
+            self._guides.close()
         self._group.close()
+
+
+def _tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:
+    return Tokenizer.load(files, other=config.tokenizer)
 
 
 def _fallback(

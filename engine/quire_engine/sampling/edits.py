@@ -5,7 +5,7 @@ nothing here waits for the device: what the changes depend on that the host does
 flight) is kept there. V vocabulary, R rows, n rows or entries that a step changes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,10 +35,9 @@ class _Row:
     ends: list[int] = field(default_factory=list)
 
     @property
-    def banned(self) -> list[int]:
-        """Tokens that must not come next whatever came before, and what would end the text too early."""
-        early = self.length - self.num_prompt < self.params.min_tokens
-        return self.bans + self.ends if early else self.bans
+    def early(self) -> bool:
+        """Whether an end would come too early."""
+        return self.length - self.num_prompt < self.params.min_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +144,19 @@ class LogitEdits:
             self._free = list(range(held + more - 1, held - 1, -1))
         return self._free.pop()
 
-    def arrays(self, places: Mapping[int, int]) -> dict[str, Array]:
-        """What `apply` and `remember` take, on the host. `places`: row → its place among those that draw."""
+    def arrays(self, places: Mapping[int, int], complete: Collection[int] = ()) -> dict[str, Array]:
+        """What `apply` and `remember` take, on the host. `places`: row → its place among those that draw. `complete`:
+        rows where nothing but an end may come, be it too early."""
         rows = [(place, number, self._rows[number]) for number, place in places.items() if number in self._rows]
         found: dict[str, Array] = {}
         if limited := [(place, row.slot) for place, _, row in rows if row.params.allowed_token_ids]:
             found["limited"], found["limited_slots"] = _columns(limited)
-        if banned := [(place, token) for place, _, row in rows for token in row.banned]:
+        early = {number for _, number, row in rows if row.early and number not in complete}
+        if banned := [
+            (place, token)
+            for place, number, row in rows
+            for token in (row.bans + row.ends if number in early else row.bans)
+        ]:
             found["banned"], found["banned_tokens"] = _columns(banned)
         if worded := [(place, number, row.words) for place, number, row in rows if row.words is not None]:
             width = self._last.shape[1]

@@ -1,12 +1,12 @@
 """From logits to tokens. V vocabulary, S rows that draw.
 
 Order, as in the field: log-probabilities are of the raw logits; then allowed tokens, bad words, logit bias,
-min_tokens and penalties; then greedy, or temperature, min-p, top-k, top-p and a draw by inversion of the cumulative
-distribution. Nothing here waits for the device.
+min_tokens and penalties, and what grammars allow; then greedy, or temperature, min-p, top-k, top-p and a draw by
+inversion of the cumulative distribution. Nothing here waits for the device but grammars, for the tokens drawn last.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from quire_kernels.backends import Backend
 from quire_kernels.sampling import Rows
 from torch import Tensor
 
+from quire_engine.guidance.compiled import Guides
+from quire_engine.guidance.rows import GuidedRows, Masks
 from quire_engine.sampling.edits import LogitEdits
 from quire_engine.step import NewRow, TokenLogprobs
 from quire_engine.upload import Upload
@@ -52,13 +54,17 @@ class Drawn:
 
     tokens: Tensor  # [S] int32
     scores: TokenScores | None  # of the rows below, in their order
-    scored_rows: list[tuple[int, int]]  # row, width
+    scored_rows: list[tuple[int, int]] = field(default_factory=list)  # row, width
+    failed: dict[int, str] = field(default_factory=dict)  # row → why it cannot go on
 
 
 class Sampler:
     """Keeps each row's parameters in tables, so that a step touches only what its rows ask for."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, ops: Backend) -> None:
+    def __init__(
+        self, num_rows: int, vocab_size: int, device: torch.device, ops: Backend, guides: Guides | None = None
+    ) -> None:
+        """`guides`: of a model whose outputs may have grammars."""
         self._vocab_size = vocab_size
         self._upload = Upload(device)
         self._ops = ops
@@ -70,6 +76,7 @@ class Sampler:
         self._filters = np.zeros(num_rows, np.bool_)
         self._logprobs: dict[int, int] = {}
         self._edits = LogitEdits(num_rows, vocab_size, device)
+        self._guided = GuidedRows(guides, vocab_size, device) if guides is not None else None
 
     def set_rows(self, news: Sequence[NewRow]) -> None:
         """Requests take these rows."""
@@ -85,6 +92,8 @@ class Sampler:
             if params.logprobs is not None:
                 self._logprobs[row] = params.logprobs
         self._edits.set_rows(news)
+        if self._guided is not None:
+            self._guided.set_rows(news)
 
     def tables(self, rows: NDArray[np.int32]) -> tuple[NDArray[np.generic], ...]:
         """What `Rows` holds of these rows, on the host: seeds, temperature, top-k, top-p, min-p."""
@@ -93,12 +102,18 @@ class Sampler:
     def draw(self, logits: Tensor, rows: NDArray[np.int32], parameters: Rows) -> Drawn:
         """One token per row. logits [S, V] fp32 (changed in place)."""
         filtered = bool(self._filters[rows].any())
-        places = {int(row): place for place, row in enumerate(rows)} if self._logprobs or self._edits else {}
+        guided = self._guided or None
+        special = self._logprobs or self._edits or guided
+        places = {int(row): place for place, row in enumerate(rows)} if special else {}
         scored = [(row, self._logprobs[row]) for row in places if row in self._logprobs]
-        edited = any(row in self._edits for row in places)
+        masks = guided.masks(places) if guided is not None else Masks()
+        edited = masks.places.size or any(row in self._edits for row in places)
         if not scored and not edited:
-            return Drawn(self._ops.draw(logits, parameters, filtered), None, [])
-        arrays = self._edits.arrays(places)
+            tokens = self._ops.draw(logits, parameters, filtered)
+            return Drawn(tokens, None, failed=self._follow(tokens, places))
+        arrays = self._edits.arrays(places, masks.complete)
+        if masks.places.size:
+            arrays["masked"], arrays["masks"] = masks.places, masks.bits
         if scored:
             arrays["scored"] = np.array([places[row] for row, _ in scored], np.int64)
         step = dict(zip(arrays, self._upload(list(arrays.values())), strict=True))
@@ -106,12 +121,23 @@ class Sampler:
         if scored and (edited or len(scored) < len(rows)):
             raw = logits.index_select(0, step["scored"])
         self._edits.apply(logits, step)
+        if "masks" in step:
+            self._ops.mask_logits(logits, step["masked"], step["masks"])
         tokens = self._ops.draw(logits, parameters, filtered)
         self._edits.remember(tokens, step)
+        failed = self._follow(tokens, places)
         if not scored:
-            return Drawn(tokens, None, [])
+            return Drawn(tokens, None, failed=failed)
         chosen = tokens.index_select(0, step["scored"])
-        return Drawn(tokens, token_scores(raw, chosen.clamp(min=0), max(width for _, width in scored)), scored)
+        scores = token_scores(raw, chosen.clamp(min=0), max(width for _, width in scored))
+        return Drawn(tokens, scores, scored, failed)
+
+    def _follow(self, tokens: Tensor, places: Mapping[int, int]) -> dict[int, str]:
+        """Grammars go on from what was drawn; which rows cannot, and why."""
+        if not self._guided:
+            return {}
+        self._guided.remember(tokens, places)
+        return self._guided.failures(places)
 
 
 def token_scores(logits: Tensor, chosen: Tensor, width: int) -> TokenScores:

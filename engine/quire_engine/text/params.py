@@ -7,6 +7,8 @@ from numbers import Integral, Real
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
+from quire_engine.guidance.spec import GuidanceSpec
+from quire_engine.guidance.structure import StructuredOutputs
 from quire_engine.request import MAX_LOGPROBS, EngineSampling, TokenSet
 from quire_engine.text.tokenizer import Tokenizer
 
@@ -47,7 +49,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -86,7 +88,12 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidParameter("allowed_token_ids is empty: nothing could be drawn", "allowed_token_ids")
         if self.structured_outputs is not None:
-            raise InvalidParameter("structured_outputs is not supported yet; leave it out", "structured_outputs")
+            object.__setattr__(self, "structured_outputs", StructuredOutputs.of(self.structured_outputs))
+            if self.ignore_eos:
+                raise InvalidParameter(
+                    "structured_outputs ends where its structure does, and ignore_eos does not let it; leave one out",
+                    "ignore_eos",
+                )
 
     def _check_kinds(self) -> None:
         """A value of another kind would end the step it is in, and all that is in it."""
@@ -125,12 +132,24 @@ class SamplingParams:
                 "min_tokens",
             )
 
-    def in_tokens(self, tokenizer: Tokenizer, *, vocab_size: int, end_tokens: tuple[int, ...]) -> "TokenSampling":
-        """The part the engine sees, in tokens. Takes up to 0.1 s where there are many long `bad_words`.
+    def in_tokens(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        end_tokens: tuple[int, ...],
+        guidance: GuidanceSpec | None = None,
+    ) -> "TokenSampling":
+        """The part the engine sees, in tokens. Takes up to 0.1 s where there are many long `bad_words`, and up to a
+        second where there is a grammar. `guidance`: what `structured_outputs` became, where it is not all.
 
-        Raises InvalidParameter for token ids that the model's logits do not have.
+        Raises InvalidParameter for token ids that the model's logits do not have, and for a grammar that cannot be
+        compiled.
         """
         self._check_ids(vocab_size)
+        if self.structured_outputs is not None:
+            self.structured_outputs.check()
+            guidance = guidance or self.structured_outputs.spec(tokenizer.delimiters)
         stops = tuple(self.stop_token_ids or ())
         if not self.ignore_eos:
             stops += end_tokens
@@ -157,6 +176,7 @@ class SamplingParams:
             logit_bias=self.logit_bias or None,
             allowed_token_ids=TokenSet.of(self.allowed_token_ids or ()),
             bad_words=bad_words,
+            guidance=guidance.to_json() if guidance is not None else "",
         )
         return TokenSampling(self, shared)
 

@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from quire_engine.errors import ContextTooLong, InvalidParameter, ModelError
+from quire_engine.guidance.vocabulary import Vocabulary
 from quire_engine.text.chat_template import ChatTemplate
 from quire_engine.text.detokenizer import Detokenizer, TokenTable
 from quire_engine.text.tokenizer_files import blame
@@ -141,6 +143,22 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             variables=variables or {},
         )
+
+    def for_grammars(self, files: ModelFiles, size: int) -> Vocabulary:
+        """As grammars see it. `size`: of the model's logits."""
+        return Vocabulary(
+            tokens=[self._table[token] for token in range(min(self.size, size))],
+            delimiters=frozenset(self.delimiters.values()),
+            ends=end_tokens(files, self),
+            size=size,
+            encode=lambda text: self.encode(text, add_special_tokens=False),
+        )
+
+    @cached_property
+    def delimiters(self) -> dict[str, int]:
+        """Tokens that stand for something instead of being text, by their spelling. Those that were added to a
+        vocabulary, but for what is space alone: some vocabularies have added that for the sake of code."""
+        return {spelling: token for token, spelling in self._table.added.items() if spelling.strip()}
 
     def spellings(self, word: str) -> Iterable[tuple[int, ...]]:
         """Token sequences that write a word: at the start of a text, and after a space."""

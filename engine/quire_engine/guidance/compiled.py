@@ -1,0 +1,99 @@
+"""Specs to what cursors start from, each made once however many requests have it."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import RLock
+from typing import Any
+
+from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.guidance.grammars import in_depth, limits, reason
+from quire_engine.guidance.spec import GuidanceSpec, Marker
+from quire_engine.guidance.vocabulary import Vocabulary, marked
+
+log = logging.getLogger(__name__)
+_KEPT = 256  # compiled specs
+_AT_ONCE = 2  # compilations
+
+
+class Guide:
+    """A spec with its grammars compiled. Matchers are copied off those that it holds, which nobody advances."""
+
+    def __init__(self, spec: GuidanceSpec, vocabulary: Vocabulary) -> None:
+        """Raises InvalidParameter for a grammar that cannot be compiled."""
+        self.spec = spec
+        self.vocabulary = vocabulary
+        self.content = _matcher(spec.content, vocabulary) if spec.content else None
+        self.sections = [(_pattern(one.opener), _matcher(one.grammar, vocabulary)) for one in spec.sections]
+        thinking = spec.thinking
+        self.begin = _pattern(thinking.begin) if thinking is not None else b""
+        self.end = _pattern(thinking.end) if thinking is not None else b""
+
+
+class Guides:
+    """The compiled specs of one worker. For any number of threads."""
+
+    def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
+        """`vocabulary` may take its time: it is asked for once, in a thread, when it is first needed."""
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="grammars")
+        self._read = vocabulary
+        self._vocabulary: Future[Vocabulary] | None = None
+        self._made: OrderedDict[str, Future[Guide]] = OrderedDict()
+        self._lock = RLock()
+
+    def read_vocabulary(self) -> "Future[Vocabulary]":
+        """Begins to, unless it has. The future raises ModelError."""
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._pool.submit(_prepared, self._read)
+            return self._vocabulary
+
+    def prepare(self, spec: str) -> "Future[Guide]":
+        """Compiles a spec in a thread, unless that is done or under way. The future raises InvalidParameter, or
+        ModelError where the model's tokenizer has no use for grammars."""
+        with self._lock:
+            made = self._made.get(spec)
+            if made is None or (made.done() and made.exception() is not None):
+                made = self._made[spec] = self._pool.submit(_compiled, spec, self.read_vocabulary())
+            self._made.move_to_end(spec)
+            if len(self._made) > _KEPT:
+                self._made.popitem(last=False)
+            return made
+
+    def close(self) -> None:
+        """Ends the threads once they are through."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compiled(spec: str, vocabulary: "Future[Vocabulary]") -> Guide:
+    return Guide(GuidanceSpec.from_json(spec), vocabulary.result())
+
+
+def _prepared(vocabulary: Callable[[], Vocabulary]) -> Vocabulary:
+    found = vocabulary()
+    try:
+        _ = found.compiled
+    except Exception as error:  # whatever llguidance makes of a tokenizer
+        log.warning("outputs cannot be guided by grammars: %s", error)
+        raise ModelError(
+            f"this model's tokenizer cannot be used with grammars ({type(error).__name__}); leave tools, "
+            "response_format and structured_outputs out"
+        ) from error
+    return found
+
+
+def _matcher(grammar: str, vocabulary: Vocabulary) -> Any:
+    from llguidance import LLMatcher
+
+    matcher = in_depth(lambda: LLMatcher(vocabulary.compiled, grammar, log_level=0, limits=limits()))
+    trial = matcher.deep_copy()
+    if not matcher.is_error():
+        trial.compute_bitmask()  # some that can be compiled allow nothing, or take too much
+    if trial.is_error():
+        raise InvalidParameter(f"the grammar cannot be used: {reason(trial.get_error())}", "structured_outputs")
+    return matcher
+
+
+def _pattern(marker: Marker) -> bytes:
+    return b"".join(marked(part) if isinstance(part, int) else part.encode() for part in marker)

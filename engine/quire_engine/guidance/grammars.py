@@ -1,0 +1,161 @@
+"""Grammars as llguidance reads them: Lark of its dialect (its docs/syntax.md), JSON schemas, or several, by name.
+
+llguidance refuses what it cannot do instead of letting something else pass, which is why it was chosen.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from quire_engine.errors import InvalidParameter
+from quire_engine.guidance.schemas import checked
+from quire_engine.guidance.spec import Marker
+
+Result = TypeVar("Result")
+_WHITESPACE = r"[ \n\r\t]{0,64}"  # where JSON has any: some models would write it without end
+_NAME = "structured_outputs"
+_STACK = 512 << 20  # bytes, of which only those are taken that are touched
+_stacks = threading.Lock()  # their size is the whole process's
+_SHOWN = 300  # characters of what llguidance says
+_CONTEXT = re.compile(r"\n +\d+ \| .*", re.DOTALL)  # the lines of the grammar that it shows
+
+
+def limits() -> Any:
+    """What a grammar may cost: to compile, and in each step. Measured: a compilation ends within half a second."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_grammar_size=50_000,
+        initial_lexer_fuel=200_000,
+        step_lexer_fuel=100_000,
+        step_max_items=50_000,
+        max_items_in_row=10_000,  # an object may have so many properties left to come, times four
+        max_lexer_states=50_000,
+        verbose_errors=False,
+    )
+
+
+def reason(error: str) -> str:
+    """What llguidance says, in one short line."""
+    if error.startswith("panic:"):
+        return "it is too large or too deep"
+    if "coerce_one_of" in error:
+        return "oneOf has choices that may overlap; use anyOf"
+    return " ".join(_CONTEXT.sub("", error).replace("<non-verbose/>", "").split())[:_SHOWN].rstrip(" .")
+
+
+def json_schema(schema: Any, *, parameter: str = "structured_outputs", lenient: bool = False) -> dict[str, Any]:
+    """A grammar of the JSON texts that a schema describes. `lenient`: keywords that no grammar can hold are not held,
+    where they are refused otherwise. Raises InvalidParameter."""
+    options = {"whitespace_pattern": _WHITESPACE} | ({"lenient": True} if lenient else {})
+    return {"json_schema": {**checked(schema, parameter, lenient=lenient), "x-guidance": options}}
+
+
+def lark(text: str) -> dict[str, Any]:
+    """A grammar in Lark."""
+    return {"lark_grammar": text}
+
+
+def composed(*grammars: dict[str, Any], **named: dict[str, Any]) -> str:
+    """The first grammar, and those that it names (@name)."""
+    others = [{"name": name} | grammar for name, grammar in named.items()]
+    return json.dumps({"grammars": [*grammars, *others]}, separators=(",", ":"))
+
+
+def regex(pattern: str) -> dict[str, Any]:
+    """A grammar of the texts that match a regular expression (Rust's syntax) from their beginning to their end."""
+    from llguidance import regex_to_lark
+
+    return lark(f"start: TEXT\nTEXT: /{regex_to_lark(pattern)}/")
+
+
+def one_of(texts: Sequence[str]) -> dict[str, Any]:
+    """A grammar of these texts."""
+    return lark("start: " + " | ".join(map(quoted, texts)))
+
+
+def from_ebnf(text: str) -> dict[str, Any]:
+    """A grammar in Lark, or in GBNF ("::="). Raises InvalidParameter for the latter where it cannot be read, and for
+    Lark that holds options of llguidance's, or schemas that it should not get."""
+    if "::=" not in text:
+        _check_lark(text)
+        return lark(text)
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return lark(gbnf_to_lark(text))
+    except Exception as error:  # the class itself is what it raises
+        raise InvalidParameter(
+            f"the grammar cannot be read as GBNF: {str(error)[:_SHOWN]}", "structured_outputs"
+        ) from error
+
+
+def quoted(text: str) -> str:
+    """A text as Lark writes it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def literal(marker: Marker) -> str:
+    """A delimiter as Lark writes it."""
+    return " ".join(f"<[{part}]>" if isinstance(part, int) else quoted(part) for part in marker)
+
+
+def marker_of(text: str, delimiters: Mapping[str, int]) -> Marker:
+    """A text, in which what is spelled like a delimiter of the vocabulary is that token."""
+    if not delimiters:
+        return (text,) if text else ()
+    longest_first = sorted(delimiters, key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+    return tuple(delimiters.get(part, part) for part in parts if part)
+
+
+def check(grammar: str) -> None:
+    """Raises InvalidParameter for a grammar that cannot be compiled. It must name no tokens: none are known here."""
+    from llguidance import LLMatcher
+
+    found = in_depth(lambda: LLMatcher.validate_grammar_with_warnings(grammar, None, limits=limits()))
+    wrong, messages = found
+    if wrong:
+        raise InvalidParameter(f"the grammar cannot be used: {reason(messages[0])}", "structured_outputs")
+
+
+def in_depth(work: Callable[[], Result]) -> Result:
+    """What llguidance compiles it goes through by recursion, and a stack that ends takes the process with it: so this
+    runs in a thread whose stack no grammar of the size that is read comes to the end of."""
+    with _stacks:
+        before = threading.stack_size(_STACK)
+        try:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            future = pool.submit(work)
+        finally:
+            threading.stack_size(before)
+    with pool:
+        return future.result()
+
+
+def _check_lark(text: str) -> None:
+    if "%llguidance" in text:
+        raise InvalidParameter("the grammar holds %llguidance, which is not for callers; leave it out", _NAME)
+    for found in re.finditer(r"%json\s*", text):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(text, found.end())
+        except (ValueError, RecursionError) as error:
+            raise InvalidParameter(f"the grammar holds %json without a JSON schema ({error})", _NAME) from error
+        checked(schema, _NAME)
+
+
+def section(opener: Marker, body: str) -> dict[str, Any]:
+    """A grammar of an opener and what comes after it: a rule, named `body`, and those it needs.
+
+    Where the opener is text it may begin within a token, which writes something before it.
+    """
+    first, rest = opener[0], opener[1:]
+    if isinstance(first, int):
+        return lark(f"start: {literal(opener)} body\n{body}")
+    from llguidance import regex_to_lark
+
+    lead = f"lead[lazy]: /(?s:.)*{regex_to_lark(re.escape(first))}/"
+    return lark(f"start: lead {literal(rest)} body\n{lead}\n{body}")

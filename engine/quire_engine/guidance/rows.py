@@ -1,0 +1,157 @@
+"""The rows of a step that have a grammar, and their masks. V vocabulary, M such rows of those that draw.
+
+The masks of a step depend on the tokens of the step before, which the host may not know when the step is launched. So
+they are made after that: the device computes the step meanwhile, and they go to it in time for the draw.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire_engine.errors import QuireError
+from quire_engine.guidance.compiled import Guides
+from quire_engine.guidance.cursor import Cursor, GrammarFailure
+from quire_engine.guidance.grammars import reason
+from quire_engine.step import NewRow
+
+log = logging.getLogger(__name__)
+_MOST_THREADS = 8
+
+
+_NO_PLACES, _NO_BITS = np.zeros(0, np.int64), np.zeros((0, 0), np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What the constrained rows of a step may draw."""
+
+    places: NDArray[np.int64] = field(default_factory=lambda: _NO_PLACES)  # [M] among those that draw
+    bits: NDArray[np.int32] = field(default_factory=lambda: _NO_BITS)  # [M, V / 32 rounded up]: see `mask_logits`
+    complete: frozenset[int] = frozenset()  # rows where nothing but an end may come
+
+
+class GuidedRows:
+    """Each guided row's cursor. What goes wrong with one is that row's own affair."""
+
+    def __init__(self, guides: Guides, vocab_size: int, device: torch.device) -> None:
+        self._guides = guides
+        self._vocab_size = vocab_size
+        self._words = -(-vocab_size // 32)
+        self._device = device
+        self._cursors: dict[int, Cursor] = {}
+        self._failed: dict[int, str] = {}  # row → why it cannot go on
+        self._drawn: tuple[list[tuple[Cursor, int, int]], Tensor, torch.Event | None] | None = None
+        self._threads: Any = None
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._cursors or row in self._failed
+
+    def __bool__(self) -> bool:
+        return bool(self._cursors or self._failed)
+
+    def set_rows(self, news: Sequence[NewRow]) -> None:
+        """Requests take these rows; what they have written already is gone through."""
+        for new in news:
+            self._cursors.pop(new.row, None)
+            self._failed.pop(new.row, None)
+            if new.params.guidance:
+                try:
+                    cursor = Cursor(self._guides.prepare(new.params.guidance).result())
+                    for token in new.tokens[new.num_prompt :].tolist():
+                        cursor.advance(token)
+                    self._cursors[new.row] = cursor
+                except Exception as error:
+                    self._fail(new.row, error)
+
+    def masks(self, places: Mapping[int, int]) -> Masks:
+        """Waits for the tokens drawn last. `places`: row → its place among those that draw."""
+        self._follow()
+        asked: list[tuple[int, int, Any]] = []  # row, place, matcher
+        told: list[tuple[int, int, tuple[int, ...]]] = []  # row, place, tokens
+        complete: set[int] = set()
+        for row, place in places.items():
+            if (cursor := self._cursors.get(row)) is None:
+                continue
+            if cursor.complete:
+                complete.add(row)
+            if cursor.matcher is not None:
+                asked.append((row, place, cursor.matcher))
+            elif (only := cursor.only) is not None:
+                told.append((row, place, only))
+        if not asked and not told:
+            return Masks()
+        masks = np.zeros((len(asked) + len(told), self._words), np.int32)
+        if asked:
+            self._fill(masks, [matcher for _, _, matcher in asked])
+        for number, (row, _, matcher) in enumerate(asked):
+            if matcher.is_error():
+                self._fail(row, GrammarFailure(matcher.get_error()))
+            else:
+                _allow(masks[number], self._cursors[row].besides)
+        for number, (_, _, tokens) in enumerate(told, len(asked)):
+            _allow(masks[number], tokens)
+        return Masks(np.array([place for _, place, _ in (*asked, *told)], np.int64), masks, frozenset(complete))
+
+    def remember(self, tokens: Tensor, places: Mapping[int, int]) -> None:
+        """What was drawn, [S] on the device."""
+        drawn = [
+            (cursor, row, place) for row, place in places.items() if (cursor := self._cursors.get(row)) is not None
+        ]
+        if not drawn:
+            return
+        copied = None
+        host = tokens.to("cpu", non_blocking=True)
+        if self._device.type != "cpu":
+            copied = torch.Event(self._device)
+            copied.record()
+        self._drawn = (drawn, host, copied)
+
+    def failures(self, places: Mapping[int, int]) -> dict[int, str]:
+        """Why rows of these cannot go on."""
+        return {row: self._failed[row] for row in places if row in self._failed} if self._failed else {}
+
+    def _follow(self) -> None:
+        """Advances the cursors by what was drawn last."""
+        if self._drawn is None:
+            return
+        (drawn, host, copied), self._drawn = self._drawn, None
+        if copied is not None:
+            copied.synchronize()
+        tokens = host.tolist()
+        for cursor, row, place in drawn:
+            if self._cursors.get(row) is cursor and tokens[place] >= 0:
+                try:
+                    cursor.advance(tokens[place])
+                except Exception as error:
+                    self._fail(row, error)
+
+    def _fill(self, masks: NDArray[np.int32], matchers: list[Any]) -> None:
+        if self._threads is None:
+            from llguidance import LLExecutor
+
+            self._threads = LLExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))))
+        numbered = [(matcher, number) for number, matcher in enumerate(matchers)]
+        self._threads.unsafe_compute_mask_ptr(numbered, masks.ctypes.data, self._words * 4, len(masks))
+
+    def _fail(self, row: int, error: Exception) -> None:
+        self._cursors.pop(row, None)
+        if isinstance(error, QuireError):
+            self._failed[row] = str(error)
+        elif isinstance(error, GrammarFailure):
+            self._failed[row] = f"the grammar cannot be followed any further ({reason(str(error))}); simplify it"
+        else:
+            log.error("a grammar failed", exc_info=error)
+            self._failed[row] = "the grammar failed: an internal error, which is in the server's log"
+
+
+def _allow(mask: NDArray[np.int32], tokens: Sequence[int]) -> None:
+    words = mask.view(np.uint32)
+    for token in tokens:
+        words[token // 32] |= np.uint32(1 << (token % 32))

@@ -1,0 +1,166 @@
+"""JSON schemas, looked at before llguidance sees them: what would take it for ever, and what it would let pass wrongly.
+
+The bounds are measured: within them the worst schema takes half a second to compile.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+from quire_engine.errors import InvalidParameter
+
+MAX_DEPTH = 64
+MAX_NAMES = 4000  # of properties, and of those required
+MAX_PATTERNS = 64  # of one patternProperties
+MAX_ALL_PATTERNS = 256
+MAX_FACTOR = 10_000  # of all multipleOf together, without their factors 2 and 5: what it takes grows with it
+MAX_INTEGER = 2**53  # llguidance reads larger ones as floats
+_DRAFTS = ("draft-04/", "draft-06/", "draft-07/", "draft/2019-09/", "draft/2020-12/")
+_FOREIGN = {"extends": "draft 3", "disallow": "draft 3", "divisibleBy": "draft 3"}  # read by nobody
+_APPLICATORS = ("allOf", "anyOf", "oneOf", "$ref", "enum", "const")
+_NUMBERS = ("const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_NESTED = ("additionalProperties", "items", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames")
+
+
+def checked(schema: Any, parameter: str, *, lenient: bool = False) -> Any:
+    """The schema as llguidance should get it. `lenient`: what no grammar can hold is left to be ignored.
+
+    Raises InvalidParameter, naming `parameter`.
+    """
+
+    def refuse(problem: str) -> InvalidParameter:
+        return InvalidParameter(f"the JSON schema {problem}", parameter)
+
+    if schema is False:
+        raise refuse("is false: no value would be right")
+    if schema is True:
+        return {}
+    if not isinstance(schema, Mapping):
+        raise refuse(f"is {schema!r:.60}; it must be an object")
+    check_depth(schema, parameter)
+    names = patterns = 0
+    factor = 1
+    for one in _objects(schema):
+        here = one.get("patternProperties")
+        count = len(here) if isinstance(here, Mapping) else 0
+        patterns += count
+        names += sum(
+            len(found) for key in ("properties", "required") if isinstance(found := one.get(key), Mapping | list)
+        )
+        factor = math.lcm(factor, _factor(one.get("multipleOf")))
+        if count > MAX_PATTERNS or patterns > MAX_ALL_PATTERNS:
+            raise refuse(
+                f"has too many patternProperties: at most {MAX_PATTERNS} in one place and {MAX_ALL_PATTERNS} in all"
+            )
+        if names > MAX_NAMES:
+            raise refuse(f"names more than {MAX_NAMES} properties; make it smaller")
+        if factor > MAX_FACTOR:
+            raise refuse("has multipleOf whose least common multiple is too large; make it smaller, or leave it out")
+    if not lenient:
+        for one in _schemas(schema):
+            _check_keywords(one, refuse)
+    return _without_noise(schema)
+
+
+def check_depth(value: Any, parameter: str) -> None:
+    """Raises InvalidParameter for what is nested too deeply."""
+    depth, inner = 0, [value]
+    while inner:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise InvalidParameter(
+                f"the JSON schema is nested more than {MAX_DEPTH} deep; make it flatter, by $ref say", parameter
+            )
+        inner = [
+            item
+            for one in inner
+            if isinstance(one, Mapping | list)
+            for item in (one.values() if isinstance(one, Mapping) else one)
+        ]
+
+
+def text_of(schema: Any) -> str:
+    """As JSON. Raises ValueError or TypeError for what is none."""
+    return json.dumps(schema, separators=(",", ":"), allow_nan=False)
+
+
+def _check_keywords(schema: Mapping[str, Any], refuse: Any) -> None:
+    """What llguidance passes over, though it would make a difference."""
+    for name, where in _FOREIGN.items():
+        if name in schema:
+            raise refuse(f"has {name}, a keyword of {where}; write it in draft 2020-12")
+    if schema.get("nullable"):
+        raise refuse('has nullable, which is OpenAPI\'s; write "type": [..., "null"]')
+    if isinstance(schema.get("required"), bool):
+        raise refuse("has required within a property, as draft 3 has it; list the names in the object's required")
+    draft = schema.get("$schema")
+    if isinstance(draft, str) and not any(known in draft for known in _DRAFTS):
+        raise refuse(f"is of {draft[:60]!r}; drafts 4 to 2020-12 are known")
+    if "additionalItems" in schema and ("prefixItems" in schema or any(name in schema for name in _APPLICATORS)):
+        raise refuse("has additionalItems where it cannot be kept to; write prefixItems and items")
+    least = schema.get("minProperties")
+    if isinstance(least, int) and least > max(1, len(schema.get("required", ()))):
+        raise refuse("has a minProperties that cannot be kept to; name the properties in required")
+    for value in [schema.get(name) for name in _NUMBERS] + list(_listed(schema.get("enum"))):
+        if type(value) is int and abs(value) > MAX_INTEGER:
+            raise refuse(f"has the integer {str(value)[:24]}, which is beyond 2^53; use a string, or another bound")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Every object, be it a schema or not."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Mapping):
+            yield one
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+
+
+def _schemas(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """Every schema in a schema; values (of enum, const, default, examples) are none."""
+    waiting = [schema]
+    while waiting:
+        one = waiting.pop()
+        if not isinstance(one, Mapping):
+            continue
+        yield one
+        for name in _NAMED:
+            if isinstance(one.get(name), Mapping):
+                waiting += one[name].values()
+        for name in _LISTED:
+            if isinstance(one.get(name), list):
+                waiting += one[name]
+        waiting += [one[name] for name in _NESTED if name in one]
+
+
+def _factor(value: Any) -> int:
+    """Of a multipleOf: its digits as an integer, without the factors 2 and 5, which cost nothing."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not value:
+        return 1
+    number = Fraction(str(value))
+    found = abs(number.numerator)
+    for prime in (2, 5):
+        while found % prime == 0:
+            found //= prime
+    return found
+
+
+def _without_noise(value: Any) -> Any:
+    """Without what says nothing and is refused all the same, and without llguidance's own options."""
+    if isinstance(value, Mapping):
+        return {
+            name: _without_noise(one)
+            for name, one in value.items()
+            if name != "x-guidance" and not (name == "uniqueItems" and one is False)
+        }
+    return [_without_noise(one) for one in value] if isinstance(value, list) else value
