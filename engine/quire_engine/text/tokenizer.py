@@ -79,6 +79,16 @@ class Tokenizer:
         """What callers may set in the chat template."""
         return self._template.variables if self._template is not None else frozenset()
 
+    @property
+    def added_tokens(self) -> Mapping[int, str]:
+        """Token id → text, of the tokens that are found in a text before it is split into others."""
+        return self._table.added
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        """The added tokens that are no text."""
+        return self._table.special
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         return self.encode_all([text], add_special_tokens=add_special_tokens)[0]

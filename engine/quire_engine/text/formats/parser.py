@@ -1,0 +1,214 @@
+"""Marked text to content, reasoning and calls, as it comes.
+
+How the text is cut makes no difference: whatever may yet turn into a delimiter is held back until it is told.
+"""
+
+import re
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from quire_engine.text.formats.bind import BoundFormat
+from quire_engine.text.formats.facts import Blank, Either, Json, Mark, Maybe, Pieces, Section, Text, leading
+from quire_engine.text.formats.json_reader import JsonReader
+from quire_engine.text.formats.matching import MAX_SPACE, Found, Source
+from quire_engine.text.formats.tools import Tool
+
+_SPACES = " \t\n\r"
+Kind: TypeAlias = Literal["content", "reasoning", "call", "arguments"]
+Reading: TypeAlias = Generator[None, None, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an output. A "call" begins one, `text` being its whole name, that of a tool; "arguments" go on with the
+    JSON of the call begun last."""
+
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """A delimiter and what it does."""
+
+    pieces: Pieces
+    does: Literal["opens reasoning", "closes reasoning", "begins calls", "nothing"]
+    section: Section | None = None
+
+
+class OutputParser:
+    """One output of a model."""
+
+    def __init__(self, form: BoundFormat, tools: Sequence[Tool], *, in_reasoning: bool) -> None:
+        """No tools: calls are not looked for."""
+        self.in_reasoning = in_reasoning and form.reasoning is not None
+        self._tools = {tool.name: tool for tool in tools}
+        self._shown = {} if tools else form.shown
+        in_the_middle = _rules(form, bool(tools), begins=False)
+        self._looked_for = {
+            "reasoning": _looked_for([rule for rule in in_the_middle if _ends_reasoning(rule)]),
+            "begin": _looked_for(_rules(form, bool(tools), begins=True)),
+            "content": _looked_for(in_the_middle),
+        }
+        self._source = Source()
+        self._told: list[Piece] = []
+        self._begins = True  # no content has come yet
+        self._after_delimiter = self.in_reasoning  # whose whitespace is not the text's
+        self._running = self._read()
+
+    def push(self, text: str) -> list[Piece]:
+        """Marked text in, what is certain out."""
+        self._source.push(text)
+        next(self._running)
+        return self._merged()
+
+    def finish(self) -> list[Piece]:
+        """What was held back, once it is certain that nothing follows."""
+        self._source.ended = True
+        for _ in self._running:
+            raise AssertionError("a reader waits for more of a text that has ended")
+        return self._merged()
+
+    def _merged(self) -> list[Piece]:
+        merged: list[Piece] = []
+        for piece in self._told:
+            if merged and merged[-1].kind == piece.kind != "call":
+                merged[-1] = Piece(piece.kind, merged[-1].text + piece.text)
+            else:
+                merged.append(piece)
+        self._told.clear()
+        return merged
+
+    def _tell(self, kind: Kind, text: str) -> None:
+        if text:
+            self._told.append(Piece(kind, text))
+
+    def _read(self) -> Iterator[None]:
+        source = self._source
+        while (yield from source.more()):
+            if self._after_delimiter:
+                text = source.text[source.at :].lstrip(_SPACES)
+                source.at = len(source.text) - len(text)
+                self._after_delimiter = not text
+                if not text:
+                    continue
+            where = "reasoning" if self.in_reasoning else "begin" if self._begins else "content"
+            rules, stop = self._looked_for[where]
+            place = stop.search(source.text, source.at)
+            if place is None or place.start() > source.at:
+                self._pass(len(source.text) if place is None else place.start())
+                continue
+            for rule in rules:
+                found = yield from source.take(rule.pieces, self._tools)
+                if found is not None:
+                    yield from self._delimited(rule, found)
+                    break
+            else:
+                self._pass(source.at + 1)
+
+    def _pass(self, end: int) -> None:
+        """Text that is no delimiter. A token that is one, where it means nothing, is left out."""
+        text = self._source.text[self._source.at : end]
+        if "\ud800" <= text[0] <= "\udfff":
+            text = self._shown.get(text[0], "") + text[1:]
+        self._source.at = end
+        self._tell("reasoning" if self.in_reasoning else "content", text)
+        if not self.in_reasoning and text.strip(_SPACES):
+            self._begins = False
+
+    def _delimited(self, rule: _Rule, found: Found) -> Iterator[None]:
+        self._begins, self._after_delimiter = True, True
+        if rule.does == "opens reasoning":
+            self.in_reasoning = True
+        elif rule.does == "nothing":
+            self._after_delimiter = False
+        else:
+            self.in_reasoning = False
+        if rule.section is not None:
+            self._begins = rule.section.repeats
+            yield from self._calls(rule.section, found.name)
+
+    def _calls(self, section: Section, name: str) -> Iterator[None]:
+        """A section from its first call's name on."""
+        before, _ = head(section.call.before)
+        while (yield from self._call(section, name)) and section.between is not None:
+            found = yield from self._source.take(section.between + before, self._tools)
+            if found is None:
+                break
+            name = found.name
+        yield from self._source.take(section.end)
+
+    def _call(self, section: Section, name: str) -> Reading:
+        """A call from its name on; whether it is closed."""
+        self._tell("call", name)
+        _, rest = head(section.call.before)
+        begun = yield from self._source.take(rest)
+        if begun is not None and (yield from self._arguments(section, name)):
+            yield from self._source.take(section.call.after)
+            return True
+        if begun is None and (yield from self._source.take(section.call.after)):
+            self._tell("arguments", "{}")
+            return True
+        return False
+
+    def _arguments(self, section: Section, name: str) -> Reading:
+        """Whether they are complete."""
+        assert isinstance(section.call.arguments, Json)
+        source, reader = self._source, JsonReader()
+        while (yield from source.more()):
+            end = reader.take(source.text, source.at)
+            self._tell("arguments", source.text[source.at : end])
+            source.at = end
+            if reader.done or end < len(source.text):
+                break
+        return reader.done
+
+
+def head(before: Pieces) -> tuple[Pieces, Pieces]:
+    """What comes up to a call's arguments, in two: up to where its name is certain, and the rest."""
+    name = before.index(Blank.NAME)
+    end = next((place for place, piece in enumerate(before) if place > name and isinstance(piece, Text | Mark)), name)
+    return before[: end + 1], before[end + 1 :]
+
+
+def _rules(form: BoundFormat, calls: bool, *, begins: bool) -> list[_Rule]:
+    """The delimiters that are looked for in content, in the order in which they are."""
+    rules: list[_Rule] = []
+    if calls and form.calls is not None:
+        for section in form.calls.sections:
+            if begins or not section.only_first:
+                before, _ = head(section.call.before)
+                rules.append(_Rule(section.begin + before, "begins calls", section))
+    if (reasoning := form.reasoning) is not None:
+        if begins or isinstance(leading(reasoning.begin), Mark):
+            rules.append(_Rule(reasoning.begin, "opens reasoning"))
+        if begins or not reasoning.words:
+            rules.append(_Rule(reasoning.end, "closes reasoning"))
+    dropped = (*(form.reasoning.dropped if form.reasoning else ()), *(form.calls.dropped if form.calls else ()))
+    return rules + [_Rule(pieces, "nothing") for pieces in dropped]
+
+
+def _ends_reasoning(rule: _Rule) -> bool:
+    """A call's opener ends it where it is a token: as text, it may be what is reasoned about."""
+    return rule.does == "closes reasoning" or (rule.section is not None and isinstance(leading(rule.pieces), Mark))
+
+
+def _looked_for(rules: list[_Rule]) -> tuple[list[_Rule], re.Pattern[str]]:
+    """Rules, and where they may begin."""
+    space = f"[{_SPACES}]"
+    firsts = "".join(sorted({re.escape(letter) for rule in rules for letter in _firsts(rule.pieces)}))
+    return rules, re.compile(rf"{space}{{0,{MAX_SPACE}}}[\ud800-\udfff{firsts}]|{space}{{1,{MAX_SPACE}}}\Z")
+
+
+def _firsts(pieces: Pieces) -> set[str]:
+    """The letters that pieces begin with, whitespace aside."""
+    piece = leading(pieces)
+    if piece is None:
+        return set()
+    rest = pieces[pieces.index(piece) + 1 :]
+    if isinstance(piece, Text | Mark):
+        return {piece.text[0]}
+    assert isinstance(piece, Maybe | Either), "a delimiter begins with a text"
+    options = (piece.pieces, ()) if isinstance(piece, Maybe) else piece.options
+    return {letter for option in options for letter in _firsts(option + rest)}
