@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
+from quire_engine.errors import InvalidParameter
+from quire_engine.text.messages import MAX_TEXT, check_message
 
-MAX_TEXT = 1 << 24  # characters
 MAX_TOKENS = 1 << 20  # token ids of one call
 MAX_MESSAGES = 100_000
-MAX_ROLE = 64  # characters
 
 
 class Strict(BaseModel):
@@ -128,34 +128,12 @@ def messages(value: Any) -> list[Message]:
 
 
 def _message(place: int, value: Any) -> Message:
-    role = value.get("role") if isinstance(value, dict) else None
-    if not isinstance(role, str) or len(role) > MAX_ROLE:
-        raise _wrong(f"message {place} has no role; give an object with role and content")
     try:
-        content = _content(value.get("content"))
-    except PydanticCustomError as error:
-        raise _wrong(f"the content of message {place}: {error.message()}") from error
+        check_message(value, place)
+    except InvalidParameter as error:
+        raise _wrong(str(error)) from error
     more = {name: more for name, more in value.items() if more is not None and name not in ("role", "content")}
-    return Message(role, content, more)
-
-
-def _content(value: Any) -> str | list[dict[str, Any]] | None:
-    """A text, or parts that are texts. What else parts hold asks for nothing here."""
-    if value is None:
-        return None
-    if isinstance(value, list):
-        return [_part(part) for part in value]
-    return text(value)
-
-
-def _part(part: Any) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text":
-        raise _wrong(f"parts of type {str(kind)[:40]!r} are not supported; only 'text' is")
-    for name in part:
-        if name not in ("type", "text", "cache_control"):
-            raise _wrong(f"a part of type 'text' has no {name[:60]}; leave it out")
-    return {"type": "text", "text": text(part.get("text"))}
+    return Message(value["role"], value.get("content"), more)
 
 
 def documents(value: Any) -> list[str]:

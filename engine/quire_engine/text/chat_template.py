@@ -6,6 +6,7 @@ its operator wrote it, and a single operation on one text, which takes no longer
 """
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -21,8 +22,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.text.template_facts import ContentFacts
+from quire_engine.text.messages import REASONING, conversation
+from quire_engine.text.template_facts import ContentFacts, names_of
+from quire_engine.text.tool_facts import ToolFacts
+from quire_engine.text.tool_turns import for_template
 
+log = logging.getLogger(__name__)
 RENDER_SECONDS = 10.0
 MAX_RENDERED = 1 << 25  # characters
 _OWN = {
@@ -33,7 +38,6 @@ _OWN = {
     "chat_template",
     "tokenize",
 }
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that a past turn's reasoning goes by
 _MARK = "CONTINUE_FINAL_MESSAGE_HERE "
 _until: ContextVar[float] = ContextVar("until")
 
@@ -72,19 +76,25 @@ class ChatTemplate:
         read = find_undeclared_variables(tree)
         self.variables = frozenset(read - _OWN - self._special.keys() - environment.globals.keys())
         self._reserved = frozenset(_OWN | self._special.keys() | environment.globals.keys())
+        self._names = names_of(tree)
         self._facts = ContentFacts.of(tree)
         self._knows_developer = self._facts.names_developer and self._writes_developers()
+        self._tools = ToolFacts.of(self._attempt)
+        self._told = False  # that tools are described in words
+        self.source = source
+        self.knows_tools = self._tools.knows_tools
 
     def _writes_developers(self) -> bool:
         """OpenAI's newer models call the system prompt the developer's. Some templates ask for that role to skip it."""
         self._knows_developer = True
         turns = [{"role": "developer", "content": _MARK}, {"role": "user", "content": "Hi"}]
+        return _MARK.strip() in self._attempt(turns, None)
+
+    def _attempt(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         try:
-            return _MARK.strip() in self.render(
-                turns, add_generation_prompt=True, continue_final_message=False, variables={}
-            )
+            return self._write([self._for_template(turn) for turn in turns], tools, opening=True, variables={})
         except InvalidParameter:
-            return False
+            return ""
 
     def check_variables(self, given: Mapping[str, Any]) -> None:
         """Raises InvalidParameter for variables that the template does not read or that are not a caller's."""
@@ -108,19 +118,47 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any],
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
-        """As transformers' apply_chat_template gives it. Raises InvalidParameter for whatever the template raises."""
+        """As transformers' apply_chat_template gives it, with arguments and ids of calls as this template wants them.
+        `tools`: as OpenAI's API has them; a template that does not know them gets them described in words. Raises
+        InvalidParameter for whatever the template raises."""
         self.check_variables(variables)
-        given = [self._for_template(message) for message in messages]
+        turns = conversation(messages, also_read=self._names)
+        if continue_final_message and turns and "tool_calls" in turns[-1]:
+            raise InvalidParameter(
+                "continue_final_message needs a last message without tool_calls, which have an end", "messages"
+            )
+        described = tools if tools and not self.knows_tools else None
+        if described and not self._told:
+            self._told = True
+            log.warning(
+                "the chat template does not know tools; they are described in the system prompt, and calls of them are "
+                "<tool_call>JSON</tool_call>"
+            )
+        given = [self._for_template(turn) for turn in for_template(turns, self._tools, described)]
         continued = _mark_end(given) if continue_final_message else ""
+        known = (tools or None) if self.knows_tools else None
+        text = self._write(given, known, opening=add_generation_prompt, variables=variables)
+        return _cut_at_mark(text, continued) if continue_final_message else text
+
+    def _write(
+        self,
+        given: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        *,
+        opening: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The template as it is, within its bounds. Raises InvalidParameter."""
         _until.set(time.monotonic() + RENDER_SECONDS)
         pieces, size = [], 0
         try:
             for piece in self._template.generate(
-                {"tools": None, "documents": None}
+                {"documents": None}
                 | self._special
                 | dict(variables)
-                | {"messages": given, "add_generation_prompt": add_generation_prompt}
+                | {"tools": tools, "messages": given, "add_generation_prompt": opening}
             ):
                 size += len(piece)
                 if size > MAX_RENDERED:
@@ -140,18 +178,17 @@ class ChatTemplate:
             raise InvalidParameter(
                 f"the chat template refuses these messages: {str(error)[:200]}", "messages"
             ) from error
-        return _cut_at_mark("".join(pieces), continued) if continue_final_message else "".join(pieces)
+        return "".join(pieces)
 
     def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
         """Reasoning under each of its names, and content in the form that this template reads."""
-        found = {name: value for name, value in message.items() if value is not None}
-        reasoning = next((found[name] for name in _REASONING if name in found), None)
+        found = dict(message)
+        reasoning = next((found[name] for name in REASONING if name in found), None)
         if reasoning is not None:
             found = {"thinking": reasoning} | found | {"reasoning_content": reasoning}
-        if "role" in found:
-            if found["role"] == "developer" and not self._knows_developer:
-                found["role"] = "system"
-            found["content"] = self._facts.content(message.get("content"))
+        if found["role"] == "developer" and not self._knows_developer:
+            found["role"] = "system"
+        found["content"] = self._facts.content(message.get("content"))
         return found
 
 

@@ -50,6 +50,14 @@ class ContentFacts:
         return content if self.takes_parts else "\n".join(str(part.get("text", "")) for part in content)
 
 
+def names_of(template: nodes.Template) -> frozenset[str]:
+    """Names that a parsed template could read fields by: its attributes and its texts."""
+    attributes = {read.attr for read in template.find_all(nodes.Getattr)}
+    return frozenset(
+        attributes | {text.value for text in template.find_all(nodes.Const) if isinstance(text.value, str)}
+    )
+
+
 def _content_names(template: nodes.Template) -> set[str]:
     """Variables and macros' parameters that hold a message's content."""
     names: set[str] = set()

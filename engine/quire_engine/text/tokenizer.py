@@ -37,6 +37,10 @@ class Tokenizer:
         self._backend = backend
         self._fast = fast
         self._template, self._no_template = _chat_template(backend, chat_template)
+        self.tool_template = self._template  # of conversations with tools
+        if chat_template is None and isinstance(backend.chat_template, dict) and "tool_use" in backend.chat_template:
+            self.tool_template, why = _chat_template(backend, None, tools=[])
+            self._no_template = self._no_template or why
         self._table = TokenTable(fast)
         self.size = len(backend)
 
@@ -142,16 +146,19 @@ class Tokenizer:
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
-        """A conversation as the model was trained to see it. Raises InvalidParameter when the template refuses it, and
-        for variables that it does not read."""
-        if self._template is None:
+        """A conversation as the model was trained to see it. `tools`: as OpenAI's API has them. Raises
+        InvalidParameter when the template refuses it, and for variables that it does not read."""
+        template = self.tool_template if tools else self._template
+        if template is None:
             raise InvalidParameter(f"{self._no_template}; use completions, or start the server with --chat-template")
-        return self._template.render(
+        return template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables or {},
+            tools=tools,
         )
 
     def for_grammars(self, files: ModelFiles, size: int) -> Vocabulary:
@@ -226,14 +233,17 @@ def _shares(values: Sequence[Item], size: Callable[[Item], int]) -> Iterator[lis
         yield share
 
 
-def _chat_template(backend: Any, given: str | None) -> tuple[ChatTemplate | None, str]:
-    """The one given, or the model's own; else why there is none. Raises ModelError for a given one that is broken."""
+def _chat_template(
+    backend: Any, given: str | None, *, tools: list[dict[str, Any]] | None = None
+) -> tuple[ChatTemplate | None, str]:
+    """The one given, or the model's own (for tools, where it has several); else why there is none. Raises ModelError
+    for a given one that is broken."""
     if given is not None:
         return ChatTemplate(given, backend.special_tokens_map), ""
     if not backend.chat_template:
         return None, "this model has no chat template"
     try:
-        return ChatTemplate(backend.get_chat_template(), backend.special_tokens_map), ""
+        return ChatTemplate(backend.get_chat_template(tools=tools), backend.special_tokens_map), ""
     except (ModelError, ValueError) as error:
         log.warning("conversations cannot be served: %s", error)
         return None, "this model's chat template cannot be used"
