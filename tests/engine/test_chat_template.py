@@ -1,21 +1,17 @@
 """Chat templates as models bring them (llama.cpp collects them), against transformers' own rendering."""
 
 import contextlib
-import functools
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_cpp import HOME
 from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.text import chat_template
 from quire_engine.text.chat_template import ChatTemplate
-from tokenizers import Tokenizer, models
+from templates import SPECIAL, TEMPLATES, read, transformers_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-TEMPLATES = sorted((HOME / "models/templates").glob("*.jinja"))
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "First question"},
@@ -31,14 +27,9 @@ def ours(template: ChatTemplate, messages: list[dict[str, Any]], *, opening: boo
     )
 
 
-@functools.cache
-def read(path: Path) -> ChatTemplate:
-    return ChatTemplate(path.read_text(), SPECIAL)
-
-
 @pytest.fixture(scope="module")
 def backend() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"x": 0}, unk_token="x")), **SPECIAL)
+    return transformers_tokenizer()
 
 
 def test_there_are_templates() -> None:

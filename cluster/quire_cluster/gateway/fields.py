@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 from quire_engine.errors import InvalidParameter
-from quire_engine.text.messages import MAX_TEXT, check_message
+from quire_engine.text.messages import MAX_TEXT, content_of
 
 MAX_TOKENS = 1 << 20  # token ids of one call
 MAX_MESSAGES = 100_000
@@ -129,11 +129,11 @@ def messages(value: Any) -> list[Message]:
 
 def _message(place: int, value: Any) -> Message:
     try:
-        check_message(value, place)
+        content = content_of(value, place)
     except InvalidParameter as error:
         raise _wrong(str(error)) from error
     more = {name: more for name, more in value.items() if more is not None and name not in ("role", "content")}
-    return Message(value["role"], value.get("content"), more)
+    return Message(value["role"], content, more)
 
 
 def documents(value: Any) -> list[str]:

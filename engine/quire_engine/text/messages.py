@@ -14,7 +14,11 @@ MAX_CALLS = 128  # of one message
 MAX_NAME = 256  # characters of a tool's name or a call's id
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that a past turn's reasoning goes by
 _READ = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING}
-_SAYS_NOTHING = {"cache_control", "parsed"}  # every prefix is cached; the content, read once more
+_SAYS_NOTHING = {  # but what is said elsewhere as well
+    "cache_control",  # every prefix is cached
+    "parsed",  # the content, as the openai package reads it
+    "provider_specific_fields",  # the other fields, as litellm keeps them
+}
 _OF_CALLS = {"id", "type", "function"}
 _OF_FUNCTIONS = {"name", "arguments"}
 
@@ -63,22 +67,16 @@ def conversation(messages: Any, *, also_read: frozenset[str] = frozenset()) -> l
     return turns + _in_order(results, places)
 
 
-def check_message(message: Any, place: int) -> None:
-    """What can be said of a message by itself: its role and its content. Raises InvalidParameter."""
+def content_of(message: Any, place: int) -> str | list[dict[str, Any]] | None:
+    """The content of one message, which must have a role: a text, or parts that are texts. What else parts hold asks for
+    nothing here. Raises InvalidParameter."""
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str) or len(role) > MAX_ROLE:
         _refuse(f"message {place} has no role; give an object with role and content")
-    content = message.get("content")
-    for part in content if isinstance(content, list) else ():
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            _refuse(f"the content of message {place}: parts of type {_short(kind)} are not supported; only 'text' is")
-        for name in part:
-            if name not in ("type", "text", "cache_control"):
-                _refuse(f"the content of message {place}: a part of type 'text' has no {name!s:.60}; leave it out")
-        _check_text(part.get("text"), f"the content of message {place}")
-    if content is not None and not isinstance(content, list):
-        _check_text(content, f"the content of message {place}")
+    content, what = message.get("content"), f"the content of message {place}"
+    if isinstance(content, list):
+        return [_part(part, what) for part in content]
+    return None if content is None else _checked(content, what)
 
 
 def text_of(content: Any) -> str:
@@ -86,15 +84,26 @@ def text_of(content: Any) -> str:
     return "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
-def _check_text(value: Any, what: str) -> None:
+def _part(part: Any, what: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        _refuse(f"{what}: parts of type {_short(kind)} are not supported; only 'text' is")
+    for name in part:
+        if name not in ("type", "text", "cache_control"):
+            _refuse(f"{what}: a part of type 'text' has no {name!s:.60}; leave it out")
+    return {"type": "text", "text": _checked(part.get("text"), what)}
+
+
+def _checked(value: Any, what: str) -> str:
     if not isinstance(value, str):
         _refuse(f"{what}: it must be a text")
     if len(value) > MAX_TEXT:
         _refuse(f"{what}: it has {len(value)} characters; at most {MAX_TEXT} are read")
+    return value
 
 
 def _without_nulls(message: Any, place: int, also_read: frozenset[str]) -> dict[str, Any]:
-    check_message(message, place)
+    content = content_of(message, place)
     turn = {}
     for name, value in message.items():
         if value is None or name in _SAYS_NOTHING or (name in ("tool_calls", "annotations") and value == []):
@@ -110,10 +119,8 @@ def _without_nulls(message: Any, place: int, also_read: frozenset[str]) -> dict[
         if name == "tool_call_id" and message["role"] != "tool":
             _refuse(f"message {place} holds tool_call_id; only messages of role 'tool' may")
         if name == "name" or name in REASONING:
-            _check_text(value, f"{name} of message {place}")
-        turn[name] = value
-    if isinstance(turn.get("content"), list):
-        turn["content"] = [{"type": "text", "text": part["text"]} for part in turn["content"]]
+            _checked(value, f"{name} of message {place}")
+        turn[name] = content if name == "content" else value
     return turn
 
 

@@ -16,6 +16,7 @@ Attempt = Callable[[Turns, Tools | None], str]  # a conversation as rendered; no
 _SYSTEM = {"role": "system", "content": "systemprobe"}
 _USER = {"role": "user", "content": "userprobe"}
 _TEXT = "textprobe"
+_THOUGHT = "thoughtprobe"
 _KEY = {"type": "string", "description": "A key."}
 _PARAMETERS = {"type": "object", "properties": {"key_probe": _KEY}, "required": ["key_probe"]}
 _NAME = "name_probe"
@@ -34,6 +35,7 @@ class ToolFacts:
     takes_any_id: bool = True  # others want 9 letters and digits
     takes_many: bool = True  # calls in one turn; others want turns of one call each, or lose the rest
     takes_content: bool = True  # beside calls; others lose the calls then, and want two turns
+    takes_thoughts: bool = True  # beside calls and content; others refuse them then
     writes_results: bool = False  # turns of the role `tool`, behind calls
     writes_lone_results: bool = False  # such turns behind an answer that has no calls, or has them in its text
     writes_system: bool = False  # system prompts
@@ -69,13 +71,17 @@ def _with_calls(facts: ToolFacts, attempt: Attempt, tools: Tools | None) -> Iter
         both, each = _turn(form, *calls), [_turn(form, call) for call in calls]
         many = attempt([_USER, both, *behind[0], *behind[1]], tools)
         apart = attempt([_USER, each[0], *behind[0], each[1], *behind[1]], tools)
-        beside = attempt([_USER, each[0] | {"content": _TEXT}, *behind[0]], tools)
+        said, thought = {"content": _TEXT}, {"reasoning_content": _THOUGHT}
+        beside = attempt([_USER, each[0] | said, *behind[0]], tools)
         before = attempt([_USER, _answer(), each[0], *behind[0]], tools)
+        all_beside = attempt([_USER, each[0] | said | thought, *behind[0]], tools)
+        thought_behind = attempt([_USER, _answer(), each[0] | thought, *behind[0]], tools)
         yield replace(
             form,
             writes_results=_has(found, _result_of(1)),
             takes_many=_has(many, _value(1), _value(2)) or not _has(apart, _value(1), _value(2)),
             takes_content=_has(beside, _value(1)) or not _has(before, _TEXT, _value(1)),
+            takes_thoughts=_has(all_beside, _value(1)) or not _has(thought_behind, _TEXT, _value(1)),
         )
 
 

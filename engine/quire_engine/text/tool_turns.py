@@ -7,7 +7,7 @@ import re
 import string
 from typing import Any
 
-from quire_engine.text.messages import Call, text_of
+from quire_engine.text.messages import REASONING, Call, text_of
 from quire_engine.text.tool_facts import ToolFacts
 
 Turns = list[dict[str, Any]]
@@ -78,9 +78,10 @@ def _native(turn: dict[str, Any], results: Turns, facts: ToolFacts) -> list[tupl
     """One turn of calls, or several where the template would lose what stands beside the first call."""
     calls: list[Call] = turn["tool_calls"]
     pairs: list[tuple[dict[str, Any], Turns]] = []
-    if turn.get("content") and not facts.takes_content:
-        pairs.append(({name: value for name, value in turn.items() if name != "tool_calls"}, []))
-        turn = {"role": "assistant"}
+    apart = not facts.takes_content or (not facts.takes_thoughts and any(name in turn for name in REASONING))
+    if turn.get("content") and apart:
+        pairs.append(({"role": "assistant", "content": turn["content"]}, []))
+        turn = {name: value for name, value in turn.items() if name != "content"}
     if not facts.takes_null:
         turn = {"content": ""} | turn
     for group in [calls] if facts.takes_many else [[call] for call in calls]:
