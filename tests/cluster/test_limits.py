@@ -23,7 +23,7 @@ from quire_cluster.policies.admission import rebuild_wait
 from quire_cluster.policies.suspicion import Patience
 from quire_engine.config import EngineConfig
 from quire_engine.request import MAX_LOGPROBS
-from quire_engine.text import chat_template, params
+from quire_engine.text import chat_template, messages, params
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "limits.md").read_text()
@@ -48,6 +48,7 @@ SAID = {
     f"{bodies.MAX_BODY >> 20} MiB",
     "`prompt`, a message's or an input's text": f"2^{fields.MAX_TEXT.bit_length() - 1} characters",
     "messages of a conversation": f"{fields.MAX_MESSAGES:,}",
+    "`tool_calls` of a message": f"{messages.MAX_CALLS}",
     "rendering a chat template": f"{chat_template.RENDER_SECONDS:g} s, "
     f"2^{chat_template.MAX_RENDERED.bit_length() - 1} characters",
     "prompts of a call, answers of a call (prompts times `n`)": f"{completions.MAX_PROMPTS}, {completions.MAX_ANSWERS}",
@@ -133,6 +134,7 @@ MET: dict[str, list[str]] = {
         f"{CALL}::test_tokens_that_are_listed",
     ],
     "integers": [f"{CALL}::test_what_a_body_holds", "cluster/test_schema.py::test_integers_are_bounded"],
+    "`tool_calls` of a message": ["engine/test_tool_turns.py::test_what_is_wrong_with_messages_is_said_by_name"],
     "rendering a chat template": [
         "engine/test_chat_template.py::test_rendering_ends",
         "engine/test_chat_template.py::test_what_is_rendered_is_bounded",

@@ -274,6 +274,8 @@ def test_a_result_behind_a_question_is_told_there() -> None:
     """Some templates refuse the role there."""
     later = [USER, calling(call(0)), {"role": "user", "content": "Well?"}, result(0)]
     assert "[user]Well?\n<tool_response>\nRain\n</tool_response>\n" in ours(ChatTemplate(ALTERNATING, SPECIAL), later)
+    both = [USER, calling(call(0), call(1)), result(1), {"role": "user", "content": "Well?"}, result(0)]
+    assert "Sun\n</tool_response>\nWell?\n<tool_response>\nRain\n" in ours(ChatTemplate(ALTERNATING, SPECIAL), both)
     assert "Well?\n<tool_response>\nRain\n</tool_response><|end|>" in ours(read(model("openai-gpt-oss-120b")), later)
 
 

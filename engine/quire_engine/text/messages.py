@@ -68,8 +68,8 @@ def conversation(messages: Any, *, also_read: frozenset[str] = frozenset()) -> l
 
 
 def content_of(message: Any, place: int) -> str | list[dict[str, Any]] | None:
-    """The content of one message, which must have a role: a text, or parts that are texts. What else parts hold asks for
-    nothing here. Raises InvalidParameter."""
+    """The content of one message, which must have a role: a text, or parts that are texts. What else parts hold asks
+    for nothing here. Raises InvalidParameter."""
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str) or len(role) > MAX_ROLE:
         _refuse(f"message {place} has no role; give an object with role and content")

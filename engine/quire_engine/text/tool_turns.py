@@ -36,7 +36,7 @@ def for_template(turns: Turns, facts: ToolFacts, described: list[dict[str, Any]]
     answered = False  # whether the last turn is a user's, made of results
     for turn, results in _exchanges(turns, facts, native=native):
         if answered and turn["role"] == "user":
-            fitted[-1] = fitted[-1] | {"content": f"{fitted[-1]['content']}\n{text_of(turn.get('content'))}"}
+            fitted[-1] = _longer(fitted[-1], text_of(turn.get("content")))
         else:
             fitted.append(turn)
         answered = False
@@ -45,11 +45,15 @@ def for_template(turns: Turns, facts: ToolFacts, described: list[dict[str, Any]]
         elif results:
             text = "\n".join(f"<tool_response>\n{text_of(one.get('content'))}\n</tool_response>" for one in results)
             if turn["role"] == "user":
-                fitted[-1] = turn | {"content": f"{text_of(turn.get('content'))}\n{text}"}
+                fitted[-1] = _longer(fitted[-1], text)
             else:
                 fitted.append({"role": "user", "content": text})
                 answered = True
     return _with_description(fitted, described, facts) if described else fitted
+
+
+def _longer(turn: dict[str, Any], text: str) -> dict[str, Any]:
+    return turn | {"content": f"{text_of(turn.get('content'))}\n{text}"}
 
 
 def _exchanges(turns: Turns, facts: ToolFacts, *, native: bool) -> list[tuple[dict[str, Any], Turns]]:
