@@ -130,7 +130,7 @@ def _pieces_of(section: Section) -> list[Pieces]:
     found = [section.begin, section.call.before, section.call.after, section.between or (), section.end, section.apart]
     if isinstance(style, Tagged):
         found += [style.key, style.value, style.close]
-    return found + ([style.quotes] if isinstance(style, Literals) else [])
+    return found + ([style.quote] if isinstance(style, Literals) else [])
 
 
 def _marks(groups: Sequence[Pieces]) -> Iterator[str]:
@@ -188,7 +188,7 @@ def _bound_style(style: Style, letters: Mapping[str, str]) -> Style:
     if isinstance(style, Json):
         return style
     if isinstance(style, Literals):
-        return replace(style, quotes=_bound(style.quotes, letters))
+        return replace(style, quote=_bound(style.quote, letters))
     return replace(
         style, key=_bound(style.key, letters), value=_bound(style.value, letters), close=_bound(style.close, letters)
     )

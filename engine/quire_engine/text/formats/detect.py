@@ -1,8 +1,18 @@
 """Which format a model has: by name, or by what its chat template writes."""
 
+from collections.abc import Sequence
+
 from quire_engine.errors import InvalidParameter
 from quire_engine.text.formats.facts import Format
-from quire_engine.text.formats.families import CALL_NAMES, CALLS, PLAIN, REASONING, REASONING_NAMES, SIGNS
+from quire_engine.text.formats.families import (
+    CALL_NAMES,
+    CALL_SIGNS,
+    CALLS,
+    PLAIN,
+    REASONING,
+    REASONING_NAMES,
+    REASONING_SIGNS,
+)
 from quire_engine.text.tokenizer import Tokenizer
 
 NONE = "none"
@@ -23,21 +33,19 @@ def format_of(tool_parser: str | None, reasoning_parser: str | None, *, otherwis
 
 
 def detect(template_source: str, tokenizer: Tokenizer) -> Format:
-    """The format whose delimiters a chat template speaks of, or the vocabulary where the template does not."""
-    added = set(tokenizer.added_tokens.values())
-    calls, reasoning = PLAIN.calls, PLAIN.reasoning
-    named: list[str] = []
-    for sign in SIGNS:
-        if all(mark in template_source or mark in added for mark in sign.marks) and (
-            any(mark in template_source for mark in sign.marks)
-        ):
-            if sign.calls and calls is PLAIN.calls:
-                calls = CALLS[sign.calls]
-                named.append(sign.calls)
-            if sign.reasoning and reasoning is PLAIN.reasoning:
-                reasoning = REASONING[sign.reasoning]
-                named.append(sign.reasoning)
-    return Format(name="+".join(named) or PLAIN.name, reasoning=reasoning, calls=calls)
+    """The format that a chat template writes; what it does not tell is told by the vocabulary, or plain."""
+    added = "\n".join(tokenizer.added_tokens.values())
+    calls = _told_by(CALL_SIGNS, template_source) or _told_by(CALL_SIGNS, added)
+    reasoning = _told_by(REASONING_SIGNS, template_source) or _told_by(REASONING_SIGNS, added)
+    return Format(
+        name="+".join(name for name in (calls, reasoning) if name) or PLAIN.name,
+        reasoning=REASONING[reasoning] if reasoning else PLAIN.reasoning,
+        calls=CALLS[calls] if calls else PLAIN.calls,
+    )
+
+
+def _told_by(signs: Sequence[tuple[str, tuple[str, ...]]], source: str) -> str | None:
+    return next((name for name, marks in signs if all(mark in source for mark in marks)), None)
 
 
 def _known(name: str, names: dict[str, str], parameter: str) -> str | None:

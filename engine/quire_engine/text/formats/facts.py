@@ -74,12 +74,10 @@ class Tagged:
 class Literals:
     """Names with values, and commas between them, in the literals of a language that is almost JSON."""
 
-    assign: str  # between a name and its value; the same in objects where `bare_keys`
-    quotes: Pieces  # a mark that opens and closes a string as it is; empty: quoted with escapes, as in Python
-    true: str
-    false: str
-    null: str
-    bare_keys: bool  # whether the keys of nested objects are names too, or strings
+    assign: str  # between a name and its value
+    words: tuple[str, str, str]  # true, false and null
+    quote: Pieces = ()  # a mark before and after a string, which stands as it is; none: quotes and escapes as Python's
+    bare_keys: bool = False  # whether keys of nested objects are names with `assign` too; else strings with colons
 
 
 Style: TypeAlias = Json | Tagged | Literals

@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
-from quire_engine.text.formats.facts import Blank, Either, Mark, Maybe, Pieces, Space, Text
+from quire_engine.text.formats.facts import Blank, Either, Mark, Maybe, Pieces, Space, Text, leading
 
 MAX_SPACE = 32  # characters of whitespace in one place
 _MAX_INDEX = 6
@@ -12,6 +13,9 @@ _NAME_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0
 _ID_LETTERS = _NAME_LETTERS - {"."}
 _DIGITS = frozenset("0123456789")
 _SPACES = frozenset(" \t\n\r")
+Result = TypeVar("Result")
+Waiting: TypeAlias = Generator[None, None, Result]  # yields where it needs more text than there is
+Reading: TypeAlias = Waiting[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +27,18 @@ class Found:
 
 
 def find(pieces: Pieces, text: str, at: int, *, names: Collection[str] = (), ended: bool) -> Found | bool:
-    """The pieces at this place of a text; False: they are not there; True: it takes more text to tell.
+    """The pieces at this place of a text; False: they are not there; True: it would take more text to tell.
 
     What is found stays so however the text goes on: of several ways to read it, the first that is not ruled out counts.
     """
+    undecided = False
     for found in _ways(pieces, text, Found(at), names):
         if found is not None:
             return found
         if not ended:
             return True
-    return False
+        undecided = True
+    return undecided
 
 
 def _ways(pieces: Pieces, text: str, done: Found, names: Collection[str]) -> Iterator[Found | None]:
@@ -82,28 +88,35 @@ class Source:
         self.text = ""
         self.at = 0  # what lies before has been read
         self.ended = False
+        self.cut = False  # whether it ended in the middle of what was looked for
 
     def push(self, text: str) -> None:
         """More of it."""
         self.text = self.text[self.at :] + text
         self.at = 0
 
-    def find(self, pieces: Pieces, names: Collection[str] = ()) -> Generator[None, None, Found | None]:
+    def find(self, pieces: Pieces, names: Collection[str] = ()) -> Waiting[Found | None]:
         """The pieces here, if they come."""
         while True:
             found = find(pieces, self.text, self.at, names=names, ended=self.ended)
-            if found is not True:
-                return found or None
+            if not isinstance(found, bool):
+                self.cut = False
+                return found
+            if not found:
+                return None
+            if self.ended:
+                self.cut = True
+                return None
             yield
 
-    def take(self, pieces: Pieces, names: Collection[str] = ()) -> Generator[None, None, Found | None]:
+    def take(self, pieces: Pieces, names: Collection[str] = ()) -> Waiting[Found | None]:
         """The same, and goes on behind them."""
         found = yield from self.find(pieces, names)
         if found is not None:
             self.at = found.end
         return found
 
-    def more(self) -> Generator[None, None, bool]:
+    def more(self) -> Reading:
         """Waits for a letter; whether there is one."""
         while self.at == len(self.text) and not self.ended:
             yield
@@ -116,3 +129,16 @@ def _run(text: str, at: int, letters: frozenset[str], most: int) -> int:
     while end < len(text) and end - at < most and text[end] in letters:
         end += 1
     return end
+
+
+def firsts(pieces: Pieces) -> set[str]:
+    """The letters that pieces begin with, whitespace aside."""
+    piece = leading(pieces)
+    if piece is None:
+        return set()
+    rest = pieces[pieces.index(piece) + 1 :]
+    if isinstance(piece, Text | Mark):
+        return {piece.text[0]}
+    assert isinstance(piece, Maybe | Either), "a delimiter begins with a text"
+    options = (piece.pieces, ()) if isinstance(piece, Maybe) else piece.options
+    return {letter for option in options for letter in firsts(option + rest)}

@@ -4,19 +4,20 @@ How the text is cut makes no difference: whatever may yet turn into a delimiter 
 """
 
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from quire_engine.text.formats.bind import BoundFormat
-from quire_engine.text.formats.facts import Blank, Either, Json, Mark, Maybe, Pieces, Section, Text, leading
+from quire_engine.text.formats.facts import Blank, Literals, Mark, Pieces, Section, Tagged, Text, leading
 from quire_engine.text.formats.json_reader import JsonReader
-from quire_engine.text.formats.matching import MAX_SPACE, Found, Source
+from quire_engine.text.formats.literals import LiteralReader
+from quire_engine.text.formats.matching import MAX_SPACE, Found, Reading, Source, firsts
+from quire_engine.text.formats.tagged import read_pairs
 from quire_engine.text.formats.tools import Tool
 
 _SPACES = " \t\n\r"
 Kind: TypeAlias = Literal["content", "reasoning", "call", "arguments"]
-Reading: TypeAlias = Generator[None, None, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,9 @@ class OutputParser:
         if text:
             self._told.append(Piece(kind, text))
 
+    def _tell_arguments(self, text: str) -> None:
+        self._tell("arguments", text)
+
     def _read(self) -> Iterator[None]:
         source = self._source
         while (yield from source.more()):
@@ -138,6 +142,8 @@ class OutputParser:
                 break
             name = found.name
         yield from self._source.take(section.end)
+        if self._source.cut:  # in a delimiter, which is not content for being unfinished
+            self._source.at = len(self._source.text)
 
     def _call(self, section: Section, name: str) -> Reading:
         """A call from its name on; whether it is closed."""
@@ -154,8 +160,13 @@ class OutputParser:
 
     def _arguments(self, section: Section, name: str) -> Reading:
         """Whether they are complete."""
-        assert isinstance(section.call.arguments, Json)
-        source, reader = self._source, JsonReader()
+        style, source = section.call.arguments, self._source
+        if isinstance(style, Tagged):
+            schema = self._tools[name].parameters
+            return (yield from read_pairs(source, style, section.call.after, schema, self._tell_arguments))
+        if isinstance(style, Literals):
+            return (yield from LiteralReader(source, style, self._tell_arguments).arguments(section.call.after))
+        reader = JsonReader()
         while (yield from source.more()):
             end = reader.take(source.text, source.at)
             self._tell("arguments", source.text[source.at : end])
@@ -197,18 +208,5 @@ def _ends_reasoning(rule: _Rule) -> bool:
 def _looked_for(rules: list[_Rule]) -> tuple[list[_Rule], re.Pattern[str]]:
     """Rules, and where they may begin."""
     space = f"[{_SPACES}]"
-    firsts = "".join(sorted({re.escape(letter) for rule in rules for letter in _firsts(rule.pieces)}))
-    return rules, re.compile(rf"{space}{{0,{MAX_SPACE}}}[\ud800-\udfff{firsts}]|{space}{{1,{MAX_SPACE}}}\Z")
-
-
-def _firsts(pieces: Pieces) -> set[str]:
-    """The letters that pieces begin with, whitespace aside."""
-    piece = leading(pieces)
-    if piece is None:
-        return set()
-    rest = pieces[pieces.index(piece) + 1 :]
-    if isinstance(piece, Text | Mark):
-        return {piece.text[0]}
-    assert isinstance(piece, Maybe | Either), "a delimiter begins with a text"
-    options = (piece.pieces, ()) if isinstance(piece, Maybe) else piece.options
-    return {letter for option in options for letter in _firsts(option + rest)}
+    letters = "".join(sorted({re.escape(letter) for rule in rules for letter in firsts(rule.pieces)}))
+    return rules, re.compile(rf"{space}{{0,{MAX_SPACE}}}[\ud800-\udfff{letters}]|{space}{{1,{MAX_SPACE}}}\Z")

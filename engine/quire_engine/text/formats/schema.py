@@ -1,0 +1,84 @@
+"""What a JSON schema says about a value of which only the text is known."""
+
+import json
+import re
+from typing import Any
+
+TYPES = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
+_MAX_REFERENCES = 16
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+def types_of(schema: Any, root: dict[str, Any], *, references: int = 0) -> frozenset[str]:
+    """The types that a schema allows; all of them where it does not say. `root`: what its references refer to."""
+    if not isinstance(schema, dict) or references > _MAX_REFERENCES:
+        return TYPES
+    allowed = TYPES
+    if (reference := schema.get("$ref")) is not None:
+        allowed &= types_of(referred(reference, root), root, references=references + 1)
+    if (kind := schema.get("type")) is not None:
+        kinds = frozenset(one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str))
+        allowed &= kinds | ({"integer"} if "number" in kinds else set())
+    if isinstance(values := schema.get("enum"), list):
+        allowed &= frozenset(type_of(value) for value in values)
+    if "const" in schema:
+        allowed &= {type_of(schema["const"])}
+    for key in ("anyOf", "oneOf"):
+        if isinstance(options := schema.get(key), list):
+            allowed &= frozenset().union(*(types_of(one, root, references=references + 1) for one in options))
+    if isinstance(options := schema.get("allOf"), list):
+        for one in options:
+            allowed &= types_of(one, root, references=references + 1)
+    return allowed
+
+
+def referred(reference: Any, root: dict[str, Any]) -> Any:
+    """What a reference within a schema refers to; {} (anything) for what is not there."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return {}
+    at: Any = root
+    for step in reference[1:].split("/")[1:]:
+        key = step.replace("~1", "/").replace("~0", "~")
+        if not isinstance(at, dict) or key not in at:
+            return {}
+        at = at[key]
+    return at
+
+
+def type_of(value: Any) -> str:
+    """A JSON value's type; of numbers, the narrower one."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    if isinstance(value, int | float):
+        return "integer" if isinstance(value, int) or value.is_integer() else "number"
+    return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
+
+
+def typed(text: str, types: frozenset[str]) -> str:
+    """A bare value as JSON: of one of these types if it is one, and else a string."""
+    bare = text.strip()
+    written = _PYTHON_WORDS.get(bare, bare)
+    try:
+        value = json.loads(written, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return dumped(text)
+    return written if type_of(value) in types else dumped(text)
+
+
+def dumped(text: str) -> str:
+    """A text as a JSON string."""
+    return '"' + escaped(text) + '"'
+
+
+def escaped(text: str) -> str:
+    """The same without its quotes."""
+    return _SURROGATES.sub(_escape, json.dumps(text, ensure_ascii=False)[1:-1])
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
