@@ -124,7 +124,7 @@ class LiteralReader:
                 self._tell('"')
                 return True
             letter = source.text[source.at]
-            if "\ud800" <= letter <= "\udfff":
+            if source.cut or "\ud800" <= letter <= "\udfff":
                 break
             source.at += 1
             if letter == "\\" and close != quote:

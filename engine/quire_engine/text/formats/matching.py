@@ -100,7 +100,7 @@ class Source:
         while True:
             found = find(pieces, self.text, self.at, names=names, ended=self.ended)
             if not isinstance(found, bool):
-                self.cut = False
+                self.cut = self.cut and found.end == self.at
                 return found
             if not found:
                 return None

@@ -42,7 +42,7 @@ def _read_value(source: Source, close: Pieces, types: frozenset[str], tell: Tell
             if (yield from source.take(close)) is not None:
                 tell(typed("".join(held), types))
                 return True
-            if not (yield from source.more()):
+            if source.cut or not (yield from source.more()):
                 return False
             if "\ud800" <= source.text[source.at] <= "\udfff":
                 return False
@@ -69,7 +69,7 @@ def _read_text(source: Source, close: Pieces, tell: Tell, *, most: int | None = 
         if end == source.at:
             if (yield from source.take(close)) is not None:
                 return True
-            if "\ud800" <= source.text[source.at] <= "\udfff":
+            if source.cut or "\ud800" <= source.text[source.at] <= "\udfff":
                 return False
             end = source.at + 1
         if most is not None:
