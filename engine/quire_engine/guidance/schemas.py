@@ -103,7 +103,7 @@ def _check_keywords(schema: Mapping[str, Any], refuse: Any) -> None:
     if "additionalItems" in schema and ("prefixItems" in schema or any(name in schema for name in _APPLICATORS)):
         raise refuse("has additionalItems where it cannot be kept to; write prefixItems and items")
     least = schema.get("minProperties")
-    if isinstance(least, int) and least > max(1, len(schema.get("required", ()))):
+    if isinstance(least, int) and least > max(1, len(_listed(schema.get("required")))):
         raise refuse("has a minProperties that cannot be kept to; name the properties in required")
     for value in [schema.get(name) for name in _NUMBERS] + list(_listed(schema.get("enum"))):
         if type(value) is int and abs(value) > MAX_INTEGER:
@@ -145,7 +145,9 @@ def _schemas(schema: Any) -> Iterator[Mapping[str, Any]]:
 
 def _factor(value: Any) -> int:
     """Of a multipleOf: its digits as an integer, without the factors 2 and 5, which cost nothing."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value:
+        return 1
+    if isinstance(value, float) and not math.isfinite(value):
         return 1
     number = Fraction(str(value))
     found = abs(number.numerator)

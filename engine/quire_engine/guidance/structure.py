@@ -99,6 +99,8 @@ def _check_text(name: str, text: Any) -> None:
         raise InvalidParameter(
             f"the {name} of structured_outputs has {len(text)} characters; at most {MAX_GRAMMAR} are read", _NAME
         )
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InvalidParameter(f"the {name} of structured_outputs holds half a surrogate pair, which is no text", _NAME)
 
 
 def _check_choices(choices: Any) -> None:

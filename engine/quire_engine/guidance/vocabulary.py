@@ -29,7 +29,7 @@ class Vocabulary:
         """For llguidance. Takes a second for large vocabularies."""
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        return LLTokenizer(TokenizerWrapper(_Words(self)), n_vocab=self.size, eos_token=list(self.ends))
+        return LLTokenizer(TokenizerWrapper(_Words(self)), eos_token=list(self.ends))
 
 
 def marked(token: int) -> bytes:
@@ -43,10 +43,11 @@ class _Words:
     bos_token_id = None
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        known = vocabulary.tokens[: vocabulary.size]
+        size = vocabulary.size  # all ids get a word: llguidance makes its masks as wide as there are words
+        known = [*vocabulary.tokens[:size], *[b""] * (size - len(vocabulary.tokens))]
         self.tokens = [word if word else f"<unused {token}>".encode() for token, word in enumerate(known)]
         unused = {token for token, word in enumerate(known) if not word}
-        self.special_token_ids = sorted(token for token in vocabulary.delimiters | unused if token < len(known))
+        self.special_token_ids = sorted(token for token in vocabulary.delimiters | unused if token < size)
         self.eos_token_id = vocabulary.ends[0]
         self._encode = vocabulary.encode
 
