@@ -1,0 +1,170 @@
+"""Whatever is written under the mask of a JSON schema is JSON that the schema holds of, says another implementation."""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from datetime import date, time
+from decimal import Decimal, localcontext
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema.validators import validator_for
+from llguidance import LLMatcher, LLTokenizer
+from schema_corpus import CORPUS
+from schema_keywords import REFUSED
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from vocabularies import CORPUS as PROSE
+
+END = "</s>"
+CHUNKS = 16
+WALKS = 4
+LONGEST = 1500  # tokens
+FORMATS = FormatChecker(formats=("email", "ipv4", "ipv6", "uuid"))
+
+
+def _checks(name: str) -> Callable[[Callable[[str], object]], Callable[[str], object]]:
+    """Registers a check that raises ValueError for a string that is not of a format."""
+
+    def register(check: Callable[[str], object]) -> Callable[[str], object]:
+        FORMATS.checks(name, raises=ValueError)(lambda value: not isinstance(value, str) or check(value) is not False)
+        return check
+
+    return register
+
+
+@_checks("date")
+def _is_date(value: str) -> date:
+    """Of some year: which Februaries have 29 days is more than a regular expression can say."""
+    return date.fromisoformat("2000" + value[4:])
+
+
+@_checks("time")
+def _is_time(value: str) -> time:
+    return time.fromisoformat(re.sub(r":60(?!\d)(?=[.Zz+-])", ":59", value).upper())
+
+
+@_checks("date-time")
+def _is_date_time(value: str) -> None:
+    _is_date(value[:10])
+    assert value[10] in "Tt"
+    _is_time(value[11:])
+
+
+@_checks("duration")
+def _is_duration(value: str) -> bool:
+    return re.fullmatch(r"P(?!$)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+S)?)?)", value) is not None
+
+
+@_checks("hostname")
+def _is_hostname(value: str) -> bool:
+    return all(re.fullmatch(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)", label) for label in value.split("."))
+
+
+@_checks("uri")
+def _is_uri(value: str) -> bool:
+    return bool(urlsplit(value).scheme) and not re.search(r"[\s<>\"{}|\\^`]", value)
+
+
+@cache
+def vocabulary() -> tuple[LLTokenizer, list[bytes]]:
+    """A byte-level one of a thousand tokens, many of which join what JSON keeps apart, and the bytes of each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [
+        json.dumps(schema, separators=separators) for schema in CORPUS.values() for separators in [(",", ":"), None]
+    ]
+    tokenizer.train_from_iterator(texts + PROSE, trainer)
+    made = LLTokenizer(tokenizer.to_str(), eos_token=tokenizer.token_to_id(END))
+    return made, [made.decode_bytes([token]) for token in range(made.vocab_size)]
+
+
+def guided_by(schema: Any) -> LLMatcher:
+    """A matcher at the beginning of an output."""
+    return LLMatcher(vocabulary()[0], LLMatcher.grammar_from_json_schema(json.dumps(schema)), log_level=0)
+
+
+def refusal_of(schema: Any) -> str:
+    """Why a schema cannot be guided by; empty if it can."""
+    return guided_by(schema).get_error()
+
+
+def write(schema: Any, draws: random.Random) -> str:
+    """What a model writes that draws at random from what the mask lets it, and is soon eager to end."""
+    matcher = guided_by(schema)
+    tokenizer, spellings = vocabulary()
+    end = tokenizer.eos_token
+    eager_from = draws.randint(0, 40)
+    written = b""
+    for step in range(LONGEST):
+        mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        assert not matcher.is_error(), matcher.get_error()
+        allowed = np.flatnonzero(mask).tolist()
+        assert allowed, f"nothing may follow {written!r}"
+        if end in allowed and (len(allowed) == 1 or step >= eager_from or draws.random() < 0.2):
+            assert matcher.is_accepting()
+            return written.decode()
+        choices = [token for token in allowed if token != end]
+        if step >= eager_from or draws.random() < 0.5:
+            choices = _endings(choices, spellings, written, draws)
+        token = draws.choice(choices)
+        assert matcher.consume_token(token), matcher.get_error()
+        written += spellings[token]
+    pytest.fail(f"not ended after {LONGEST} tokens: {written[:200]!r} …")
+
+
+def _endings(choices: list[int], spellings: list[bytes], written: bytes, draws: random.Random) -> list[int]:
+    """Those of the tokens that lead to the end soonest, by their looks; now and then, any."""
+    inside_string = len(re.findall(rb'(?:[^"\\]|\\.)*?"', written, re.DOTALL)) % 2 == 1
+    if inside_string:
+        orders = [b'"'] if draws.random() < 0.5 else [b'"', b"@:-/.T", b"0123456789"]
+    else:
+        orders = [b"}]", b",:", b'"nft-0123456789']
+    for order in orders if draws.random() < 0.9 else []:
+        found = [token for token in choices if spellings[token][0] in order]
+        if found:
+            shortest = min(len(spellings[token]) for token in found)
+            return [token for token in found if len(spellings[token]) == shortest]
+    return choices
+
+
+def faults_of(schema: Any, text: str) -> list[str]:
+    """What is wrong with an output. Numbers are decimal, as they are written."""
+    exact = json.loads(json.dumps(schema), parse_float=Decimal)
+    validator = validator_for(schema, default=Draft202012Validator)(exact, format_checker=FORMATS)
+    with localcontext(prec=LONGEST):
+        return [fault.message for fault in validator.iter_errors(json.loads(text, parse_float=Decimal))]
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_what_is_written_under_the_masks_of_a_schema_is_valid(chunk: int) -> None:
+    wrong = {}
+    for name in sorted(CORPUS)[chunk::CHUNKS]:
+        for seed in range(WALKS):
+            text = write(CORPUS[name], random.Random(f"{name} {seed}"))
+            if faults := faults_of(CORPUS[name], text):
+                wrong[f"{name}, {seed}"] = (text[:200], faults)
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_schema_that_no_mask_can_hold_is_refused_by_name(name: str) -> None:
+    schema, word = REFUSED[name]
+    assert word.lower() in refusal_of(schema).lower()
+
+
+def test_the_corpus_is_of_schemas() -> None:
+    assert len(CORPUS) >= 320
+    for schema in CORPUS.values():
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
