@@ -9,14 +9,15 @@ if TYPE_CHECKING:
     from quire_engine.text.params import SamplingParams
 
     from quire.client import AsyncClient, Client
-    from quire.llm import LLM, Completion, RequestOutput
+    from quire.llm import LLM, Completion, RequestOutput, ToolCall
 
-__all__ = ["LLM", "AsyncClient", "Client", "Completion", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "AsyncClient", "Client", "Completion", "RequestOutput", "SamplingParams", "ToolCall"]
 
 _HOMES = {
     "LLM": "quire.llm",
     "Completion": "quire.llm",
     "RequestOutput": "quire.llm",
+    "ToolCall": "quire.llm",
     "Client": "quire.client",
     "AsyncClient": "quire.client",
     "SamplingParams": "quire_engine.text.params",

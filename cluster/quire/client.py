@@ -7,9 +7,8 @@ gateway gone goes to another, and a stream that breaks goes on there after the t
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -17,6 +16,8 @@ from quire_cluster.addresses import host_of, is_loopback
 from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
+
+from quire.messages import Gathered, Output, Response, chat_request, delta_of, embed_request, generate_request
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", 64 << 20),
@@ -43,46 +44,6 @@ def _options(address: str) -> list[tuple[str, Any]]:
     return [*_OPTIONS, ("grpc.enable_http_proxy", 0)] if is_loopback(host_of(address)) else _OPTIONS
 
 
-@dataclass
-class Output:
-    """One choice: whole, or (in a stream) what is new of it."""
-
-    index: int = 0
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: str | None = None
-
-
-@dataclass
-class Response:
-    """All choices of a request."""
-
-    request_id: str
-    outputs: list[Output]
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    prompt_logprobs: list[Any]
-
-    @property
-    def text(self) -> str:
-        """Of the first choice."""
-        return self.outputs[0].text
-
-
-def _sampling(options: dict[str, Any]) -> pb.SamplingParams:
-    """Raises InvalidParameter for what cannot be sent: an unknown name, another type, too large a number."""
-    message = pb.SamplingParams()
-    for name, value in options.items():
-        try:
-            message.MergeFrom(pb.SamplingParams(**{name: value}))
-        except (TypeError, ValueError) as error:
-            raise InvalidParameter(f"{name} cannot be sent: {error}", name) from error
-    return message
-
-
 def _metadata(api_key: str | None) -> list[tuple[str, str]]:
     """Raises InvalidParameter for a key that no header can carry."""
     if not api_key:
@@ -90,86 +51,6 @@ def _metadata(api_key: str | None) -> list[tuple[str, str]]:
     if not (api_key.isascii() and api_key.isprintable()):
         raise InvalidParameter("api_key holds other characters than visible ASCII ones", "api_key")
     return [("authorization", f"Bearer {api_key}")]
-
-
-def _generate_request(prompt: str | list[int], model: str, options: dict[str, Any]) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(
-        model=model, priority=options.pop("priority", None), cache_salt=options.pop("cache_salt", None)
-    )
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(prompt)
-    request.sampling.CopyFrom(_sampling(options))
-    return request
-
-
-def _chat_request(messages: list[dict[str, str]], model: str, options: dict[str, Any]) -> pb.ChatRequest:
-    own = {
-        name: options.pop(name, None)
-        for name in ("priority", "cache_salt", "add_generation_prompt", "continue_final_message")
-    }
-    request = pb.ChatRequest(model=model, **own)
-    for message in messages:
-        request.messages.add(**message)
-    request.sampling.CopyFrom(_sampling(options))
-    return request
-
-
-def _embed_request(inputs: Sequence[str | list[int]], model: str, dimensions: int | None) -> pb.EmbedRequest:
-    request = pb.EmbedRequest(model=model, dimensions=dimensions)
-    for given in inputs:
-        if isinstance(given, str):
-            request.inputs.add(text=given)
-        else:
-            request.inputs.add(token_ids=pb.TokenIds(ids=given))
-    return request
-
-
-def _delta(message: pb.GenerateResponse) -> Output:
-    return Output(
-        index=message.index,
-        text=message.text,
-        token_ids=list(message.token_ids),
-        logprobs=list(message.logprobs),
-        finish_reason=message.finish_reason if message.HasField("finish_reason") else None,
-        stop_reason=message.stop_reason if message.HasField("stop_reason") else None,
-    )
-
-
-class _Gathered:
-    """Deltas becoming a response."""
-
-    def __init__(self) -> None:
-        self._outputs: dict[int, Output] = {}
-        self._last = pb.GenerateResponse()
-        self._prompt_logprobs: list[Any] = []
-
-    def add(self, message: pb.GenerateResponse) -> None:
-        self._prompt_logprobs += message.prompt_logprobs
-        if message.HasField("usage"):
-            self._last = message
-            return
-        if message.prompt_logprobs:
-            return
-        delta = _delta(message)
-        whole = self._outputs.setdefault(delta.index, Output(delta.index))
-        whole.text += delta.text
-        whole.token_ids += delta.token_ids
-        whole.logprobs += delta.logprobs
-        whole.finish_reason = delta.finish_reason or whole.finish_reason
-        whole.stop_reason = delta.stop_reason or whole.stop_reason
-
-    def response(self) -> Response:
-        usage = self._last.usage
-        return Response(
-            request_id=self._last.request_id,
-            outputs=[self._outputs[index] for index in sorted(self._outputs)],
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=usage.cached_tokens,
-            prompt_logprobs=self._prompt_logprobs,
-        )
 
 
 def _is_broken(call: Any) -> bool:
@@ -301,12 +182,12 @@ class _Base:
         self._places = _Places(addresses, connect)
 
     def _generate(self, prompt: str | list[int], model: str, timeout: float | None, options: dict[str, Any]) -> _Stream:
-        return _Stream(self._places, timeout, "Generate", _generate_request(prompt, model, options))
+        return _Stream(self._places, timeout, "Generate", generate_request(prompt, model, options))
 
     def _chat(
-        self, messages: list[dict[str, str]], model: str, timeout: float | None, options: dict[str, Any]
+        self, messages: Sequence[Mapping[str, Any]], model: str, timeout: float | None, options: dict[str, Any]
     ) -> _Stream:
-        return _Stream(self._places, timeout, "Chat", _chat_request(messages, model, options))
+        return _Stream(self._places, timeout, "Chat", chat_request(messages, model, options))
 
 
 class Client(_Base):
@@ -340,13 +221,13 @@ class Client(_Base):
         return self._follow(self._generate(prompt, model, timeout, options))
 
     def chat(
-        self, messages: list[dict[str, str]], *, model: str = "", timeout: float | None = None, **options: Any
+        self, messages: Sequence[Mapping[str, Any]], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> Response:
         """Answers a conversation."""
         return self._gather(self._chat(messages, model, timeout, options))
 
     def stream_chat(
-        self, messages: list[dict[str, str]], *, model: str = "", timeout: float | None = None, **options: Any
+        self, messages: Sequence[Mapping[str, Any]], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> Iterator[Output]:
         """The same, piece by piece."""
         return self._follow(self._chat(messages, model, timeout, options))
@@ -355,7 +236,7 @@ class Client(_Base):
         self, inputs: Sequence[str | list[int]], *, model: str = "", dimensions: int | None = None
     ) -> list[list[float]]:
         """A vector for each text (or token ids)."""
-        answer = self._ask("Embed", _embed_request(inputs, model, dimensions))
+        answer = self._ask("Embed", embed_request(inputs, model, dimensions))
         return [list(one.values) for one in answer.embeddings]
 
     def tokenize(self, text: str, *, model: str = "", add_special_tokens: bool = True) -> list[int]:
@@ -396,7 +277,7 @@ class Client(_Base):
             call = stream.open(self._metadata)
 
     def _gather(self, stream: _Stream) -> Response:
-        gathered = _Gathered()
+        gathered = Gathered()
         for message in self._messages(stream, stream.open(self._metadata)):
             gathered.add(message)
         return gathered.response()
@@ -404,7 +285,7 @@ class Client(_Base):
     def _follow(self, stream: _Stream) -> Iterator[Output]:
         """The call has begun when this returns."""
         messages = self._messages(stream, stream.open(self._metadata))
-        return (_delta(one) for one in messages if not (one.HasField("usage") or one.prompt_logprobs))
+        return (delta_of(one) for one in messages if not (one.HasField("usage") or one.prompt_logprobs))
 
 
 class AsyncClient(_Base):
@@ -438,13 +319,13 @@ class AsyncClient(_Base):
         return self._follow(self._generate(prompt, model, timeout, options))
 
     async def chat(
-        self, messages: list[dict[str, str]], *, model: str = "", timeout: float | None = None, **options: Any
+        self, messages: Sequence[Mapping[str, Any]], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> Response:
         """Answers a conversation."""
         return await self._gather(self._chat(messages, model, timeout, options))
 
     def stream_chat(
-        self, messages: list[dict[str, str]], *, model: str = "", timeout: float | None = None, **options: Any
+        self, messages: Sequence[Mapping[str, Any]], *, model: str = "", timeout: float | None = None, **options: Any
     ) -> AsyncIterator[Output]:
         """The same, piece by piece."""
         return self._follow(self._chat(messages, model, timeout, options))
@@ -453,7 +334,7 @@ class AsyncClient(_Base):
         self, inputs: Sequence[str | list[int]], *, model: str = "", dimensions: int | None = None
     ) -> list[list[float]]:
         """A vector for each text (or token ids)."""
-        attempts, request = _Attempts(self._places, None), _embed_request(inputs, model, dimensions)
+        attempts, request = _Attempts(self._places, None), embed_request(inputs, model, dimensions)
         while True:
             try:
                 answer = await attempts.place.stub.Embed(request, metadata=self._metadata)
@@ -478,7 +359,7 @@ class AsyncClient(_Base):
             call = stream.open(self._metadata)
 
     async def _gather(self, stream: _Stream) -> Response:
-        gathered = _Gathered()
+        gathered = Gathered()
         async for message in self._messages(stream, stream.open(self._metadata)):
             gathered.add(message)
         return gathered.response()
@@ -491,4 +372,4 @@ class AsyncClient(_Base):
         async with aclosing(messages):
             async for message in messages:
                 if not (message.HasField("usage") or message.prompt_logprobs):
-                    yield _delta(message)
+                    yield delta_of(message)

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from quire_engine.outcome import StepOutcome
 from quire_engine.pooling import Pooling, pooling_of
 from quire_engine.request import EngineSampling, Request, check_length
 from quire_engine.step import Floats, TokenLogprobs
+from quire_engine.text.formats.chat import Answer, ChatFormat, ToolUse
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
@@ -35,16 +37,27 @@ Prompt = str | list[int]
 
 
 @dataclass
+class ToolCall:
+    """A tool that a model calls. `arguments`: JSON text, cut off where the answer was."""
+
+    name: str
+    arguments: str
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+
+@dataclass
 class Completion:
     """One choice. One that failed has the finish reason "error", the text so far, and what happened in `error`."""
 
     index: int
-    text: str
+    text: str  # the content alone, of a conversation's answer
     token_ids: list[int]
     finish_reason: str
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprobs] | None = None
     error: QuireError | None = None
+    reasoning: str = ""  # of a conversation's answer
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass
@@ -74,12 +87,19 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] = DEMO_MODEL, *, chat_template: str | None = None, **options: Any
+        self,
+        model: str | os.PathLike[str] = DEMO_MODEL,
+        *,
+        chat_template: str | None = None,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+        **options: Any,
     ) -> None:
         # Nobody waits for an answer while a batch is queued, so none of it is refused.
         config = EngineConfig(model=os.fspath(model), **(options | {"max_num_queued_reqs": sys.maxsize}))
         files = find_model(config)
         self.tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
+        self.chat_format = ChatFormat(self.tokenizer, tool_parser=tool_call_parser, reasoning_parser=reasoning_parser)
         self._end_tokens = end_tokens(files, self.tokenizer)
         self._pooling = pooling_of(files, config.task)
         self._vocab_size: int = files.config["vocab_size"]
@@ -130,22 +150,26 @@ class LLM:
             raise InvalidParameter("this model gives no text; call embed", "prompts")
         batch = _batch(prompts, "prompts")
         each = _params_of_each(sampling_params, len(batch))
-        outputs: list[RequestOutput] = []
-        choices: dict[int, _Choice] = {}
+        asked: list[tuple[RequestOutput, TokenSampling]] = []
         samplings: dict[int, TokenSampling] = {}  # by the identity of what they are made of
         for prompt, wanted in zip(batch, each, strict=True):
             if id(wanted) not in samplings:
-                samplings[id(wanted)] = wanted.in_tokens(
-                    self.tokenizer, vocab_size=self._vocab_size, end_tokens=self._end_tokens
-                )
+                samplings[id(wanted)] = self.sampling(wanted)
             tokens = self._tokens(prompt, "prompts", add_special_tokens=add_special_tokens)
             output = RequestOutput(prompt if isinstance(prompt, str) else None, tokens)
-            outputs.append(output)
-            for choice in self._choices(output, samplings[id(wanted)]):
-                choices[choice.request.id] = choice
+            asked.append((output, samplings[id(wanted)]))
+        return self.run(asked, use_tqdm=use_tqdm)
+
+    def sampling(self, params: SamplingParams, answer: Answer | None = None) -> TokenSampling:
+        """What `run` takes; `answer`: to a conversation. Raises InvalidParameter."""
+        return params.in_tokens(self.tokenizer, vocab_size=self._vocab_size, end_tokens=self._end_tokens, answer=answer)
+
+    def run(self, asked: list[tuple[RequestOutput, TokenSampling]], *, use_tqdm: bool = True) -> list[RequestOutput]:
+        """Fills each output from its prompt's token ids. Raises as `generate` does."""
+        choices = {choice.request.id: choice for output, wanted in asked for choice in self._choices(output, wanted)}
         with self._engine_for([choice.request for choice in choices.values()]):
             self._run(choices, use_tqdm)
-        return outputs
+        return [output for output, _ in asked]
 
     def embed(self, texts: Prompt | Iterable[Prompt]) -> list[Floats]:
         """A vector for each text (or token ids), in their order; of a classifier, its score.
@@ -179,18 +203,34 @@ class LLM:
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
         sampling_params: SamplingParams | None = None,
         *,
+        tools: list[dict[str, Any]] | None = None,
+        tool_choice: str | dict[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers one conversation or many."""
+        """Answers one conversation or many. `tools`, `tool_choice` and `parallel_tool_calls` are OpenAI's.
+
+        Raises InvalidParameter or ContextTooLong before anything runs, as `generate` does.
+        """
+        if self._pooling is not None:
+            raise InvalidParameter("this model gives no text; call embed", "messages")
         given: Any = messages
         many = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
         if not all(isinstance(one, list) and all(isinstance(turn, dict) for turn in one) for one in many):
             raise InvalidParameter(
                 "messages must be a list of objects with role and content, or lists of it", "messages"
             )
-        prompts = [self.tokenizer.render(one, add_generation_prompt=True, continue_final_message=False) for one in many]
         params = sampling_params or SamplingParams(max_tokens=None)
-        return self.generate(prompts, params, use_tqdm=use_tqdm, add_special_tokens=False)
+        use = ToolUse.of(tools, tool_choice, parallel_tool_calls)
+        asked: list[tuple[RequestOutput, TokenSampling]] = []
+        for one in many:
+            prompt = self.tokenizer.render(one, add_generation_prompt=True, continue_final_message=False, tools=tools)
+            tokens = self._tokens(prompt, "messages", add_special_tokens=False)
+            answer = self.chat_format.answer(
+                tokens, use, params.structured_outputs, thinking_budget=params.thinking_token_budget
+            )
+            asked.append((RequestOutput(prompt, tokens), self.sampling(params, answer)))
+        return self.run(asked, use_tqdm=use_tqdm)
 
     @property
     def pooling(self) -> Pooling | None:
@@ -229,7 +269,9 @@ class LLM:
                 completion.logprobs = []
             output.outputs.append(completion)
             request = Request(next(self._ids), list(prompt), len(prompt), wanted, arrival=time.monotonic())
-            made.append(_Choice(request, OutputText(self.tokenizer, params, prompt), completion, output))
+            made.append(
+                _Choice(request, OutputText(self.tokenizer, params, prompt, sampling.answer), completion, output)
+            )
         return made
 
     @contextmanager
@@ -304,7 +346,8 @@ class LLM:
 def _accept(choice: _Choice, token: int) -> None:
     completion, text = choice.completion, choice.text
     completion.token_ids.append(token)
-    completion.text += text.push(token, choice.request.finish_reason == "stop")
+    text.push(token, choice.request.finish_reason == "stop")
+    _show(choice)
     if text.stopped_by is not None:
         completion.finish_reason, completion.stop_reason = "stop", text.stopped_by
 
@@ -313,10 +356,23 @@ def _finish(choice: _Choice) -> None:
     completion, request = choice.completion, choice.request
     if request.error is not None:
         raise request.error
-    completion.text += choice.text.finish()
+    choice.text.finish()
+    _show(choice)
     completion.finish_reason = request.finish_reason or "abort"
+    if completion.finish_reason == "stop" and completion.tool_calls:
+        completion.finish_reason = "tool_calls"
     completion.stop_reason = request.stop_token_id
     choice.output.num_cached_tokens = max(request.num_cached, 0)
+
+
+def _show(choice: _Choice) -> None:
+    completion, shown = choice.completion, choice.text.take()
+    completion.text += shown.content
+    completion.reasoning += shown.reasoning
+    for part in shown.calls:
+        if part.name is not None:
+            completion.tool_calls.append(ToolCall(part.name, ""))
+        completion.tool_calls[part.index].arguments += part.arguments
 
 
 def _batch(prompts: Prompt | Iterable[Prompt], name: str) -> list[Prompt]:

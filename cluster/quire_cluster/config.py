@@ -75,7 +75,22 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(GatewayConfig):
+class ParserConfig:
+    """How what a model writes is read."""
+
+    tool_call_parser: str | None = option(
+        None,
+        "of its calls of tools",
+        form="hermes, llama3_json, mistral, ... or none (see docs/tools.md)",
+        unset="read off the chat template",
+    )
+    reasoning_parser: str | None = option(
+        None, "of its reasoning", form="deepseek_r1, granite, ... or none", unset="read off the chat template"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(ParserConfig, GatewayConfig):
     """The server around the engines."""
 
     served_model_name: str | None = option(

@@ -445,9 +445,15 @@ class Controller:
                 self._changed.notify_all()
 
 
-def _texts(deployment: Deployment) -> tuple[str, str | None]:
+def _texts(deployment: Deployment) -> tuple[str | None, ...]:
     """What replicas and gateways read."""
-    return (deployment.engine_revision, deployment.chat_template)
+    config = deployment.config
+    return (
+        deployment.engine_revision,
+        deployment.chat_template,
+        config.tool_call_parser,
+        config.reasoning_parser,
+    )
 
 
 @ray.remote(num_cpus=0)
@@ -455,6 +461,7 @@ def _context_of(deployment: Deployment) -> int:
     """Raises QuireError for what a replica, or a gateway, could not read."""
     from quire_engine.models.check import check_model
     from quire_engine.text.chat_template import ChatTemplate
+    from quire_engine.text.formats.chat import ChatFormat
     from quire_engine.text.tokenizer import Tokenizer
 
     engine, template = deployment.engine, deployment.chat_template
@@ -464,5 +471,7 @@ def _context_of(deployment: Deployment) -> int:
             ChatTemplate(template, {})
         except ModelError as error:
             raise InvalidParameter(str(error), "chat_template") from error
-    Tokenizer.load(checked.files, other=engine.tokenizer, chat_template=template)
+    tokenizer = Tokenizer.load(checked.files, other=engine.tokenizer, chat_template=template)
+    config = deployment.config
+    ChatFormat(tokenizer, tool_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser)
     return checked.max_model_len

@@ -11,6 +11,8 @@ from typing import Any
 from quire_engine.config import EngineConfig, check, kind_of, option
 from quire_engine.errors import InvalidParameter
 
+from quire_cluster.config import ParserConfig
+
 _NAME = 200  # characters, at most
 MOST_REPLICAS = 4096
 _LISTED = 400  # characters of a message; gRPC has room for 8 KiB, and writes some characters as nine
@@ -29,7 +31,7 @@ _MODEL_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeploymentConfig:
+class DeploymentConfig(ParserConfig):
     """The deployment, besides its engine."""
 
     aliases: str | None = option(

@@ -40,7 +40,12 @@ class Server:
         self._name = f"quire-{uuid.uuid4().hex[:12]}"
         name, *aliases = self.model_names
         replicas = serve.data_parallel_size
-        config = DeploymentConfig(aliases=",".join(aliases) or None, min_replicas=replicas)
+        config = DeploymentConfig(
+            aliases=",".join(aliases) or None,
+            min_replicas=replicas,
+            tool_call_parser=serve.tool_call_parser,
+            reasoning_parser=serve.reasoning_parser,
+        )
         self._deployment = Deployment(name, engine, config, _chat_template(serve))
         self._cluster: PrivateCluster | None = None
         self._controller: Any = None

@@ -149,6 +149,7 @@ def test_what_would_change_the_answer_is_refused_by_name(body: dict[str, Any]) -
     with pytest.raises(InvalidParameter, match=next(iter(body))):
         request = parse(schema.ChatCompletionRequest, orjson.dumps({"messages": MESSAGES} | body))
         request.sampling()
+        request.tool_use()
         request.template_variables(frozenset())
 
 

@@ -106,9 +106,11 @@ def test_a_stop_string_counts_once_it_ends_after_the_least_number_of_tokens(
     text, shown = "", ""
     for number, piece in enumerate(pieces, 1):
         text += piece
-        shown += output.push(vocabulary[piece])
+        output.push(vocabulary[piece])
+        shown += output.take().content
         if number > least and (expected := at_once(text, stops, False, least))[1] is not None:
             assert (shown, output.stopped_by) == expected
             return
         assert output.stopped_by is None
-    assert shown + output.finish() == text
+    output.finish()
+    assert shown + output.take().content == text

@@ -16,7 +16,7 @@ from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, RequestError, ServerError
 
 from quire.cli.batch_lines import Line, line_of
-from quire.llm import LLM
+from quire.llm import LLM, RequestOutput
 
 _SHARE = 1024  # lines that run together, and are written together
 _BOM = b"\xef\xbb\xbf"
@@ -52,8 +52,8 @@ def _run(llm: LLM, lines: list[Line]) -> None:
     runnable = [line for line in lines if line.error is None]
     try:
         if llm.pooling is None:
-            prompts, params = [line.prompt for line in runnable], [line.params for line in runnable]
-            for line, output in zip(runnable, llm.generate(prompts, params) if runnable else [], strict=True):
+            asked = [(RequestOutput(None, line.prompt), line.sampling) for line in runnable]
+            for line, output in zip(runnable, llm.run(asked) if runnable else [], strict=True):
                 line.take(output)
         elif runnable:
             vectors = iter(llm.embed([tokens for line in runnable for tokens in line.inputs]))

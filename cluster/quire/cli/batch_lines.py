@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 from quire_cluster.gateway import pooling
 from quire_cluster.gateway.bodies import validated
+from quire_cluster.gateway.chat import whole_message
 from quire_cluster.gateway.http import error_body, http_status
 from quire_cluster.gateway.schema import (
     ChatCompletionRequest,
@@ -17,9 +18,9 @@ from quire_cluster.gateway.schema import (
 )
 from quire_engine.errors import InvalidParameter, QuireError
 from quire_engine.step import Floats
-from quire_engine.text.params import SamplingParams
+from quire_engine.text.params import TokenSampling
 
-from quire.llm import LLM, RequestOutput
+from quire.llm import LLM, Completion, RequestOutput
 
 _CHAT, _TEXT, _EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 _SCORE, _RERANK = "/v1/score", ("/v1/rerank", "/v2/rerank", "/rerank")
@@ -33,7 +34,7 @@ class Line:
         self.custom_id = f"line-{number}"
         self.error: QuireError | None = None
         self.prompt: list[int] = []  # of a line that generates
-        self.params = SamplingParams()
+        self.sampling: TokenSampling  # of that
         self.inputs: list[list[int]] = []  # of one that asks for vectors or scores
         self._body: dict[str, Any] = {}
 
@@ -76,24 +77,35 @@ class Line:
         self._chat = url == _CHAT
         if self._chat:
             chat = validated(ChatCompletionRequest, content)
-            self.params, self._model = chat.sampling(), chat.model or ""
+            params, self._model = chat.sampling(), chat.model or ""
+            use = chat.tool_use()
             text = tokenizer.render(
                 [message.for_template() for message in chat.messages],
                 add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
                 continue_final_message=chat.continue_final_message,
                 variables=chat.template_variables(tokenizer.template_variables),
+                tools=chat.tools,
             )
             self.prompt = tokenizer.encode(text, add_special_tokens=False)
+            answer = llm.chat_format.answer(
+                self.prompt,
+                use,
+                params.structured_outputs,
+                thinking_budget=params.thinking_token_budget,
+                continued=chat.messages[-1].text if chat.continue_final_message else None,
+            )
+            self.sampling = llm.sampling(params, answer)
         else:
             body = validated(CompletionRequest, content)
-            self.params, self._model = body.sampling(), body.model or ""
+            params, self._model = body.sampling(), body.model or ""
+            self.sampling = llm.sampling(params)
             if isinstance(body.prompt, str):
                 self.prompt = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
             else:
                 self.prompt = [token for token in body.prompt if isinstance(token, int)]
                 if len(self.prompt) < len(body.prompt):
                     raise InvalidParameter("a batch line takes one prompt: a text or token ids", "prompt")
-        llm.check(self.prompt, self.params)
+        llm.check(self.prompt, params)
 
     def _read_inputs(self, llm: LLM, body: EmbeddingRequest) -> None:
         if llm.pooling is not None and llm.pooling.scores:
@@ -132,11 +144,7 @@ class Line:
         self.error = next((one.error for one in output.outputs if one.error is not None), None)
         choices: list[dict[str, Any]] = []
         for completion in output.outputs:
-            shown: dict[str, Any] = (
-                {"message": {"role": "assistant", "content": completion.text}}
-                if self._chat
-                else {"text": completion.text}
-            )
+            shown = {"message": _message(completion)} if self._chat else {"text": completion.text}
             choices.append(
                 {"index": completion.index, "finish_reason": completion.finish_reason, "logprobs": None} | shown
             )
@@ -171,6 +179,14 @@ class Line:
         body = self._body if self.error is None else error_body(self.error, status)
         response = {"status_code": status, "request_id": identity, "body": body}
         return {"id": identity, "custom_id": self.custom_id, "error": None, "response": response}
+
+
+def _message(completion: Completion) -> dict[str, Any]:
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in completion.tool_calls
+    ]
+    return whole_message(completion.text, completion.reasoning, calls)
 
 
 def line_of(llm: LLM, data: bytes, number: int) -> Line:

@@ -9,7 +9,8 @@ from quire_engine.errors import ServerError
 
 from quire.cli.config import ChatConfig, CompleteConfig
 from quire.cli.terminal import ask, say
-from quire.client import Client, Output
+from quire.client import Client
+from quire.messages import Output
 
 
 def complete(prompt: str, config: CompleteConfig) -> None:
@@ -40,10 +41,15 @@ def _options(config: ChatConfig) -> dict[str, Any]:
 
 
 def _show(stream: Iterator[Output], address: str) -> str:
-    """Prints an answer as it comes, and returns it. Raises ServerError with what the server said."""
-    answer = ""
+    """Prints an answer as it comes, its reasoning ahead of it, and returns it without that. Raises ServerError with
+    what the server said."""
+    answer, reasons = "", False
     try:
         for output in stream:
+            say(output.reasoning, end="")
+            reasons = reasons or bool(output.reasoning)
+            if output.text:
+                say("\n\n" if reasons and not answer else "", end="")
             answer += output.text
             say(output.text, end="")
     except grpc.RpcError as error:

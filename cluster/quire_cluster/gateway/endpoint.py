@@ -42,11 +42,15 @@ class Endpoint(ABC):
     @abstractmethod
     async def _prompts(self) -> list[list[int]]: ...
 
+    async def _sampling(self, prompts: list[list[int]]) -> TokenSampling:
+        return await self._service.sampling(self._params)
+
     @abstractmethod
     def _envelope(self, *, chunk: bool) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]: ...
+    def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any] | None:
+        """None: there is nothing to tell yet."""
 
     @abstractmethod
     def _opening(self, generation: Generation, index: int) -> dict[str, Any] | None: ...
@@ -63,7 +67,7 @@ class Endpoint(ABC):
         prompts = await self._prompts()
         if self._body.stream and self._params.prompt_logprobs is not None:
             raise InvalidParameter("log-probabilities of the prompt are not streamed; set stream = false", "stream")
-        sampling = await self._service.sampling(self._params)
+        sampling = await self._sampling(prompts)
         try:
             for number, prompt in enumerate(prompts):
                 self._generations.append(self._start(prompt, sampling, number if len(prompts) > 1 else None))
@@ -157,7 +161,8 @@ class Endpoint(ABC):
                 if delta.error is not None:
                     yield b"data: " + orjson.dumps(stream_error(delta.error)) + b"\n\n"
                     return
-                yield event(self._chunk_choice(number * per_prompt + delta.index, delta))
+                if (choice := self._chunk_choice(number * per_prompt + delta.index, delta)) is not None:
+                    yield event(choice)
             if usage:
                 yield (b"data: " + envelope + b',"choices":[],"usage":' + orjson.dumps(self._usage()) + b"}\n\n")
             yield b"data: [DONE]\n\n"
@@ -194,19 +199,23 @@ class Endpoint(ABC):
         prompt = sum(len(generation.facts.prompt) for generation in self._generations)
         output = sum(generation.num_output_tokens for generation in self._generations)
         cached = sum(generation.cached_tokens for generation in self._generations)
-        return {
+        usage = {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+        return usage | self._usage_details()
+
+    def _usage_details(self) -> dict[str, Any]:
+        return {}
 
     def _token(self, token: int, *, begins: bool = False) -> str:
         return self._service.tokenizer.token_text(token, begins=begins)
 
 
 def joined(parts: list[Delta]) -> tuple[str, list[int], list[int], list[TokenLogprobs]]:
-    """Of a choice: its text, its token ids, the characters before each of them, and their scores."""
+    """Of a choice: its content, its token ids, the characters before each of them, and their scores."""
     return (
         "".join(part.text for part in parts),
         [token for part in parts for token in part.token_ids],

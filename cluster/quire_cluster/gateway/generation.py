@@ -4,6 +4,7 @@ The log (prompt, emitted tokens, sampling parameters, seed) is all that a replic
 """
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from quire_engine.errors import InvalidParameter, QuireError
 from quire_engine.request import EngineSampling
 from quire_engine.step import Floats, TokenLogprobs
-from quire_engine.text.output import OutputText
+from quire_engine.text.output import OutputText, Shown
 from quire_protos.v1 import engine_pb2 as pb
 
 from quire_cluster.convert import sampling_to_proto
@@ -24,13 +25,18 @@ class Delta:
     """What a choice has new since it was last asked. Tokens, text and log-probabilities go together."""
 
     index: int
-    text: str
+    shown: Shown
     token_ids: list[int]
     offsets: list[int]  # characters of the output before each token
     logprobs: list[TokenLogprobs]
     finish_reason: str | None
     stop_reason: str | int | None
     error: QuireError | None
+
+    @property
+    def text(self) -> str:
+        """Of the content."""
+        return self.shown.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +100,16 @@ class Choice:
         self._text = text
         self._arrived = arrived
         self._stop_ids = frozenset(sampling.stop_token_ids)
-        self._new_text: list[str] = []
         self._new_tokens: list[int] = []
         self._new_offsets: list[int] = []
         self._new_logprobs: list[TokenLogprobs] = []
         self._reported_end = False
         self._resumed_end: tuple[str, str | int | None, bool] | None = None  # known; the prompt's scores are to come
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of its output."""
+        return self._text.num_reasoning_tokens
 
     @property
     def ended(self) -> bool:
@@ -143,9 +153,7 @@ class Choice:
         stops = self._stops_at((token,))
         self._new_tokens.append(token)
         self._new_offsets.append(self._text.length)
-        shown = self._text.push(token, stops)
-        if shown:
-            self._new_text.append(shown)
+        self._text.push(token, stops)
         if self._text.stopped_by is not None:
             self.end("stop", stop_reason=self._text.stopped_by)
         self._arrived.set()
@@ -159,6 +167,7 @@ class Choice:
                 raise InvalidParameter(f"resume has tokens of answer {self.index} after its end", "resume")
             self.output.append(token)
             self._text.push(token, self._stops_at((token,)))
+        self._text.take()
         if len(self.output) > self.sampling.max_tokens:
             raise InvalidParameter(f"resume has more tokens of answer {self.index} than max_tokens", "resume")
         if finished:
@@ -213,22 +222,25 @@ class Choice:
             ending, self._resumed_end = self._resumed_end, None
             self._end_as(*ending)
             return
-        if self._text.stopped_by is None and reason in ("stop", "length") and (rest := self._text.finish()):
-            self._new_text.append(rest)
+        if self._text.stopped_by is None and reason in ("stop", "length"):
+            self._text.finish()
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
         self.times.finished = time.monotonic()
         self._arrived.set()
 
     def take(self) -> Delta | None:
         """What is new; None when nothing is."""
-        news = self._new_tokens or self._new_text or (self.finish_reason is not None and not self._reported_end)
+        shown = self._text.take()
+        news = self._new_tokens or shown or (self.finish_reason is not None and not self._reported_end)
         if not news:
             return None
         finish = self.finish_reason if not self._reported_end else None
         self._reported_end = self._reported_end or finish is not None
+        if finish == "stop" and self._text.num_calls:
+            finish = "tool_calls"
         delta = Delta(
             self.index,
-            "".join(self._new_text),
+            shown,
             self._new_tokens,
             self._new_offsets,
             self._new_logprobs[: len(self._new_tokens)],  # none of a token past a stop string
@@ -236,7 +248,7 @@ class Choice:
             self.stop_reason if finish else None,
             self.error if finish else None,
         )
-        self._new_text, self._new_tokens, self._new_offsets, self._new_logprobs = [], [], [], []
+        self._new_tokens, self._new_offsets, self._new_logprobs = [], [], []
         return delta
 
 
@@ -294,6 +306,16 @@ class Generation:
     def num_output_tokens(self) -> int:
         """Of all choices; a vector is none."""
         return sum(len(choice.output) for choice in self.choices if choice.vector is None)
+
+    def call_id(self, choice: int, place: int) -> str:
+        """Of a choice's call: the same whenever it is asked for."""
+        what = f"{self.facts.request_id} {choice} {place}"
+        return f"call_{hashlib.sha256(what.encode()).hexdigest()[:24]}"
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of these, tokens of reasoning."""
+        return sum(choice.num_reasoning_tokens for choice in self.choices)
 
     @property
     def cached_tokens(self) -> int:

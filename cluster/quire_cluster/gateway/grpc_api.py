@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
+import orjson
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from quire_engine.errors import (
     ContextTooLong,
@@ -20,6 +21,7 @@ from quire_engine.errors import (
     UnknownModel,
 )
 from quire_engine.step import TokenLogprobs
+from quire_engine.text.formats.chat import Answer, ToolUse
 from quire_engine.text.params import SamplingParams
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
@@ -63,6 +65,7 @@ _SCALARS = [
     "spaces_between_special_tokens",
     "logprobs",
     "prompt_logprobs",
+    "thinking_token_budget",
 ]
 _LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 
@@ -95,7 +98,16 @@ def sampling_from_proto(message: pb.SamplingParams, *, max_tokens: int | None) -
             given[name] = list(values)
     if message.logit_bias:
         given["logit_bias"] = dict(message.logit_bias)
+    if message.HasField("structured_outputs"):
+        given["structured_outputs"] = _structure(message.structured_outputs)
     return SamplingParams(**given)
+
+
+def _structure(message: pb.StructuredOutputs) -> dict[str, Any]:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        return {}
+    return {kind: list(message.choice.texts) if kind == "choice" else getattr(message, kind)}
 
 
 def _ids(given: Sequence[int], most: int, name: str) -> list[int]:
@@ -118,10 +130,53 @@ def _emitted(given: Sequence[pb.Emitted], most: int) -> dict[int, Emitted]:
 
 
 def _messages(request: pb.ChatRequest) -> list[dict[str, Any]]:
-    return [
-        {"role": message.role, "content": message.content} | ({"name": message.name} if message.name else {})
-        for message in request.messages
-    ]
+    return [_message(message) for message in request.messages]
+
+
+def _message(message: pb.ChatMessage) -> dict[str, Any]:
+    """As OpenAI's API has it."""
+    made: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name:
+        made["name"] = message.name
+    if message.HasField("tool_call_id"):
+        made["tool_call_id"] = message.tool_call_id
+    if message.HasField("reasoning"):
+        made["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        made["tool_calls"] = [
+            {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.arguments}}
+            for one in message.tool_calls
+        ]
+    return made
+
+
+def _tools(request: pb.ChatRequest) -> list[dict[str, Any]]:
+    """As OpenAI's API has them. Raises InvalidParameter."""
+    tools = []
+    for place, tool in enumerate(request.tools):
+        function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+        if tool.HasField("parameters"):
+            function["parameters"] = _json(tool.parameters, f"the parameters of tool {place}", "tools")
+        if tool.HasField("strict"):
+            function["strict"] = tool.strict
+        tools.append({"type": "function", "function": function})
+    return tools
+
+
+def _tool_choice(request: pb.ChatRequest) -> Any:
+    """As OpenAI's API has it. Raises InvalidParameter."""
+    if not request.HasField("tool_name"):
+        return request.tool_choice if request.HasField("tool_choice") else None
+    if request.HasField("tool_choice"):
+        raise InvalidParameter("tool_choice and tool_name exclude each other", "tool_name")
+    return {"type": "function", "function": {"name": request.tool_name}}
+
+
+def _json(text: str, what: str, parameter: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise InvalidParameter(f"{what} are no JSON: {error}", parameter) from error
 
 
 async def _fail(context: Any, error: QuireError) -> NoReturn:
@@ -140,22 +195,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Text or token ids in, tokens out."""
 
-        async def prompt(service: Service) -> list[int]:
+        async def asked(service: Service, params: SamplingParams) -> tuple[list[int], Answer | None]:
             if request.WhichOneof("prompt") == "text":
-                return await service.tokenize(request.text)
-            return _ids(request.token_ids.ids, service.max_model_len, "prompt")
+                return await service.tokenize(request.text), None
+            return _ids(request.token_ids.ids, service.max_model_len, "prompt"), None
 
-        await self._write(self._run("Generate", request, prompt, 16, context), context)
+        await self._write(self._run("Generate", request, asked, 16, context), context)
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:
         """A conversation in, the answer out."""
 
-        async def prompt(service: Service) -> list[int]:
+        async def asked(service: Service, params: SamplingParams) -> tuple[list[int], Answer | None]:
             if not 1 <= len(request.messages) <= MAX_MESSAGES:
                 raise InvalidParameter(
                     f"there are {len(request.messages)} messages; from 1 to {MAX_MESSAGES} are read", "messages"
                 )
-            messages = await asyncio.to_thread(_messages, request)
+            messages, tools = await asyncio.to_thread(lambda: (_messages(request), _tools(request)))
+            parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else None
+            use = ToolUse.of(tools or None, _tool_choice(request), parallel)
             going_on = request.continue_final_message
             opening = request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
             if going_on and opening:
@@ -163,9 +220,22 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     "continue_final_message and add_generation_prompt exclude each other",
                     "continue_final_message",
                 )
-            return await service.render(messages, add_generation_prompt=opening, continue_final_message=going_on)
+            variables = {}
+            if request.HasField("chat_template_kwargs"):
+                variables = _json(request.chat_template_kwargs, "chat_template_kwargs", "chat_template_kwargs")
+                if not isinstance(variables, dict):
+                    raise InvalidParameter("chat_template_kwargs are no JSON object", "chat_template_kwargs")
+            prompt = await service.render(
+                messages,
+                add_generation_prompt=opening,
+                continue_final_message=going_on,
+                variables=variables,
+                tools=tools or None,
+            )
+            continued = request.messages[-1].content if going_on else None
+            return prompt, await service.answer(prompt, use, params, continued=continued)
 
-        await self._write(self._run("Chat", request, prompt, None, context), context)
+        await self._write(self._run("Chat", request, asked, None, context), context)
 
     async def _write(self, responses: AsyncGenerator[pb.GenerateResponse], context: Any) -> None:
         """One after the other. A client that makes no room for the next in time loses the call."""
@@ -184,7 +254,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self,
         route: str,
         request: Any,
-        prompt: Callable[[Service], Awaitable[list[int]]],
+        asked: Callable[[Service, SamplingParams], Awaitable[tuple[list[int], Answer | None]]],
         max_tokens: int | None,
         context: Any,
     ) -> AsyncGenerator[pb.GenerateResponse]:
@@ -195,7 +265,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             service.check_generates()
             params = sampling_from_proto(request.sampling, max_tokens=max_tokens)
             left = context.time_remaining()
-            tokens, sampling = await prompt(service), await service.sampling(params)
+            tokens, answer = await asked(service, params)
+            sampling = await service.sampling(params, answer)
             emitted = _emitted(request.resume, service.max_model_len)
             options = {
                 "priority": request.priority,
@@ -280,7 +351,12 @@ def _response(service: Service, generation: Generation, delta: Delta) -> pb.Gene
         index=delta.index,
         text=delta.text,
         token_ids=delta.token_ids,
+        reasoning=delta.shown.reasoning,
     )
+    for part in delta.shown.calls:
+        call = response.calls.add(index=part.index, arguments=part.arguments)
+        if part.name is not None:
+            call.name, call.id = part.name, generation.call_id(delta.index, part.index)
     for scores in delta.logprobs:
         response.logprobs.append(_position(service, scores, 0))
     if delta.finish_reason is not None:
@@ -304,6 +380,7 @@ async def _last(service: Service, generation: Generation) -> AsyncGenerator[pb.G
     response.usage.prompt_tokens = len(generation.facts.prompt)
     response.usage.completion_tokens = generation.num_output_tokens
     response.usage.cached_tokens = generation.cached_tokens
+    response.usage.reasoning_tokens = generation.num_reasoning_tokens
     yield response
 
 

@@ -24,13 +24,20 @@ from quire_cluster.reports import ModelReport, WaitingRequest
 from quire_cluster.routing_table import ClusterTable, Key, RoutingTable, Served
 
 log = logging.getLogger(__name__)
-_Text = tuple[str, str | None]  # what a service is made of: the model's revision, and the chat template
+# What a service is made of: the model's revision, the chat template and the parsers.
+_Text = tuple[str, str | None, str | None, str | None]
 _RETRY = 10.0  # seconds until a model that could not be read is tried again
 _READ = 60.0  # seconds that a request waits for one that is being read
 
 
 def _text_of(deployment: Deployment) -> _Text:
-    return (deployment.model_revision, deployment.chat_template)
+    config = deployment.config
+    return (
+        deployment.model_revision,
+        deployment.chat_template,
+        config.tool_call_parser,
+        config.reasoning_parser,
+    )
 
 
 @dataclass
@@ -248,6 +255,7 @@ class Models:
             deployment.engine,
             names=list(deployment.names),
             chat_template=deployment.chat_template,
+            parsers=deployment.config,
             metrics=self.metrics,
         )
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from quire_engine.errors import InvalidParameter
 from quire_engine.guidance.structure import StructuredOutputs
+from quire_engine.text.formats.chat import ToolUse
+from quire_engine.text.formats.tools import MAX_TOOLS
 from quire_engine.text.params import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_TOKENS, SamplingParams
 
 from quire_cluster.gateway.fields import (
@@ -87,7 +89,7 @@ class _Sampling(OfModel):
     logit_bias: Annotated[dict[str, float] | None, at_most(MAX_BIASES)] = None
     allowed_token_ids: TokenIds | None = None
     bad_words: Annotated[TextOrTexts | None, at_most(MAX_BAD_WORDS)] = None
-    structured_outputs: Any = None
+    structured_outputs: dict[str, Any] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512)
@@ -168,11 +170,12 @@ class ChatCompletionRequest(_Sampling):
     logprobs: bool | None = None
     top_logprobs: Int32 | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Any] | None, at_most(MAX_TOOLS)] = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = Field(None, max_length=1)
     reasoning_effort: str | None = Field(None, max_length=32)
+    thinking_token_budget: Int32 | None = None
     verbosity: str | None = Field(None, max_length=32)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -182,8 +185,6 @@ class ChatCompletionRequest(_Sampling):
 
     def sampling(self) -> SamplingParams:
         """Raises InvalidParameter."""
-        if self.tools or self.tool_choice not in (None, "none", "auto"):
-            raise InvalidParameter("tools are not supported yet; leave tools and tool_choice out", "tools")
         if self.chat_template is not None:
             raise InvalidParameter(
                 "chat_template cannot come with a request; start the server with --chat-template",
@@ -206,8 +207,13 @@ class ChatCompletionRequest(_Sampling):
         structure = self.response_format.structure() if self.response_format is not None else None
         if structure is not None and self.structured_outputs is not None:
             raise InvalidParameter("response_format and structured_outputs exclude each other", "structured_outputs")
-        others = {"structured_outputs": structure} if structure is not None else {}
+        others: dict[str, Any] = {"structured_outputs": structure} if structure is not None else {}
+        others["thinking_token_budget"] = self.thinking_token_budget
         return self._params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None, **others)
+
+    def tool_use(self) -> ToolUse:
+        """Raises InvalidParameter."""
+        return ToolUse.of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def template_variables(self, known: frozenset[str]) -> dict[str, Any]:
         """What the chat template gets besides the messages. `known`: what it reads. Raises InvalidParameter."""

@@ -21,12 +21,14 @@ from quire_engine.errors import (
 )
 from quire_engine.pooling import Pooling, pooling_of
 from quire_engine.request import check_length
+from quire_engine.text.formats.chat import Answer, ChatFormat, ToolUse
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import Tokenizer, end_tokens
 from quire_engine.waiting import WaitsFor
 from quire_engine.weights.resolve import ModelFiles
 
+from quire_cluster.config import ParserConfig
 from quire_cluster.deployment import Deployment
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Emitted, Generation, RequestFacts
@@ -50,6 +52,7 @@ class Service:
         tokenizer: Tokenizer,
         *,
         names: list[str],
+        parsers: ParserConfig | None = None,
         max_model_len: int = 0,
         max_waiting: int,
         metrics: Metrics,
@@ -59,6 +62,10 @@ class Service:
         `pooling`: of a model that gives vectors or scores instead of tokens."""
         self.tokenizer = tokenizer
         self.texts = Texts(tokenizer)
+        parsers = parsers or ParserConfig()
+        self.chat_format = ChatFormat(
+            tokenizer, tool_parser=parsers.tool_call_parser, reasoning_parser=parsers.reasoning_parser
+        )
         self.pooling = pooling
         self.names = names
         self.max_model_len = max_model_len
@@ -77,7 +84,13 @@ class Service:
 
     @staticmethod
     def load(
-        files: ModelFiles, config: EngineConfig, *, names: list[str], chat_template: str | None, metrics: Metrics
+        files: ModelFiles,
+        config: EngineConfig,
+        *,
+        names: list[str],
+        chat_template: str | None,
+        metrics: Metrics,
+        parsers: ParserConfig | None = None,
     ) -> "Service":
         """Raises ModelError for a tokenizer that cannot be loaded."""
         tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
@@ -85,6 +98,7 @@ class Service:
             files,
             tokenizer,
             names=names,
+            parsers=parsers,
             max_waiting=config.max_num_queued_reqs,
             metrics=metrics,
             pooling=pooling_of(files, config.task),
@@ -200,6 +214,7 @@ class Service:
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         """A conversation's prompt."""
         return await self.texts.conversation(
@@ -208,11 +223,24 @@ class Service:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables or {},
+            tools=tools,
         )
 
-    async def sampling(self, params: SamplingParams) -> TokenSampling:
-        """What `start` takes: made once for a call, however many prompts it has. Raises InvalidParameter."""
-        return await self.texts.sampling(params, vocab_size=self.vocab_size, end_tokens=self._end_tokens)
+    async def sampling(self, params: SamplingParams, answer: Answer | None = None) -> TokenSampling:
+        """What `start` takes: made once for a call, however many prompts it has. `answer`: to a conversation. Raises
+        InvalidParameter."""
+        return await self.texts.sampling(params, vocab_size=self.vocab_size, end_tokens=self._end_tokens, answer=answer)
+
+    async def answer(
+        self, prompt: Sequence[int], use: ToolUse, params: SamplingParams, *, continued: str | None = None
+    ) -> Answer:
+        """How answers to a conversation with this prompt are guided and read. Raises InvalidParameter."""
+        structure, budget = params.structured_outputs, params.thinking_token_budget
+
+        def work() -> Answer:
+            return self.chat_format.answer(prompt, use, structure, thinking_budget=budget, continued=continued)
+
+        return await asyncio.to_thread(work) if use.tools or structure is not None else work()
 
     def start(
         self,
@@ -293,7 +321,9 @@ class Service:
             cache_salt=salt,
             arrival=time.monotonic(),
         )
-        return Generation(facts, samplings, [OutputText(self.tokenizer, params, prompt) for _ in samplings])
+        return Generation(
+            facts, samplings, [OutputText(self.tokenizer, params, prompt, sampling.answer) for _ in samplings]
+        )
 
     def _send(self, generation: Generation) -> Generation:
         self.dispatcher.submit(generation)

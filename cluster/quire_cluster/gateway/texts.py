@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from quire_engine.errors import ContextTooLong
+from quire_engine.text.formats.chat import Answer
 from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import LARGE_TEXT, Tokenizer
 
@@ -94,11 +95,13 @@ class Texts:
             lambda: [spelled(token) for token in token_ids], large=len(token_ids) >= LARGE_TEXT // 16
         )
 
-    async def sampling(self, params: SamplingParams, *, vocab_size: int, end_tokens: tuple[int, ...]) -> TokenSampling:
+    async def sampling(
+        self, params: SamplingParams, *, vocab_size: int, end_tokens: tuple[int, ...], answer: Answer | None
+    ) -> TokenSampling:
         """In tokens. Raises InvalidParameter."""
         words, ids = params.bad_words or (), params.allowed_token_ids or ()
         return await _off_loop(
-            lambda: params.in_tokens(self._tokenizer, vocab_size=vocab_size, end_tokens=end_tokens),
+            lambda: params.in_tokens(self._tokenizer, vocab_size=vocab_size, end_tokens=end_tokens, answer=answer),
             large=params.structured_outputs is not None or sum(map(len, words)) + len(ids) >= LARGE_TEXT // 16,
         )
 
@@ -110,6 +113,7 @@ class Texts:
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any],
+        tools: list[dict[str, Any]] | None,
     ) -> list[int]:
         """A conversation's prompt. Raises InvalidParameter for what the chat template does not take."""
         rendered = await _off_loop(
@@ -118,8 +122,9 @@ class Texts:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
+                tools=tools,
             ),
-            large=not _is_small(messages, variables),
+            large=bool(tools) or not _is_small(messages, variables),
         )
         found = await self.prompts([rendered], context=context, add_special_tokens=False, parameter="messages")
         return found[0]

@@ -7,9 +7,9 @@ from numbers import Integral, Real
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
-from quire_engine.guidance.spec import GuidanceSpec
 from quire_engine.guidance.structure import StructuredOutputs
 from quire_engine.request import MAX_LOGPROBS, EngineSampling, TokenSet
+from quire_engine.text.formats.chat import ALL_CONTENT, Answer
 from quire_engine.text.tokenizer import Tokenizer
 
 MAX_INT = 2**31 - 1
@@ -50,6 +50,7 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     structured_outputs: StructuredOutputs | None = None
+    thinking_token_budget: int | None = None  # of a conversation's answer: its reasoning is ended after so many
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -76,6 +77,8 @@ class SamplingParams:
         _between("repetition_penalty", self.repetition_penalty, 0.01, 100)
         if self.seed is not None:
             _between("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.thinking_token_budget is not None:
+            _between("thinking_token_budget", self.thinking_token_budget, 0, MAX_INT)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _between(name, getattr(self, name), 0, MAX_LOGPROBS)
@@ -89,11 +92,6 @@ class SamplingParams:
             raise InvalidParameter("allowed_token_ids is empty: nothing could be drawn", "allowed_token_ids")
         if self.structured_outputs is not None:
             object.__setattr__(self, "structured_outputs", StructuredOutputs.of(self.structured_outputs))
-            if self.ignore_eos:
-                raise InvalidParameter(
-                    "structured_outputs ends where its structure does, and ignore_eos does not let it; leave one out",
-                    "ignore_eos",
-                )
 
     def _check_kinds(self) -> None:
         """A value of another kind would end the step it is in, and all that is in it."""
@@ -138,18 +136,30 @@ class SamplingParams:
         *,
         vocab_size: int,
         end_tokens: tuple[int, ...],
-        guidance: GuidanceSpec | None = None,
+        answer: Answer | None = None,
     ) -> "TokenSampling":
         """The part the engine sees, in tokens. Takes up to 0.1 s where there are many long `bad_words`, and up to a
-        second where there is a grammar. `guidance`: what `structured_outputs` became, where it is not all.
+        second where there is a grammar. `answer`: how answers to a conversation are guided and read.
 
         Raises InvalidParameter for token ids that the model's logits do not have, and for a grammar that cannot be
         compiled.
         """
         self._check_ids(vocab_size)
+        guidance = answer.guidance if answer is not None else None
         if self.structured_outputs is not None:
             self.structured_outputs.check()
             guidance = guidance or self.structured_outputs.spec(tokenizer.delimiters)
+        if answer is None and self.thinking_token_budget is not None:
+            raise InvalidParameter(
+                "thinking_token_budget is for conversations, whose answers may have reasoning; leave it out",
+                "thinking_token_budget",
+            )
+        if guidance is not None and self.ignore_eos:
+            raise InvalidParameter(
+                "ignore_eos does not let an output end where its tools, structure or thinking budget want it to; leave "
+                "it out",
+                "ignore_eos",
+            )
         stops = tuple(self.stop_token_ids or ())
         if not self.ignore_eos:
             stops += end_tokens
@@ -178,16 +188,17 @@ class SamplingParams:
             bad_words=bad_words,
             guidance=guidance.to_json() if guidance is not None else "",
         )
-        return TokenSampling(self, shared)
+        return TokenSampling(self, shared, answer or ALL_CONTENT)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSampling:
     """Parameters of sampling as one model takes them, made once for all the prompts they go with. `shared`: what is the
-    same for every choice of each, so without its `max_tokens` and `seed`."""
+    same for every choice of each, so without its `max_tokens` and `seed`. `answer`: how outputs are read."""
 
     params: SamplingParams
     shared: EngineSampling
+    answer: Answer
 
     def choices(self, *, room: int, seed: int) -> list[EngineSampling]:
         """For each of the `n` choices of a prompt. `room`: tokens left of the context; choice i draws with `seed` + i.
@@ -224,7 +235,11 @@ def _are_biases(value: Any) -> bool:
 
 _MAY_BE_NONE = {field.name for field in fields(SamplingParams) if field.default is None} | {"max_tokens"}
 _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"), _is(Integral), "an integer"),
+    (
+        ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "thinking_token_budget"),
+        _is(Integral),
+        "an integer",
+    ),
     (
         ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
         _is(Real),

@@ -94,6 +94,13 @@ def begins_in_reasoning(
     return _ends_with(form.reasoning.begin, tail.rstrip(_SPACES))
 
 
+def ends_reasoning(form: BoundFormat, prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether a prompt ends with the end of reasoning: some templates write an empty one where none is wanted."""
+    return form.reasoning is not None and _ends_with(
+        form.reasoning.end, marked_tail(form, prompt, tokenizer, _TAIL).rstrip(_SPACES)
+    )
+
+
 def marked_tail(form: BoundFormat, prompt: Sequence[int], tokenizer: Tokenizer, most: int) -> str:
     """The marked text of a prompt's last tokens."""
     written: list[str] = []

@@ -49,7 +49,7 @@ def call_rules(form: BoundFormat, tools: Sequence[Tool], *, parallel: bool, most
     again = f"({lark.sequence(section.apart, 'calls_open calls_body')}){{0,{more}}}"
     repeats = bool(section.repeats and more)
     lark.rule("calls_all", lark.sequence("calls_open calls_body", again if repeats and not several else ""))
-    opener = _opener(lark, opening)
+    opener = opener_of(lark, opening)
     return CallRules(
         lark=lark.text(),
         openers=[] if section.only_first else [opener],
@@ -80,14 +80,14 @@ def _opening(begin: Pieces) -> tuple[Pieces, Pieces]:
     return begin[start:end], begin[end:]
 
 
-def _opener(lark: Lark, pieces: Pieces) -> Opener:
+def opener_of(lark: Lark, pieces: Pieces) -> Opener:
     """The texts and token ids of pieces, as they are usually written."""
     opener: list[str | int] = []
     for piece in pieces:
         if isinstance(piece, Mark):
             opener.append(lark.tokens[piece.text])
         elif isinstance(piece, Either):
-            opener += _opener(lark, piece.options[0])
+            opener += opener_of(lark, piece.options[0])
         elif isinstance(piece, Text | Space):
             opener.append(piece.text if isinstance(piece, Text) else piece.usual)
     merged: list[str | int] = []

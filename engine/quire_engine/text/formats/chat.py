@@ -1,0 +1,204 @@
+"""A model's answers to conversations: what they have to look like, and how they are read, by one description."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quire_engine.errors import InvalidParameter
+from quire_engine.guidance import grammars
+from quire_engine.guidance.spec import GuidanceSpec, Marker, Section, Thinking
+from quire_engine.guidance.structure import StructuredOutputs
+from quire_engine.text.formats.bind import BoundFormat, begins_in_reasoning, bind, ends_reasoning
+from quire_engine.text.formats.detect import detect, format_of
+from quire_engine.text.formats.facts import Pieces, Space
+from quire_engine.text.formats.families import PLAIN
+from quire_engine.text.formats.grammar import CallRules, call_rules, opener_of
+from quire_engine.text.formats.lark import Lark
+from quire_engine.text.formats.parser import OutputParser
+from quire_engine.text.formats.tools import Tool, tools_of
+from quire_engine.text.tokenizer import Tokenizer
+
+MAX_CALLS = 128  # of one answer
+_CHOICES = ("auto", "none", "required")
+_LEAD = "chat_lead: /[ \\n\\t\\r]{0,8}/"  # what models write between delimiters and content
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """The tools that a request offers, and what of them it wants to be called. `choice`: auto, none or required;
+    `named`: this one and no other."""
+
+    tools: tuple[Tool, ...] = ()
+    choice: str = "none"
+    named: str | None = None
+    parallel: bool = True
+
+    @staticmethod
+    def of(tools: Any, choice: Any, parallel: bool | None) -> "ToolUse":
+        """From OpenAI's fields. Raises InvalidParameter."""
+        known = tuple(tools_of(tools))
+        if choice is not None and choice not in ("auto", "none") and not known:
+            raise InvalidParameter("tool_choice wants tools; give some, or leave it out", "tool_choice")
+        named = _named(choice)
+        if named is not None and named not in {tool.name for tool in known}:
+            raise InvalidParameter(f"tool_choice names {named[:64]!r}, which is none of the tools", "tool_choice")
+        found = ("required" if named else choice) or "auto"
+        return ToolUse(
+            tools=known, choice=found if known else "none", named=named, parallel=parallel is None or parallel
+        )
+
+    @property
+    def callable(self) -> tuple[Tool, ...]:
+        """Those that may be called."""
+        if self.choice == "none":
+            return ()
+        return tuple(tool for tool in self.tools if self.named in (None, tool.name))
+
+    @property
+    def must(self) -> bool:
+        """Whether one has to be called."""
+        return self.choice == "required"
+
+
+def _named(choice: Any) -> str | None:
+    """Raises InvalidParameter for what is neither a word nor a function."""
+    if choice is None or choice in _CHOICES:
+        return None
+    if isinstance(choice, Mapping) and choice.get("type") == "function" and choice.keys() <= {"type", "function"}:
+        function = choice.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str) and len(function) == 1:
+            return str(function["name"])
+    one = '{"type": "function", "function": {"name": ...}}'
+    raise InvalidParameter(f"tool_choice is {choice!r:.80}; give auto, none, required or {one}", "tool_choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How the answers to one conversation are guided and read."""
+
+    guidance: GuidanceSpec | None = None  # None: they may look like anything
+    marks: Mapping[int, str] = field(default_factory=dict)  # delimiters, as a parser gets them
+    form: BoundFormat | None = None
+    tools: tuple[Tool, ...] = ()
+    in_reasoning: bool = False
+
+    def parser(self) -> OutputParser | None:
+        """A fresh one for each choice; None: all is content."""
+        return OutputParser(self.form, self.tools, in_reasoning=self.in_reasoning) if self.form is not None else None
+
+
+ALL_CONTENT = Answer()
+
+
+class ChatFormat:
+    """How one model writes reasoning and calls."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, tool_parser: str | None = None, reasoning_parser: str | None = None
+    ) -> None:
+        """What is not given is read off the chat template. Raises InvalidParameter for an unknown name."""
+        template = tokenizer.tool_template
+        found = detect(template.source, tokenizer) if template is not None else PLAIN
+        if template is not None and not template.knows_tools:
+            found = replace(found, calls=PLAIN.calls)
+        self._form = bind(format_of(tool_parser, reasoning_parser, otherwise=found), tokenizer)
+        self._tokenizer = tokenizer
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return self._form.name
+
+    @property
+    def reasons(self) -> bool:
+        """Whether its answers may have reasoning."""
+        return self._form.reasoning is not None
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        use: ToolUse,
+        structure: StructuredOutputs | None,
+        *,
+        thinking_budget: int | None = None,
+        continued: str | None = None,
+    ) -> Answer:
+        """How answers to this prompt are guided and read. `continued`: the text of a last message that is gone on with.
+        Raises InvalidParameter for what does not go together. Takes milliseconds, or up to a second for hostile tools.
+        """
+        form, tools = self._form, use.callable
+        if thinking_budget is not None and form.reasoning is None:
+            raise InvalidParameter(
+                "this model's answers have no reasoning, so there is no thinking_token_budget; leave it out",
+                "thinking_token_budget",
+            )
+        inside = begins_in_reasoning(form, prompt, self._tokenizer, continued=continued)
+        thinking = self._thinking(prompt, inside=inside, budget=thinking_budget)
+        spec = self._spec(use, structure, thinking)
+        return Answer(guidance=spec, marks=form.marks, form=form, tools=tools, in_reasoning=inside)
+
+    def _spec(
+        self, use: ToolUse, structure: StructuredOutputs | None, thinking: Thinking | None
+    ) -> GuidanceSpec | None:
+        tools = use.callable
+        if not tools:
+            return self._structured(structure, thinking)
+        rules = call_rules(self._form, tools, parallel=use.parallel and use.named is None, most=MAX_CALLS)
+        if structure is not None and structure.structural_tag is not None:
+            raise InvalidParameter("a structural_tag does not go with tools; leave one out", "structured_outputs")
+        if use.must:
+            content = grammars.composed(grammars.lark(f"start: chat_lead calls_all\n{_LEAD}\n{rules.lark}"))
+            return GuidanceSpec(content=content, thinking=thinking)
+        if structure is not None:
+            either = grammars.lark(f"start: chat_lead (calls_all | @answer)\n{_LEAD}\n{rules.lark}")
+            return GuidanceSpec(content=grammars.composed(either, answer=structure.content()), thinking=thinking)
+        return GuidanceSpec(
+            thinking=thinking,
+            sections=_sections(rules),
+            only_first=bool(rules.first_openers),
+            most=MAX_CALLS,
+            then_end=not rules.repeats,
+        )
+
+    def _structured(self, structure: StructuredOutputs | None, thinking: Thinking | None) -> GuidanceSpec | None:
+        if structure is None:
+            budgeted = thinking is not None and thinking.budget is not None
+            return GuidanceSpec(thinking=thinking) if budgeted else None
+        if thinking is None or structure.structural_tag is not None:
+            return replace(structure.spec(self._tokenizer.delimiters), thinking=thinking)
+        content = grammars.composed(grammars.lark(f"start: chat_lead @answer\n{_LEAD}"), answer=structure.content())
+        return GuidanceSpec(content=content, thinking=thinking)
+
+    def _thinking(self, prompt: Sequence[int], *, inside: bool, budget: int | None) -> Thinking | None:
+        """None where it is over when the answer begins."""
+        reasoning = self._form.reasoning
+        if reasoning is None or (not inside and ends_reasoning(self._form, prompt, self._tokenizer)):
+            return None
+        begin, end = self._marker(reasoning.begin), self._marker(reasoning.end)
+        may_open = not inside and bool(begin) and isinstance(begin[0], int)
+        return Thinking(
+            inside=inside,
+            begin=begin,
+            end=end,
+            opening=self._tokens(begin) if may_open else (),
+            budget=budget,
+            closing=self._tokens(end),
+        )
+
+    def _marker(self, pieces: Pieces) -> Marker:
+        """As it is usually written, space aside."""
+        return opener_of(Lark(self._form.tokens), tuple(piece for piece in pieces if not isinstance(piece, Space)))
+
+    def _tokens(self, marker: Marker) -> tuple[int, ...]:
+        tokens: list[int] = []
+        for part in marker:
+            tokens += [part] if isinstance(part, int) else self._tokenizer.encode(part, add_special_tokens=False)
+        return tuple(tokens)
+
+
+def _sections(rules: CallRules) -> tuple[Section, ...]:
+    body = f"body: calls_body\n{rules.lark}"
+    return tuple(
+        Section(opener=opener, grammar=grammars.composed(grammars.section(opener, body)))
+        for opener in (*rules.openers, *rules.first_openers)
+    )
