@@ -132,10 +132,10 @@ _TEMPLATES = {
     + '{"name": "{{ f.name }}", "arguments": {{ f.arguments|tojson }}}{% if not loop.last %}, {% endif %}'
     + "{% endfor %}]<|/tool_call|>{% endif %}",
     "cohere": "{% if m.content %}<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% endif %}"
-    + "{% if m.tool_calls %}<|START_ACTION|>["
+    + "{% if m.tool_calls %}<|START_ACTION|>{{ '[\\n    ' }}"
     + _EACH
     + '{"tool_call_id": "{{ loop.index0 }}", "tool_name": "{{ f.name }}", "parameters": {{ f.arguments|tojson }}}'
-    + "{% if not loop.last %},\n    {% endif %}{% endfor %}]<|END_ACTION|>{% endif %}",
+    + "{% if not loop.last %}{{ ',\\n    ' }}{% endif %}{% endfor %}{{ '\\n]' }}<|END_ACTION|>{% endif %}",
     "functiongemma": _GEMMA
     + "{{ m.content }}"
     + _EACH
@@ -232,6 +232,7 @@ def bound(form: Format, *, tokens: bool = True) -> Family:
     if tokens:
         marks = [mark for mark in sorted(delimiters(form)) if mark not in NO_TOKENS]
         fast.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    fast.add_tokens([AddedToken(word, normalized=False) for word in ("\n</parameter>", "</parameter")])
     backend = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
     tokenizer = Tokenizer(backend)
     return Family(form.name, tokenizer, backend, bind(form, tokenizer))

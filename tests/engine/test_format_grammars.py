@@ -40,6 +40,8 @@ def test_what_was_rendered_is_accepted(name: str, tokens: bool) -> None:
     for arguments in ARGUMENTS:
         for calls in ([("run_in_terminal", arguments)], [("run_in", arguments), ("now", {}), ("run_in", {})]):
             text = one.turn("", calls).strip("\n")
+            if name == "phi4_mini_json" and not tokens:  # as those of its models write it that lack the tokens
+                text = text.replace("<|tool_call|>", "functools").replace("<|/tool_call|>", "")
             ids = one.tokenizer.encode(text, add_special_tokens=False)
             assert accepted(matcher(one, TOOLS, tokens=tokens), ids), text
             assert not accepted(matcher(one, TOOLS[2:], tokens=tokens), ids)
@@ -64,7 +66,7 @@ def test_whatever_a_grammar_lets_through_is_read_as_valid_calls(name: str, seed:
     assert made.is_accepting(), made.get_error()
     pieces = parse(one.form, one.marked(ids), TOOLS, False)
     calls = calls_of(pieces)
-    assert 1 <= len(calls) <= 3
+    assert 1 <= len(calls) <= 3, one.tokenizer.decode(ids, skip_special_tokens=False)
     assert text_of(pieces, "content") == ""
     for called, arguments in calls:
         jsonschema.validate(arguments, PARAMETERS[called])

@@ -7,6 +7,8 @@ import pytest
 from call_formats import ARGUMENTS, NAMES, TOOLS, calls_of, family, parse, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quire_engine.text.formats.bind import begins_in_reasoning
+from quire_engine.text.formats.parser import OutputParser, Piece
 
 names = pytest.mark.parametrize("name", NAMES)
 tokens_or_text = pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "text"])
@@ -95,3 +97,148 @@ def test_a_name_that_is_no_tools_is_content(name: str) -> None:
         pieces = one.read(one.turn("", [(unknown, {"text": "x"})]))
         assert calls_of(pieces) == []
         assert unknown in text_of(pieces, "content")
+
+
+def test_two_calls_in_one_chunk_keep_their_arguments() -> None:
+    one = family("hermes")
+    calls = [("run_in", {"text": "a"}), ("run_in_terminal", {"text": "b"})]
+    text = "".join(one.marked(one.tokenizer.encode(one.turn("", calls), add_special_tokens=False)))
+    parser = OutputParser(one.form, TOOLS, in_reasoning=False)
+    assert calls_of(parser.push(text)) == calls
+    assert parser.finish() == []
+
+
+@names
+def test_a_call_without_arguments_has_an_empty_object_and_keeps_what_follows(name: str) -> None:
+    calls = [("now", {}), ("run_in", {"text": "x"})]
+    assert calls_of(family(name).read(family(name).turn("", calls))) == calls
+
+
+@names
+def test_a_name_is_told_whole_though_another_tools_name_begins_it(name: str) -> None:
+    one = family(name)
+    ids = one.tokenizer.encode(one.turn("", [("run_in_terminal", {})]), add_special_tokens=False)
+    pieces = parse(one.form, [letter for chunk in one.marked(ids) for letter in chunk], TOOLS, False)
+    assert [piece.text for piece in pieces if piece.kind == "call"] == ["run_in_terminal"]
+
+
+def test_values_between_tags_have_the_types_of_the_schema() -> None:
+    def arguments(values: dict[str, str]) -> Any:
+        pairs = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+        text = f"<tool_call>\n<function=run_in>\n{pairs}</function>\n</tool_call>"
+        return calls_of(family("qwen3_coder").read(text))[0][1]
+
+    found = arguments({"text": "5", "count": "5", "ratio": "5", "flag": "True", "maybe": "null", "tags": '["5"]'})
+    assert found == {"text": "5", "count": 5, "ratio": 5, "flag": True, "maybe": None, "tags": ["5"]}
+    assert [type(found[key]) for key in ("text", "count", "ratio")] == [str, int, int]
+    assert arguments({"count": "many", "maybe": "nul", "other": "1", "text": "null"}) == {
+        "count": "many",
+        "maybe": "nul",
+        "other": 1,
+        "text": "null",
+    }
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "glm45", "pythonic", "gemma4"])
+def test_a_long_string_is_told_as_it_comes(name: str) -> None:
+    one = family(name)
+    chunks = one.marked(one.tokenizer.encode(one.turn("", [("run_in", {"text": "ab" * 50})]), add_special_tokens=False))
+    parser = OutputParser(one.form, TOOLS, in_reasoning=False)
+    told = [sum(piece.kind == "arguments" for piece in parser.push(chunk)) for chunk in chunks]
+    assert sum(told) > 40
+
+
+def test_a_call_within_reasoning_ends_it_where_its_opener_is_a_token() -> None:
+    turn = "thinking\n" + family("hermes").turn("", [("run_in", {})])
+    pieces = family("hermes").read(turn, in_reasoning=True)
+    assert [piece.kind for piece in pieces] == ["reasoning", "call", "arguments"]
+    assert text_of(pieces, "reasoning") == "thinking"
+    assert text_of(family("hermes", tokens=False).read(turn, in_reasoning=True), "reasoning") == turn
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_only_the_prompts_end_tells_whether_reasoning_follows(tokens: bool) -> None:
+    one = family("hermes", tokens=tokens)
+
+    def follows(prompt: str, continued: str | None = None) -> bool:
+        ids = one.tokenizer.encode(prompt, add_special_tokens=False)
+        return begins_in_reasoning(one.form, ids, one.tokenizer, continued=continued)
+
+    assert follows("user: hi\nassistant: <think>\n")
+    assert follows("<think>old</think> answer\nassistant: <think>")
+    assert not follows("<think>old</think> answer\nassistant: ")
+    assert not follows("assistant: <think>\n\n</think>\n\n")
+    assert not follows("what does <think> mean?\nassistant: ")
+    assert follows("assistant: <think>\nso far", "so far")
+    assert follows("assistant: <think>so far", "<think>so far")
+    assert not follows("assistant: <think>so</think> far", "<think>so</think> far")
+    assert not follows("assistant: so far", "so far")
+
+
+@names
+def test_delimiters_are_never_content(name: str) -> None:
+    one = family(name)
+    for mark in one.form.marks.values():
+        pieces = parse(one.form, ["before", mark, "after"], TOOLS, False)
+        assert "".join(piece.text for piece in pieces) == "beforeafter"
+
+
+def test_a_reasoning_end_without_an_opener_is_left_out() -> None:
+    assert family("hermes").read("</think>\n\nHello</think> you") == [Piece("content", "Hello you")]
+    assert family("hermes", tokens=False).read("</think>Hello") == [Piece("content", "Hello")]
+
+
+def test_text_that_spells_a_delimiter_is_content_where_the_delimiter_is_a_token() -> None:
+    one = family("hermes")
+    text = 'Write <tool_call>{"name": "now", "arguments": {}}</tool_call> or </think>.'
+    assert parse(one.form, [text], TOOLS, False) == [Piece("content", text)]
+
+
+def test_forced_tokens_that_end_reasoning_are_read_like_drawn_ones() -> None:
+    one = family("hermes")
+    pieces = one.read("Considering the limited time, I answer now.\n</think>\n\nYes", in_reasoning=True)
+    assert pieces[-1] == Piece("content", "Yes")
+    assert "</think>" not in text_of(pieces, "reasoning")
+
+
+def test_without_tools_calls_are_not_looked_for() -> None:
+    turn = family("hermes", tokens=False).turn("Hi", [("run_in", {})])
+    assert family("hermes", tokens=False).read(turn, []) == [Piece("content", turn)]
+
+
+def test_gpt_oss_names_the_recipient_in_either_place() -> None:
+    one = family("openai")
+    text = (
+        "<|channel|>analysis<|message|>think<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        '<|start|>assistant<|channel|>commentary to=functions.run_in <|constrain|>json<|message|>{"text": "a"}<|call|>'
+        '<|start|>assistant to=functions.run_in<|channel|>commentary json<|message|>{"text": "b"}<|call|>'
+        "<|start|>assistant<|channel|>final<|message|>Done.<|return|>"
+    )
+    pieces = one.read(text)
+    assert calls_of(pieces) == [("run_in", {"text": "a"}), ("run_in", {"text": "b"})]
+    assert (text_of(pieces, "reasoning"), text_of(pieces, "content")) == ("think", "I look.Done.")
+    first = ' to=functions.run_in<|channel|>commentary <|constrain|>json<|message|>{"text": "a"}'
+    assert calls_of(one.read(first)) == [("run_in", {"text": "a"})]
+
+
+def test_mistrals_older_models_write_a_list() -> None:
+    first, second = (
+        '{"name": "run_in", "arguments": {"text": "a"}, "id": "abcdefghi"}',
+        '{"name": "now", "arguments": {}}',
+    )
+    text = f"[TOOL_CALLS] [{first}, {second}]"
+    assert calls_of(family("mistral").read(text)) == [("run_in", {"text": "a"}), ("now", {})]
+    text = '[TOOL_CALLS]run_in[CALL_ID]abcdefghi[ARGS]{"text": "a"}'
+    assert calls_of(family("mistral").read(text)) == [("run_in", {"text": "a"})]
+
+
+def test_reasoning_in_plain_words_counts_only_where_the_output_begins() -> None:
+    text = "Here is my thought process: I see.\n\nHere is my response: Hi. Here is my response: no."
+    pieces = family("granite").read(text)
+    assert text_of(pieces, "reasoning") == "I see."
+    assert text_of(pieces, "content") == "Hi. Here is my response: no."
+
+
+def test_wrappers_of_content_are_left_out() -> None:
+    pieces = family("cohere").read("<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>Hi<|END_RESPONSE|>")
+    assert pieces == [Piece("reasoning", "hm"), Piece("content", "Hi")]

@@ -40,7 +40,8 @@ class BoundFormat:
     calls: Calls | None
     written: Section | None  # how calls are written under a mask
     marks: Mapping[int, str]  # token id → its character
-    shown: Mapping[str, str]  # the character of a mark of calls → its text where no calls are looked for
+    spelled: Mapping[str, str]  # character → the token's text
+    shown: frozenset[str]  # the characters of calls' marks that are text where no calls are looked for
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -68,11 +69,12 @@ def bind(form: Format, tokenizer: Tokenizer) -> BoundFormat:
         ),
         written=None if calls is None else _bound_section(_written(calls, letters), letters),
         marks={tokens[text]: letter for text, letter in letters.items()},
-        shown={
-            letters[text]: text
-            for text in only_calls
-            if text in letters and tokens[text] not in tokenizer.special_tokens
-        },
+        spelled={letter: text for text, letter in letters.items()},
+        shown=frozenset(
+            letter
+            for text, letter in letters.items()
+            if text in only_calls and tokens[text] not in tokenizer.special_tokens
+        ),
     )
 
 
@@ -87,7 +89,9 @@ def begins_in_reasoning(
         return False
     tail = marked_tail(form, prompt, tokenizer, _TAIL if continued is None else _TAIL + len(continued.encode()))
     if continued is not None:
-        begun, closed = _last(form.reasoning.begin, continued), _last(form.reasoning.end, continued)
+        begun, closed = (
+            continued.rfind(_plain(pieces, form.spelled)) for pieces in (form.reasoning.begin, form.reasoning.end)
+        )
         if begun >= 0 or closed >= 0:
             return begun > closed
         tail = tail.rstrip(_SPACES).removesuffix(continued.strip(_SPACES))
@@ -118,12 +122,15 @@ def _ends_with(pieces: Pieces, text: str) -> bool:
     return False
 
 
-def _plain(pieces: Pieces) -> str:
-    return "".join(piece.text for piece in pieces if isinstance(piece, Text | Mark))
-
-
-def _last(pieces: Pieces, text: str) -> int:
-    return text.rfind(_plain(pieces))
+def _plain(pieces: Pieces, spelled: Mapping[str, str]) -> str:
+    """Pieces as they are usually written, but for whitespace."""
+    written = ""
+    for piece in pieces:
+        if isinstance(piece, Either):
+            written += _plain(piece.options[0], spelled)
+        elif isinstance(piece, Text | Mark):
+            written += spelled.get(piece.text, piece.text)
+    return written
 
 
 def _written(calls: Calls, letters: Mapping[str, str]) -> Section:

@@ -18,7 +18,7 @@ from quire_engine.text.formats.facts import (
     Text,
 )
 
-LINE, SPACE, NONE = Space("\n"), Space(), Space("")
+LINE, SPACE, NONE, _INDENTED = Space("\n"), Space(), Space(""), Space("\n    ")
 _COMMA: Pieces = (NONE, Text(","), SPACE)
 _COLON: Pieces = (NONE, Text(":"), SPACE)
 
@@ -61,7 +61,15 @@ _HARMONY_DROPPED: tuple[Pieces, ...] = (
     (Mark("<|return|>"),),
     (Mark("<|call|>"),),
 )
-_HARMONY_JSON: Pieces = (SPACE, Maybe((Mark("<|constrain|>"),)), Maybe((Text("json"),)), Mark("<|message|>"))
+_HARMONY_JSON: Pieces = (
+    Either(
+        (
+            (Text(" "), Mark("<|constrain|>"), Text("json")),
+            (SPACE, Maybe((Mark("<|constrain|>"),)), Maybe((Text("json"),))),
+        )
+    ),
+    Mark("<|message|>"),
+)
 _HARMONY_CHANNEL: Pieces = (Mark("<|channel|>"), Either(((Text("commentary"),), (Text("analysis"),))))
 
 
@@ -302,14 +310,13 @@ CALLS: dict[str, Calls] = {
     ),
     "cohere": Calls(
         sections=(
-            _list(
-                (Mark("<|START_ACTION|>"), LINE),
-                _json_call(
-                    "parameters",
-                    name="tool_name",
-                    first=(Maybe((*_field("tool_call_id", Blank.INDEX), *_COMMA)),),
+            Section(
+                begin=(Mark("<|START_ACTION|>"), LINE, Text("["), _INDENTED),
+                call=_json_call(
+                    "parameters", name="tool_name", first=(Maybe((*_field("tool_call_id", Blank.INDEX), *_COMMA)),)
                 ),
-                (LINE, Mark("<|END_ACTION|>")),
+                between=(NONE, Text(","), _INDENTED),
+                end=(LINE, Text("]"), LINE, Mark("<|END_ACTION|>")),
             ),
         )
     ),

@@ -1,7 +1,7 @@
 """Pieces of a format looked for in a text that is still growing."""
 
 from collections.abc import Collection, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 from quire_engine.text.formats.facts import Blank, Either, Mark, Maybe, Pieces, Space, Text, leading
@@ -20,10 +20,12 @@ Reading: TypeAlias = Waiting[bool]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Pieces that stand in the text up to `end`. `name`: the tool's among them, or ''."""
+    """Pieces that stand in the text up to `end`. `name`: the tool's among them, or ''. `cut`: the text ended where it
+    began to be read in a way that would have been preferred."""
 
     end: int
     name: str = ""
+    cut: bool = False
 
 
 def find(pieces: Pieces, text: str, at: int, *, names: Collection[str] = (), ended: bool) -> Found | bool:
@@ -34,7 +36,7 @@ def find(pieces: Pieces, text: str, at: int, *, names: Collection[str] = (), end
     undecided = False
     for found in _ways(pieces, text, Found(at), names):
         if found is not None:
-            return found
+            return replace(found, cut=undecided)
         if not ended:
             return True
         undecided = True
@@ -100,7 +102,7 @@ class Source:
         while True:
             found = find(pieces, self.text, self.at, names=names, ended=self.ended)
             if not isinstance(found, bool):
-                self.cut = self.cut and found.end == self.at
+                self.cut = found.cut or (self.cut and found.end == self.at)
                 return found
             if not found:
                 return None

@@ -45,12 +45,11 @@ class OutputParser:
         """No tools: calls are not looked for."""
         self.in_reasoning = in_reasoning and form.reasoning is not None
         self._tools = {tool.name: tool for tool in tools}
-        self._shown = {} if tools else form.shown
-        in_the_middle = _rules(form, bool(tools), begins=False)
+        self._shown = {} if tools else {letter: form.spelled[letter] for letter in form.shown}
         self._looked_for = {
-            "reasoning": _looked_for([rule for rule in in_the_middle if _ends_reasoning(rule)]),
+            "reasoning": _looked_for(_rules_of_reasoning(form, bool(tools))),
             "begin": _looked_for(_rules(form, bool(tools), begins=True)),
-            "content": _looked_for(in_the_middle),
+            "content": _looked_for(_rules(form, bool(tools), begins=False)),
         }
         self._source = Source()
         self._told: list[Piece] = []
@@ -122,16 +121,12 @@ class OutputParser:
             self._begins = False
 
     def _delimited(self, rule: _Rule, found: Found) -> Iterator[None]:
-        self._begins, self._after_delimiter = True, True
-        if rule.does == "opens reasoning":
-            self.in_reasoning = True
-        elif rule.does == "nothing":
-            self._after_delimiter = False
-        else:
-            self.in_reasoning = False
+        ends_something = self.in_reasoning or self._begins
+        self.in_reasoning = rule.does == "opens reasoning"
         if rule.section is not None:
-            self._begins = rule.section.repeats
             yield from self._calls(rule.section, found.name)
+        self._begins = rule.does != "begins calls" or (rule.section is not None and rule.section.repeats)
+        self._after_delimiter = rule.does != "nothing" and (rule.does != "closes reasoning" or ends_something)
 
     def _calls(self, section: Section, name: str) -> Iterator[None]:
         """A section from its first call's name on."""
@@ -200,9 +195,14 @@ def _rules(form: BoundFormat, calls: bool, *, begins: bool) -> list[_Rule]:
     return rules + [_Rule(pieces, "nothing") for pieces in dropped]
 
 
-def _ends_reasoning(rule: _Rule) -> bool:
-    """A call's opener ends it where it is a token: as text, it may be what is reasoned about."""
-    return rule.does == "closes reasoning" or (rule.section is not None and isinstance(leading(rule.pieces), Mark))
+def _rules_of_reasoning(form: BoundFormat, calls: bool) -> list[_Rule]:
+    """The delimiters that are looked for in reasoning. A call's opener ends it where it is a token: as text, it may be
+    what is reasoned about."""
+    if form.reasoning is None:
+        return []
+    openers = [rule for rule in _rules(form, calls, begins=False) if rule.section is not None]
+    tokens = [rule for rule in openers if isinstance(leading(rule.pieces), Mark)]
+    return [*tokens, _Rule(form.reasoning.end, "closes reasoning")]
 
 
 def _looked_for(rules: list[_Rule]) -> tuple[list[_Rule], re.Pattern[str]]:
