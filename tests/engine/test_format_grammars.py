@@ -2,6 +2,7 @@
 
 import random
 from functools import cache
+from typing import Any
 
 import jsonschema
 import llguidance
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from call_formats import ARGUMENTS, NAMES, TOOLS, Family, calls_of, family, parse, text_of
 from llguidance.hf import from_tokenizer
+from quire_engine.errors import InvalidParameter
 from quire_engine.text.formats.grammar import call_rules
-from quire_engine.text.formats.tools import Tool
+from quire_engine.text.formats.tools import Tool, tools_of
 
 names = pytest.mark.parametrize("name", NAMES)
 PARAMETERS = {tool.name: tool.parameters for tool in TOOLS}
@@ -80,3 +82,59 @@ def likely(one: Family, allowed: list[int], draw: random.Random, length: int) ->
         ]
         allowed = ends or allowed
     return draw.choice(allowed)
+
+
+def strict(**properties: Any) -> list[Tool]:
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return tools_of([{"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}])
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "named"),
+    [
+        ("hermes", {"type": "string", "pattern": "(?=a)b"}, "'f'"),
+        ("hermes", {"not": {"type": "string"}}, "not"),
+        ("qwen3_coder", {"type": "string", "pattern": "a+"}, "'pattern'"),
+        ("qwen3_coder", {"type": "string", "maxLength": 3}, "'maxLength'"),
+        ("pythonic", {"type": "integer", "minimum": 3}, "'minimum'"),
+        ("gemma4", {"type": "array", "items": {"type": "string"}, "maxItems": 2}, "'maxItems'"),
+    ],
+)
+def test_a_strict_schema_that_cannot_be_held_to_is_refused_by_name(name: str, schema: Any, named: str) -> None:
+    with pytest.raises(InvalidParameter, match="strict") as raised:
+        call_rules(family(name).form, strict(a=schema), parallel=False, most=1)
+    assert named in str(raised.value)
+    assert raised.value.parameter == "tools"
+
+
+@names
+def test_a_schema_that_is_not_strict_is_kept_to_as_far_as_it_can_be(name: str) -> None:
+    loose = [
+        Tool(tool.name, "", tool.parameters, False)
+        for tool in strict(a={"type": "string", "pattern": "(?=a)b", "x-other": 1}, b={"$ref": "#/$defs/n"})
+    ]
+    loose[0].parameters["$defs"] = {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}}}
+    one = family(name)
+    made = matcher(one, loose)
+    assert accepted(made, one.tokenizer.encode(one.turn("", [("f", {"a": "x", "b": {"n": {}}})]).strip("\n")))
+
+
+@names
+def test_what_is_no_schema_is_refused(name: str) -> None:
+    for schema in ({"properties": [1]}, {"anyOf": 5}, {"type": 5}, 5, {"$ref": 5}, {"enum": 5}):
+        tools = [Tool("f", "", {"type": "object", "properties": {"a": schema}}, False)]
+        with pytest.raises(InvalidParameter, match="'f'"):
+            call_rules(family(name).form, tools, parallel=False, most=1)
+
+
+def test_the_openers_of_sections_are_told_as_tokens_and_texts() -> None:
+    def openers(name: str, **options: Any) -> Any:
+        one = family(name, **options)
+        rules = call_rules(one.form, TOOLS, parallel=True, most=8)
+        texts = {token: one.form.spelled[letter] for token, letter in one.form.marks.items()}
+        return [tuple(texts.get(part, part) for part in opener) for opener in (*rules.openers, *rules.first_openers)]
+
+    assert openers("hermes") == openers("hermes", tokens=False) == [("<tool_call>",)]
+    assert openers("openai") == [("<|channel|>", "commentary to=functions.")]
+    assert openers("llama3_json") == [('{"name": "',)]
+    assert openers("pythonic") == [("[",)]

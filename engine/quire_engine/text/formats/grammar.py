@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from quire_engine.errors import InvalidParameter
 from quire_engine.text.formats.bind import BoundFormat
-from quire_engine.text.formats.facts import Blank, Either, Json, Mark, Pieces, Section, Space, Tagged, Text
+from quire_engine.text.formats.facts import Blank, Either, Literals, Mark, Pieces, Section, Space, Tagged, Text
 from quire_engine.text.formats.lark import Lark
 from quire_engine.text.formats.tools import Tool
 from quire_engine.text.formats.values import LiteralRules, json_rule, pair_rules
@@ -61,11 +61,10 @@ def call_rules(form: BoundFormat, tools: Sequence[Tool], *, parallel: bool, most
 def _call(lark: Lark, section: Section, tool: Tool, place: int) -> str:
     """A call from its name on."""
     call, name = section.call, f"calls_of_{place}"
-    if isinstance(call.arguments, Json):
-        arguments = json_rule(tool, tool.parameters)
-    elif isinstance(call.arguments, Tagged):
+    arguments = json_rule(tool, tool.parameters)  # whatever the style: it raises for what is no schema
+    if isinstance(call.arguments, Tagged):
         arguments = pair_rules(lark, call.arguments, tool, name)
-    else:
+    elif isinstance(call.arguments, Literals):
         arguments = LiteralRules(lark, call.arguments, tool, name).arguments()
     rest = call.before[call.before.index(Blank.NAME) + 1 :]
     return lark.rule(name, lark.sequence((Text(tool.name), *rest), arguments, call.after))

@@ -5,18 +5,22 @@ import re
 from typing import Any
 
 TYPES = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
-_MAX_REFERENCES = 16
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
-def types_of(schema: Any, root: dict[str, Any], *, references: int = 0) -> frozenset[str]:
-    """The types that a schema allows; all of them where it does not say. `root`: what its references refer to."""
-    if not isinstance(schema, dict) or references > _MAX_REFERENCES:
+def types_of(schema: Any, root: dict[str, Any], known: dict[str, frozenset[str]] | None = None) -> frozenset[str]:
+    """The types that a schema allows; all of them where it does not say. `root`: what its references refer to; `known`:
+    what those allow, as far as that is known."""
+    if not isinstance(schema, dict):
         return TYPES
+    known = {} if known is None else known
     allowed = TYPES
-    if (reference := schema.get("$ref")) is not None:
-        allowed &= types_of(referred(reference, root), root, references=references + 1)
+    if isinstance(reference := schema.get("$ref"), str):
+        if reference not in known:
+            known[reference] = TYPES  # where it refers to itself
+            known[reference] = types_of(referred(reference, root), root, known)
+        allowed &= known[reference]
     if (kind := schema.get("type")) is not None:
         kinds = frozenset(one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str))
         allowed &= kinds | ({"integer"} if "number" in kinds else set())
@@ -26,16 +30,16 @@ def types_of(schema: Any, root: dict[str, Any], *, references: int = 0) -> froze
         allowed &= {type_of(schema["const"])}
     for key in ("anyOf", "oneOf"):
         if isinstance(options := schema.get(key), list):
-            allowed &= frozenset().union(*(types_of(one, root, references=references + 1) for one in options))
+            allowed &= frozenset().union(*(types_of(one, root, known) for one in options))
     if isinstance(options := schema.get("allOf"), list):
         for one in options:
-            allowed &= types_of(one, root, references=references + 1)
+            allowed &= types_of(one, root, known)
     return allowed
 
 
-def referred(reference: Any, root: dict[str, Any]) -> Any:
+def referred(reference: str, root: dict[str, Any]) -> Any:
     """What a reference within a schema refers to; {} (anything) for what is not there."""
-    if not isinstance(reference, str) or not reference.startswith("#"):
+    if not reference.startswith("#"):
         return {}
     at: Any = root
     for step in reference[1:].split("/")[1:]:

@@ -18,24 +18,42 @@ _NOTES = {"description", "title", "default", "examples", "$comment", "deprecated
 _OF_TEXT = _NOTES | {"type", "enum", "const", "anyOf"}
 _OF_LITERALS = _OF_TEXT | {"properties", "required", "items", "additionalProperties", "$ref", "$defs", "definitions"}
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
+_DEFINITIONS = ("$defs", "definitions")
 _MOST_PAIRS = 32  # of an object that names none
 _MAX_DEPTH = 24
 
 
 def json_rule(tool: Tool, schema: Any) -> str:
     """A JSON value of this schema, a part of the tool's. Raises InvalidParameter for one that llguidance refuses."""
-    from llguidance import LLMatcher
-
-    options: dict[str, Any] = {"whitespace_pattern": _WHITESPACE, "lenient": not tool.strict}
     inner = {key: value for key, value in schema.items() if key != "x-guidance"} if isinstance(schema, dict) else {}
-    for key in ("$defs", "definitions"):
-        if key in tool.parameters:
-            inner[key] = tool.parameters[key]
-    whole = inner | {"x-guidance": options}
-    problem = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(whole))
+    inner |= {key: tool.parameters[key] for key in _DEFINITIONS if key in tool.parameters}
+    inner["x-guidance"] = {"whitespace_pattern": _WHITESPACE, "lenient": not tool.strict}
+    problem = _problem(inner)
+    if problem and not tool.strict:
+        inner = _without_patterns(inner)
+        problem = _problem(inner)
     if problem:
         raise _refused(tool, problem[:300])
-    return "%json " + json.dumps(whole)
+    return "%json " + json.dumps(inner)
+
+
+def _problem(schema: dict[str, Any]) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))
+
+
+def _without_patterns(schema: Any, *, names: bool = False) -> Any:
+    """A schema without its regular expressions, of which llguidance does not know all. `names`: its keys are names."""
+    if isinstance(schema, list):
+        return [_without_patterns(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: _without_patterns(value, names=not names and key in ("properties", *_DEFINITIONS))
+        for key, value in schema.items()
+        if names or key not in ("pattern", "patternProperties")
+    }
 
 
 def pair_rules(lark: Lark, style: Tagged, tool: Tool, name: str) -> str:
