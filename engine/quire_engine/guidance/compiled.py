@@ -61,6 +61,13 @@ class Guides:
                 self._made.popitem(last=False)
             return made
 
+    def drop(self, spec: str, guide: Guide) -> None:
+        """Forgets a compiled spec: copies of a matcher share what they learn, and what they have no more room for."""
+        with self._lock:
+            made = self._made.get(spec)
+            if made is not None and made.done() and made.exception() is None and made.result() is guide:
+                del self._made[spec]
+
     def close(self) -> None:
         """Ends the threads once they are through."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -88,8 +95,10 @@ def _matcher(grammar: str, vocabulary: Vocabulary) -> Any:
 
     matcher = in_depth(lambda: LLMatcher(vocabulary.compiled, grammar, log_level=0, limits=limits()))
     trial = matcher.deep_copy()
-    if not matcher.is_error():
-        trial.compute_bitmask()  # some that can be compiled allow nothing, or take too much
+    if not matcher.is_error():  # some that can be compiled allow nothing, or take too much: here, or in an object
+        trial.compute_bitmask()
+    if not trial.is_error() and trial.try_consume_tokens(vocabulary.encode("{")):
+        trial.compute_bitmask()
     if trial.is_error():
         raise InvalidParameter(f"the grammar cannot be used: {reason(trial.get_error())}", "structured_outputs")
     return matcher

@@ -25,7 +25,7 @@ class Cursor:
     """Ask what may come (`matcher`, `only`, `besides`), then `advance` by what came. Not thread-safe."""
 
     def __init__(self, guide: Guide) -> None:
-        self._guide, self._spec = guide, guide.spec
+        self.guide, self._spec = guide, guide.spec
         self._vocabulary = guide.vocabulary
         thinking = guide.spec.thinking
         self._matcher: Any = None
@@ -34,7 +34,8 @@ class Cursor:
         self._closing = 0  # tokens that end it by force
         self._sections = 0
         self._seen = _Tail(max(map(len, (guide.begin, guide.end, *(pattern for pattern, _ in guide.sections)))))
-        self._blank = True  # nothing but space has come of free content
+        self._written = 0  # tokens of free content
+        self._text: int | None = None  # the first of them that is not blank
         self._phase = _Phase.FREE
         if thinking is not None and thinking.inside:
             self._phase = _Phase.THINKING
@@ -64,6 +65,8 @@ class Cursor:
         thinking = self._spec.thinking
         if self._phase is _Phase.ENDED:
             return self._vocabulary.ends
+        if self._phase is _Phase.OPENING:
+            return self.besides
         if self._phase is _Phase.THINKING and thinking is not None and thinking.budget is not None:
             return thinking.closing[self._closing : self._closing + 1] if self._thought >= thinking.budget else None
         return None
@@ -115,9 +118,9 @@ class Cursor:
             self._closing += 1
         self._thought += 1
         self._seen.push(token, self._vocabulary.written(token))
-        if self._seen.find(self._guide.end) is not None:
+        if self._seen.find(self.guide.end) is not None:
             self._seen.clear()
-            if self._guide.content is not None:
+            if self.guide.content is not None:
                 self._begin_content()
             else:
                 self._phase = _Phase.FREE
@@ -125,23 +128,27 @@ class Cursor:
             self._find_section(delimited=True)
 
     def _write(self, token: int) -> None:
-        guide, seen = self._guide, self._seen
+        guide, seen = self.guide, self._seen
         seen.push(token, self._vocabulary.written(token))
         if guide.begin and not self._thought and seen.find(guide.begin) is not None:
             seen.clear()
             self._phase = _Phase.THINKING
             return
+        self._written += 1
+        if self._text is None and self._vocabulary.written(token).strip():
+            self._text = self._written - 1
         self._find_section(delimited=False)
-        if self._phase is _Phase.FREE and self._vocabulary.written(token).strip():
-            self._blank = False
 
     def _find_section(self, *, delimited: bool) -> None:
         """Whether an opener has come. `delimited`: of those alone that are no text."""
-        for number, (pattern, start) in enumerate(self._guide.sections):
+        for number, (pattern, start) in enumerate(self.guide.sections):
             if delimited and not isinstance(self._spec.sections[number].opener[0], int):
                 continue
-            tokens = self._seen.find(pattern)
-            if tokens is None or (self._spec.only_first and not self._blank):
+            found = self._seen.find(pattern)
+            if found is None:
+                continue
+            before, tokens = found
+            if self._spec.only_first and (before.strip() or self._is_text_before(len(tokens))):
                 continue
             matcher = start.deep_copy()
             if matcher.try_consume_tokens(tokens) == len(tokens):  # else what follows is no such part: text
@@ -151,16 +158,20 @@ class Cursor:
                     self._end_section()
                 return
 
+    def _is_text_before(self, tokens: int) -> bool:
+        """Whether something but space stands before the last so many tokens."""
+        return self._text is not None and self._text < self._written - tokens
+
     def _end_section(self) -> None:
         self._sections += 1
         self._matcher = None
-        self._blank = False
+        self._text = -1
         ends = self._spec.then_end or self._sections >= self._spec.most
         self._phase = _Phase.ENDED if ends else _Phase.FREE
 
     def _begin_content(self) -> None:
-        assert self._guide.content is not None, "the content is free"
-        self._matcher, self._phase = self._guide.content.deep_copy(), _Phase.CONTENT
+        assert self.guide.content is not None, "the content is free"
+        self._matcher, self._phase = self.guide.content.deep_copy(), _Phase.CONTENT
 
     def _consume(self, token: int) -> None:
         matcher = self._matcher
@@ -186,16 +197,17 @@ class _Tail:
         while self._length - len(tokens[0][1]) >= self._longest + len(written):
             self._length -= len(tokens.popleft()[1])
 
-    def find(self, pattern: bytes) -> list[int] | None:
-        """Whether it stands there now: the tokens from that on in which it begins."""
-        if not pattern:
+    def find(self, pattern: bytes) -> tuple[bytes, list[int]] | None:
+        """Whether the last token ends it: what its first token writes before it, and the tokens that it stands in."""
+        if not pattern or not self._tokens:
             return None
-        place = b"".join(self._texts()).find(pattern)
+        earlier = self._length - len(self._tokens[-1][1])
+        place = b"".join(self._texts()).find(pattern, max(0, earlier - len(pattern) + 1))
         if place < 0:
             return None
         for number, (_, written) in enumerate(self._tokens):
             if place < len(written):
-                return [token for token, _ in list(self._tokens)[number:]]
+                return written[:place], [token for token, _ in list(self._tokens)[number:]]
             place -= len(written)
         raise AssertionError("found outside of the text")
 

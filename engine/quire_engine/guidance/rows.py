@@ -46,6 +46,7 @@ class GuidedRows:
         self._words = -(-vocab_size // 32)
         self._device = device
         self._cursors: dict[int, Cursor] = {}
+        self._begun: dict[int, tuple[str, list[int]]] = {}  # row → its spec, and the tokens that have come
         self._failed: dict[int, str] = {}  # row → why it cannot go on
         self._drawn: tuple[list[tuple[Cursor, int, int]], Tensor, torch.Event | None] | None = None
         self._threads: Any = None
@@ -61,14 +62,9 @@ class GuidedRows:
         for new in news:
             self._cursors.pop(new.row, None)
             self._failed.pop(new.row, None)
+            self._begun.pop(new.row, None)
             if new.params.guidance:
-                try:
-                    cursor = Cursor(self._guides.prepare(new.params.guidance).result())
-                    for token in new.tokens[new.num_prompt :].tolist():
-                        cursor.advance(token)
-                    self._cursors[new.row] = cursor
-                except Exception as error:
-                    self._fail(new.row, error)
+                self._begin(new.row, new.params.guidance, new.tokens[new.num_prompt :].tolist())
 
     def masks(self, places: Mapping[int, int]) -> Masks:
         """Waits for the tokens drawn last. `places`: row → its place among those that draw."""
@@ -91,9 +87,12 @@ class GuidedRows:
         if asked:
             self._fill(masks, [matcher for _, _, matcher in asked])
         for number, (row, _, matcher) in enumerate(asked):
-            if matcher.is_error():
-                self._fail(row, GrammarFailure(matcher.get_error()))
-            else:
+            if matcher.is_error() and self._restarted(row, GrammarFailure(matcher.get_error())):
+                matcher = self._cursors[row].matcher
+                self._fill(masks[number : number + 1], [matcher])
+                if matcher.is_error():
+                    self._fail(row, GrammarFailure(matcher.get_error()))
+            if row in self._cursors:
                 _allow(masks[number], self._cursors[row].besides)
         for number, (_, _, tokens) in enumerate(told, len(asked)):
             _allow(masks[number], tokens)
@@ -127,10 +126,31 @@ class GuidedRows:
         tokens = host.tolist()
         for cursor, row, place in drawn:
             if self._cursors.get(row) is cursor and tokens[place] >= 0:
+                self._begun[row][1].append(tokens[place])
                 try:
                     cursor.advance(tokens[place])
                 except Exception as error:
-                    self._fail(row, error)
+                    self._restarted(row, error)
+
+    def _begin(self, row: int, spec: str, output: list[int]) -> None:
+        """From the start through what has been written."""
+        self._begun[row] = (spec, output)
+        try:
+            cursor = self._cursors[row] = Cursor(self._guides.prepare(spec).result())
+            for token in output:
+                cursor.advance(token)
+        except Exception as error:
+            self._fail(row, error)
+
+    def _restarted(self, row: int, error: Exception) -> bool:
+        """Whether a row whose matcher gave up goes on: with a grammar compiled anew, where that may help."""
+        if _is_full(error):
+            spec, output = self._begun[row]
+            self._guides.drop(spec, self._cursors[row].guide)
+            self._begin(row, spec, output)
+        else:
+            self._fail(row, error)
+        return row in self._cursors
 
     def _fill(self, masks: NDArray[np.int32], matchers: list[Any]) -> None:
         if self._threads is None:
@@ -141,7 +161,9 @@ class GuidedRows:
         self._threads.unsafe_compute_mask_ptr(numbered, masks.ctypes.data, self._words * 4, len(masks))
 
     def _fail(self, row: int, error: Exception) -> None:
-        self._cursors.pop(row, None)
+        cursor = self._cursors.pop(row, None)
+        if cursor is not None and _is_full(error):
+            self._guides.drop(self._begun[row][0], cursor.guide)
         if isinstance(error, QuireError):
             self._failed[row] = str(error)
         elif isinstance(error, GrammarFailure):
@@ -149,6 +171,11 @@ class GuidedRows:
         else:
             log.error("a grammar failed", exc_info=error)
             self._failed[row] = "the grammar failed: an internal error, which is in the server's log"
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a grammar's lexer has no room for more states: each row adds some, and all have them in common."""
+    return isinstance(error, GrammarFailure) and str(error).startswith("lexer error")
 
 
 def _allow(mask: NDArray[np.int32], tokens: Sequence[int]) -> None:

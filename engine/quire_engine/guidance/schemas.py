@@ -157,12 +157,19 @@ def _factor(value: Any) -> int:
     return found
 
 
-def _without_noise(value: Any) -> Any:
+def _without_noise(schema: Any) -> Any:
     """Without what says nothing and is refused all the same, and without llguidance's own options."""
-    if isinstance(value, Mapping):
-        return {
-            name: _without_noise(one)
-            for name, one in value.items()
-            if name != "x-guidance" and not (name == "uniqueItems" and one is False)
-        }
-    return [_without_noise(one) for one in value] if isinstance(value, list) else value
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {}
+    for name, value in schema.items():
+        if name == "x-guidance" or (name == "uniqueItems" and value is False):
+            continue
+        if name in _NAMED and isinstance(value, Mapping):
+            value = {key: _without_noise(one) for key, one in value.items()}
+        elif name in _LISTED and isinstance(value, list):
+            value = [_without_noise(one) for one in value]
+        elif name in _NESTED:
+            value = _without_noise(value)
+        found[name] = value
+    return found
