@@ -211,7 +211,10 @@ class Family:
         message = {
             "role": "assistant",
             "content": content,
-            "tool_calls": [{"type": "function", "function": {"name": name, "arguments": a}} for name, a in calls],
+            "tool_calls": [
+                {"id": f"{place:09}", "type": "function", "function": {"name": name, "arguments": arguments}}
+                for place, (name, arguments) in enumerate(calls)
+            ],
         }
         return template.render([message], add_generation_prompt=False, continue_final_message=False, variables={})
 

@@ -142,6 +142,7 @@ def test_every_sampling_parameter_survives_the_wire() -> None:
         logit_bias={3: -2.0},
         allowed_token_ids=TokenSet.of((1, 2)),
         bad_words=((4,), (5, 6)),
+        guidance="{}",
     )
     plain = EngineSampling()
     differing = [name for name in EngineSampling.__slots__ if getattr(params, name) != getattr(plain, name)]

@@ -132,9 +132,10 @@ def test_the_openers_of_sections_are_told_as_tokens_and_texts() -> None:
         one = family(name, **options)
         rules = call_rules(one.form, TOOLS, parallel=True, most=8)
         texts = {token: one.form.spelled[letter] for token, letter in one.form.marks.items()}
-        return [tuple(texts.get(part, part) for part in opener) for opener in (*rules.openers, *rules.first_openers)]
+        return [tuple(texts.get(part, part) for part in opener) for opener in rules.signs]
 
     assert openers("hermes") == openers("hermes", tokens=False) == [("<tool_call>",)]
     assert openers("openai") == [("<|channel|>", "commentary to=functions.")]
-    assert openers("llama3_json") == [('{"name": "',)]
-    assert openers("pythonic") == [("[",)]
+    names = [tool.name for tool in TOOLS]
+    assert openers("llama3_json") == [(f'{{"name": "{name}"',) for name in names], "what begins like one may be content"
+    assert openers("pythonic") == [(f"[{name}(",) for name in names]

@@ -34,8 +34,13 @@ def function(**fields: Any) -> dict[str, Any]:
 
 
 def test_tools_are_read_from_openais_json() -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": True}
     assert tools_of([function(description="does", parameters=schema, strict=True)]) == [Tool("f", "does", schema, True)]
+    del schema["additionalProperties"]
+    (closed,) = tools_of([function(parameters=schema)])
+    assert closed.parameters == schema | {"additionalProperties": False}, "no other arguments than those it names"
+    (open_,) = tools_of([function(parameters={"type": "object"})])
+    assert open_.parameters == {"type": "object"}
     (bare,) = tools_of([function()])
     assert bare.parameters == {"type": "object", "properties": {}, "additionalProperties": False}
     assert tools_of(None) == []
@@ -147,11 +152,11 @@ def test_calls_and_reasoning_are_named_apart() -> None:
         ("<tool_call>f\n<arg_key>k</arg_key><arg_value> <think></think>", "glm45", "think"),
         ("<|start|>assistant<|channel|>analysis<|message|>", "openai", "openai"),
         ("[TOOL_CALLS] [THINK]", "mistral", "mistral"),
-        ("<|python_tag|>", "llama3_json", "think"),
-        ("hello", "hermes", "think"),
+        ("<|python_tag|>", "llama3_json", None),
+        ("hello", None, None),
     ],
 )
-def test_a_chat_template_tells_the_format(template: str, calls: str, reasoning: str) -> None:
+def test_a_chat_template_tells_the_format(template: str, calls: str | None, reasoning: str | None) -> None:
     found = detect(template, bound(PLAIN, tokens=False).tokenizer)
-    assert found.calls is CALLS[calls]
-    assert found.reasoning is REASONING[reasoning]
+    assert found.calls is (CALLS[calls] if calls else None)
+    assert found.reasoning is (REASONING[reasoning] if reasoning else None)

@@ -15,11 +15,12 @@ from quire_engine.guidance.schemas import checked
 from quire_engine.guidance.spec import Marker
 
 Result = TypeVar("Result")
-_WHITESPACE = r"[ \n\r\t]{0,64}"  # where JSON has any: some models would write it without end
+_WHITESPACE = r"[ \n\r\t]{1,64}"  # where JSON has any: some models would write it without end
 _NAME = "structured_outputs"
 _STACK = 512 << 20  # bytes, of which only those are taken that are touched
 _stacks = threading.Lock()  # their size is the whole process's
 _SHOWN = 300  # characters of what llguidance says
+_UNKNOWN = re.compile(r"Unimplemented keys: (\[.*?\])")
 _CONTEXT = re.compile(r"\n +\d+ \| .*", re.DOTALL)  # the lines of the grammar that it shows
 
 
@@ -42,6 +43,8 @@ def reason(error: str) -> str:
     """What llguidance says, in one short line."""
     if error.startswith("panic:"):
         return "it is too large or too deep"
+    if (found := _UNKNOWN.search(error)) is not None:
+        return f"a JSON schema has {', '.join(json.loads(found[1]))}, which no grammar can hold; leave it out"
     if "coerce_one_of" in error:
         return "oneOf has choices that may overlap; use anyOf"
     return " ".join(_CONTEXT.sub("", error).replace("<non-verbose/>", "").split())[:_SHOWN].rstrip(" .")
@@ -114,12 +117,17 @@ def marker_of(text: str, delimiters: Mapping[str, int]) -> Marker:
 
 def check(grammar: str) -> None:
     """Raises InvalidParameter for a grammar that cannot be compiled. It must name no tokens: none are known here."""
+    if problem := problem_of(grammar):
+        raise InvalidParameter(f"the grammar cannot be used: {problem}", _NAME)
+
+
+def problem_of(grammar: str) -> str:
+    """Why such a grammar cannot be compiled; "" where it can."""
     from llguidance import LLMatcher
 
     found = in_depth(lambda: LLMatcher.validate_grammar_with_warnings(grammar, None, limits=limits()))
     wrong, messages = found
-    if wrong:
-        raise InvalidParameter(f"the grammar cannot be used: {reason(messages[0])}", "structured_outputs")
+    return reason(messages[0]) if wrong else ""
 
 
 def in_depth(work: Callable[[], Result]) -> Result:

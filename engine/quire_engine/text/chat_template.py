@@ -84,6 +84,10 @@ class ChatTemplate:
         self.source = source
         self.knows_tools = self._tools.knows_tools
 
+    def describe_tools(self) -> None:
+        """Has tools described in words, and called in words: how else the model writes calls is not known."""
+        self.knows_tools = False
+
     def _writes_developers(self) -> bool:
         """OpenAI's newer models call the system prompt the developer's. Some templates ask for that role to skip it."""
         self._knows_developer = True

@@ -53,7 +53,18 @@ def bind(form: Format, tokenizer: Tokenizer) -> BoundFormat:
     """The format as this vocabulary can write it. Marks that the vocabulary lacks are ordinary text."""
     tokens = {text: token for token, text in tokenizer.added_tokens.items()}
     reasoning, calls = form.reasoning, form.calls
-    of_reasoning = [] if reasoning is None else [reasoning.begin, reasoning.end, *reasoning.dropped]
+    of_reasoning = (
+        []
+        if reasoning is None
+        else [
+            reasoning.begin,
+            reasoning.end,
+            reasoning.before_content,
+            reasoning.after_content,
+            reasoning.before_calls,
+            *reasoning.dropped,
+        ]
+    )
     of_calls = [] if calls is None else [pieces for one in calls.sections for pieces in _pieces_of(one)]
     used = dict.fromkeys((*_marks(of_reasoning), *_marks(of_calls if calls is None else [*of_calls, *calls.dropped])))
     letters = dict(zip((mark for mark in used if mark in tokens), map(chr, count(_FIRST)), strict=False))
@@ -177,6 +188,9 @@ def _bound_reasoning(reasoning: Reasoning, letters: Mapping[str, str]) -> Reason
         reasoning,
         begin=_bound(reasoning.begin, letters),
         end=_bound(reasoning.end, letters),
+        before_content=_bound(reasoning.before_content, letters),
+        after_content=_bound(reasoning.after_content, letters),
+        before_calls=_bound(reasoning.before_calls, letters),
         dropped=tuple(_bound(pieces, letters) for pieces in reasoning.dropped),
     )
 

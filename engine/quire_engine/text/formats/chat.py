@@ -99,10 +99,12 @@ class ChatFormat:
         """What is not given is read off the chat template. Raises InvalidParameter for an unknown name."""
         template = tokenizer.tool_template
         found = detect(template.source, tokenizer) if template is not None else PLAIN
-        if template is not None and not template.knows_tools:
+        if template is not None and tool_parser is None and (found.calls is None or not template.knows_tools):
+            template.describe_tools()
             found = replace(found, calls=PLAIN.calls)
         self._form = bind(format_of(tool_parser, reasoning_parser, otherwise=found), tokenizer)
         self._tokenizer = tokenizer
+        self._lark = Lark(self._form.tokens)
 
     @property
     def name(self) -> str:
@@ -146,28 +148,38 @@ class ChatFormat:
         rules = call_rules(self._form, tools, parallel=use.parallel and use.named is None, most=MAX_CALLS)
         if structure is not None and structure.structural_tag is not None:
             raise InvalidParameter("a structural_tag does not go with tools; leave one out", "structured_outputs")
+        before = self._form.reasoning.before_calls if self._form.reasoning is not None else ()
+        calls = self._lark.sequence(before, "calls_all")
         if use.must:
-            content = grammars.composed(grammars.lark(f"start: chat_lead calls_all\n{_LEAD}\n{rules.lark}"))
+            content = grammars.composed(grammars.lark(f"start: chat_lead {calls}\n{_LEAD}\n{rules.lark}"))
             return GuidanceSpec(content=content, thinking=thinking)
         if structure is not None:
-            either = grammars.lark(f"start: chat_lead (calls_all | @answer)\n{_LEAD}\n{rules.lark}")
-            return GuidanceSpec(content=grammars.composed(either, answer=structure.content()), thinking=thinking)
+            either = f"start: chat_lead ({calls} | {self._wrapped('@answer')})\n{_LEAD}\n{rules.lark}"
+            content = grammars.composed(grammars.lark(either), answer=structure.content())
+            return GuidanceSpec(content=content, thinking=thinking)
         return GuidanceSpec(
             thinking=thinking,
             sections=_sections(rules),
-            only_first=bool(rules.first_openers),
+            only_first=rules.only_first,
             most=MAX_CALLS,
             then_end=not rules.repeats,
         )
+
+    def _wrapped(self, content: str) -> str:
+        """Content that is constrained, within what the family writes around it."""
+        reasoning = self._form.reasoning
+        if reasoning is None:
+            return content
+        return self._lark.sequence(reasoning.before_content, content, reasoning.after_content)
 
     def _structured(self, structure: StructuredOutputs | None, thinking: Thinking | None) -> GuidanceSpec | None:
         if structure is None:
             budgeted = thinking is not None and thinking.budget is not None
             return GuidanceSpec(thinking=thinking) if budgeted else None
-        if thinking is None or structure.structural_tag is not None:
+        if self._form.reasoning is None or structure.structural_tag is not None:
             return replace(structure.spec(self._tokenizer.delimiters), thinking=thinking)
-        content = grammars.composed(grammars.lark(f"start: chat_lead @answer\n{_LEAD}"), answer=structure.content())
-        return GuidanceSpec(content=content, thinking=thinking)
+        answer = grammars.lark(f"start: chat_lead {self._wrapped('@answer')}\n{_LEAD}")
+        return GuidanceSpec(content=grammars.composed(answer, answer=structure.content()), thinking=thinking)
 
     def _thinking(self, prompt: Sequence[int], *, inside: bool, budget: int | None) -> Thinking | None:
         """None where it is over when the answer begins."""
@@ -187,7 +199,7 @@ class ChatFormat:
 
     def _marker(self, pieces: Pieces) -> Marker:
         """As it is usually written, space aside."""
-        return opener_of(Lark(self._form.tokens), tuple(piece for piece in pieces if not isinstance(piece, Space)))
+        return opener_of(self._lark, tuple(piece for piece in pieces if not isinstance(piece, Space)))
 
     def _tokens(self, marker: Marker) -> tuple[int, ...]:
         tokens: list[int] = []
@@ -197,8 +209,5 @@ class ChatFormat:
 
 
 def _sections(rules: CallRules) -> tuple[Section, ...]:
-    body = f"body: calls_body\n{rules.lark}"
-    return tuple(
-        Section(opener=opener, grammar=grammars.composed(grammars.section(opener, body)))
-        for opener in (*rules.openers, *rules.first_openers)
-    )
+    grammar = grammars.composed(grammars.section(rules.opener, f"body: calls_body\n{rules.lark}"))
+    return tuple(Section(opener=sign, grammar=grammar) for sign in rules.signs)

@@ -33,14 +33,14 @@ def format_of(tool_parser: str | None, reasoning_parser: str | None, *, otherwis
 
 
 def detect(template_source: str, tokenizer: Tokenizer) -> Format:
-    """The format that a chat template writes; what it does not tell is told by the vocabulary, or plain."""
+    """The format that a chat template writes; what it does not tell is told by the vocabulary, if anything does."""
     added = "\n".join(tokenizer.added_tokens.values())
     calls = _told_by(CALL_SIGNS, template_source) or _told_by(CALL_SIGNS, added)
     reasoning = _told_by(REASONING_SIGNS, template_source) or _told_by(REASONING_SIGNS, added)
     return Format(
         name="+".join(name for name in (calls, reasoning) if name) or PLAIN.name,
-        reasoning=REASONING[reasoning] if reasoning else PLAIN.reasoning,
-        calls=CALLS[calls] if calls else PLAIN.calls,
+        reasoning=REASONING[reasoning] if reasoning else None,
+        calls=CALLS[calls] if calls else None,
     )
 
 

@@ -121,6 +121,9 @@ class Reasoning:
     end: Pieces
     words: bool = False
     dropped: tuple[Pieces, ...] = ()  # what wraps content
+    before_content: Pieces = ()  # of that, what is written under a mask
+    after_content: Pieces = ()
+    before_calls: Pieces = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

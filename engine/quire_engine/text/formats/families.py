@@ -1,5 +1,7 @@
 """How each family writes reasoning and calls: one literal table each, by the names that the field knows them by."""
 
+from dataclasses import replace
+
 from quire_engine.text.formats.facts import (
     Blank,
     Call,
@@ -54,6 +56,7 @@ _HARMONY_FINAL: Pieces = (
     Maybe((NONE, Mark("<|constrain|>"), Text("json"))),
     Mark("<|message|>"),
 )
+_HARMONY_START = Maybe((Mark("<|start|>"), Text("assistant")))
 _HARMONY_DROPPED: tuple[Pieces, ...] = (
     (Mark("<|start|>"), Text("assistant")),
     _HARMONY_FINAL,
@@ -139,14 +142,24 @@ _LLAMA_BETWEEN: Pieces = (NONE, Text(";"), SPACE)
 
 REASONING: dict[str, Reasoning] = {
     "think": _tags("<think>", "</think>"),
-    "hunyuan": _tags("<think>", "</think>", ((Mark("<answer>"), LINE), (LINE, Mark("</answer>")))),
+    "hunyuan": replace(
+        _tags("<think>", "</think>", ((Mark("<answer>"), LINE), (LINE, Mark("</answer>")))),
+        before_content=(Maybe((Mark("<answer>"), LINE)),),
+        after_content=(Maybe((LINE, Mark("</answer>"))),),
+    ),
     "mistral": _tags("[THINK]", "[/THINK]"),
     "seed_oss": _tags("<seed:think>", "</seed:think>"),
     "exaone_deep": _tags("<thought>", "</thought>"),
-    "cohere": _tags(
-        "<|START_THINKING|>",
-        "<|END_THINKING|>",
-        tuple((Mark(mark),) for mark in ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")),
+    "cohere": replace(
+        _tags(
+            "<|START_THINKING|>",
+            "<|END_THINKING|>",
+            tuple(
+                (Mark(mark),) for mark in ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")
+            ),
+        ),
+        before_content=(Either(((Mark("<|START_RESPONSE|>"),), (Mark("<|START_TEXT|>"),))),),
+        after_content=(Maybe((Either(((Mark("<|END_RESPONSE|>"),), (Mark("<|END_TEXT|>"),))),)),),
     ),
     "granite": Reasoning(
         begin=(Either(((Text("Here is my thought process:"),), (Text("Here's my thought process:"),))),),
@@ -157,6 +170,8 @@ REASONING: dict[str, Reasoning] = {
         begin=(Mark("<|channel|>"), Text("analysis"), Mark("<|message|>")),
         end=(Mark("<|end|>"),),
         dropped=_HARMONY_DROPPED,
+        before_content=(_HARMONY_START, Mark("<|channel|>"), Text("final"), Mark("<|message|>")),
+        before_calls=(_HARMONY_START,),
     ),
     "gemma4": Reasoning(begin=(Mark("<|channel>"), Text("thought")), end=(LINE, Mark("<channel|>"))),
 }
@@ -358,8 +373,8 @@ REASONING_NAMES: dict[str, str] = {name: name for name in REASONING} | {
     "hunyuan_a13b": "hunyuan",
     "cohere_command3": "cohere",
 }
-# For models of which nothing is known: delimiters that many have learnt, be they tokens or text.
-PLAIN = Format(name="plain", reasoning=REASONING["think"], calls=CALLS["hermes"])
+# For models of which nothing is known, whose prompts describe it.
+PLAIN = Format(name="plain", calls=CALLS["hermes"])
 # What of a chat template tells a family, the surest first: all of the marks stand in it.
 CALL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("openai", ("<|channel|>", "<|message|>")),

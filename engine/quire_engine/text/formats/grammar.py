@@ -19,8 +19,9 @@ class CallRules:
     else a mask would allow it within a text, where the parser takes it for the delimiter that it is."""
 
     lark: str  # `calls_open` and `calls_body`: a section's opener and all the rest of it; `calls_all`: all calls
-    openers: list[Opener]  # what begins a section within content: texts and token ids, one after the other
-    first_openers: list[Opener]  # what does only where content begins
+    opener: Opener  # what begins a section within content: texts and token ids, one after the other
+    signs: list[Opener]  # what tells that one has begun: the opener, or more of it where it might be content as well
+    only_first: bool  # whether a section counts only where content begins
     repeats: bool  # whether a further section may follow one
 
 
@@ -52,10 +53,19 @@ def call_rules(form: BoundFormat, tools: Sequence[Tool], *, parallel: bool, most
     opener = opener_of(lark, opening)
     return CallRules(
         lark=lark.text(),
-        openers=[] if section.only_first else [opener],
-        first_openers=[opener] if section.only_first else [],
+        opener=opener,
+        signs=[opener_of(lark, _named(section, tool)) for tool in tools] if section.only_first else [opener],
+        only_first=section.only_first,
         repeats=repeats,
     )
+
+
+def _named(section: Section, tool: Tool) -> Pieces:
+    """How a section begins whose first call is of this tool, up to what ends the name."""
+    before = section.call.before
+    name = before.index(Blank.NAME)
+    end = next((place for place in range(name + 1, len(before)) if isinstance(before[place], Text | Mark)), name)
+    return (*section.begin, *before[:name], Text(tool.name), *before[name + 1 : end + 1])
 
 
 def _call(lark: Lark, section: Section, tool: Tool, place: int) -> str:

@@ -13,6 +13,7 @@ MAX_NAME = 64
 MAX_SCHEMA_SIZE = 1 << 18  # characters of JSON, of all tools together
 MAX_SCHEMA_DEPTH = 64
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_OPEN = {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties", "propertyNames"}
 _KEYS = {"name", "description", "parameters", "strict"}
 
 
@@ -76,7 +77,12 @@ def _parameters(raw: Any, where: str) -> dict[str, Any]:
             raise _refused(f"needs {called} as {where}.function.parameters.{key}, not {type(raw[key]).__name__}")
     if not all(isinstance(name, str) for name in raw.get("required", [])):
         raise _refused(f"needs a list of names as {where}.function.parameters.required")
-    return {"type": "object"} | raw
+    return {"type": "object"} | _closed(raw)
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without arguments that it does not name, where it names some and does not say that there are others."""
+    return {"additionalProperties": False} | schema if "properties" in schema and not schema.keys() & _OPEN else schema
 
 
 def _check_size(raw: list[Any]) -> None:

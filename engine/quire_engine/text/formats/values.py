@@ -8,12 +8,14 @@ import re
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
+from quire_engine.guidance import grammars
+from quire_engine.guidance.schemas import checked
 from quire_engine.text.formats.facts import Literals, Pieces, Tagged, Text
 from quire_engine.text.formats.lark import Lark, quoted
 from quire_engine.text.formats.schema import TYPES, referred, types_of
 from quire_engine.text.formats.tools import Tool
 
-_WHITESPACE = r"[ \n]{1,64}"  # in JSON where it may be: without a bound, a model may write it for ever
+_WHITESPACE = " "  # in JSON where it may be, as in the templates that models have learnt calls from
 _NOTES = {"description", "title", "default", "examples", "$comment", "deprecated", "$schema", "$id"}
 _OF_TEXT = _NOTES | {"type", "enum", "const", "anyOf"}
 _OF_LITERALS = _OF_TEXT | {"properties", "required", "items", "additionalProperties", "$ref", "$defs", "definitions"}
@@ -28,19 +30,22 @@ def json_rule(tool: Tool, schema: Any) -> str:
     inner = {key: value for key, value in schema.items() if key != "x-guidance"} if isinstance(schema, dict) else {}
     inner |= {key: tool.parameters[key] for key in _DEFINITIONS if key in tool.parameters}
     inner["x-guidance"] = {"whitespace_pattern": _WHITESPACE, "lenient": not tool.strict}
-    problem = _problem(inner)
+    problem = _problem(inner, tool)
     if problem and not tool.strict:
         inner = _without_patterns(inner)
-        problem = _problem(inner)
+        problem = _problem(inner, tool)
     if problem:
-        raise _refused(tool, problem[:300])
+        raise _refused(tool, problem)
     return "%json " + json.dumps(inner)
 
 
-def _problem(schema: dict[str, Any]) -> str:
-    from llguidance import LLMatcher
-
-    return LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))
+def _problem(schema: dict[str, Any], tool: Tool) -> str:
+    options = schema.pop("x-guidance")
+    try:
+        schema |= checked(schema, "tools", lenient=not tool.strict) | {"x-guidance": options}
+        return grammars.problem_of(grammars.composed({"json_schema": schema}))
+    except InvalidParameter as error:
+        return str(error)
 
 
 def _without_patterns(schema: Any, *, names: bool = False) -> Any:
