@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Callable
 from datetime import date, time
-from decimal import Decimal, localcontext
+from decimal import Decimal, InvalidOperation, localcontext
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,14 +16,15 @@ from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.validators import validator_for
 from llguidance import LLMatcher, LLTokenizer
 from schema_corpus import CORPUS
-from schema_keywords import REFUSED
+from schema_keywords import OUTPUTS, REFUSED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from vocabularies import CORPUS as PROSE
 
 END = "</s>"
 CHUNKS = 16
-WALKS = 4
+WALKS = 8
 LONGEST = 1500  # tokens
+OPTIONS = {"json_allowed_escapes": 'nrbtf\\"'}  # \u would let the name of a property be written another way
 FORMATS = FormatChecker(formats=("email", "ipv4", "ipv6", "uuid"))
 
 
@@ -92,7 +93,8 @@ def vocabulary() -> tuple[LLTokenizer, list[bytes]]:
 
 def guided_by(schema: Any) -> LLMatcher:
     """A matcher at the beginning of an output."""
-    return LLMatcher(vocabulary()[0], LLMatcher.grammar_from_json_schema(json.dumps(schema)), log_level=0)
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
+    return LLMatcher(vocabulary()[0], grammar, log_level=0)
 
 
 def refusal_of(schema: Any) -> str:
@@ -101,37 +103,40 @@ def refusal_of(schema: Any) -> str:
 
 
 def write(schema: Any, draws: random.Random) -> str:
-    """What a model writes that draws at random from what the mask lets it, and is soon eager to end."""
+    """What a model writes that draws at random from what the mask lets it: for a while it would go on, then end."""
     matcher = guided_by(schema)
     tokenizer, spellings = vocabulary()
     end = tokenizer.eos_token
-    eager_from = draws.randint(0, 40)
+    eager_from = draws.choice([0, 10, 40, 80])
     written = b""
     for step in range(LONGEST):
         mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
         assert not matcher.is_error(), matcher.get_error()
         allowed = np.flatnonzero(mask).tolist()
         assert allowed, f"nothing may follow {written!r}"
-        if end in allowed and (len(allowed) == 1 or step >= eager_from or draws.random() < 0.2):
+        eager = step >= eager_from
+        if end in allowed and (len(allowed) == 1 or eager or draws.random() < 0.1):
             assert matcher.is_accepting()
             return written.decode()
         choices = [token for token in allowed if token != end]
-        if step >= eager_from or draws.random() < 0.5:
-            choices = _endings(choices, spellings, written, draws)
+        if draws.random() < (0.9 if eager else 0.6):
+            choices = _apt(choices, spellings, _orders(written, eager, draws))
         token = draws.choice(choices)
         assert matcher.consume_token(token), matcher.get_error()
         written += spellings[token]
     pytest.fail(f"not ended after {LONGEST} tokens: {written[:200]!r} …")
 
 
-def _endings(choices: list[int], spellings: list[bytes], written: bytes, draws: random.Random) -> list[int]:
-    """Those of the tokens that lead to the end soonest, by their looks; now and then, any."""
-    inside_string = len(re.findall(rb'(?:[^"\\]|\\.)*?"', written, re.DOTALL)) % 2 == 1
-    if inside_string:
-        orders = [b'"'] if draws.random() < 0.5 else [b'"', b"@:-/.T", b"0123456789"]
-    else:
-        orders = [b"}]", b",:", b'"nft-0123456789']
-    for order in orders if draws.random() < 0.9 else []:
+def _orders(written: bytes, eager: bool, draws: random.Random) -> list[bytes]:
+    """First bytes of tokens, in groups, those before others that lead to the end soonest, or farthest from it."""
+    if re.sub(rb"\\.", b"", written, flags=re.DOTALL).count(b'"') % 2:  # within a string
+        return [b'"', b" @:-/.T", b"0123456789"] if draws.random() < 0.5 else [b'"']
+    return [b"}]", b",:", b'"nft-0123456789'] if eager else [b",:", b'{["', b"nft-0123456789"]
+
+
+def _apt(choices: list[int], spellings: list[bytes], orders: list[bytes]) -> list[int]:
+    """The shortest tokens of the first group that there is one of."""
+    for order in orders:
         found = [token for token in choices if spellings[token][0] in order]
         if found:
             shortest = min(len(spellings[token]) for token in found)
@@ -139,12 +144,20 @@ def _endings(choices: list[int], spellings: list[bytes], written: bytes, draws: 
     return choices
 
 
+def _decimal(number: str) -> Decimal:
+    """As it is written, for floats would be no multiples of 0.1; infinite or zero where the exponent is beyond it."""
+    try:
+        return Decimal(number)
+    except InvalidOperation:
+        return Decimal(float(number))
+
+
 def faults_of(schema: Any, text: str) -> list[str]:
-    """What is wrong with an output. Numbers are decimal, as they are written."""
-    exact = json.loads(json.dumps(schema), parse_float=Decimal)
+    """What is wrong with an output."""
+    exact = json.loads(json.dumps(schema), parse_float=_decimal)
     validator = validator_for(schema, default=Draft202012Validator)(exact, format_checker=FORMATS)
     with localcontext(prec=LONGEST):
-        return [fault.message for fault in validator.iter_errors(json.loads(text, parse_float=Decimal))]
+        return [fault.message for fault in validator.iter_errors(json.loads(text, parse_float=_decimal))]
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -162,6 +175,30 @@ def test_what_is_written_under_the_masks_of_a_schema_is_valid(chunk: int) -> Non
 def test_a_schema_that_no_mask_can_hold_is_refused_by_name(name: str) -> None:
     schema, word = REFUSED[name]
     assert word.lower() in refusal_of(schema).lower()
+
+
+def takes(schema: Any, text: str) -> bool:
+    """Whether a text can be written, byte by byte, and end there."""
+    matcher = guided_by(schema)
+    assert not matcher.is_error(), matcher.get_error()
+    spellings = vocabulary()[1]
+    single = {spelling: token for token, spelling in enumerate(spellings) if len(spelling) == 1}
+    tokens = [single[bytes([byte])] for byte in text.encode()]
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def _is_valid(schema: Any, text: str) -> bool:
+    try:
+        return not faults_of(schema, text)
+    except json.JSONDecodeError:
+        return False
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_can_be_written_if_and_only_if_it_is_valid(name: str) -> None:
+    schema, right, wrong = OUTPUTS[name]
+    assert (_is_valid(schema, right), _is_valid(schema, wrong)) == (True, False), "as another implementation has it"
+    assert (takes(schema, right), takes(schema, wrong)) == (True, False)
 
 
 def test_the_corpus_is_of_schemas() -> None:
