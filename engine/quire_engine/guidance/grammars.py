@@ -16,6 +16,7 @@ from quire_engine.guidance.spec import Marker
 
 Result = TypeVar("Result")
 _WHITESPACE = r"[ \n\r\t]{1,64}"  # where JSON has any: some models would write it without end
+_ESCAPES = 'nrbtf\\"'  # not \u: in it a property's name could be spelled past the property's schema
 _NAME = "structured_outputs"
 _STACK = 512 << 20  # bytes, of which only those are taken that are touched
 _stacks = threading.Lock()  # their size is the whole process's
@@ -53,7 +54,9 @@ def reason(error: str) -> str:
 def json_schema(schema: Any, *, parameter: str = "structured_outputs", lenient: bool = False) -> dict[str, Any]:
     """A grammar of the JSON texts that a schema describes. `lenient`: keywords that no grammar can hold are not held,
     where they are refused otherwise. Raises InvalidParameter."""
-    options = {"whitespace_pattern": _WHITESPACE} | ({"lenient": True} if lenient else {})
+    options: dict[str, Any] = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES}
+    if lenient:
+        options["lenient"] = True
     return {"json_schema": {**checked(schema, parameter, lenient=lenient), "x-guidance": options}}
 
 

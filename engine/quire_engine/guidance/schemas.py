@@ -5,6 +5,7 @@ The bounds are measured: within them the worst schema takes half a second to com
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
@@ -21,6 +22,7 @@ _DRAFTS = ("draft-04/", "draft-06/", "draft-07/", "draft/2019-09/", "draft/2020-
 _FOREIGN = {"extends": "draft 3", "disallow": "draft 3", "divisibleBy": "draft 3"}  # read by nobody
 _APPLICATORS = ("allOf", "anyOf", "oneOf", "$ref", "enum", "const")
 _NUMBERS = ("const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_NEGATED = re.compile(r"\\.|\[\^(\]?)", re.DOTALL)  # what is escaped, or where a negated class begins
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NESTED = ("additionalProperties", "items", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames")
@@ -158,18 +160,30 @@ def _factor(value: Any) -> int:
 
 
 def _without_noise(schema: Any) -> Any:
-    """Without what says nothing and is refused all the same, and without llguidance's own options."""
+    """Without what says nothing and is refused all the same, without llguidance's own options, and with patterns as it
+    reads them rightly."""
     if not isinstance(schema, Mapping):
         return schema
     found = {}
     for name, value in schema.items():
         if name == "x-guidance" or (name == "uniqueItems" and value is False):
             continue
-        if name in _NAMED and isinstance(value, Mapping):
-            value = {key: _without_noise(one) for key, one in value.items()}
+        if name == "pattern" and isinstance(value, str):
+            value = _without_nul(value)
+        elif name in _NAMED and isinstance(value, Mapping):
+            patterns = name == "patternProperties"
+            value = {_without_nul(key) if patterns else key: _without_noise(one) for key, one in value.items()}
         elif name in _LISTED and isinstance(value, list):
             value = [_without_noise(one) for one in value]
         elif name in _NESTED:
             value = _without_noise(value)
         found[name] = value
     return found
+
+
+def _without_nul(pattern: str) -> str:
+    """With U+0000 left out of each negated class: of one that has all control characters llguidance would take a quote
+    and a backslash too, escaped as JSON has them, be they in it or not."""
+    return _NEGATED.sub(
+        lambda found: found[0] if found[0][0] == "\\" else "[^\\x00-\\x00" + re.escape(found[1]), pattern
+    )
