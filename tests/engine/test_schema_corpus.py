@@ -15,6 +15,8 @@ import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.validators import validator_for
 from llguidance import LLMatcher, LLTokenizer
+from quire_engine.errors import InvalidParameter
+from quire_engine.guidance.grammars import composed, json_schema, limits, reason
 from schema_corpus import CORPUS
 from schema_keywords import OUTPUTS, REFUSED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,7 +26,6 @@ END = "</s>"
 CHUNKS = 16
 WALKS = 8
 LONGEST = 1500  # tokens
-OPTIONS = {"json_allowed_escapes": 'nrbtf\\"'}  # \u would let the name of a property be written another way
 FORMATS = FormatChecker(formats=("email", "ipv4", "ipv6", "uuid"))
 
 
@@ -92,14 +93,16 @@ def vocabulary() -> tuple[LLTokenizer, list[bytes]]:
 
 
 def guided_by(schema: Any) -> LLMatcher:
-    """A matcher at the beginning of an output."""
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
-    return LLMatcher(vocabulary()[0], grammar, log_level=0)
+    """A matcher at the beginning of an output. Raises InvalidParameter."""
+    return LLMatcher(vocabulary()[0], composed(json_schema(schema)), log_level=0, limits=limits())
 
 
 def refusal_of(schema: Any) -> str:
     """Why a schema cannot be guided by; empty if it can."""
-    return guided_by(schema).get_error()
+    try:
+        return reason(guided_by(schema).get_error())
+    except InvalidParameter as error:
+        return str(error)
 
 
 def write(schema: Any, draws: random.Random) -> str:
