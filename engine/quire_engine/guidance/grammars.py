@@ -51,10 +51,13 @@ def reason(error: str) -> str:
     return " ".join(_CONTEXT.sub("", error).replace("<non-verbose/>", "").split())[:_SHOWN].rstrip(" .")
 
 
-def json_schema(schema: Any, *, parameter: str = "structured_outputs", lenient: bool = False) -> dict[str, Any]:
+def json_schema(
+    schema: Any, *, parameter: str = "structured_outputs", lenient: bool = False, whitespace: str = _WHITESPACE
+) -> dict[str, Any]:
     """A grammar of the JSON texts that a schema describes. `lenient`: keywords that no grammar can hold are not held,
-    where they are refused otherwise. Raises InvalidParameter."""
-    options: dict[str, Any] = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES}
+    where they are refused otherwise. `whitespace`: a regular expression of what may stand where JSON has any. Raises
+    InvalidParameter."""
+    options: dict[str, Any] = {"whitespace_pattern": whitespace, "json_allowed_escapes": _ESCAPES}
     if lenient:
         options["lenient"] = True
     return {"json_schema": {**checked(schema, parameter, lenient=lenient), "x-guidance": options}}

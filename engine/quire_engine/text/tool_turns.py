@@ -31,6 +31,8 @@ For each function call, return a json object with function name and arguments wi
 def for_template(turns: Turns, facts: ToolFacts, described: list[dict[str, Any]] | None) -> Turns:
     """A checked conversation in the template's own fields, as far as it has them. `described`: tools that it does not
     know, which are described in words, and called in words then."""
+    if not any("tool_calls" in turn or turn["role"] == "tool" for turn in turns):
+        return _with_description(turns, described, facts) if described else turns
     native = facts.writes_calls and not described
     fitted: Turns = []
     answered = False  # whether the last turn is a user's, made of results

@@ -9,7 +9,6 @@ from typing import Any
 
 from quire_engine.errors import InvalidParameter
 from quire_engine.guidance import grammars
-from quire_engine.guidance.schemas import checked
 from quire_engine.text.formats.facts import Literals, Pieces, Tagged, Text
 from quire_engine.text.formats.lark import Lark, quoted
 from quire_engine.text.formats.schema import TYPES, referred, types_of
@@ -27,25 +26,23 @@ _MAX_DEPTH = 24
 
 def json_rule(tool: Tool, schema: Any) -> str:
     """A JSON value of this schema, a part of the tool's. Raises InvalidParameter for one that llguidance refuses."""
-    inner = {key: value for key, value in schema.items() if key != "x-guidance"} if isinstance(schema, dict) else {}
+    inner = dict(schema) if isinstance(schema, dict) else {}
     inner |= {key: tool.parameters[key] for key in _DEFINITIONS if key in tool.parameters}
-    inner["x-guidance"] = {"whitespace_pattern": _WHITESPACE, "lenient": not tool.strict}
-    problem = _problem(inner, tool)
+    grammar, problem = _compiled(inner, tool)
     if problem and not tool.strict:
-        inner = _without_patterns(inner)
-        problem = _problem(inner, tool)
+        grammar, problem = _compiled(_without_patterns(inner), tool)
     if problem:
         raise _refused(tool, problem)
-    return "%json " + json.dumps(inner)
+    return "%json " + json.dumps(grammar)
 
 
-def _problem(schema: dict[str, Any], tool: Tool) -> str:
-    options = schema.pop("x-guidance")
+def _compiled(schema: dict[str, Any], tool: Tool) -> tuple[Any, str]:
+    """As llguidance gets it, and why it cannot."""
     try:
-        schema |= checked(schema, "tools", lenient=not tool.strict) | {"x-guidance": options}
-        return grammars.problem_of(grammars.composed({"json_schema": schema}))
+        made = grammars.json_schema(schema, parameter="tools", lenient=not tool.strict, whitespace=_WHITESPACE)
     except InvalidParameter as error:
-        return str(error)
+        return None, str(error)
+    return made["json_schema"], grammars.problem_of(grammars.composed(made))
 
 
 def _without_patterns(schema: Any, *, names: bool = False) -> Any:
