@@ -96,6 +96,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return make
 
 
+@pytest.fixture(scope="session")
+def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose tokens write any text: what grammars are followed with."""
+    from guided import byte_level_checkpoint
+
+    return byte_level_checkpoint(tmp_path_factory.mktemp("byte_level"))
+
+
 class Table:
     """What the tests have seen of each family: the rows of docs/families.md."""
 

@@ -31,6 +31,7 @@ from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patienc
 from quire_cluster.wire import from_bytes, to_bytes
 from quire_cluster.workers import first_failure
 from quire_engine.errors import InvalidParameter, OutOfMemory, QuireError, Unavailable
+from quire_engine.guidance.spec import GuidanceSpec
 from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.step import NewRow, StepPlan, StepResult, TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
@@ -142,7 +143,7 @@ def test_every_sampling_parameter_survives_the_wire() -> None:
         logit_bias={3: -2.0},
         allowed_token_ids=TokenSet.of((1, 2)),
         bad_words=((4,), (5, 6)),
-        guidance="{}",
+        guidance=GuidanceSpec(content="{}").to_json(),
     )
     plain = EngineSampling()
     differing = [name for name in EngineSampling.__slots__ if getattr(params, name) != getattr(plain, name)]
@@ -193,7 +194,12 @@ def test_steps_survive_the_way_between_hosts() -> None:
         return generator.integers(-1, 1 << 30, count, np.int32)
 
     params = EngineSampling(
-        seed=2**64 - 1, logit_bias={3: -2.5}, bad_words=((4,), (5, 6)), allowed_token_ids=TokenSet.of((1, 9)), top_p=0.1
+        seed=2**64 - 1,
+        logit_bias={3: -2.5},
+        bad_words=((4,), (5, 6)),
+        allowed_token_ids=TokenSet.of((1, 9)),
+        top_p=0.1,
+        guidance=GuidanceSpec(content='{"é": 1}').to_json(),
     )
     rows = [NewRow(3, params, 7, ints(3)), NewRow(0, EngineSampling(), 1, ints(0))]
     plan = StepPlan(ints(3), ints(3), ints(3), ints(9), ints(3) > 5, *(ints(4) for _ in range(5)), new_rows=rows)
