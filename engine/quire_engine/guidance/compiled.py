@@ -1,6 +1,7 @@
 """Specs to what cursors start from, each made once however many requests have it."""
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ class Guide:
 
     def __init__(self, spec: GuidanceSpec, vocabulary: Vocabulary) -> None:
         """Raises InvalidParameter for a grammar that cannot be compiled."""
+        started = time.monotonic()
         self.spec = spec
         self.vocabulary = vocabulary
         self.content = _matcher(spec.content, vocabulary) if spec.content else None
@@ -29,6 +31,7 @@ class Guide:
         thinking = spec.thinking
         self.begin = _pattern(thinking.begin) if thinking is not None else b""
         self.end = _pattern(thinking.end) if thinking is not None else b""
+        self.seconds = time.monotonic() - started  # that it took
 
 
 class Guides:

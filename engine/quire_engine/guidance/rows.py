@@ -23,6 +23,7 @@ from quire_engine.step import NewRow
 
 log = logging.getLogger(__name__)
 _MOST_THREADS = 8
+_QUICK = 0.1  # seconds
 
 
 _NO_PLACES, _NO_BITS = np.zeros(0, np.int64), np.zeros((0, 0), np.int32)
@@ -143,10 +144,12 @@ class GuidedRows:
             self._fail(row, error)
 
     def _restarted(self, row: int, error: Exception) -> bool:
-        """Whether a row whose matcher gave up goes on: with a grammar compiled anew, where that may help."""
-        if _is_full(error):
+        """Whether a row whose matcher gave up goes on: with a grammar compiled anew, where that may help and the step
+        can wait for it."""
+        guide = self._cursors[row].guide
+        if _is_full(error) and guide.seconds < _QUICK:
             spec, output = self._begun[row]
-            self._guides.drop(spec, self._cursors[row].guide)
+            self._guides.drop(spec, guide)
             self._begin(row, spec, output)
         else:
             self._fail(row, error)
