@@ -87,6 +87,7 @@ class ParserConfig:
     reasoning_parser: str | None = option(
         None, "of its reasoning", form="deepseek_r1, granite, ... or none", unset="read off the chat template"
     )
+    enable_auto_tool_choice: bool = option(True, "let models call tools that a request offers, if they like")
 
 
 @dataclass(frozen=True, kw_only=True)

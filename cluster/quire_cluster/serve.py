@@ -45,6 +45,7 @@ class Server:
             min_replicas=replicas,
             tool_call_parser=serve.tool_call_parser,
             reasoning_parser=serve.reasoning_parser,
+            enable_auto_tool_choice=serve.enable_auto_tool_choice,
         )
         self._deployment = Deployment(name, engine, config, _chat_template(serve))
         self._cluster: PrivateCluster | None = None

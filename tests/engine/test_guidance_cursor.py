@@ -102,7 +102,7 @@ def thinking(**options: Any) -> Thinking:
 
 
 def section(opener: tuple[str | int, ...], body: str) -> Section:
-    return Section(opener=opener, grammar=grammars.composed(grammars.section(opener, f"body: {body}")))
+    return Section(signs=(opener,), grammar=grammars.composed(grammars.section(opener, f"body: {body}")))
 
 
 NUMBER = section(("<n>",), '/[0-9]+/ "."')

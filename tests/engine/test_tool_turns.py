@@ -407,3 +407,29 @@ def test_any_json_is_rendered_or_refused(name: str, messages: Any, tools: bool, 
         assert isinstance(ours(read(model(name)), messages, TOOLS if tools else None, continued=continued), str)
     except InvalidParameter as error:
         assert error.parameter in ("messages", "continue_final_message")
+
+
+def test_tools_are_named_by_ids_where_the_template_writes_no_names() -> None:
+    template = ChatTemplate(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>"
+        "{% if m.tool_calls %}{% for c in m.tool_calls %}[{{ c.id }}]{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% elif m.role == 'tool' %}## Return of {{ m.tool_call_id }}\n{{ m.content }}"
+        "{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}",
+        {},
+    )
+    later = call(0, id="another")
+    answered = result(0, tool_call_id="another")
+    written = ours(template, [USER, calling(call(0), call(1)), result(0), result(1), USER, calling(later), answered])
+    names = ["functions.weather:0", "functions.weather:1", "functions.weather:2"]
+    assert re.findall(r"\[(\S+?)\]\{", written) == names
+    assert re.findall(r"Return of (\S+)", written) == names
+
+
+def test_tools_are_described_in_words_where_nothing_is_known_of_how_they_are_called() -> None:
+    template = read(model("Apertus-8B-Instruct"))
+    assert template.knows_tools
+    template.describe_tools()
+    written = ours(template, [USER, calling(call(0)), result(0)])
+    assert "within <tools></tools> XML tags" in written
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>' in written

@@ -24,8 +24,8 @@ from quire_cluster.reports import ModelReport, WaitingRequest
 from quire_cluster.routing_table import ClusterTable, Key, RoutingTable, Served
 
 log = logging.getLogger(__name__)
-# What a service is made of: the model's revision, the chat template and the parsers.
-_Text = tuple[str, str | None, str | None, str | None]
+# What a service is made of: the model's revision, the chat template, the parsers, and whether tools may be called.
+_Text = tuple[str, str | None, str | None, str | None, bool]
 _RETRY = 10.0  # seconds until a model that could not be read is tried again
 _READ = 60.0  # seconds that a request waits for one that is being read
 
@@ -37,6 +37,7 @@ def _text_of(deployment: Deployment) -> _Text:
         deployment.chat_template,
         config.tool_call_parser,
         config.reasoning_parser,
+        config.enable_auto_tool_choice,
     )
 
 

@@ -38,6 +38,7 @@ from quire_cluster.observability.metrics import Metrics, ModelMetrics
 from quire_cluster.reports import ModelReport, ReplicaReport, WaitingRequest
 from quire_cluster.routing_table import RoutingTable
 
+log = logging.getLogger(__name__)
 access_log = logging.getLogger("quire.requests")
 _STALL = 10.0  # seconds a busy engine may go without a step before it counts as hung
 _SILENCE = 5.0  # seconds a replica may go without a report
@@ -64,8 +65,12 @@ class Service:
         self.texts = Texts(tokenizer)
         parsers = parsers or ParserConfig()
         self.chat_format = ChatFormat(
-            tokenizer, tool_parser=parsers.tool_call_parser, reasoning_parser=parsers.reasoning_parser
+            tokenizer,
+            tool_parser=parsers.tool_call_parser,
+            reasoning_parser=parsers.reasoning_parser,
+            auto=parsers.enable_auto_tool_choice,
         )
+        log.info("%s: calls and reasoning are read as %s", names[0], self.chat_format.name)
         self.pooling = pooling
         self.names = names
         self.max_model_len = max_model_len

@@ -338,6 +338,8 @@ class ModelRunner:
                     self._sampler.set_rows([NewRow(0, params, 1, np.zeros(2, np.int32))])
                 logits = self._logits(hidden[:1], batch) if hidden is not None else None
                 self._draw(np.zeros(1, np.int32), batch.draws, logits)
+            if self._group.draws and logits is not None:
+                self._sampler.warm_up(logits)
             self._sampler.set_rows([NewRow(0, EngineSampling(temperature=0.0), 1, np.zeros(0, np.int32))])
         log.info("warmed up in %.1f s", time.monotonic() - started)
 

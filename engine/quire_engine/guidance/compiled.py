@@ -27,7 +27,10 @@ class Guide:
         self.spec = spec
         self.vocabulary = vocabulary
         self.content = _matcher(spec.content, vocabulary) if spec.content else None
-        self.sections = [(_pattern(one.opener), _matcher(one.grammar, vocabulary)) for one in spec.sections]
+        self.sections: list[tuple[Marker, bytes, Any]] = []  # each sign, its bytes, and the matcher of its section
+        for section in spec.sections:
+            matcher = _matcher(section.grammar, vocabulary)
+            self.sections += [(sign, _pattern(sign), matcher) for sign in section.signs]
         thinking = spec.thinking
         self.begin = _pattern(thinking.begin) if thinking is not None else b""
         self.end = _pattern(thinking.end) if thinking is not None else b""

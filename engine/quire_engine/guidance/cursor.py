@@ -33,7 +33,7 @@ class Cursor:
         self._thought = 0  # tokens of thinking so far
         self._closing = 0  # tokens that end it by force
         self._sections = 0
-        self._seen = _Tail(max(map(len, (guide.begin, guide.end, *(pattern for pattern, _ in guide.sections)))))
+        self._seen = _Tail(max(map(len, (guide.begin, guide.end, *(pattern for _, pattern, _ in guide.sections)))))
         self._written = 0  # tokens of free content
         self._text: int | None = None  # the first of them that is not blank
         self._phase = _Phase.FREE
@@ -140,9 +140,11 @@ class Cursor:
         self._find_section(delimited=False)
 
     def _find_section(self, *, delimited: bool) -> None:
-        """Whether an opener has come. `delimited`: of those alone that are no text."""
-        for number, (pattern, start) in enumerate(self.guide.sections):
-            if delimited and not isinstance(self._spec.sections[number].opener[0], int):
+        """Whether a sign has come. `delimited`: of those alone that are no text."""
+        if self._spec.only_first and self._is_text_before(len(self._seen)):
+            return
+        for sign, pattern, start in self.guide.sections:
+            if delimited and not isinstance(sign[0], int):
                 continue
             found = self._seen.find(pattern)
             if found is None:
@@ -196,6 +198,9 @@ class _Tail:
         self._length += len(written)
         while self._length - len(tokens[0][1]) >= self._longest + len(written):
             self._length -= len(tokens.popleft()[1])
+
+    def __len__(self) -> int:
+        return len(self._tokens)
 
     def find(self, pattern: bytes) -> tuple[bytes, list[int]] | None:
         """Whether the last token ends it: what its first token writes before it, and the tokens that it stands in."""

@@ -26,8 +26,8 @@ class Thinking:
 class Section:
     """A constrained part of free content: a tool call, say."""
 
-    opener: Marker
-    grammar: str  # from the token on in which the opener begins
+    signs: tuple[Marker, ...]  # each tells that it has begun
+    grammar: str  # from the token on in which a sign begins
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class GuidanceSpec:
     content: str = ""  # the grammar of all that is no thinking; "": the content is free
     thinking: Thinking | None = None
     sections: tuple[Section, ...] = ()
-    only_first: bool = False  # openers count where the content begins, and nowhere else
+    only_first: bool = False  # signs count where the content begins, and nowhere else
     most: int = 1  # sections, after which the output ends
     then_end: bool = False  # it ends after the first one
 
@@ -61,4 +61,8 @@ class GuidanceSpec:
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: _tuple(value) for name, value in values.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value

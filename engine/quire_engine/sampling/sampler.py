@@ -95,6 +95,11 @@ class Sampler:
         if self._guided is not None:
             self._guided.set_rows(news)
 
+    def warm_up(self, logits: Tensor) -> None:
+        """Launches what masks need: no parameters do that by themselves. logits [1 or more, V] fp32."""
+        places, bits = np.zeros(1, np.int64), np.full((1, -(-self._vocab_size // 32)), -1, np.int32)
+        self._ops.mask_logits(logits, *self._upload([places, bits]))
+
     def tables(self, rows: NDArray[np.int32]) -> tuple[NDArray[np.generic], ...]:
         """What `Rows` holds of these rows, on the host: seeds, temperature, top-k, top-p, min-p."""
         return self._seed[rows], self._temperature[rows], self._top_k[rows], self._top_p[rows], self._min_p[rows]

@@ -33,6 +33,7 @@ class ToolFacts:
     takes_text: bool = False  # arguments as JSON text, where others want an object
     takes_null: bool = True  # the content of a turn of calls alone
     takes_any_id: bool = True  # others want 9 letters and digits
+    names_by_id: bool = False  # a past call's tool is told by its id alone, as functions.NAME:NUMBER
     takes_many: bool = True  # calls in one turn; others want turns of one call each, or lose the rest
     takes_content: bool = True  # beside calls; others lose the calls then, and want two turns
     takes_thoughts: bool = True  # beside calls and content; others refuse them then
@@ -76,8 +77,10 @@ def _with_calls(facts: ToolFacts, attempt: Attempt, tools: Tools | None) -> Iter
         before = attempt([_USER, _answer(), each[0], *behind[0]], tools)
         all_beside = attempt([_USER, each[0] | said | thought, *behind[0]], tools)
         thought_behind = attempt([_USER, _answer(), each[0] | thought, *behind[0]], tools)
+        without_tools = attempt([_USER, each[0], *behind[0]], None)
         yield replace(
             form,
+            names_by_id=_has(without_tools, calls[0].id) and _NAME not in without_tools,
             writes_results=_has(found, _result_of(1)),
             takes_many=_has(many, _value(1), _value(2)) or not _has(apart, _value(1), _value(2)),
             takes_content=_has(beside, _value(1)) or not _has(before, _TEXT, _value(1)),

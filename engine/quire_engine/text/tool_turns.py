@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import string
+from dataclasses import replace
 from typing import Any
 
 from quire_engine.text.messages import REASONING, Call, text_of
@@ -34,6 +35,8 @@ def for_template(turns: Turns, facts: ToolFacts, described: list[dict[str, Any]]
     if not any("tool_calls" in turn or turn["role"] == "tool" for turn in turns):
         return _with_description(turns, described, facts) if described else turns
     native = facts.writes_calls and not described
+    if native and facts.names_by_id:
+        turns = _named_by_id(turns)
     fitted: Turns = []
     answered = False  # whether the last turn is a user's, made of results
     for turn, results in _exchanges(turns, facts, native=native):
@@ -100,6 +103,20 @@ def _native(turn: dict[str, Any], results: Turns, facts: ToolFacts) -> list[tupl
         pairs.append((turn | {"tool_calls": written}, answers))
         turn = {"role": "assistant"} if facts.takes_null else {"role": "assistant", "content": ""}
     return pairs
+
+
+def _named_by_id(turns: Turns) -> Turns:
+    """With ids as Kimi K2 was trained to write and read them."""
+    calls = [call for turn in turns for call in turn.get("tool_calls", ())]
+    ids = {call.id: f"functions.{call.name}:{place}" for place, call in enumerate(calls)}
+    found: Turns = []
+    for turn in turns:
+        if "tool_calls" in turn:
+            turn = turn | {"tool_calls": [replace(call, id=ids[call.id]) for call in turn["tool_calls"]]}
+        elif turn["role"] == "tool":
+            turn = turn | {"tool_call_id": ids[turn["tool_call_id"]]}
+        found.append(turn)
+    return found
 
 
 def _id(given: str, facts: ToolFacts) -> str:

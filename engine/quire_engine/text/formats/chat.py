@@ -1,7 +1,10 @@
 """A model's answers to conversations: what they have to look like, and how they are read, by one description."""
 
+import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
@@ -19,6 +22,7 @@ from quire_engine.text.formats.tools import Tool, tools_of
 from quire_engine.text.tokenizer import Tokenizer
 
 MAX_CALLS = 128  # of one answer
+_KEPT = 64  # rules of tools
 _CHOICES = ("auto", "none", "required")
 _LEAD = "chat_lead: /[ \\n\\t\\r]{0,8}/"  # what models write between delimiters and content
 
@@ -94,9 +98,16 @@ class ChatFormat:
     """How one model writes reasoning and calls."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, tool_parser: str | None = None, reasoning_parser: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
+        auto: bool = True,
     ) -> None:
-        """What is not given is read off the chat template. Raises InvalidParameter for an unknown name."""
+        """What is not given is read off the chat template. `auto`: whether the model may choose to call a tool. Raises
+        InvalidParameter for an unknown name."""
+        self._auto = auto
         template = tokenizer.tool_template
         found = detect(template.source, tokenizer) if template is not None else PLAIN
         if template is not None and tool_parser is None and (found.calls is None or not template.knows_tools):
@@ -105,6 +116,8 @@ class ChatFormat:
         self._form = bind(format_of(tool_parser, reasoning_parser, otherwise=found), tokenizer)
         self._tokenizer = tokenizer
         self._lark = Lark(self._form.tokens)
+        self._rules: OrderedDict[str, CallRules] = OrderedDict()  # agents send the same tools again and again
+        self._lock = Lock()
 
     @property
     def name(self) -> str:
@@ -143,9 +156,14 @@ class ChatFormat:
         self, use: ToolUse, structure: StructuredOutputs | None, thinking: Thinking | None
     ) -> GuidanceSpec | None:
         tools = use.callable
+        if tools and not use.must and not self._auto:
+            raise InvalidParameter(
+                "tool_choice auto was switched off (--no-enable-auto-tool-choice); give required, none or a function",
+                "tool_choice",
+            )
         if not tools:
             return self._structured(structure, thinking)
-        rules = call_rules(self._form, tools, parallel=use.parallel and use.named is None, most=MAX_CALLS)
+        rules = self._rules_of(tools, parallel=use.parallel and use.named is None)
         if structure is not None and structure.structural_tag is not None:
             raise InvalidParameter("a structural_tag does not go with tools; leave one out", "structured_outputs")
         before = self._form.reasoning.before_calls if self._form.reasoning is not None else ()
@@ -164,6 +182,19 @@ class ChatFormat:
             most=MAX_CALLS,
             then_end=not rules.repeats,
         )
+
+    def _rules_of(self, tools: tuple[Tool, ...], *, parallel: bool) -> CallRules:
+        key = json.dumps([[(tool.name, tool.parameters, tool.strict) for tool in tools], parallel])
+        with self._lock:
+            if (found := self._rules.get(key)) is not None:
+                self._rules.move_to_end(key)
+                return found
+        rules = call_rules(self._form, tools, parallel=parallel, most=MAX_CALLS)
+        with self._lock:
+            self._rules[key] = rules
+            if len(self._rules) > _KEPT:
+                self._rules.popitem(last=False)
+        return rules
 
     def _wrapped(self, content: str) -> str:
         """Content that is constrained, within what the family writes around it."""
@@ -210,4 +241,4 @@ class ChatFormat:
 
 def _sections(rules: CallRules) -> tuple[Section, ...]:
     grammar = grammars.composed(grammars.section(rules.opener, f"body: calls_body\n{rules.lark}"))
-    return tuple(Section(opener=sign, grammar=grammar) for sign in rules.signs)
+    return (Section(signs=tuple(rules.signs), grammar=grammar),)
