@@ -1,6 +1,8 @@
 """Thinking, sections and content of one output, token by token: what may come, and what it is taken for."""
 
+import json
 import random
+import re
 from functools import cache
 from typing import Any
 
@@ -320,3 +322,19 @@ def reference(text: str) -> set[str]:
         if not ended:
             return set("12.") if number else set("12")
     return set("<n>x12.")
+
+
+@pytest.mark.parametrize("text", ["a<think>b", "<tool>", "x</s>"])
+def test_a_text_that_is_spelled_like_a_delimiter_is_written_without_it(text: str) -> None:
+    """A value of a schema, say: a grammar tokenizes what it leaves no choice about, and tokenizers know delimiters."""
+    delimiter = re.search("<.*?>", text)
+    assert delimiter is not None and IDS[delimiter[0]] in VOCABULARY.encode(text), "this one does"
+    made = walk(content=content(json={"const": text})).write(json.dumps(text))
+    assert not VOCABULARY.delimiters & set(made.tokens)
+    assert made.allowed() == {END}
+
+
+def test_a_byte_of_no_utf8_is_never_written() -> None:
+    """llguidance begins delimiters with it."""
+    assert LETTERS[b"\xff"] not in walk(content=content(json={"type": "string"})).write('"').allowed()
+    assert LETTERS[b"\xff"] not in walk(content=grammars.composed(grammars.lark(f"start: <[{TOOL}]>"))).allowed()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-_MARK = b"\xff"  # in no UTF-8
+_MARK = b"\xff"  # in no UTF-8; llguidance, too, writes tokens that are no text like this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Vocabulary:
         """What a token writes; of a delimiter something that no text contains."""
         if token in self.delimiters:
             return marked(token)
-        return self.tokens[token] if token < len(self.tokens) else b""
+        return self.tokens[token].replace(_MARK, b"\xfe") if token < len(self.tokens) else b""
 
     @cached_property
     def compiled(self) -> Any:
@@ -45,11 +45,35 @@ class _Words:
     def __init__(self, vocabulary: Vocabulary) -> None:
         size = vocabulary.size  # all ids get a word: llguidance makes its masks as wide as there are words
         known = [*vocabulary.tokens[:size], *[b""] * (size - len(vocabulary.tokens))]
-        self.tokens = [word if word else f"<unused {token}>".encode() for token, word in enumerate(known)]
-        unused = {token for token, word in enumerate(known) if not word}
-        self.special_token_ids = sorted(token for token in vocabulary.delimiters | unused if token < size)
+        unused = {token for token, word in enumerate(known) if not word or _MARK in word}
+        self.tokens = [f"<unused {token}>".encode() if token in unused else word for token, word in enumerate(known)]
+        self._special = {token for token in vocabulary.delimiters | unused if token < size}
+        self.special_token_ids = sorted(self._special)
         self.eos_token_id = vocabulary.ends[0]
         self._encode = vocabulary.encode
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        """Tokens that write a text which a grammar has: by no delimiter that is spelled the same."""
+        tokens = self._encode(text)
+        return tokens if self._special.isdisjoint(tokens) else self._longest(text.encode())
+
+    def _longest(self, text: bytes) -> list[int]:
+        """From left to right the longest token each time."""
+        found: list[int] = []
+        at = 0
+        while at < len(text):
+            ends = range(min(len(text), at + self._most), at, -1)
+            end = next((end for end in ends if text[at:end] in self._by_word), None)
+            if end is None:
+                break  # a vocabulary without this byte
+            found.append(self._by_word[text[at:end]])
+            at = end
+        return found
+
+    @cached_property
+    def _by_word(self) -> dict[bytes, int]:
+        return {word: token for token, word in enumerate(self.tokens) if token not in self._special}
+
+    @cached_property
+    def _most(self) -> int:
+        return max(map(len, self._by_word))

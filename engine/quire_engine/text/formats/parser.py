@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from quire_engine.text.formats.bind import BoundFormat
-from quire_engine.text.formats.facts import Blank, Literals, Mark, Pieces, Section, Tagged, Text, leading
+from quire_engine.text.formats.facts import Blank, Literals, Mark, Pieces, Section, Space, Tagged, Text, leading
 from quire_engine.text.formats.json_reader import JsonReader
 from quire_engine.text.formats.literals import LiteralReader
 from quire_engine.text.formats.matching import MAX_SPACE, Found, Reading, Source, firsts
@@ -179,20 +179,22 @@ def head(before: Pieces) -> tuple[Pieces, Pieces]:
 
 
 def _rules(form: BoundFormat, calls: bool, *, begins: bool) -> list[_Rule]:
-    """The delimiters that are looked for in content, in the order in which they are."""
+    """The delimiters that are looked for in content, in the order in which they are. Where it begins, whitespace before
+    them is none of it."""
+    space: Pieces = (Space(""),) if begins else ()
     rules: list[_Rule] = []
     if calls and form.calls is not None:
         for section in form.calls.sections:
             if begins or not section.only_first:
                 before, _ = head(section.call.before)
-                rules.append(_Rule(section.begin + before, "begins calls", section))
+                rules.append(_Rule(space + section.begin + before, "begins calls", section))
     if (reasoning := form.reasoning) is not None:
         if begins or isinstance(leading(reasoning.begin), Mark):
-            rules.append(_Rule(reasoning.begin, "opens reasoning"))
+            rules.append(_Rule(space + reasoning.begin, "opens reasoning"))
         if begins or not reasoning.words:
-            rules.append(_Rule(reasoning.end, "closes reasoning"))
+            rules.append(_Rule(space + reasoning.end, "closes reasoning"))
     dropped = (*(form.reasoning.dropped if form.reasoning else ()), *(form.calls.dropped if form.calls else ()))
-    return rules + [_Rule(pieces, "nothing") for pieces in dropped]
+    return rules + [_Rule(space + pieces, "nothing") for pieces in dropped]
 
 
 def _rules_of_reasoning(form: BoundFormat, calls: bool) -> list[_Rule]:
