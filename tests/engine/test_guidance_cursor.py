@@ -69,7 +69,7 @@ class Walk:
         """As the rows of a step read it."""
         cursor = self.cursor
         if cursor.matcher is None:
-            return ALL if cursor.only is None else frozenset(cursor.only)
+            return ALL.difference(cursor.never) if cursor.only is None else frozenset(cursor.only)
         bits = np.unpackbits(np.frombuffer(cursor.matcher.compute_bitmask(), np.uint8), bitorder="little")
         assert not cursor.matcher.is_error(), cursor.matcher.get_error()
         return frozenset(np.flatnonzero(bits).tolist()) | frozenset(cursor.besides)
@@ -92,7 +92,8 @@ class Walk:
 
     @property
     def free(self) -> bool:
-        return self.allowed() == ALL
+        """Whether any text may come."""
+        return self.allowed() >= ALL - {END}
 
 
 def walk(**spec: Any) -> Walk:
@@ -124,6 +125,11 @@ def test_thinking_ends_by_force_after_exactly_its_budget(budget: int) -> None:
         assert now.allowed() == {forced}
         now.go(forced)
     assert now.allowed() == set(letters("y"))
+
+
+def test_an_output_whose_content_is_constrained_does_not_end_within_thinking() -> None:
+    assert END not in walk(content=content(choice=["yes"]), thinking=thinking()).allowed()
+    assert END in walk(thinking=thinking()).allowed()
 
 
 def test_thinking_that_ends_by_itself_is_followed_by_the_content() -> None:

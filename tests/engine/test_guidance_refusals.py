@@ -177,6 +177,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "multipleOf as text beyond floats": {"json": '{"multipleOf": 1' + 400 * "0" + "}"},
     "patterns": {"json": {"patternProperties": {f"^a{n}$": {} for n in range(1000)}}},
     "names": {"json": {"properties": {f"p{n}": {} for n in range(10_000)}}},
+    "properties of one object": {"json": {"properties": {f"p{n}": {} for n in range(2600)}}},
     "required": {"json": {"required": [f"p{n}" for n in range(30_000)]}},
     "required that is no list": {"json": {"minProperties": 2, "required": 5}},
     "depth": {"json": json.loads(200 * '{"items":' + "{}" + 200 * "}")},
@@ -233,7 +234,7 @@ LETHAL: dict[str, dict[str, Any]] = {
     "repetitions": {"regex": "((a{0,1000}){0,1000}){0,1000}"},
     "states": {"regex": r"(.|\n)*a(.|\n){300}"},
     "optional properties": {
-        "json": {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(2600)}}
+        "json": {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(2400)}}
     },
     "choices": {"choice": [f"{n:05}" for n in range(10_000)]},
     "a long constant": {"json": {"const": "x" * 200_000}},

@@ -22,7 +22,7 @@ class GrammarFailure(Exception):
 
 
 class Cursor:
-    """Ask what may come (`matcher`, `only`, `besides`), then `advance` by what came. Not thread-safe."""
+    """Ask what may come (`matcher`, `only`, `besides`, `never`), then `advance` by what came. Not thread-safe."""
 
     def __init__(self, guide: Guide) -> None:
         self.guide, self._spec = guide, guide.spec
@@ -70,6 +70,11 @@ class Cursor:
         if self._phase is _Phase.THINKING and thinking is not None and thinking.budget is not None:
             return thinking.closing[self._closing : self._closing + 1] if self._thought >= thinking.budget else None
         return None
+
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Of all tokens, where all may come, those that may not: an output does not end before its content."""
+        return self._vocabulary.ends if self._phase is _Phase.THINKING and self.guide.content is not None else ()
 
     @property
     def complete(self) -> bool:

@@ -71,7 +71,7 @@ class GuidedRows:
         """Waits for the tokens drawn last. `places`: row → its place among those that draw."""
         self._follow()
         asked: list[tuple[int, int, Any]] = []  # row, place, matcher
-        told: list[tuple[int, int, tuple[int, ...]]] = []  # row, place, tokens
+        told: list[tuple[int, tuple[int, ...], bool]] = []  # place, tokens, whether those may come or all others
         complete: set[int] = set()
         for row, place in places.items():
             if (cursor := self._cursors.get(row)) is None:
@@ -81,7 +81,9 @@ class GuidedRows:
             if cursor.matcher is not None:
                 asked.append((row, place, cursor.matcher))
             elif (only := cursor.only) is not None:
-                told.append((row, place, only))
+                told.append((place, only, True))
+            elif never := cursor.never:
+                told.append((place, never, False))
         if not asked and not told:
             return Masks()
         masks = np.zeros((len(asked) + len(told), self._words), np.int32)
@@ -95,9 +97,12 @@ class GuidedRows:
                     self._fail(row, GrammarFailure(matcher.get_error()))
             if row in self._cursors:
                 _allow(masks[number], self._cursors[row].besides)
-        for number, (_, _, tokens) in enumerate(told, len(asked)):
+        for number, (_, tokens, these) in enumerate(told, len(asked)):
             _allow(masks[number], tokens)
-        return Masks(np.array([place for _, place, _ in (*asked, *told)], np.int64), masks, frozenset(complete))
+            if not these:
+                np.invert(masks[number], out=masks[number])
+        places_masked = [place for _, place, _ in asked] + [place for place, _, _ in told]
+        return Masks(np.array(places_masked, np.int64), masks, frozenset(complete))
 
     def remember(self, tokens: Tensor, places: Mapping[int, int]) -> None:
         """What was drawn, [S] on the device."""

@@ -14,6 +14,7 @@ from quire_engine.errors import InvalidParameter
 
 MAX_DEPTH = 64
 MAX_NAMES = 4000  # of properties, and of those required
+MAX_PROPERTIES = 2400  # of one object: see `limits`
 MAX_PATTERNS = 64  # of one patternProperties
 MAX_ALL_PATTERNS = 256
 MAX_FACTOR = 10_000  # of all multipleOf together, without their factors 2 and 5: what it takes grows with it
@@ -58,6 +59,8 @@ def checked(schema: Any, parameter: str, *, lenient: bool = False) -> Any:
             raise refuse(
                 f"has too many patternProperties: at most {MAX_PATTERNS} in one place and {MAX_ALL_PATTERNS} in all"
             )
+        if isinstance(found := one.get("properties"), Mapping) and len(found) > MAX_PROPERTIES:
+            raise refuse(f"has an object of more than {MAX_PROPERTIES} properties; make it smaller")
         if names > MAX_NAMES:
             raise refuse(f"names more than {MAX_NAMES} properties; make it smaller")
         if factor > MAX_FACTOR:

@@ -1,0 +1,188 @@
+"""Structured outputs over HTTP: what comes is what was asked for, streamed as whole; the openai SDK's own parsing."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+import openai
+import pytest
+from conftest import RunningServer
+from pydantic import BaseModel, ConfigDict
+from web import LIMIT, http
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["colour", "n"],
+    "additionalProperties": False,
+}
+KINDS: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
+    "json": ({"json": SCHEMA}, lambda text: jsonschema.validate(json.loads(text), SCHEMA) is None),
+    "json_object": ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
+    "regex": ({"regex": "[ab]{2,6}c"}, lambda text: re.fullmatch("[ab]{2,6}c", text) is not None),
+    "choice": ({"choice": ["yes", "no", "é\n"]}, lambda text: text in ("yes", "no", "é\n")),
+    "grammar": ({"grammar": 'root ::= "a" [0-9]{1,2}'}, lambda text: re.fullmatch("a[0-9]{1,2}", text) is not None),
+    "structural_tag": (
+        {
+            "structural_tag": {
+                "type": "structural_tag",
+                "format": {
+                    "type": "triggered_tags",
+                    "triggers": ["a"],
+                    "tags": [{"begin": "a=", "content": {"type": "regex", "pattern": "[0-9]"}, "end": ";"}],
+                    "stop_after_first": True,
+                },
+            }
+        },
+        lambda text: re.fullmatch("[^a]*a=[0-9];", text, re.DOTALL) is not None,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def server(byte_level_folder: Path) -> Iterator[RunningServer]:
+    running = RunningServer(str(byte_level_folder), "--served-model-name", "tiny")
+    yield running
+    assert running.stop() == 0, running.log
+
+
+@pytest.fixture
+def client(server: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=LIMIT)
+
+
+def ask(server: RunningServer, route: str, **body: Any) -> Any:
+    """The text of a route, the reason why it ends, and how many tokens it has."""
+    about = {"prompt": "the"} if route == "completions" else {"messages": [{"role": "user", "content": "the"}]}
+    given = {"model": "tiny", "max_tokens": 150, "seed": 1} | about | body
+    answer = http.post(f"{server.url}/v1/{route}", json=given)
+    assert answer.status_code == 200, answer.text
+    if not given.get("stream"):
+        choice = answer.json()["choices"][0]
+        return choice["text"] if "text" in choice else choice["message"]["content"], choice["finish_reason"]
+    chunks = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    text = "".join(one["text"] if "text" in one else one["delta"].get("content") or "" for one in choices)
+    return text, next(one["finish_reason"] for one in choices if one["finish_reason"])
+
+
+def brief(kind: str) -> dict[str, Any]:
+    """Little space, so that an end is reached; letters of the tag alone."""
+    if kind == "structural_tag":
+        return {"allowed_token_ids": [*range(1, 128)], "logit_bias": {"66": 6.0}}
+    return {"bad_words": ["\t", "\r"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_an_output_is_what_was_asked_for_streamed_as_whole(server: RunningServer, route: str, kind: str) -> None:
+    structure, is_right = KINDS[kind]
+    ended = 0
+    for seed in range(6):
+        asked = {"structured_outputs": structure, "seed": seed} | brief(kind)
+        text, reason = ask(server, route, **asked)
+        assert ask(server, route, **asked, stream=True) == (text, reason)
+        if reason == "stop":
+            ended += 1
+            assert is_right(text if route == "completions" else text.lstrip()), text
+    assert ended, "none came to its end"
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+def test_the_response_format_of_a_schema(server: RunningServer, strict: bool | None) -> None:
+    form = {"name": "a", "description": "b", "schema": SCHEMA} | ({} if strict is None else {"strict": strict})
+    text, reason = ask(
+        server, "chat/completions", response_format={"type": "json_schema", "json_schema": form}, **brief("json")
+    )
+    assert reason == "stop"
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_the_response_format_of_any_object(server: RunningServer) -> None:
+    texts = [
+        ask(server, "chat/completions", response_format={"type": "json_object"}, seed=seed, **brief("json"))
+        for seed in range(8)
+    ]
+    whole = [text for text, reason in texts if reason == "stop"]
+    assert whole
+    assert all(isinstance(json.loads(text), dict) for text in whole)
+
+
+class Step(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["add", "take"]
+    by: int | None
+
+
+class Plan(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    first: Step
+    done: bool
+
+
+def test_the_sdk_parses_into_a_model(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model="tiny",
+        messages=[{"role": "user", "content": "the"}],
+        response_format=Plan,
+        max_tokens=200,
+        seed=3,
+        extra_body=brief("json"),
+    )
+    assert parsed.choices[0].finish_reason == "stop"
+    assert isinstance(parsed.choices[0].message.parsed, Plan)
+
+
+def test_choices_draw_for_themselves(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt="the", n=6, seed=5, logprobs=2, extra_body={"structured_outputs": {"regex": "[a-z]{5}"}}
+    )
+    texts = [choice.text for choice in answer.choices]
+    assert all(re.fullmatch("[a-z]{5}", text) for text in texts)
+    assert len(set(texts)) > 1
+
+
+BAD = [
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "not"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"strict": True, "schema": {"uniqueItems": True}}}},
+        "uniqueItems",
+    ),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "text"}}}}, "text"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"multipleOf": 1000003}}}}, "multipleOf"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema"),
+    ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "json_schema"),
+    ({"structured_outputs": {"json": {"if": {}}}}, "if"),
+    ({"structured_outputs": {"json": "{"}}, "JSON"),
+    ({"structured_outputs": {"regex": "("}}, "regex"),
+    ({"structured_outputs": {"choice": []}}, "choice"),
+    ({"structured_outputs": {"grammar": "start: other"}}, "other"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "regex and choice"),
+    ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+    ({"structured_outputs": {"choice": ["a"]}, "response_format": {"type": "json_object"}}, "response_format"),
+    ({"guided_json": {"type": "object"}}, "structured_outputs"),
+    ({"guided_regex": "a"}, "structured_outputs"),
+    (
+        {"structured_outputs": {"json": {"type": "object", "properties": {f"p{n}": {} for n in range(2600)}}}},
+        "properties",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "named"), BAD)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_held_is_refused_by_name(
+    server: RunningServer, body: dict[str, Any], named: str, stream: bool
+) -> None:
+    given = {"model": "tiny", "messages": [{"role": "user", "content": "the"}], "stream": stream} | body
+    answer = http.post(f"{server.url}/v1/chat/completions", json=given)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert named in error["message"], error
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) < 500
