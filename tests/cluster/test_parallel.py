@@ -109,6 +109,24 @@ def test_ranks(checkpoint: Make, tmp_path: Path, family: str, ranks: str) -> Non
         assert recurrent or stats.preemptions > 0
 
 
+def test_structured_outputs_are_those_of_one_rank(byte_level_folder: Path) -> None:
+    """Where a rank of the last stage draws, and steps overlap. A grammar that only that rank finds fault with ends its
+    request alone."""
+    structures = [{"regex": "[a-h]{3,9}x"}, {"choice": ["the quick", "the lazy"]}, None, {"json": {"enum": [1, "a"]}}]
+    params = [SamplingParams(max_tokens=20, seed=5, structured_outputs=structure) for structure in structures]
+    prompts = [[70 + number, 71, 72] for number in range(len(params))]
+    found = []
+    for ranks in ({}, RANKS["2"] | RANKS["2 stages"]):
+        with LLM(str(byte_level_folder), max_model_len=128, kv_cache_memory_bytes=1 << 20, **ranks) as llm:
+            itself = SamplingParams(structured_outputs={"json": {"$ref": "#"}})
+            [output] = llm.generate(prompts[0], itself, use_tqdm=False)
+            assert (output.outputs[0].finish_reason, output.outputs[0].token_ids) == ("error", [])
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            found.append([output.outputs[0].token_ids for output in outputs])
+            assert outputs[1].outputs[0].text in ("the quick", "the lazy")
+    assert found[0] == found[1]
+
+
 def test_what_cannot_be_split_is_refused_with_what_can(checkpoint: Make) -> None:
     with pytest.raises(ModelError, match=r"tensor_parallel_size can be 1, 2, 4$"):
         LLM(str(checkpoint("llama")), tensor_parallel_size=3)
