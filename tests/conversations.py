@@ -21,6 +21,7 @@ from vocabularies import byte_level
 MODEL = "talker"
 CONTEXT = 1024
 END = 1
+BUDGET = 60  # tokens of reasoning
 _SIZE = 448  # of the logits, which have more ids than there are tokens
 _ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _TEMPLATE = """{% for tool in tools or [] %}{{ tool.function.name }} {% endfor -%}
@@ -144,7 +145,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "a schema": Kind(options={"thinking": "closed", "structured_outputs": {"json": SCHEMA}}, is_right=_is_json),
     "calls that have to be": Kind(options={"tools": TOOLS, "tool_choice": "required", "thinking_token_budget": 30}),
-    "reasoning with a budget": Kind(options={"thinking_token_budget": 60, "likely": {"</s>": -100.0}}),
+    "reasoning with a budget": Kind(options={"thinking_token_budget": BUDGET, "likely": {"</s>": -100.0}}),
     "tags": Kind(
         options={"thinking": "closed", "structured_outputs": {"structural_tag": _TAGS}, "likely": {"=": 4.0}},
         is_right=_has_tags,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversations import END, Conversation, Told, answered, same, talking_checkpoint
+from conversations import BUDGET, END, Conversation, Told, answered, same, talking_checkpoint
 from quire import LLM
 
 GUIDED = (
@@ -135,6 +135,20 @@ def test_a_stop_string_ends_content_and_nothing_else(
         assert cut.calls == whole.calls[: len(cut.calls)]
 
 
+def test_reasoning_that_is_taken_up_again_has_what_is_left_of_its_budget(plain: LLM) -> None:
+    """None where it is used up: it is ended at once."""
+    wants = {"likely": {"<think>": 5.0, "</s>": -100.0}, "n": 6}
+    opener, closer = plain.tokenizer.delimiters["<think>"], plain.tokenizer.delimiters["</think>"]
+    [told] = answered(plain, [Conversation(number=3, kind="reasoning with a budget", more=wants, tokens=160)])
+    assert sum(one.tokens.count(opener) for one in told) > 12
+    for one in told:
+        inside, thought = True, 0
+        for token in one.tokens:
+            thought += inside and token != closer
+            inside = (inside or token == opener) and token != closer
+        assert 0 < thought <= BUDGET
+
+
 # ---- however it is computed -----------------------------------------------------------------------------------------
 
 
@@ -154,7 +168,9 @@ def test_in_parts_and_under_pressure(folder: Path, expected: list[list[Told]]) -
         assert llm.engine.scheduler.stats.preemptions > 3
 
 
-@pytest.mark.parametrize("ranks", ["tensor_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize(
+    "ranks", ["tensor_parallel_size", pytest.param("pipeline_parallel_size", marks=pytest.mark.slow)]
+)
 def test_by_two_ranks(folder: Path, expected: list[list[Told]], ranks: str) -> None:
     with opened(folder, **{ranks: 2}) as llm:
         same(answered(llm, ALL), expected)

@@ -152,7 +152,8 @@ def test_thinking_within_text_ends_where_its_delimiter_does() -> None:
     assert not now.free
 
 
-def test_a_model_that_begins_to_think_by_itself_does_so_once() -> None:
+def test_thinking_that_is_taken_up_again_has_what_is_left_of_its_budget() -> None:
+    """As it is read: a delimiter opens reasoning wherever it stands."""
     now = walk(thinking=thinking(inside=False, opening=(THINK,), budget=2, closing=(THOUGHT,)), sections=(NUMBER,))
     now.go(*letters("ab"))
     assert now.free
@@ -160,8 +161,24 @@ def test_a_model_that_begins_to_think_by_itself_does_so_once() -> None:
     assert now.allowed() == {THOUGHT}
     now.go(THOUGHT)
     assert now.free
-    now.go(THINK, *letters("xyz"))
-    assert now.free, "it is text now"
+    now.go(*letters("c"), THINK)
+    assert now.allowed() == {THOUGHT}
+    now.go(THOUGHT, *letters("c"))
+    assert now.free
+    now = walk(thinking=thinking(inside=False, budget=4, closing=(THOUGHT,))).go(THINK, *letters("xy"), THOUGHT)
+    assert now.go(THINK).free, "one is left"
+    assert now.go(*letters("x")).allowed() == {THOUGHT}
+
+
+def test_words_that_begin_thinking_do_so_where_content_begins() -> None:
+    def start() -> Walk:
+        return walk(
+            thinking=Thinking(inside=False, begin=("so:",), end=("END",), budget=2, closing=tuple(letters("END")))
+        )
+
+    assert not start().go(*letters("\nso:ab")).free
+    assert start().go(*letters("a so:ab")).free
+    assert start().go(*letters("so:abENDb so:abc")).free
 
 
 def test_content_may_begin_at_once_or_by_thinking_first() -> None:

@@ -125,6 +125,7 @@ class Cursor:
         self._seen.push(token, self._vocabulary.written(token))
         if self._seen.find(self.guide.end) is not None:
             self._seen.clear()
+            self._text = None
             if self.guide.content is not None:
                 self._begin_content()
             else:
@@ -133,16 +134,24 @@ class Cursor:
             self._find_section(delimited=True)
 
     def _write(self, token: int) -> None:
-        guide, seen = self.guide, self._seen
-        seen.push(token, self._vocabulary.written(token))
-        if guide.begin and not self._thought and seen.find(guide.begin) is not None:
-            seen.clear()
-            self._phase = _Phase.THINKING
-            return
+        written = self._vocabulary.written(token)
+        self._seen.push(token, written)
         self._written += 1
-        if self._text is None and self._vocabulary.written(token).strip():
+        if self._begins_thinking():
+            self._seen.clear()
+            self._closing, self._phase = 0, _Phase.THINKING
+            return
+        if self._text is None and written.strip():
             self._text = self._written - 1
         self._find_section(delimited=False)
+
+    def _begins_thinking(self) -> bool:
+        """A delimiter does wherever it stands, and again; words do where content begins."""
+        thinking = self._spec.thinking
+        if thinking is None or (found := self._seen.find(self.guide.begin)) is None:
+            return False
+        before, tokens = found
+        return isinstance(thinking.begin[0], int) or not (before.strip() or self._is_text_before(len(tokens)))
 
     def _find_section(self, *, delimited: bool) -> None:
         """Whether a sign has come. `delimited`: of those alone that are no text."""
