@@ -307,7 +307,7 @@ class RunningServer:
             raise
 
 
-SHARED_SERVERS = {"two_replicas", "guarded"}
+SHARED_SERVERS = {"two_replicas", "guarded", "demo"}
 
 
 @pytest.fixture(scope="session")
@@ -322,6 +322,14 @@ def two_replicas(checkpoint: Callable[[str], Path]) -> Iterator[RunningServer]:
         "--max-num-seqs",
         "32",
     )
+    yield server
+    assert server.stop() == 0, server.log
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[RunningServer]:
+    """The demo model, which knows no tools: its server tells it of them."""
+    server = RunningServer("--served-model-name", "demo")
     yield server
     assert server.stop() == 0, server.log
 

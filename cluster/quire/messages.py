@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
+from quire_engine.text.formats.tools import tools_of
+from quire_engine.text.messages import REASONING, conversation, text_of
 from quire_protos.v1 import inference_pb2 as pb
 
 
@@ -94,43 +96,60 @@ def chat_request(
     model: str,
     options: dict[str, Any],
 ) -> pb.ChatRequest:
-    """`messages`, `tools` and `tool_choice` are OpenAI's. Raises InvalidParameter for what cannot be sent."""
-    names = ("priority", "cache_salt", "add_generation_prompt", "continue_final_message", "parallel_tool_calls")
-    request = pb.ChatRequest(model=model, **{name: options.pop(name, None) for name in names})
+    """`messages`, `tools` and `tool_choice` are OpenAI's. Raises InvalidParameter for what is wrong or cannot be
+    sent."""
+    request = pb.ChatRequest(model=model)
+    for turn in conversation([dict(one) if isinstance(one, Mapping) else one for one in messages]):
+        request.messages.append(_message(turn))
     tools, choice = options.pop("tools", None), options.pop("tool_choice", None)
-    variables = options.pop("chat_template_kwargs", None)
-    try:
-        for message in messages:
-            request.messages.append(_message(message))
-        for tool in tools or ():
-            request.tools.append(_tool(tool["function"]))
-        if isinstance(choice, str):
-            request.tool_choice = choice
-        elif choice is not None:
-            request.tool_name = choice["function"]["name"]
-        if variables is not None:
+    tools_of(tools)
+    request.tools.extend(_tool(tool["function"]) for tool in tools or ())
+    if isinstance(choice, str):
+        request.tool_choice = choice
+    elif choice is not None:
+        request.tool_name = _named(choice)
+    if (variables := options.pop("chat_template_kwargs", None)) is not None:
+        try:
             request.chat_template_kwargs = json.dumps(variables)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InvalidParameter(f"messages, tools or tool_choice cannot be sent: {error}", "messages") from error
+        except (TypeError, ValueError) as error:
+            raise InvalidParameter(f"chat_template_kwargs are no JSON: {error}", "chat_template_kwargs") from error
+    for name in ("priority", "cache_salt", "add_generation_prompt", "continue_final_message", "parallel_tool_calls"):
+        try:
+            request.MergeFrom(pb.ChatRequest(**{name: options.pop(name, None)}))
+        except (TypeError, ValueError) as error:
+            raise InvalidParameter(f"{name} cannot be sent: {error}", name) from error
     request.sampling.CopyFrom(sampling_of(options))
     return request
 
 
-def _message(given: Mapping[str, Any]) -> pb.ChatMessage:
-    fields = {name: value for name, value in given.items() if value is not None}
-    calls = [
-        pb.ToolCall(id=one["id"], name=one["function"]["name"], arguments=one["function"]["arguments"])
-        for one in fields.pop("tool_calls", ())
-    ]
-    reasoning = fields.pop("reasoning_content", None)
-    return pb.ChatMessage(tool_calls=calls, **({"reasoning": reasoning} if reasoning is not None else {}) | fields)
+def _message(turn: Mapping[str, Any]) -> pb.ChatMessage:
+    calls = [pb.ToolCall(id=one.id, name=one.name, arguments=one.text) for one in turn.get("tool_calls", ())]
+    reasoning = next((turn[name] for name in REASONING if name in turn), None)
+    return pb.ChatMessage(
+        role=turn["role"],
+        content=text_of(turn.get("content")),
+        name=turn.get("name"),
+        tool_calls=calls,
+        tool_call_id=turn.get("tool_call_id"),
+        reasoning=reasoning,
+    )
 
 
 def _tool(function: Mapping[str, Any]) -> pb.Tool:
     fields = dict(function)
     if fields.get("parameters") is not None:
-        fields["parameters"] = json.dumps(fields["parameters"])
+        fields["parameters"] = json.dumps(fields["parameters"], ensure_ascii=False)
     return pb.Tool(**fields)
+
+
+def _named(choice: Any) -> str:
+    """The tool that has to be called."""
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        one = '{"type": "function", "function": {"name": ...}}'
+        raise InvalidParameter(f"tool_choice is {choice!r:.80}; give auto, none, required or {one}", "tool_choice")
+    return name
 
 
 def embed_request(inputs: Sequence[str | list[int]], model: str, dimensions: int | None) -> pb.EmbedRequest:

@@ -87,14 +87,15 @@ class Line:
                 tools=chat.tools,
             )
             self.prompt = tokenizer.encode(text, add_special_tokens=False)
-            answer = llm.chat_format.answer(
-                self.prompt,
-                use,
-                params.structured_outputs,
-                thinking_budget=params.thinking_token_budget,
-                continued=chat.messages[-1].text if chat.continue_final_message else None,
-            )
-            self.sampling = llm.sampling(params, answer)
+            with chat.structure_named():
+                answer = llm.chat_format.answer(
+                    self.prompt,
+                    use,
+                    params.structured_outputs,
+                    thinking_budget=params.thinking_token_budget,
+                    continued=chat.messages[-1].text if chat.continue_final_message else None,
+                )
+                self.sampling = llm.sampling(params, answer)
         else:
             body = validated(CompletionRequest, content)
             params, self._model = body.sampling(), body.model or ""

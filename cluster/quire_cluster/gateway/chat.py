@@ -36,8 +36,9 @@ class ChatCompletions(Endpoint):
 
     async def _sampling(self, prompts: list[list[int]]) -> TokenSampling:
         continued = self._body.messages[-1].text if self._body.continue_final_message else None
-        answer = await self._service.answer(prompts[0], self._use, self._params, continued=continued)
-        return await self._service.sampling(self._params, answer)
+        with self._body.structure_named():
+            answer = await self._service.answer(prompts[0], self._use, self._params, continued=continued)
+            return await self._service.sampling(self._params, answer)
 
     def _envelope(self, *, chunk: bool) -> dict[str, Any]:
         kind = "chat.completion.chunk" if chunk else "chat.completion"

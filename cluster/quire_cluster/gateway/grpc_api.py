@@ -154,7 +154,9 @@ def _tools(request: pb.ChatRequest) -> list[dict[str, Any]]:
     """As OpenAI's API has them. Raises InvalidParameter."""
     tools = []
     for place, tool in enumerate(request.tools):
-        function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+        function: dict[str, Any] = {"name": tool.name}
+        if tool.description:
+            function["description"] = tool.description
         if tool.HasField("parameters"):
             function["parameters"] = _json(tool.parameters, f"the parameters of tool {place}", "tools")
         if tool.HasField("strict"):
@@ -180,7 +182,9 @@ def _json(text: str, what: str, parameter: str) -> Any:
 
 
 async def _fail(context: Any, error: QuireError) -> NoReturn:
-    await context.abort(status_code(error), str(error))
+    """With the parameter's name, which over HTTP has a field of its own."""
+    name, said = error.parameter if isinstance(error, InvalidParameter) else None, str(error)
+    await context.abort(status_code(error), said if name is None or name in said else f"{name}: {said}")
     raise AssertionError("abort() raises")
 
 

@@ -1,6 +1,8 @@
 """The OpenAI API's requests, as far as they are served. A field that is not here is refused by name; what asks for
 nothing here is accepted, and listed in docs/api.md."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -204,12 +206,24 @@ class ChatCompletionRequest(_Sampling):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidParameter("max_tokens and max_completion_tokens differ; give one", "max_tokens")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        structure = self.response_format.structure() if self.response_format is not None else None
+        with self.structure_named():
+            structure = self.response_format.structure() if self.response_format is not None else None
         if structure is not None and self.structured_outputs is not None:
             raise InvalidParameter("response_format and structured_outputs exclude each other", "structured_outputs")
         others: dict[str, Any] = {"structured_outputs": structure} if structure is not None else {}
         others["thinking_token_budget"] = self.thinking_token_budget
         return self._params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None, **others)
+
+    @contextmanager
+    def structure_named(self) -> Iterator[None]:
+        """What is wrong with a structure is said of the field that it came in."""
+        try:
+            yield
+        except InvalidParameter as error:
+            if error.parameter != "structured_outputs" or self.structured_outputs is not None:
+                raise
+            said = str(error).replace("structured_outputs", "response_format")
+            raise InvalidParameter(said, "response_format") from error
 
     def tool_use(self) -> ToolUse:
         """Raises InvalidParameter."""
