@@ -304,8 +304,9 @@ class Scheduler:
                 continue
             request.pending -= 1
             if failed and id(request) in failed:
-                kind = InvalidParameter if request.params.restricted else EngineFailure
-                self._finish(request, "error", error=kind(failed[id(request)]))
+                why, ours = failed[id(request)]
+                kind = InvalidParameter if request.params.restricted and not ours else EngineFailure
+                self._finish(request, "error", error=kind(why))
                 finished.append(request)
                 continue
             tokens = request.tokens

@@ -10,6 +10,7 @@ from quire_engine.waiting import WaitsFor
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Failure = tuple[str, bool]  # why, and whether it is ours in any case: else it is what the request asks for, if anything
 
 
 @dataclass(slots=True)
@@ -106,5 +107,5 @@ class StepResult:
     tokens: Ints  # [S] in the order of the plan's drawing rows
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of the drawn token
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of this step's prompt tokens
-    failed: dict[int, str] = field(default_factory=dict)  # row → why no token could be drawn
+    failed: dict[int, Failure] = field(default_factory=dict)  # by the row: why no token could be drawn
     vectors: Floats | None = None  # [S, width] in place of tokens (which are 0), of models that pool

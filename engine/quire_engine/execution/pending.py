@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from quire_engine.sampling.sampler import Drawn, TokenScores
-from quire_engine.step import StepPlan, StepResult, TokenLogprobs
+from quire_engine.step import Failure, StepPlan, StepResult, TokenLogprobs
 
-_NO_LOGIT = "no token has a finite logit: the parameters rule out all, or the model broke down"
+_NO_LOGIT: Failure = ("no token has a finite logit: the parameters rule out all, or the model broke down", False)
 
 
 class PendingStep:

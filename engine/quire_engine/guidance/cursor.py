@@ -210,7 +210,7 @@ class _Tail:
         tokens = self._tokens
         tokens.append((token, written))
         self._length += len(written)
-        while self._length - len(tokens[0][1]) >= self._longest + len(written):
+        while len(tokens) > 1 and self._length - len(tokens[0][1]) >= self._longest + len(written):
             self._length -= len(tokens.popleft()[1])
 
     def __len__(self) -> int:

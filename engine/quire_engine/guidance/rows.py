@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire_engine.errors import QuireError
+from quire_engine.errors import QuireError, ServerError
 from quire_engine.guidance.compiled import Guides
 from quire_engine.guidance.cursor import Cursor, GrammarFailure
 from quire_engine.guidance.grammars import reason
-from quire_engine.step import NewRow
+from quire_engine.step import Failure, NewRow
 
 log = logging.getLogger(__name__)
 _MOST_THREADS = 8
@@ -48,7 +48,7 @@ class GuidedRows:
         self._device = device
         self._cursors: dict[int, Cursor] = {}
         self._begun: dict[int, tuple[str, list[int]]] = {}  # row → its spec, and the tokens that have come
-        self._failed: dict[int, str] = {}  # row → why it cannot go on
+        self._failed: dict[int, Failure] = {}  # row → why it cannot go on
         self._drawn: tuple[list[tuple[Cursor, int, int]], Tensor, torch.Event | None] | None = None
         self._threads: Any = None
 
@@ -76,14 +76,17 @@ class GuidedRows:
         for row, place in places.items():
             if (cursor := self._cursors.get(row)) is None:
                 continue
-            if cursor.complete:
-                complete.add(row)
-            if cursor.matcher is not None:
-                asked.append((row, place, cursor.matcher))
-            elif (only := cursor.only) is not None:
-                told.append((place, only, True))
-            elif never := cursor.never:
-                told.append((place, never, False))
+            try:
+                if cursor.complete:
+                    complete.add(row)
+                if cursor.matcher is not None:
+                    asked.append((row, place, cursor.matcher))
+                elif (only := cursor.only) is not None:
+                    told.append((place, only, True))
+                elif never := cursor.never:
+                    told.append((place, never, False))
+            except Exception as error:
+                self._fail(row, error)
         if not asked and not told:
             return Masks()
         masks = np.zeros((len(asked) + len(told), self._words), np.int32)
@@ -118,7 +121,7 @@ class GuidedRows:
             copied.record()
         self._drawn = (drawn, host, copied)
 
-    def failures(self, places: Mapping[int, int]) -> dict[int, str]:
+    def failures(self, places: Mapping[int, int]) -> dict[int, Failure]:
         """Why rows of these cannot go on."""
         return {row: self._failed[row] for row in places if row in self._failed} if self._failed else {}
 
@@ -173,12 +176,13 @@ class GuidedRows:
         if cursor is not None and _is_full(error):
             self._guides.drop(self._begun[row][0], cursor.guide)
         if isinstance(error, QuireError):
-            self._failed[row] = str(error)
+            self._failed[row] = (str(error), isinstance(error, ServerError))
         elif isinstance(error, GrammarFailure):
-            self._failed[row] = f"the grammar cannot be followed any further ({reason(str(error))}); simplify it"
+            why = f"the grammar cannot be followed any further ({reason(str(error))}); simplify it"
+            self._failed[row] = (why, False)
         else:
             log.error("a grammar failed", exc_info=error)
-            self._failed[row] = "the grammar failed: an internal error, which is in the server's log"
+            self._failed[row] = ("the grammar failed: an internal error, which is in the server's log", True)
 
 
 def _is_full(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from quire_engine.guidance.compiled import Guides
 from quire_engine.guidance.rows import GuidedRows, Masks
 from quire_engine.sampling.edits import LogitEdits
-from quire_engine.step import NewRow, TokenLogprobs
+from quire_engine.step import Failure, NewRow, TokenLogprobs
 from quire_engine.upload import Upload
 
 
@@ -55,7 +55,7 @@ class Drawn:
     tokens: Tensor  # [S] int32
     scores: TokenScores | None  # of the rows below, in their order
     scored_rows: list[tuple[int, int]] = field(default_factory=list)  # row, width
-    failed: dict[int, str] = field(default_factory=dict)  # row → why it cannot go on
+    failed: dict[int, Failure] = field(default_factory=dict)  # by the row: why it cannot go on
 
 
 class Sampler:
@@ -137,7 +137,7 @@ class Sampler:
         scores = token_scores(raw, chosen.clamp(min=0), max(width for _, width in scored))
         return Drawn(tokens, scores, scored, failed)
 
-    def _follow(self, tokens: Tensor, places: Mapping[int, int]) -> dict[int, str]:
+    def _follow(self, tokens: Tensor, places: Mapping[int, int]) -> dict[int, Failure]:
         """Grammars go on from what was drawn; which rows cannot, and why."""
         if not self._guided:
             return {}
