@@ -124,7 +124,11 @@ def test_thinking_ends_by_force_after_exactly_its_budget(budget: int) -> None:
     for forced in (*letters("."), THOUGHT):
         assert now.allowed() == {forced}
         now.go(forced)
-    assert now.allowed() == set(letters("y"))
+    assert now.allowed() == {*letters("y"), *VOCABULARY.breaks}
+    now.go(*letters("\n\n"))
+    assert now.allowed() == set(letters("y")), "breaks are none of the content, and few"
+    now.write("yes")
+    assert now.allowed() == {END}
 
 
 def test_an_output_whose_content_is_constrained_does_not_end_within_thinking() -> None:
@@ -210,7 +214,7 @@ def test_an_opening_that_shares_its_first_token_with_the_content() -> None:
     assert now.allowed() == {MESSAGE}, "the content has no such beginning"
     assert now.go(MESSAGE).free
     now.go(*letters("hm"), THOUGHT)
-    assert now.allowed() == {CHANNEL}
+    assert now.allowed() == {CHANNEL, *VOCABULARY.breaks}
 
 
 # ---- sections -------------------------------------------------------------------------------------------------------

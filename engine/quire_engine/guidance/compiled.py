@@ -99,7 +99,7 @@ def _prepared(vocabulary: Callable[[], Vocabulary]) -> Vocabulary:
 def _matcher(grammar: str, vocabulary: Vocabulary) -> Any:
     from llguidance import LLMatcher
 
-    matcher = in_depth(lambda: LLMatcher(vocabulary.compiled, grammar, log_level=0, limits=limits()))
+    matcher = in_depth(lambda: LLMatcher(vocabulary.compiled, grammar, log_level=0, limits=limits()), len(grammar))
     trial = matcher.deep_copy()
     if not matcher.is_error():  # some that can be compiled allow nothing, or take too much: here, or in an object
         trial.compute_bitmask()

@@ -11,10 +11,14 @@ from quire_engine.guidance.compiled import Guide
 class _Phase(Enum):
     OPENING = auto()  # constrained content may begin, or thinking first
     THINKING = auto()
+    BETWEEN = auto()  # thinking has ended, and constrained content is to come
     FREE = auto()
     SECTION = auto()  # a constrained part of free content
     CONTENT = auto()  # all of it is constrained
     ENDED = auto()
+
+
+_BREAKS = 2  # tokens of line breaks that models may write where they have learnt to
 
 
 class GrammarFailure(Exception):
@@ -32,6 +36,7 @@ class Cursor:
         self._begun = 0  # tokens of the thinking's beginning that have come, while content may still begin
         self._thought = 0  # tokens of thinking so far
         self._closing = 0  # tokens that end it by force
+        self._breaks = 0  # tokens of line breaks between it and the content
         self._sections = 0
         self._seen = _Tail(max(map(len, (guide.begin, guide.end, *(pattern for _, pattern, _ in guide.sections)))))
         self._written = 0  # tokens of free content
@@ -55,6 +60,8 @@ class Cursor:
     def besides(self) -> tuple[int, ...]:
         """Tokens that may come beside what the matcher allows."""
         thinking = self._spec.thinking
+        if self._phase is _Phase.BETWEEN and self._breaks < _BREAKS:
+            return self._vocabulary.breaks
         if self._phase is not _Phase.OPENING or thinking is None:
             return ()
         return thinking.opening[self._begun : self._begun + 1]
@@ -92,6 +99,12 @@ class Cursor:
                 self._open(token)
             case _Phase.THINKING:
                 self._think(token)
+            case _Phase.BETWEEN:
+                if token in self.besides:
+                    self._breaks += 1
+                else:
+                    self._phase = _Phase.CONTENT
+                    self._consume(token)
             case _Phase.FREE:
                 self._write(token)
             case _Phase.CONTENT:
@@ -126,10 +139,10 @@ class Cursor:
         if self._seen.find(self.guide.end) is not None:
             self._seen.clear()
             self._text = None
+            self._phase = _Phase.FREE
             if self.guide.content is not None:
                 self._begin_content()
-            else:
-                self._phase = _Phase.FREE
+                self._phase = _Phase.BETWEEN
         elif self._vocabulary.delimiters:
             self._find_section(delimited=True)
 

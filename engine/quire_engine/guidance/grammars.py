@@ -19,6 +19,7 @@ _WHITESPACE = r"[ \n\r\t]{1,64}"  # where JSON has any: some models would write 
 _ESCAPES = 'nrbtf\\"'  # not \u: in it a property's name could be spelled past the property's schema
 _NAME = "structured_outputs"
 _STACK = 512 << 20  # bytes, of which only those are taken that are touched
+_SHORT = 2048  # characters, in which no grammar takes 2 MiB of the stack
 _stacks = threading.Lock()  # their size is the whole process's
 _SHOWN = 300  # characters of what llguidance says
 _UNKNOWN = re.compile(r"Unimplemented keys: (\[.*?\])")
@@ -131,14 +132,17 @@ def problem_of(grammar: str) -> str:
     """Why such a grammar cannot be compiled; "" where it can."""
     from llguidance import LLMatcher
 
-    found = in_depth(lambda: LLMatcher.validate_grammar_with_warnings(grammar, None, limits=limits()))
+    found = in_depth(lambda: LLMatcher.validate_grammar_with_warnings(grammar, None, limits=limits()), len(grammar))
     wrong, messages = found
     return reason(messages[0]) if wrong else ""
 
 
-def in_depth(work: Callable[[], Result]) -> Result:
+def in_depth(work: Callable[[], Result], size: int) -> Result:
     """What llguidance compiles it goes through by recursion, and a stack that ends takes the process with it: so this
-    runs in a thread whose stack no grammar of the size that is read comes to the end of."""
+    runs in a thread whose stack no grammar of the size that is read comes to the end of. `size`: characters of this
+    one; in a short one it does not go deep."""
+    if size <= _SHORT:
+        return work()
     with _stacks:
         before = threading.stack_size(_STACK)
         try:

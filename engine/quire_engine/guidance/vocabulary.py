@@ -25,6 +25,11 @@ class Vocabulary:
         return self.tokens[token].replace(_MARK, b"\xfe") if token < len(self.tokens) else b""
 
     @cached_property
+    def breaks(self) -> tuple[int, ...]:
+        """Tokens that write one line break or two, and nothing else."""
+        return tuple(token for token, word in enumerate(self.tokens[: self.size]) if word in (b"\n", b"\n\n"))
+
+    @cached_property
     def compiled(self) -> Any:
         """For llguidance. Takes a second for large vocabularies."""
         from llguidance import LLTokenizer, TokenizerWrapper

@@ -24,7 +24,6 @@ from quire_engine.text.tokenizer import Tokenizer
 MAX_CALLS = 128  # of one answer
 _KEPT = 64  # rules of tools
 _CHOICES = ("auto", "none", "required")
-_LEAD = "chat_lead: /[ \\n\\t\\r]{0,8}/"  # what models write between delimiters and content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +168,10 @@ class ChatFormat:
         before = self._form.reasoning.before_calls if self._form.reasoning is not None else ()
         calls = self._lark.sequence(before, "calls_all")
         if use.must:
-            content = grammars.composed(grammars.lark(f"start: chat_lead {calls}\n{_LEAD}\n{rules.lark}"))
+            content = grammars.composed(grammars.lark(f"start: {calls}\n{rules.lark}"))
             return GuidanceSpec(content=content, thinking=thinking)
         if structure is not None:
-            either = f"start: chat_lead ({calls} | {self._wrapped('@answer')})\n{_LEAD}\n{rules.lark}"
+            either = f"start: {calls} | {self._wrapped('@answer')}\n{rules.lark}"
             content = grammars.composed(grammars.lark(either), answer=structure.content())
             return GuidanceSpec(content=content, thinking=thinking)
         return GuidanceSpec(
@@ -209,7 +208,7 @@ class ChatFormat:
             return GuidanceSpec(thinking=thinking) if budgeted else None
         if self._form.reasoning is None or structure.structural_tag is not None:
             return replace(structure.spec(self._tokenizer.delimiters), thinking=thinking)
-        answer = grammars.lark(f"start: chat_lead {self._wrapped('@answer')}\n{_LEAD}")
+        answer = grammars.lark(f"start: {self._wrapped('@answer')}")
         return GuidanceSpec(content=grammars.composed(answer, answer=structure.content()), thinking=thinking)
 
     def _thinking(self, prompt: Sequence[int], *, inside: bool, budget: int | None) -> Thinking | None:

@@ -8,7 +8,7 @@ from quire_engine.text.formats.bind import BoundFormat
 from quire_engine.text.formats.facts import Blank, Either, Literals, Mark, Pieces, Section, Space, Tagged, Text
 from quire_engine.text.formats.lark import Lark
 from quire_engine.text.formats.tools import Tool
-from quire_engine.text.formats.values import LiteralRules, json_rule, pair_rules
+from quire_engine.text.formats.values import LiteralRules, json_rule, kept_to, pair_rules
 
 Opener = tuple[str | int, ...]
 
@@ -35,6 +35,7 @@ def call_rules(form: BoundFormat, tools: Sequence[Tool], *, parallel: bool, most
             "tool-call parser",
             "tool_choice",
         )
+    tools = [kept_to(tool) for tool in tools]
     lark = Lark(form.tokens)
     before = section.call.before
     name = before.index(Blank.NAME)
@@ -71,11 +72,12 @@ def _named(section: Section, tool: Tool) -> Pieces:
 def _call(lark: Lark, section: Section, tool: Tool, place: int) -> str:
     """A call from its name on."""
     call, name = section.call, f"calls_of_{place}"
-    arguments = json_rule(tool, tool.parameters)  # whatever the style: it raises for what is no schema
     if isinstance(call.arguments, Tagged):
         arguments = pair_rules(lark, call.arguments, tool, name)
     elif isinstance(call.arguments, Literals):
         arguments = LiteralRules(lark, call.arguments, tool, name).arguments()
+    else:
+        arguments = json_rule(tool, tool.parameters)
     rest = call.before[call.before.index(Blank.NAME) + 1 :]
     return lark.rule(name, lark.sequence((Text(tool.name), *rest), arguments, call.after))
 

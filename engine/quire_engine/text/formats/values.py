@@ -5,6 +5,7 @@ What a strict schema asks and its format cannot hold to is refused; what another
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
@@ -24,25 +25,37 @@ _MOST_PAIRS = 32  # of an object that names none
 _MAX_DEPTH = 24
 
 
-def json_rule(tool: Tool, schema: Any) -> str:
-    """A JSON value of this schema, a part of the tool's. Raises InvalidParameter for one that llguidance refuses."""
-    inner = dict(schema) if isinstance(schema, dict) else {}
-    inner |= {key: tool.parameters[key] for key in _DEFINITIONS if key in tool.parameters}
-    grammar, problem = _compiled(inner, tool)
+def kept_to(tool: Tool) -> Tool:
+    """The tool with a schema that llguidance can hold to. Raises InvalidParameter where there is none."""
+    problem = _problem(tool.parameters, tool)
     if problem and not tool.strict:
-        grammar, problem = _compiled(_without_patterns(inner), tool)
+        tool = replace(tool, parameters=_without_patterns(tool.parameters))
+        problem = _problem(tool.parameters, tool)
     if problem:
         raise _refused(tool, problem)
-    return "%json " + json.dumps(grammar)
+    return tool
 
 
-def _compiled(schema: dict[str, Any], tool: Tool) -> tuple[Any, str]:
-    """As llguidance gets it, and why it cannot."""
+def json_rule(tool: Tool, schema: Any) -> str:
+    """A JSON value of this schema, the tool's or a part of it. Raises InvalidParameter for a part that refers to what
+    stands elsewhere."""
+    inner = dict(schema) if isinstance(schema, dict) else {}
+    inner |= {key: tool.parameters[key] for key in _DEFINITIONS if key in tool.parameters}
+    text = json.dumps(_schema(inner, tool)["json_schema"])
+    if schema is not tool.parameters and "$ref" in text and (problem := _problem(inner, tool)):
+        raise _refused(tool, problem)
+    return f"%json {text}"
+
+
+def _schema(schema: dict[str, Any], tool: Tool) -> dict[str, Any]:
+    return grammars.json_schema(schema, parameter="tools", lenient=not tool.strict, whitespace=_WHITESPACE)
+
+
+def _problem(schema: dict[str, Any], tool: Tool) -> str:
     try:
-        made = grammars.json_schema(schema, parameter="tools", lenient=not tool.strict, whitespace=_WHITESPACE)
+        return grammars.problem_of(grammars.composed(_schema(schema, tool)))
     except InvalidParameter as error:
-        return None, str(error)
-    return made["json_schema"], grammars.problem_of(grammars.composed(made))
+        return str(error)
 
 
 def _without_patterns(schema: Any, *, names: bool = False) -> Any:
