@@ -150,5 +150,5 @@ def test_litellm_calls_a_tool_whole_and_streamed(complete: Any) -> None:
 def test_litellm_knows_our_refusals(complete: Any) -> None:
     import litellm
 
-    with pytest.raises(litellm.BadRequestError, match="tool_choice wants tools"):
-        complete(tool_choice="required")
+    with pytest.raises(litellm.BadRequestError, match="two functions named 'person'"):
+        complete(tools=[TOOL, TOOL])
