@@ -37,7 +37,8 @@ class StructuredOutputs:
                 f"structured_outputs holds {' and '.join(given) or 'nothing'}; give one of {', '.join(_KINDS)}", _NAME
             )
         for name in ("regex", "grammar"):
-            _check_text(name, getattr(self, name))
+            if name in given:
+                _check_text(name, getattr(self, name))
         if self.choice is not None:
             _check_choices(self.choice)
 
@@ -91,8 +92,6 @@ _KINDS = tuple(field.name for field in fields(StructuredOutputs) if field.name !
 
 
 def _check_text(name: str, text: Any) -> None:
-    if text is None:
-        return
     if not isinstance(text, str) or not text:
         raise InvalidParameter(f"structured_outputs has {name} = {text!r:.80}; it must be a text", _NAME)
     if len(text) > MAX_GRAMMAR:
