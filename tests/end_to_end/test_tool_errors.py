@@ -167,6 +167,14 @@ TOOLS = st.lists(
 )
 CHOICES = st.sampled_from(["auto", "none", "required", function("f"), {"type": "function"}]) | JSON
 FORMATS = st.builds(schema_format, JSON | PARAMETERS) | JSON
+KINDS = st.sampled_from(["json", "json_object", "regex", "choice", "grammar", "structural_tag"])
+FIELDS = st.sampled_from(["regex", "grammar", "json_schema", "any_text"])
+CONTENTS = st.builds(lambda kind, field, value: {"type": kind, field: value}, FIELDS, FIELDS, JSON) | JSON
+TAG = st.builds(lambda content: {"begin": "<a>", "content": content, "end": "</a>"}, CONTENTS) | JSON
+FORMAT_OF_TAGS = st.builds(
+    lambda tags: {"type": "triggered_tags", "triggers": ["<a"], "tags": tags}, st.lists(TAG, max_size=2)
+)
+TAGS = st.builds(lambda given: {"type": "structural_tag", "format": given}, FORMAT_OF_TAGS | JSON)
 BODIES = st.fixed_dictionaries(
     {},
     optional={
