@@ -10,7 +10,7 @@ PARALLEL := -n 2 --dist loadgroup
 SERVERS := $(PARALLEL) --no-loadscope-reorder tests/end_to_end tests/cluster
 ROOMS := cluster engine kernels tests benchmarks
 
-.PHONY: serve test test-all test-cluster check gpu-check kernel-table families-table options-table format protos clean
+.PHONY: serve test test-all test-cluster check gpu-check kernel-table families-table options-table formats-table format protos clean
 
 # torch first and pinned: an unpinned torch pulls gigabytes. The demo model's wheel wants llama.cpp, which is not used.
 $(VENV)/.installed: pyproject.toml
@@ -70,6 +70,9 @@ families-table: $(VENV)/.installed
 
 options-table: $(VENV)/.installed
 	$(BIN)/pytest -q --write-tables tests/cluster/test_options.py
+
+formats-table: $(VENV)/.installed
+	$(BIN)/pytest -q --write-tables tests/engine/test_formats_table.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(ROOMS)

@@ -22,8 +22,10 @@ from quire_cluster.policies import lease, quarantine, restart
 from quire_cluster.policies.admission import rebuild_wait
 from quire_cluster.policies.suspicion import Patience
 from quire_engine.config import EngineConfig
+from quire_engine.guidance import schemas, structure
 from quire_engine.request import MAX_LOGPROBS
 from quire_engine.text import chat_template, messages, params
+from quire_engine.text.formats import chat, tools
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "limits.md").read_text()
@@ -49,6 +51,14 @@ SAID = {
     "`prompt`, a message's or an input's text": f"2^{fields.MAX_TEXT.bit_length() - 1} characters",
     "messages of a conversation": f"{fields.MAX_MESSAGES:,}",
     "`tool_calls` of a message": f"{messages.MAX_CALLS}",
+    "`tools`: functions, letters of a name, characters of JSON of all, depth": f"{tools.MAX_TOOLS}, {tools.MAX_NAME}, "
+    f"2^{tools.MAX_SCHEMA_SIZE.bit_length() - 1}, {tools.MAX_SCHEMA_DEPTH}",
+    "calls of one answer": f"{chat.MAX_CALLS}",
+    "a regular expression, a grammar, a schema: characters": f"2^{structure.MAX_GRAMMAR.bit_length() - 1}",
+    "a JSON schema: depth, names of properties": f"{schemas.MAX_DEPTH}, {schemas.MAX_NAMES}",
+    "`choice` of `structured_outputs`": f"{structure.MAX_CHOICES:,} texts, "
+    f"2^{structure.MAX_GRAMMAR.bit_length() - 1} characters",
+    "tags of a `structural_tag`": f"{structure.MAX_TAGS}",
     "rendering a chat template": f"{chat_template.RENDER_SECONDS:g} s, "
     f"2^{chat_template.MAX_RENDERED.bit_length() - 1} characters",
     "prompts of a call, answers of a call (prompts times `n`)": f"{completions.MAX_PROMPTS}, {completions.MAX_ANSWERS}",
@@ -80,6 +90,11 @@ CALL = "cluster/test_call_limits.py"
 WIRE = "end_to_end/test_connections.py"
 DOORS = "end_to_end/test_doors.py"
 LIVENESS = "cluster/test_liveness.py"
+ERRORS = "end_to_end/test_tool_errors.py"
+STRUCTURED = [
+    f"{ERRORS}::test_what_is_wrong_is_refused_by_name_over_http_and_grpc",
+    "engine/test_guidance_refusals.py::test_what_is_refused_before_it_reaches_an_engine",
+]
 SAMPLED = [f"{CALL}::test_what_is_sampled"]
 MET: dict[str, list[str]] = {
     "the key": [
@@ -135,6 +150,16 @@ MET: dict[str, list[str]] = {
     ],
     "integers": [f"{CALL}::test_what_a_body_holds", "cluster/test_schema.py::test_integers_are_bounded"],
     "`tool_calls` of a message": ["engine/test_tool_turns.py::test_what_is_wrong_with_messages_is_said_by_name"],
+    "`tools`: functions, letters of a name, characters of JSON of all, depth": [
+        "engine/test_tools.py::test_what_is_no_list_of_tools_is_refused_by_name",
+        f"{ERRORS}::test_what_is_wrong_is_refused_by_name_over_http_and_grpc",
+    ],
+    "calls of one answer": ["engine/test_guidance_cursor.py::test_the_output_ends_after_so_many_sections"],
+    "a regular expression, a grammar, a schema: characters": STRUCTURED,
+    "a JSON schema: depth, names of properties": STRUCTURED,
+    "`choice` of `structured_outputs`": STRUCTURED,
+    "tags of a `structural_tag`": STRUCTURED,
+    "compiling a grammar": ["engine/test_guidance_refusals.py::test_what_is_refused_before_it_reaches_an_engine"],
     "rendering a chat template": [
         "engine/test_chat_template.py::test_rendering_ends",
         "engine/test_chat_template.py::test_what_is_rendered_is_bounded",

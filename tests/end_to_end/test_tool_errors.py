@@ -28,6 +28,18 @@ def schema_format(schema: Any, **fields: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema} | fields}
 
 
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+def tags(number: int) -> dict[str, Any]:
+    structures = [{"begin": f"<{place}>", "schema": {}, "end": "."} for place in range(number)]
+    return {"type": "structural_tag", "structures": structures, "triggers": ["<"]}
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": {}}, "tools"),
     ({"tools": [1]}, "tools"),
@@ -50,7 +62,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs"),
     ({"structured_outputs": {"choice": [None]}}, "structured_outputs"),
+    ({"structured_outputs": {"choice": [str(number) for number in range(10_001)]}}, "structured_outputs"),
+    ({"structured_outputs": {"choice": ["a" * (1 << 17), "b" * (1 << 17), "c"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a" * ((1 << 18) + 1)}}, "structured_outputs"),
     ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs"),
+    ({"structured_outputs": {"grammar": 'start: "' + "a" * (1 << 18) + '"'}}, "structured_outputs"),
+    ({"structured_outputs": {"json": of(**{f"p{number}": {} for number in range(4001)})}}, "structured_outputs"),
+    ({"structured_outputs": {"json": deep(65)}}, "structured_outputs"),
+    ({"structured_outputs": {"structural_tag": tags(257)}}, "structured_outputs"),
     ({"structured_outputs": {"json": of(a={"type": "nope"})}}, "structured_outputs"),
     ({"tools": [function()], "structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
     ({"thinking_token_budget": 2**31}, "thinking_token_budget"),
@@ -97,7 +116,7 @@ def over_grpc(options: dict[str, Any]) -> pb.ChatRequest | None:
         [(kind, value)] = given.pop("structured_outputs", {"": None}).items() or [("none", None)]
         if kind == "choice":
             value = pb.Choices(texts=value)
-        if kind == "json":
+        if kind in ("json", "structural_tag") and not isinstance(value, str):
             value = json.dumps(value)
         if kind:
             structure = pb.StructuredOutputs(**({kind: value} if value is not None else {}))
