@@ -94,7 +94,7 @@ async def answers(service: Service, client: httpx.AsyncClient, *others: dict[str
     return await asyncio.gather(*(asked(client, body) for body in (*bodies, *others)))
 
 
-@pytest.mark.parametrize("part", ["advance", "matcher", "complete", "only", "never", "besides"])
+@pytest.mark.parametrize("part", ["advance", "matcher", "complete", "besides"])
 def test_a_cursor_that_raises_ends_its_request_alone(
     replica: Replica, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

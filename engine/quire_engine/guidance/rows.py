@@ -70,7 +70,7 @@ class GuidedRows:
     def masks(self, places: Mapping[int, int]) -> Masks:
         """Waits for the tokens drawn last. `places`: row → its place among those that draw."""
         self._follow()
-        asked: list[tuple[int, int, Any]] = []  # row, place, matcher
+        asked: list[tuple[int, int, Any, tuple[int, ...]]] = []  # row, place, matcher, tokens besides
         told: list[tuple[int, tuple[int, ...], bool]] = []  # place, tokens, whether those may come or all others
         complete: set[int] = set()
         for row, place in places.items():
@@ -80,7 +80,7 @@ class GuidedRows:
                 if cursor.complete:
                     complete.add(row)
                 if cursor.matcher is not None:
-                    asked.append((row, place, cursor.matcher))
+                    asked.append((row, place, cursor.matcher, cursor.besides))
                 elif (only := cursor.only) is not None:
                     told.append((place, only, True))
                 elif never := cursor.never:
@@ -91,20 +91,19 @@ class GuidedRows:
             return Masks()
         masks = np.zeros((len(asked) + len(told), self._words), np.int32)
         if asked:
-            self._fill(masks, [matcher for _, _, matcher in asked])
-        for number, (row, _, matcher) in enumerate(asked):
+            self._fill(masks, [matcher for _, _, matcher, _ in asked])
+        for number, (row, _, matcher, besides) in enumerate(asked):
             if matcher.is_error() and self._restarted(row, GrammarFailure(matcher.get_error())):
                 matcher = self._cursors[row].matcher
                 self._fill(masks[number : number + 1], [matcher])
                 if matcher.is_error():
                     self._fail(row, GrammarFailure(matcher.get_error()))
-            if row in self._cursors:
-                _allow(masks[number], self._cursors[row].besides)
+            _allow(masks[number], besides)
         for number, (_, tokens, these) in enumerate(told, len(asked)):
             _allow(masks[number], tokens)
             if not these:
                 np.invert(masks[number], out=masks[number])
-        places_masked = [place for _, place, _ in asked] + [place for place, _, _ in told]
+        places_masked = [place for _, place, _, _ in asked] + [place for place, _, _ in told]
         return Masks(np.array(places_masked, np.int64), masks, frozenset(complete))
 
     def remember(self, tokens: Tensor, places: Mapping[int, int]) -> None:
