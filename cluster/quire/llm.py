@@ -57,6 +57,7 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
     error: QuireError | None = None
     reasoning: str = ""  # of a conversation's answer
+    num_reasoning_tokens: int = 0
     tool_calls: list[ToolCall] = field(default_factory=list)
 
 
@@ -369,6 +370,7 @@ def _show(choice: _Choice) -> None:
     completion, shown = choice.completion, choice.text.take()
     completion.text += shown.content
     completion.reasoning += shown.reasoning
+    completion.num_reasoning_tokens = choice.text.num_reasoning_tokens
     for part in shown.calls:
         if part.name is not None:
             completion.tool_calls.append(ToolCall(part.name, ""))

@@ -90,6 +90,22 @@ def test_a_call_that_breaks_off_has_been_told_as_far_as_it_came(name: str, token
             assert text_of(pieces, "content") == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "opener"),
+    [("hermes", "<tool_call>"), ("qwen3_coder", "<tool_call>\n<fun"), ("kimi_k2", "<|tool_calls_section_begin|>")],
+)
+@tokens_or_text
+def test_a_call_that_breaks_off_before_its_name_is_no_content(name: str, opener: str, tokens: bool) -> None:
+    one = family(name, tokens=tokens)
+    text = one.turn("Let me see.", [("run_in", {})])
+    begun, named = (one.tokenizer.encode(text[: text.index(part) + len(part)]) for part in (opener, "run_in"))
+    chunks = one.marked(named)
+    for end in range(len(begun), len(named)):
+        pieces = parse(one.form, chunks[:end], TOOLS, False)
+        assert text_of(pieces, "content").strip() == "Let me see."
+    assert text_of(one.read("Let me see. A < b"), "content") == "Let me see. A < b"
+
+
 @names
 def test_a_name_that_is_no_tools_is_content(name: str) -> None:
     one = family(name)

@@ -8,6 +8,8 @@ from call_formats import bound
 from hypothesis import given
 from hypothesis import strategies as st
 from quire_engine.errors import InvalidParameter
+from quire_engine.guidance.schemas import closed
+from quire_engine.text.formats.chat import ToolUse
 from quire_engine.text.formats.detect import detect, format_of
 from quire_engine.text.formats.families import CALL_NAMES, CALLS, PLAIN, REASONING, REASONING_NAMES
 from quire_engine.text.formats.json_reader import JsonReader
@@ -160,3 +162,57 @@ def test_a_chat_template_tells_the_format(template: str, calls: str | None, reas
     found = detect(template, bound(PLAIN, tokens=False).tokenizer)
     assert found.calls is (CALLS[calls] if calls else None)
     assert found.reasoning is (REASONING[reasoning] if reasoning else None)
+
+
+def test_objects_that_name_their_properties_have_no_others() -> None:
+    """Unless they say so, or are put together of several schemas: then it might leave nothing that is right."""
+    inner = {"type": "object", "properties": {"b": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": inner}}, "required": ["a"]}
+    shut = {"additionalProperties": False}
+    assert closed(schema, "x") == schema | {"properties": {"a": {"type": "array", "items": inner | shut}}} | shut
+    for same in (
+        {"type": "object"},
+        inner | {"additionalProperties": True},
+        inner | {"required": ["c"]},
+        {"allOf": [inner, {"properties": {"c": {}}}]},
+        {"properties": {"c": {}}, "anyOf": [inner]},
+        {"enum": [inner]},
+        "text",
+        True,
+    ):
+        assert closed(same, "x") == same
+    with pytest.raises(InvalidParameter, match="deep"):
+        closed(deep(100), "x")
+
+
+def test_tool_choices_are_openais() -> None:
+    raw = [function(name=name) for name in ("f", "g", "h")]
+    one = {"type": "function", "function": {"name": "g"}}
+
+    def chosen(choice: Any, parallel: bool | None = None) -> tuple[str, list[str], bool]:
+        use = ToolUse.of(raw, choice, parallel)
+        return use.choice, [tool.name for tool in use.callable], use.parallel
+
+    assert chosen(None) == chosen("auto") == ("auto", ["f", "g", "h"], True)
+    assert chosen("required", False) == ("required", ["f", "g", "h"], False)
+    assert chosen("none") == ("none", [], True)
+    assert chosen(one) == ("required", ["g"], False)
+    some = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "auto", "tools": [one, one | {"function": {"name": "h"}}]},
+    }
+    assert chosen(some) == ("auto", ["g", "h"], True)
+    for wrong in (
+        "any",
+        5,
+        [],
+        {},
+        {"type": "function"},
+        one | {"function": {"name": "z"}},
+        some | {"allowed_tools": {}},
+    ):
+        with pytest.raises(InvalidParameter, match="tool_choice"):
+            ToolUse.of(raw, wrong, None)
+    assert ToolUse.of(None, "auto", None).callable == ()
+    with pytest.raises(InvalidParameter, match="tool_choice"):
+        ToolUse.of(None, "required", None)

@@ -150,6 +150,7 @@ class Line:
                 {"index": completion.index, "finish_reason": completion.finish_reason, "logprobs": None} | shown
             )
         generated = sum(len(completion.token_ids) for completion in output.outputs)
+        reasoned = sum(completion.num_reasoning_tokens for completion in output.outputs)
         self._body = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if self._chat else "text_completion",
@@ -160,7 +161,8 @@ class Line:
                 "prompt_tokens": len(self.prompt),
                 "completion_tokens": generated,
                 "total_tokens": len(self.prompt) + generated,
-            },
+            }
+            | ({"completion_tokens_details": {"reasoning_tokens": reasoned}} if reasoned else {}),
         }
 
     def take_vectors(self, vectors: list[Floats]) -> None:

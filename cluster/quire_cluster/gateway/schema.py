@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from quire_engine.errors import InvalidParameter
+from quire_engine.guidance.schemas import closed
 from quire_engine.guidance.structure import StructuredOutputs
 from quire_engine.text.formats.chat import ToolUse
 from quire_engine.text.formats.tools import MAX_TOOLS
@@ -161,7 +162,9 @@ class ResponseFormat(Strict):
             return StructuredOutputs(json_object=True) if self.type == "json_object" else None
         if self.json_schema is None or self.json_schema.schema_ is None:
             raise InvalidParameter("response_format of type json_schema wants json_schema.schema", "response_format")
-        return StructuredOutputs(json=self.json_schema.schema_, lenient=self.json_schema.strict is False)
+        return StructuredOutputs(
+            json=closed(self.json_schema.schema_, "response_format"), lenient=self.json_schema.strict is False
+        )
 
 
 class ChatCompletionRequest(_Sampling):

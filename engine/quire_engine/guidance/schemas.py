@@ -6,7 +6,7 @@ The bounds are measured: within them the worst schema takes half a second to com
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -22,6 +22,8 @@ MAX_INTEGER = 2**53  # llguidance reads larger ones as floats
 _DRAFTS = ("draft-04/", "draft-06/", "draft-07/", "draft/2019-09/", "draft/2020-12/")
 _FOREIGN = {"extends": "draft 3", "disallow": "draft 3", "divisibleBy": "draft 3"}  # read by nobody
 _APPLICATORS = ("allOf", "anyOf", "oneOf", "$ref", "enum", "const")
+_COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "if", "not"}
+_OPEN = _COMBINING | {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames"}
 _NUMBERS = ("const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _NEGATED = re.compile(r"\\.|\[\^(\]?)", re.DOTALL)  # what is escaped, or where a negated class begins
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -69,6 +71,26 @@ def checked(schema: Any, parameter: str, *, lenient: bool = False) -> Any:
         for one in _schemas(schema):
             _check_keywords(one, refuse)
     return _without_noise(schema)
+
+
+def closed(schema: Any, parameter: str) -> Any:
+    """The same, but that objects which name their properties have no others, unless they say so: a model that may add
+    some goes on adding. Where schemas are put together of several (allOf, or beside properties) it stays as it is.
+
+    Raises InvalidParameter for what is nested too deeply.
+    """
+    check_depth(schema, parameter)
+    for one in _schemas(schema):
+        if one.keys() & _COMBINING and ("properties" in one or len(_listed(one.get("allOf"))) > 1):
+            return schema
+    return _rewritten(schema, _closed_here)
+
+
+def _closed_here(schema: dict[str, Any]) -> dict[str, Any]:
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, Mapping) or schema.keys() & _OPEN or not set(_listed(required)) <= properties.keys():
+        return schema
+    return schema | {"additionalProperties": False}
 
 
 def check_depth(value: Any, parameter: str) -> None:
@@ -165,23 +187,36 @@ def _factor(value: Any) -> int:
 def _without_noise(schema: Any) -> Any:
     """Without what says nothing and is refused all the same, without llguidance's own options, and with patterns as it
     reads them rightly."""
+
+    def quiet(one: dict[str, Any]) -> dict[str, Any]:
+        found = {
+            name: value
+            for name, value in one.items()
+            if name != "x-guidance" and not (name == "uniqueItems" and value is False)
+        }
+        if isinstance(pattern := found.get("pattern"), str):
+            found["pattern"] = _without_nul(pattern)
+        if isinstance(patterns := found.get("patternProperties"), Mapping):
+            found["patternProperties"] = {_without_nul(key): value for key, value in patterns.items()}
+        return found
+
+    return _rewritten(schema, quiet)
+
+
+def _rewritten(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Every schema in a schema, changed; values (of enum, const, ...) are none."""
     if not isinstance(schema, Mapping):
         return schema
     found = {}
     for name, value in schema.items():
-        if name == "x-guidance" or (name == "uniqueItems" and value is False):
-            continue
-        if name == "pattern" and isinstance(value, str):
-            value = _without_nul(value)
-        elif name in _NAMED and isinstance(value, Mapping):
-            patterns = name == "patternProperties"
-            value = {_without_nul(key) if patterns else key: _without_noise(one) for key, one in value.items()}
+        if name in _NAMED and isinstance(value, Mapping):
+            value = {key: _rewritten(one, change) for key, one in value.items()}
         elif name in _LISTED and isinstance(value, list):
-            value = [_without_noise(one) for one in value]
+            value = [_rewritten(one, change) for one in value]
         elif name in _NESTED:
-            value = _without_noise(value)
+            value = _rewritten(value, change)
         found[name] = value
-    return found
+    return change(found)
 
 
 def _without_nul(pattern: str) -> str:

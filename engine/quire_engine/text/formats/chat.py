@@ -29,11 +29,11 @@ _CHOICES = ("auto", "none", "required")
 @dataclass(frozen=True, kw_only=True)
 class ToolUse:
     """The tools that a request offers, and what of them it wants to be called. `choice`: auto, none or required;
-    `named`: this one and no other."""
+    `named`: these and no others."""
 
     tools: tuple[Tool, ...] = ()
     choice: str = "none"
-    named: str | None = None
+    named: frozenset[str] | None = None
     parallel: bool = True
 
     @staticmethod
@@ -42,12 +42,14 @@ class ToolUse:
         known = tuple(tools_of(tools))
         if choice is not None and choice not in ("auto", "none") and not known:
             raise InvalidParameter("tool_choice wants tools; give some, or leave it out", "tool_choice")
-        named = _named(choice)
-        if named is not None and named not in {tool.name for tool in known}:
-            raise InvalidParameter(f"tool_choice names {named[:64]!r}, which is none of the tools", "tool_choice")
-        found = ("required" if named else choice) or "auto"
+        found, named, single = _chosen(choice)
+        for name in sorted((named or frozenset()) - {tool.name for tool in known}):
+            raise InvalidParameter(f"tool_choice names {name[:64]!r}, which is none of the tools", "tool_choice")
         return ToolUse(
-            tools=known, choice=found if known else "none", named=named, parallel=parallel is None or parallel
+            tools=known,
+            choice=found if known else "none",
+            named=named,
+            parallel=not single and (parallel is None or parallel),
         )
 
     @property
@@ -55,7 +57,7 @@ class ToolUse:
         """Those that may be called."""
         if self.choice == "none":
             return ()
-        return tuple(tool for tool in self.tools if self.named in (None, tool.name))
+        return tuple(tool for tool in self.tools if self.named is None or tool.name in self.named)
 
     @property
     def must(self) -> bool:
@@ -63,16 +65,34 @@ class ToolUse:
         return self.choice == "required"
 
 
-def _named(choice: Any) -> str | None:
-    """Raises InvalidParameter for what is neither a word nor a function."""
-    if choice is None or choice in _CHOICES:
-        return None
-    if isinstance(choice, Mapping) and choice.get("type") == "function" and choice.keys() <= {"type", "function"}:
-        function = choice.get("function")
-        if isinstance(function, Mapping) and isinstance(function.get("name"), str) and len(function) == 1:
-            return str(function["name"])
+def _chosen(choice: Any) -> tuple[str, frozenset[str] | None, bool]:
+    """The word, the tools that it is about (None: all), and whether it is about one call. Raises InvalidParameter for
+    what is neither a word nor tools."""
+    if choice is None or (isinstance(choice, str) and choice in _CHOICES):
+        return choice or "auto", None, False
+    kind = choice.get("type") if isinstance(choice, Mapping) else None
+    if kind == "function" and (name := _name_of(choice)) is not None:
+        return "required", frozenset({name}), True
+    if kind == "allowed_tools" and choice.keys() == {"type", "allowed_tools"}:
+        allowed = choice["allowed_tools"]
+        if isinstance(allowed, Mapping) and allowed.keys() == {"mode", "tools"} and isinstance(allowed["tools"], list):
+            names = frozenset(name for tool in allowed["tools"] if (name := _name_of(tool)) is not None)
+            if len(names) == len(allowed["tools"]) > 0 and allowed["mode"] in ("auto", "required"):
+                return allowed["mode"], names, False
     one = '{"type": "function", "function": {"name": ...}}'
-    raise InvalidParameter(f"tool_choice is {choice!r:.80}; give auto, none, required or {one}", "tool_choice")
+    raise InvalidParameter(
+        f"tool_choice is {choice!r:.80}; give auto, none, required, {one}, or allowed_tools with a mode and several",
+        "tool_choice",
+    )
+
+
+def _name_of(tool: Any) -> str | None:
+    if not isinstance(tool, Mapping) or tool.get("type") != "function" or not tool.keys() <= {"type", "function"}:
+        return None
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or len(function) != 1 or not isinstance(function.get("name"), str):
+        return None
+    return str(function["name"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +182,7 @@ class ChatFormat:
             )
         if not tools:
             return self._structured(structure, thinking)
-        rules = self._rules_of(tools, parallel=use.parallel and use.named is None)
+        rules = self._rules_of(tools, parallel=use.parallel)
         if structure is not None and structure.structural_tag is not None:
             raise InvalidParameter("a structural_tag does not go with tools; leave one out", "structured_outputs")
         before = self._form.reasoning.before_calls if self._form.reasoning is not None else ()

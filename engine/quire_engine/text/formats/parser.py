@@ -12,7 +12,7 @@ from quire_engine.text.formats.bind import BoundFormat
 from quire_engine.text.formats.facts import Blank, Literals, Mark, Pieces, Section, Space, Tagged, Text, leading
 from quire_engine.text.formats.json_reader import JsonReader
 from quire_engine.text.formats.literals import LiteralReader
-from quire_engine.text.formats.matching import MAX_SPACE, Found, Reading, Source, firsts
+from quire_engine.text.formats.matching import MAX_SPACE, Found, Reading, Source, find, firsts
 from quire_engine.text.formats.tagged import read_pairs
 from quire_engine.text.formats.tools import Tool
 
@@ -107,8 +107,21 @@ class OutputParser:
                 if found is not None:
                     yield from self._delimited(rule, found)
                     break
+                if source.ended and self._is_begun(rule):
+                    source.at = len(source.text)
+                    break
             else:
                 self._pass(source.at + 1)
+
+    def _is_begun(self, rule: _Rule) -> bool:
+        """Whether a text that has ended breaks off in a section, before its first call's name is known: what opens it
+        has come whole."""
+        source = self._source
+        if rule.section is None or rule.section.only_first or leading(rule.section.begin) is None:
+            return False
+        return find(rule.pieces, source.text, source.at, names=self._tools, ended=True) is True and isinstance(
+            find((Space(""), *rule.section.begin), source.text, source.at, ended=True), Found
+        )
 
     def _pass(self, end: int) -> None:
         """Text that is no delimiter. A token that is one, where it means nothing, is left out."""

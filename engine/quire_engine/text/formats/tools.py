@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire_engine.errors import InvalidParameter
+from quire_engine.guidance.schemas import closed
 
 MAX_TOOLS = 128
 MAX_NAME = 64
 MAX_SCHEMA_SIZE = 1 << 18  # characters of JSON, of all tools together
 MAX_SCHEMA_DEPTH = 64
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_OPEN = {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties", "propertyNames"}
 _KEYS = {"name", "description", "parameters", "strict"}
 
 
@@ -48,6 +48,8 @@ def tools_of(raw: Any) -> list[Tool]:
 def _tool(raw: Any, where: str) -> Tool:
     if not isinstance(raw, dict) or raw.get("type") != "function" or not isinstance(raw.get("function"), dict):
         raise _refused(f'needs {{"type": "function", "function": {{...}}}} at {where}; other kinds are not supported')
+    if unknown := sorted(raw.keys() - {"type", "function", "cache_control"}):  # every prefix is cached
+        raise _refused(f"has {str(unknown[0])[:60]!r} at {where}, which holds type and function")
     function: dict[str, Any] = raw["function"]
     if unknown := sorted(function.keys() - _KEYS):
         raise _refused(f"has {unknown[0][:60]!r} at {where}.function, which holds {', '.join(sorted(_KEYS))}")
@@ -77,12 +79,7 @@ def _parameters(raw: Any, where: str) -> dict[str, Any]:
             raise _refused(f"needs {called} as {where}.function.parameters.{key}, not {type(raw[key]).__name__}")
     if not all(isinstance(name, str) for name in raw.get("required", [])):
         raise _refused(f"needs a list of names as {where}.function.parameters.required")
-    return {"type": "object"} | _closed(raw)
-
-
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Without arguments that it does not name, where it names some and does not say that there are others."""
-    return {"additionalProperties": False} | schema if "properties" in schema and not schema.keys() & _OPEN else schema
+    return {"type": "object"} | closed(raw, "tools")
 
 
 def _check_size(raw: list[Any]) -> None:
