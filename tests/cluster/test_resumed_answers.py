@@ -69,10 +69,9 @@ def test_after_whichever_token(llm: LLM, answers: list[list[Told]], one: Convers
             told, first = Told(scores=whole.scores), begun().choices[index]
             for place, token in enumerate(whole.tokens[:cut]):
                 first.accept(place, token, 0.0)
-            if not first.ended:
-                add(told, first.take())
+            add(told, first.take())
             generation = begun()
-            generation.resume({index: Emitted(whole.tokens[:cut], finished=False)})
+            generation.resume({index: Emitted(whole.tokens[:cut], finished=first.ended)})
             add(told, generation.choices[index].take())
             follow(generation.choices[index], whole.tokens[cut:], reason, told)
             assert told == whole, f"cut at {cut}"
