@@ -1,5 +1,6 @@
 """Between the internal protocol's messages and the engine's objects. Torch-free: replicas and gateways both use it."""
 
+import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -58,7 +59,7 @@ def sampling_from_proto(message: pb.EngineSampling) -> EngineSampling:
         logit_bias=dict(message.logit_bias) or None,
         allowed_token_ids=TokenSet(message.allowed_token_ids),
         bad_words=tuple(tuple(word.ids) for word in message.bad_words),
-        guidance=message.guidance,
+        guidance=sys.intern(message.guidance),  # many requests have the same, and a plan holds it once then
     )
 
 
