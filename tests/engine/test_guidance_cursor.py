@@ -11,7 +11,7 @@ import pytest
 from guided import ADDED, END, SIZE
 from hypothesis import given
 from hypothesis import strategies as st
-from quire_engine.guidance import grammars
+from quire_engine.guidance import compiled, grammars
 from quire_engine.guidance.compiled import Guide
 from quire_engine.guidance.cursor import Cursor
 from quire_engine.guidance.spec import GuidanceSpec, Section, Thinking
@@ -365,3 +365,20 @@ def test_a_byte_of_no_utf8_is_never_written() -> None:
     """llguidance begins delimiters with it."""
     assert LETTERS[b"\xff"] not in walk(content=content(json={"type": "string"})).write('"').allowed()
     assert LETTERS[b"\xff"] not in walk(content=grammars.composed(grammars.lark(f"start: <[{TOOL}]>"))).allowed()
+
+
+def test_compiled_grammars_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their number and by their size; one that is larger than all of that is kept by itself."""
+    monkeypatch.setattr(compiled, "_KEPT", 3)
+    monkeypatch.setattr(compiled, "_KEPT_SIZE", 2000)
+    guides = compiled.Guides(lambda: VOCABULARY)
+    specs = [GuidanceSpec(content=grammars.composed(grammars.one_of([f"{n}" * 40]))).to_json() for n in range(5)]
+    made = [guides.prepare(spec).result() for spec in specs]
+    assert guides.prepare(specs[4]).result() is made[4]
+    assert guides.prepare(specs[2]).result() is made[2]
+    assert guides.prepare(specs[0]).result() is not made[0]
+    large = GuidanceSpec(content=grammars.composed(grammars.one_of(["x" * 4000]))).to_json()
+    kept = guides.prepare(large).result()
+    assert guides.prepare(large).result() is kept
+    assert guides.prepare(specs[2]).result() is not made[2]
+    guides.close()

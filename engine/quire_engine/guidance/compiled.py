@@ -15,6 +15,7 @@ from quire_engine.guidance.vocabulary import Vocabulary, marked
 
 log = logging.getLogger(__name__)
 _KEPT = 256  # compiled specs
+_KEPT_SIZE = 8 << 20  # characters of them; a compiled one takes up to 64 bytes for each
 _AT_ONCE = 2  # compilations
 
 
@@ -46,6 +47,7 @@ class Guides:
         self._read = vocabulary
         self._vocabulary: Future[Vocabulary] | None = None
         self._made: OrderedDict[str, Future[Guide]] = OrderedDict()
+        self._size = 0  # characters of these specs
         self._lock = RLock()
 
     def read_vocabulary(self) -> "Future[Vocabulary]":
@@ -60,11 +62,15 @@ class Guides:
         ModelError where the model's tokenizer has no use for grammars."""
         with self._lock:
             made = self._made.get(spec)
-            if made is None or (made.done() and made.exception() is not None):
+            if made is not None and made.done() and made.exception() is not None:
+                self._forget(spec)
+                made = None
+            if made is None:
                 made = self._made[spec] = self._pool.submit(_compiled, spec, self.read_vocabulary())
+                self._size += len(spec)
             self._made.move_to_end(spec)
-            if len(self._made) > _KEPT:
-                self._made.popitem(last=False)
+            while len(self._made) > _KEPT or (self._size > _KEPT_SIZE and len(self._made) > 1):
+                self._forget(next(iter(self._made)))
             return made
 
     def drop(self, spec: str, guide: Guide) -> None:
@@ -72,7 +78,11 @@ class Guides:
         with self._lock:
             made = self._made.get(spec)
             if made is not None and made.done() and made.exception() is None and made.result() is guide:
-                del self._made[spec]
+                self._forget(spec)
+
+    def _forget(self, spec: str) -> None:
+        del self._made[spec]
+        self._size -= len(spec)
 
     def close(self) -> None:
         """Ends the threads once they are through."""
