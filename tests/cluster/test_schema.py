@@ -153,6 +153,12 @@ def test_what_would_change_the_answer_is_refused_by_name(body: dict[str, Any]) -
         request.template_variables(frozenset())
 
 
+def test_the_old_names_of_tools_are_refused_with_the_new_ones() -> None:
+    for old, new in {"functions": "tools", "function_call": "tool_choice"}.items():
+        with pytest.raises(InvalidParameter, match=f"{old} is not served; write {new}"):
+            parse(schema.ChatCompletionRequest, orjson.dumps({"messages": MESSAGES, old: "auto"}))
+
+
 def test_routes_and_fields_beyond_openai_are_in_the_docs(checkpoint: Callable[[str], Path]) -> None:
     """OpenAI's are those that its own client knows."""
     text = (Path(__file__).parents[2] / "docs/api.md").read_text()

@@ -66,6 +66,10 @@ STRUCTURES: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
         {"grammar": 'root ::= "a" ("b" | "c")? [0-9]{2} "::="'},
         lambda text: re.fullmatch("a[bc]?[0-9]{2}::=", text) is not None,
     ),
+    "lark with the sign of gbnf": (
+        {"grammar": 'start: "a ::= " /[bc]/  // as in GBNF: a ::= b'},
+        lambda text: text in ("a ::= b", "a ::= c"),
+    ),
     "structural_tag": (
         {"structural_tag": TAGS},
         lambda text: re.fullmatch(r"((?!<f).|<f=x>(0|-?[1-9]\d*)</f>|<f=>[02]</f>)*", text, re.DOTALL) is not None,

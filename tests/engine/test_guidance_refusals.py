@@ -193,6 +193,14 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "options of llguidance's": {"grammar": "%llguidance {}\nstart: /a/"},
     "half a character": {"regex": "\ud800"},
     "half a character among choices": {"choice": ["a", "\udc00"]},
+    "half a character in a schema": {"json": '{"const": "\\ud800"}'},
+    "half a character in a tag": {
+        "structural_tag": json.dumps(
+            {"type": "structural_tag", "triggers": ["\ud800"], "structures": [{"begin": "\ud800f", "end": ""}]}
+        )
+    },
+    "infinity as text": {"json": '{"minimum": 1e400}'},
+    "rules of GBNF": {"grammar": _chain(5000, 'r{} ::= "a" r{}', 'r{} ::= "b"', "root ::= r0")},
     "lookahead": {"regex": "(?=a)b"},
     "back-references": {"regex": r"(a)\1"},
     "brackets": {"grammar": "root ::= " + 20_000 * "("},

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions"""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class ChatCompletions(Endpoint):
 
     async def _prompts(self) -> list[list[int]]:
         body = self._body
-        self._use = body.tool_use()
+        self._use = await asyncio.to_thread(body.tool_use) if body.tools else body.tool_use()
         messages = [message.for_template() for message in body.messages]
         return [
             await self._service.render(

@@ -129,8 +129,13 @@ def _emitted(given: Sequence[pb.Emitted], most: int) -> dict[int, Emitted]:
     return found
 
 
-def _messages(request: pb.ChatRequest) -> list[dict[str, Any]]:
-    return [_message(message) for message in request.messages]
+def _conversation(request: pb.ChatRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]], ToolUse]:
+    """Its messages and tools, as OpenAI's API has them, and what of the tools is to be called. Raises
+    InvalidParameter."""
+    tools = _tools(request)
+    parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else None
+    use = ToolUse.of(tools or None, _tool_choice(request), parallel)
+    return [_message(message) for message in request.messages], tools, use
 
 
 def _message(message: pb.ChatMessage) -> dict[str, Any]:
@@ -214,9 +219,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 raise InvalidParameter(
                     f"there are {len(request.messages)} messages; from 1 to {MAX_MESSAGES} are read", "messages"
                 )
-            messages, tools = await asyncio.to_thread(lambda: (_messages(request), _tools(request)))
-            parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else None
-            use = ToolUse.of(tools or None, _tool_choice(request), parallel)
+            messages, tools, use = await asyncio.to_thread(_conversation, request)
             going_on = request.continue_final_message
             opening = request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
             if going_on and opening:

@@ -170,6 +170,7 @@ class ResponseFormat(Strict):
 class ChatCompletionRequest(_Sampling):
     """POST /v1/chat/completions"""
 
+    renamed = _Sampling.renamed | {"functions": "tools", "function_call": "tool_choice"}
     messages: Messages
     max_completion_tokens: Int32 | None = None
     logprobs: bool | None = None

@@ -24,6 +24,8 @@ _stacks = threading.Lock()  # their size is the whole process's
 _SHOWN = 300  # characters of what llguidance says
 _UNKNOWN = re.compile(r"Unimplemented keys: (\[.*?\])")
 _CONTEXT = re.compile(r"\n +\d+ \| .*", re.DOTALL)  # the lines of the grammar that it shows
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
+_MAX_GBNF = 1 << 23  # characters times rules, which is what it takes to read one: half a second
 
 
 def limits() -> Any:
@@ -88,19 +90,24 @@ def one_of(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def from_ebnf(text: str) -> dict[str, Any]:
-    """A grammar in Lark, or in GBNF ("::="). Raises InvalidParameter for the latter where it cannot be read, and for
-    Lark that holds options of llguidance's, or schemas that it should not get."""
-    if "::=" not in text:
+    """A grammar in Lark, or in GBNF (whose rules have "::="). Raises InvalidParameter for the latter where it cannot be
+    read or would take long, and for Lark that holds options of llguidance's, or schemas that it should not get."""
+    rules = sum(1 for _ in _GBNF_RULE.finditer(text))
+    if not rules:
         _check_lark(text)
         return lark(text)
+    if rules * len(text) > _MAX_GBNF:
+        raise InvalidParameter(
+            f"the grammar has {rules} rules of GBNF in {len(text)} characters, which would take too long to read; "
+            "write it in Lark, or with fewer rules",
+            _NAME,
+        )
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
         return lark(gbnf_to_lark(text))
     except Exception as error:  # the class itself is what it raises
-        raise InvalidParameter(
-            f"the grammar cannot be read as GBNF: {str(error)[:_SHOWN]}", "structured_outputs"
-        ) from error
+        raise InvalidParameter(f"the grammar cannot be read as GBNF: {str(error)[:_SHOWN]}", _NAME) from error
 
 
 def quoted(text: str) -> str:

@@ -111,8 +111,10 @@ def check_depth(value: Any, parameter: str) -> None:
 
 
 def text_of(schema: Any) -> str:
-    """As JSON. Raises ValueError or TypeError for what is none."""
-    return json.dumps(schema, separators=(",", ":"), allow_nan=False)
+    """As JSON. Raises ValueError or TypeError for what is none, and for half a surrogate pair, which is no text."""
+    text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text.encode()
+    return text
 
 
 def _check_keywords(schema: Mapping[str, Any], refuse: Any) -> None:

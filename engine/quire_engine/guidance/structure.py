@@ -120,7 +120,7 @@ def _read(name: str, value: Any) -> Any:
     if isinstance(value, str):
         _check_text(name, value)
         try:
-            return json.loads(value)
+            value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise InvalidParameter(f"the {name} of structured_outputs is no JSON ({error})", _NAME) from error
     if not isinstance(value, Mapping | bool):
