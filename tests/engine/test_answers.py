@@ -163,6 +163,19 @@ def test_required_calls_are_calls_and_nothing_else(name: str, tokens: bool) -> N
 
 @names
 @either
+def test_required_calls_that_are_cut_off_anywhere_have_no_content(name: str, tokens: bool) -> None:
+    one, answer = family(name, tokens=tokens), asked(name, tokens, using("required"))
+    ids = written(name, tokens, answer, 0)
+    for length in range(min(len(ids), 120)):
+        text = OutputText(one.tokenizer, SamplingParams(), [], answer)
+        for token in ids[:length]:
+            text.push(token)
+        text.finish()
+        assert not text.take().content or one.tokenizer.decode(ids[:length]).endswith("\ufffd"), "within a letter"
+
+
+@names
+@either
 def test_an_answer_of_a_structure_may_be_calls_instead(name: str, tokens: bool) -> None:
     one = family(name, tokens=tokens)
     answer = asked(name, tokens, using("auto"), structure=STRUCTURE)

@@ -104,10 +104,13 @@ class Answer:
     form: BoundFormat | None = None
     tools: tuple[Tool, ...] = ()
     in_reasoning: bool = False
+    only_calls: bool = False  # there is no content
 
     def parser(self) -> OutputParser | None:
         """A fresh one for each choice; None: all is content."""
-        return OutputParser(self.form, self.tools, in_reasoning=self.in_reasoning) if self.form is not None else None
+        if self.form is None:
+            return None
+        return OutputParser(self.form, self.tools, in_reasoning=self.in_reasoning, only_calls=self.only_calls)
 
 
 ALL_CONTENT = Answer()
@@ -169,7 +172,7 @@ class ChatFormat:
         inside = begins_in_reasoning(form, prompt, self._tokenizer, continued=continued)
         thinking = self._thinking(prompt, inside=inside, budget=thinking_budget)
         spec = self._spec(use, structure, thinking)
-        return Answer(guidance=spec, marks=form.marks, form=form, tools=tools, in_reasoning=inside)
+        return Answer(guidance=spec, marks=form.marks, form=form, tools=tools, in_reasoning=inside, only_calls=use.must)
 
     def _spec(
         self, use: ToolUse, structure: StructuredOutputs | None, thinking: Thinking | None

@@ -41,8 +41,12 @@ class _Rule:
 class OutputParser:
     """One output of a model."""
 
-    def __init__(self, form: BoundFormat, tools: Sequence[Tool], *, in_reasoning: bool) -> None:
-        """No tools: calls are not looked for."""
+    def __init__(
+        self, form: BoundFormat, tools: Sequence[Tool], *, in_reasoning: bool, only_calls: bool = False
+    ) -> None:
+        """No tools: calls are not looked for. `only_calls`: the output is made to have no content, so what may be the
+        beginning of a delimiter is one, also where it breaks off."""
+        self._only_calls = only_calls
         self.in_reasoning = in_reasoning and form.reasoning is not None
         self._tools = {tool.name: tool for tool in tools}
         self._shown = {} if tools else {letter: form.spelled[letter] for letter in form.shown}
@@ -111,6 +115,8 @@ class OutputParser:
                     source.at = len(source.text)
                     break
             else:
+                if source.cut and self._only_calls and not self.in_reasoning:
+                    return
                 self._pass(source.at + 1)
 
     def _is_begun(self, rule: _Rule) -> bool:
