@@ -29,7 +29,7 @@ class Executor(Protocol):
 
     def prepare(self, guidance: str) -> "Future[Any]":
         """Compiles what a request's output has to look like, where tokens are drawn. The future raises
-        InvalidParameter for what cannot be compiled."""
+        InvalidParameter for what cannot be compiled. It may be cancelled by whoever waits for it alone."""
 
     def close(self) -> None: ...
 
@@ -69,8 +69,11 @@ class Engine:
             self._preparing[request.id] = self._executor.prepare(request.params.guidance)
 
     def abort(self, request_id: int) -> None:
-        """Ends a request early."""
-        self._preparing.pop(request_id, None)
+        """Ends a request early. Its grammar is not compiled any more where that has not begun and no other waits for
+        it: else clients that leave would have those that stay wait."""
+        prepared = self._preparing.pop(request_id, None)
+        if prepared is not None and prepared not in self._preparing.values():
+            prepared.cancel()
         self.scheduler.abort(request_id)
 
     @property

@@ -33,19 +33,22 @@ class Slow:
         self.limits, self.submit, self.collect = model.runner.limits, model.runner.submit, model.runner.collect
         self.close = model.runner.close
         self._prepare: Callable[[str], Future[Any]] = model.runner.prepare
-        self._asked: list[tuple[str, Future[Any]]] = []
+        self.asked: list[tuple[str, Future[Any]]] = []
 
     def prepare(self, guidance: str) -> "Future[Any]":
-        self._asked.append((guidance, future := Future()))
+        future = dict(self.asked).get(guidance) or Future()
+        self.asked.append((guidance, future))
         return future
 
     def compile(self) -> None:
-        for spec, future in self._asked:
+        for spec, future in dict(self.asked).items():
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(self._prepare(spec).result())
             except InvalidParameter as error:
                 future.set_exception(error)
-        self._asked.clear()
+        self.asked.clear()
 
 
 # ---- while it is compiled -------------------------------------------------------------------------------------------
@@ -94,6 +97,22 @@ def test_a_request_may_end_while_its_grammar_is_compiled(model: Guided, end: str
     slow.compile()
     finished(engine, [])
     assert model.text(late) == "yes"
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled(model: Guided) -> None:
+    """Requests of one spec share what they wait for."""
+    slow = Slow(model)
+    engine = Engine(slow)
+    specs = [model.spec(choice=["no"]), model.spec(choice=["yes"]), model.spec(choice=["yes"])]
+    for number, spec in enumerate(specs):
+        engine.add(request(number, model.prompt("a"), spec))
+    alone, shared = dict(slow.asked).values()
+    engine.abort(0)
+    engine.abort(1)
+    assert alone.cancelled() and not shared.cancelled()
+    slow.compile()
+    finished(engine, [])
+    assert shared.done() and not shared.cancelled()
 
 
 def test_a_spec_is_compiled_once_however_many_want_it(model: Guided) -> None:

@@ -67,7 +67,9 @@ class Endpoint(ABC):
         prompts = await self._prompts()
         if self._body.stream and self._params.prompt_logprobs is not None:
             raise InvalidParameter("log-probabilities of the prompt are not streamed; set stream = false", "stream")
-        sampling = await self._sampling(prompts)
+        sampling = await while_connected(self._request, self._sampling(prompts))
+        if sampling is None:
+            return Response(status_code=499)
         try:
             for number, prompt in enumerate(prompts):
                 self._generations.append(self._start(prompt, sampling, number if len(prompts) > 1 else None))

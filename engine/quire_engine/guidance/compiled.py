@@ -15,8 +15,8 @@ from quire_engine.guidance.vocabulary import Vocabulary, marked
 
 log = logging.getLogger(__name__)
 _KEPT = 256  # compiled specs
-_KEPT_SIZE = 8 << 20  # characters of them; a compiled one takes up to 64 bytes for each
-_AT_ONCE = 2  # compilations
+_KEPT_SIZE = 4 << 20  # characters of them; a compiled one takes up to 200 bytes for each
+_SMALL = 16 << 10  # characters of one that is compiled in milliseconds
 
 
 class Guide:
@@ -43,7 +43,8 @@ class Guides:
 
     def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
         """`vocabulary` may take its time: it is asked for once, in a thread, when it is first needed."""
-        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="grammars")
+        self._small = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="large-grammars")
         self._read = vocabulary
         self._vocabulary: Future[Vocabulary] | None = None
         self._made: OrderedDict[str, Future[Guide]] = OrderedDict()
@@ -54,19 +55,20 @@ class Guides:
         """Begins to, unless it has. The future raises ModelError."""
         with self._lock:
             if self._vocabulary is None:
-                self._vocabulary = self._pool.submit(_prepared, self._read)
+                self._vocabulary = self._large.submit(_prepared, self._read)
             return self._vocabulary
 
     def prepare(self, spec: str) -> "Future[Guide]":
         """Compiles a spec in a thread, unless that is done or under way. The future raises InvalidParameter, or
-        ModelError where the model's tokenizer has no use for grammars."""
+        ModelError where the model's tokenizer has no use for grammars. A large one keeps no small one waiting."""
         with self._lock:
             made = self._made.get(spec)
-            if made is not None and made.done() and made.exception() is not None:
+            if made is not None and (made.cancelled() or (made.done() and made.exception() is not None)):
                 self._forget(spec)
                 made = None
             if made is None:
-                made = self._made[spec] = self._pool.submit(_compiled, spec, self.read_vocabulary())
+                pool = self._small if len(spec) <= _SMALL else self._large
+                made = self._made[spec] = pool.submit(_compiled, spec, self.read_vocabulary())
                 self._size += len(spec)
             self._made.move_to_end(spec)
             while len(self._made) > _KEPT or (self._size > _KEPT_SIZE and len(self._made) > 1):
@@ -77,7 +79,9 @@ class Guides:
         """Forgets a compiled spec: copies of a matcher share what they learn, and what they have no more room for."""
         with self._lock:
             made = self._made.get(spec)
-            if made is not None and made.done() and made.exception() is None and made.result() is guide:
+            if made is None or not made.done() or made.cancelled():
+                return
+            if made.exception() is None and made.result() is guide:
                 self._forget(spec)
 
     def _forget(self, spec: str) -> None:
@@ -86,7 +90,8 @@ class Guides:
 
     def close(self) -> None:
         """Ends the threads once they are through."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _compiled(spec: str, vocabulary: "Future[Vocabulary]") -> Guide:
