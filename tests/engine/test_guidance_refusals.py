@@ -222,6 +222,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "rules of GBNF": {"grammar": _chain(5000, 'r{} ::= "a" r{}', 'r{} ::= "b"', "root ::= r0")},
     "lookahead": {"regex": "(?=a)b"},
     "back-references": {"regex": r"(a)\1"},
+    "sampling in Lark": {"grammar": "start: x\nx[temperature=0.5]: /a*/"},
     "brackets": {"grammar": "root ::= " + 20_000 * "("},
     "brackets in Lark": {"grammar": "start: " + 20_000 * "("},
     "an unknown rule": {"grammar": "start: other"},

@@ -341,7 +341,18 @@ def test_what_the_openai_package_gives_back_is_taken() -> None:
         ([USER, calling(call(0, custom={}))], "has no custom"),
         *(
             ([USER, calling(call(0, arguments))], r"tool_calls\[0\] of message 1: function.arguments must be the JSON")
-            for arguments in ("", "null", "[]", '"x"', '{"a": NaN}', '{"a": 1', "[" * 10**5, '{"a": "\\ud800"}', 5, [1])
+            for arguments in (
+                '{"a": 1e999}',
+                "null",
+                "[]",
+                '"x"',
+                '{"a": NaN}',
+                '{"a": 1',
+                "[" * 10**5,
+                '{"a": "\\ud800"}',
+                5,
+                [1],
+            )
         ),
     ],
 )
@@ -433,3 +444,9 @@ def test_tools_are_described_in_words_where_nothing_is_known_of_how_they_are_cal
     written = ours(template, [USER, calling(call(0)), result(0)])
     assert "within <tools></tools> XML tags" in written
     assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>' in written
+
+
+def test_no_arguments_may_be_an_empty_text() -> None:
+    template = read(model("Qwen-Qwen2.5-7B-Instruct"))
+    empty, braces = (ours(template, [USER, calling(call(0, text)), result(0)]) for text in ("", "{}"))
+    assert empty == braces

@@ -43,6 +43,8 @@ def test_tools_are_read_from_openais_json() -> None:
     assert closed.parameters == schema | {"additionalProperties": False}, "no other arguments than those it names"
     (open_,) = tools_of([function(parameters={"type": "object"})])
     assert open_.parameters == {"type": "object"}
+    (nulls,) = tools_of([function(parameters={"type": "object", "properties": None, "required": None})])
+    assert nulls == open_
     (bare,) = tools_of([function()])
     assert bare.parameters == {"type": "object", "properties": {}, "additionalProperties": False}
     assert tools_of(None) == []

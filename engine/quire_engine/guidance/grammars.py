@@ -23,6 +23,7 @@ _SHORT = 2048  # characters, in which no grammar takes 2 MiB of the stack
 _stacks = threading.Lock()  # their size is the whole process's
 _SHOWN = 300  # characters of what llguidance says
 _UNKNOWN = re.compile(r"Unimplemented keys: (\[.*?\])")
+_SAMPLED = re.compile(r"^[ \t]*[?!]?\w+\[[^\]\n]*\b(temperature|max_tokens)\b", re.MULTILINE)
 _CONTEXT = re.compile(r"\n +\d+ \| .*", re.DOTALL)  # the lines of the grammar that it shows
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _MAX_GBNF = 1 << 23  # characters times rules, which is what it takes to read one: half a second
@@ -49,6 +50,8 @@ def reason(error: str) -> str:
         return "it is too large or too deep"
     if (found := _UNKNOWN.search(error)) is not None:
         return f"a JSON schema has {', '.join(json.loads(found[1]))}, which no grammar can hold; leave it out"
+    if "limit" in error or "too big" in error:
+        return "it takes too much to follow; make it smaller or simpler"
     if "coerce_one_of" in error:
         return "oneOf has choices that may overlap; use anyOf"
     return " ".join(_CONTEXT.sub("", error).replace("<non-verbose/>", "").split())[:_SHOWN].rstrip(" .")
@@ -162,6 +165,8 @@ def in_depth(work: Callable[[], Result], size: int) -> Result:
 
 
 def _check_lark(text: str) -> None:
+    if (found := _SAMPLED.search(text)) is not None:
+        raise InvalidParameter(f"the grammar holds {found[1]}, which is for the request to say; leave it out", _NAME)
     if "%llguidance" in text:
         raise InvalidParameter("the grammar holds %llguidance, which is not for callers; leave it out", _NAME)
     for found in re.finditer(r"%json\s*", text):

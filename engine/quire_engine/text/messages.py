@@ -169,9 +169,9 @@ def _call(given: Any, what: str) -> Call:
     arguments = function.get("arguments")
     try:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        text = text or "{}"  # as some clients write none
         found = json.loads(text, parse_constant=_no_json)
-        if "\\u" in text:
-            json.dumps(found, ensure_ascii=False).encode()  # an escape may stand for half of a character
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # no half of a character, and no 1e999
     except (TypeError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):

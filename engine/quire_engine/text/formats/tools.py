@@ -14,6 +14,7 @@ MAX_NAME = 64
 MAX_SCHEMA_SIZE = 1 << 18  # characters of JSON, of all tools together
 MAX_SCHEMA_DEPTH = 64
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_MAY_BE_NULL = {"type", "properties", "required"}  # as some clients write what they leave out
 _KEYS = {"name", "description", "parameters", "strict"}
 
 
@@ -72,6 +73,7 @@ def _parameters(raw: Any, where: str) -> dict[str, Any]:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(raw, dict):
         raise _refused(f"needs a JSON schema as {where}.function.parameters, not {type(raw).__name__}")
+    raw = {key: value for key, value in raw.items() if value is not None or key not in _MAY_BE_NULL}
     if raw.get("type", "object") != "object":
         raise _refused(f'needs "type": "object" in {where}.function.parameters, not {raw["type"]!r:.40}')
     for key, kind, called in (("properties", dict, "an object"), ("required", list, "a list of names")):

@@ -237,4 +237,5 @@ def _check_required(tool: Tool, properties: dict[str, Any], required: set[str]) 
 
 def _refused(tool: Tool, problem: str) -> InvalidParameter:
     mend = "leave it out, or strict" if tool.strict else "mend the schema"
+    problem = problem.removesuffix("; leave it out")
     return InvalidParameter(f"the parameters of tool {tool.name!r} cannot be kept to: {problem}; {mend}", "tools")
