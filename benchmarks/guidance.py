@@ -137,9 +137,9 @@ def main() -> None:
     schemas = list(CORPUS.values())
     bench = Bench(options.model, options.rows, options.threads)
     found = {
+        "step": steps(bench, schemas[1:9], options.rows),
         "compilation": compilation(bench, schemas),
         "first token": first_tokens(bench, schemas[::10]),
-        "step": steps(bench, schemas[1:9], options.rows),
     }
     for name, values in found.items():
         print(name)

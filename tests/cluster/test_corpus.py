@@ -49,7 +49,7 @@ def check(llm: LLM, names: list[str]) -> int:
 
 
 def test_json_follows_its_schema(llm: LLM) -> None:
-    assert check(llm, NAMES[::20]) > len(NAMES[::20]) / 2
+    assert check(llm, NAMES[::40]) > len(NAMES[::40]) / 2
 
 
 @pytest.mark.slow
@@ -59,15 +59,15 @@ def test_json_follows_every_schema_of_the_corpus(llm: LLM) -> None:
 
 
 def test_texts_match_their_regular_expressions(llm: LLM) -> None:
-    wanted = [regex for regex in REGEXES for _ in range(4)]
+    wanted = [regex for regex in REGEXES for _ in range(2)]
     texts = written(llm, [{"regex": regex} for regex in wanted])
-    assert sum(text is not None for text in texts) > 8
+    assert sum(text is not None for text in texts) > 4
     for regex, text in zip(wanted, texts, strict=True):
         assert text is None or re.fullmatch(regex, text)
 
 
 def test_sentences_are_of_their_grammar(llm: LLM) -> None:
-    texts = written(llm, [{"grammar": SUMS}] * 6)
+    texts = written(llm, [{"grammar": SUMS}] * 3)
     for text in texts:
         if text is not None:
             assert re.fullmatch(r"[0-9+()]+", text)
@@ -75,5 +75,5 @@ def test_sentences_are_of_their_grammar(llm: LLM) -> None:
 
 
 def test_any_object_is_one(llm: LLM) -> None:
-    for text in written(llm, [{"json_object": True}] * 6):
+    for text in written(llm, [{"json_object": True}] * 3):
         assert text is None or isinstance(json.loads(text), dict)

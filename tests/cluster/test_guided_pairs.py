@@ -168,9 +168,8 @@ def test_in_parts_and_under_pressure(folder: Path, expected: list[list[Told]]) -
         assert llm.engine.scheduler.stats.preemptions > 3
 
 
-@pytest.mark.parametrize(
-    "ranks", ["tensor_parallel_size", pytest.param("pipeline_parallel_size", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_by_two_ranks(folder: Path, expected: list[list[Told]], ranks: str) -> None:
     with opened(folder, **{ranks: 2}) as llm:
         same(answered(llm, ALL), expected)

@@ -192,8 +192,10 @@ def test_unguided_rows_do_not_feel_guided_ones(overlapped: Guided, alone: list[t
 def test_in_parts_and_under_pressure(byte_level_folder: Path, alone: list[tuple[list[int], str | None]]) -> None:
     """Prompts in parts of 16 tokens, pages for three requests: preempted ones go through what they wrote again."""
     model = Guided(byte_level_folder, threads=1, max_num_batched_tokens=16)
-    engine = model.engine(num_pages=11)
-    assert results(finished(engine, mixed(model))) == alone
+    engine, requests = model.engine(num_pages=11), mixed(model)
+    for guidance in {one.params.guidance for one in requests} - {""}:
+        model.runner.prepare(guidance).result()  # so that all of them come at once
+    assert results(finished(engine, requests)) == alone
     assert engine.scheduler.stats.preemptions > 0, "the pressure is gone"
 
 

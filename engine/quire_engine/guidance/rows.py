@@ -166,7 +166,9 @@ class GuidedRows:
         if self._threads is None:
             from llguidance import LLExecutor
 
-            self._threads = LLExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))))
+            # On a CPU the threads that compute the step spin on its cores: beside them one more is faster than several.
+            alone = self._device.type == "cpu"
+            self._threads = LLExecutor(1 if alone else min(_MOST_THREADS, len(os.sched_getaffinity(0))))
         numbered = [(matcher, number) for number, matcher in enumerate(matchers)]
         self._threads.unsafe_compute_mask_ptr(numbered, masks.ctypes.data, self._words * 4, len(masks))
 
