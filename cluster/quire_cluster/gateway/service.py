@@ -24,7 +24,7 @@ from quire_engine.request import check_length
 from quire_engine.text.formats.chat import Answer, ChatFormat, ToolUse
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams, TokenSampling
-from quire_engine.text.tokenizer import Tokenizer, end_tokens
+from quire_engine.text.tokenizer import LARGE_TEXT, Tokenizer, end_tokens
 from quire_engine.waiting import WaitsFor
 from quire_engine.weights.resolve import ModelFiles
 
@@ -245,7 +245,8 @@ class Service:
         def work() -> Answer:
             return self.chat_format.answer(prompt, use, structure, thinking_budget=budget, continued=continued)
 
-        return await asyncio.to_thread(work) if use.tools or structure is not None else work()
+        large = bool(use.tools) or structure is not None or len(continued or "") >= LARGE_TEXT
+        return await asyncio.to_thread(work) if large else work()
 
     def start(
         self,
