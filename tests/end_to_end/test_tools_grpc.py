@@ -14,16 +14,9 @@ from quire.messages import Output
 from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
+from weather import ASK, SCHEMA, TOOL
 from web import http
 
-ASK = [{"role": "user", "content": "What is the weather in Paris?"}]
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
-TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Of a city.", "parameters": SCHEMA}}
 OTHER = {"type": "function", "function": {"name": "get_stars"}}
 NAMED = {"type": "function", "function": {"name": "get_stars"}}
 CALLS = {"tools": [TOOL, OTHER], "max_tokens": 150, "seed": 9}

@@ -11,15 +11,8 @@ import jsonschema
 import pytest
 from quire import LLM, SamplingParams
 from quire_engine.errors import InvalidParameter
+from weather import ASK, SCHEMA, TOOL
 
-ASK = [{"role": "user", "content": "What is the weather in Paris?"}]
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
-TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Of a city.", "parameters": SCHEMA}}
 STRUCTURE = {"json": SCHEMA}
 GREEDY = SamplingParams(temperature=0, max_tokens=120)
 
