@@ -129,12 +129,12 @@ class EngineThread:
 
     # ---- on the engine's thread -----------------------------------------------------------------------------------
 
-    def submit(self, session: GatewaySession, message: pb.Submit) -> None:
-        """Adds a request, or answers at once why not."""
+    def submit(self, session: GatewaySession, message: pb.Submit, now: float) -> None:
+        """Adds a request that came at `now`, in time.monotonic() seconds, or answers at once why not."""
         request_id = self._next_id
         self._next_id += 1
         try:
-            request = request_from_proto(message, request_id, time.monotonic())
+            request = request_from_proto(message, request_id, now)
             self._engine.add(request)
         except QuireError as error:
             self._refuse(session, message.id, error)
@@ -322,6 +322,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def _read(self, session: GatewaySession, messages: AsyncIterator[pb.SessionRequest]) -> None:
         engine = self._engine
         async for message in messages:
+            now = time.monotonic()
             for wire_id in message.abort:
                 engine.put(functools.partial(engine.abort, session, wire_id))
             for submit in message.submit:
@@ -335,7 +336,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     )
                     session.put(refused)
                     continue
-                engine.put(functools.partial(engine.submit, session, submit))
+                engine.put(functools.partial(engine.submit, session, submit, now))
             if message.why:
                 engine.put(functools.partial(engine.why, session, list(message.why)))
 

@@ -1,6 +1,7 @@
 """A replica's end of its sessions, over an executor that needs no model."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -61,7 +62,7 @@ def test_scores_of_a_long_prompt_come_in_messages_of_bounded_size() -> None:
         session = GatewaySession()
         sampling = pb.EngineSampling(max_tokens=1, temperature=1, top_p=1, repetition_penalty=1, prompt_logprobs=WIDTH)
         message = pb.Submit(id=7, prompt=[5] * PROMPT, sampling=sampling)
-        engine.put(lambda: engine.submit(session, message))
+        engine.put(lambda: engine.submit(session, message, time.monotonic()))
         got: list[pb.SessionUpdate] = []
         async with asyncio.timeout(60):
             while not (got and got[-1].endings):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gateways import TOKENS, expected, gateway, tokens, until
+from quire_cluster.convert import sampling_to_proto
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Generation, RequestFacts
 from quire_cluster.gateway.waiting import ChoiceWait
@@ -91,8 +92,16 @@ async def engine_and_gateway() -> AsyncIterator[Dispatcher]:
         engine.stop()
 
 
-def test_an_engine_says_through_its_sessions_what_requests_wait_for(tokenizer: Tokenizer) -> None:
-    """Two rows, and five answers of three requests."""
+def test_an_engine_says_through_its_sessions_what_requests_wait_for(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows, and five answers of three requests, which keep their order however long it takes to write them."""
+
+    def slowly(sampling: EngineSampling) -> pb.EngineSampling:
+        time.sleep(0.02)
+        return sampling_to_proto(sampling)
+
+    monkeypatch.setattr("quire_cluster.gateway.generation.sampling_to_proto", slowly)
 
     async def run() -> None:
         async with engine_and_gateway() as dispatcher:

@@ -116,9 +116,9 @@ class Choice:
         """Whether it has its ending."""
         return self.finish_reason is not None
 
-    def submission(self, wire_id: int) -> pb.Submit:
+    def submission(self, wire_id: int, now: float) -> pb.Submit:
         """The log as a message: to a first replica, or to the next one. Times go as what has passed, or is left."""
-        facts, now = self.facts, time.monotonic()
+        facts = self.facts
         whole = self._resumed_end is not None
         sampling = replace(self.sampling, max_tokens=0, min_tokens=0) if whole else self.sampling
         return pb.Submit(

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
@@ -219,14 +220,14 @@ class ReplicaSession:
     def _message(self) -> pb.SessionRequest:
         message = pb.SessionRequest(abort=self._aborts)  # which the replica does first: they make room
         self._aborts.clear()
-        size = 0
+        size, now = 0, time.monotonic()  # one reading for all, as the replica has one: they keep their order
         while self._submits and size < _BATCH_BYTES and len(message.submit) < _MOST_SUBMITS:
             wire_id = self._submits.popleft()
             choice = self.live.get(wire_id)
             if choice is None:
                 continue
             try:
-                submit = choice.submission(wire_id)
+                submit = choice.submission(wire_id, now)
             except (ValueError, TypeError) as error:  # a number that the protocol has no room for
                 log.exception("request %s cannot be sent", choice.facts.request_id)
                 self._refuse(wire_id, EngineFailure(f"the request cannot be sent to a replica: {error}"))
