@@ -17,7 +17,7 @@ import grpc
 from quire_engine.engine import Engine
 from quire_engine.errors import EngineFailure, QuireError, Unavailable
 from quire_engine.outcome import StepOutcome
-from quire_engine.request import Request
+from quire_engine.request import Request, State
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 
@@ -64,7 +64,7 @@ class EngineThread:
         self._stopping = False
         self._next_id = 1
         self._owners: dict[int, tuple[GatewaySession, int]] = {}  # engine id → session, wire id
-        self._admitted: dict[GatewaySession, list[int]] = {}  # wire ids of what was accepted, and not yet said to be
+        self._untold: list[Request] = []  # which their gateways do not know to be admitted
         self._last_step = time.monotonic()
         self._stepping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -145,7 +145,7 @@ class EngineThread:
             return
         self._owners[request_id] = (session, message.id)
         session.by_wire_id[message.id] = request_id
-        self._admitted.setdefault(session, []).append(message.id)
+        self._untold.append(request)
 
     def _refuse(self, session: GatewaySession, wire_id: int, error: QuireError) -> None:
         update = pb.SessionUpdate()
@@ -215,12 +215,20 @@ class EngineThread:
             self._wake.wait()
 
     def _tell_admitted(self) -> None:
-        if self._admitted:
-            self._deliver([(session, pb.SessionUpdate(admitted=ids)) for session, ids in self._admitted.items()])
-            self._admitted = {}
+        """Of those whose grammar is compiled, if they have one: one that has a fault is refused instead."""
+        if not self._untold:
+            return
+        updates: dict[GatewaySession, pb.SessionUpdate] = {}
+        for request in self._untold:
+            if request.state not in (State.PREPARING, State.FINISHED):
+                session, wire_id = self._owners[request.id]
+                updates.setdefault(session, pb.SessionUpdate()).admitted.append(wire_id)
+        self._untold = [request for request in self._untold if request.state is State.PREPARING]
+        self._deliver(list(updates.items()))
 
     def _tell_started(self, requests: list[Request]) -> None:
         """Before the step is computed: if it kills, gateways know what was in it."""
+        self._tell_admitted()
         updates: dict[GatewaySession, pb.SessionUpdate] = {}
         for request in requests:
             session, wire_id = self._owners[request.id]

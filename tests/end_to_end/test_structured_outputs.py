@@ -159,6 +159,7 @@ BAD = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema"),
     ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "json_schema"),
     ({"structured_outputs": {"json": {"if": {}}}}, "if"),
+    ({"structured_outputs": {"json": {"$ref": "#"}}}, "grammar"),  # which only the worker finds
     ({"structured_outputs": {"json": "{"}}, "JSON"),
     ({"structured_outputs": {"regex": "("}}, "regex"),
     ({"structured_outputs": {"choice": []}}, "choice"),
