@@ -1,9 +1,11 @@
 """A replica's end of its sessions, over an executor that needs no model."""
 
 import asyncio
+import functools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import grpc
@@ -13,6 +15,7 @@ from quire_cluster.convert import BATCH_BYTES, KEEPALIVE
 from quire_cluster.keys import bearer
 from quire_cluster.replica import EngineService, EngineThread, GatewaySession, session_server
 from quire_engine.config import SchedulerLimits
+from quire_engine.errors import InvalidParameter
 from quire_engine.step import StepPlan, StepResult, TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
@@ -78,6 +81,56 @@ def test_scores_of_a_long_prompt_come_in_messages_of_bounded_size() -> None:
     scores = [part for update in got for part in update.logprobs]
     assert [part.first for part in scores] == np.cumsum([0, *(len(part.chosen) for part in scores[:-1])]).tolist()
     assert [token for part in scores for token in part.chosen] == list(range(PROMPT - 1))
+
+
+class Compiling(Executor):
+    """Its grammars are compiled when, and as, the test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[str, Future[None]] = {}
+
+    def prepare(self, guidance: str) -> "Future[None]":
+        return self.asked.setdefault(guidance, Future())
+
+
+def test_a_request_is_admitted_once_its_grammar_is_compiled() -> None:
+    """Else what only its worker finds would come when its caller has been told that all is well."""
+
+    async def run() -> None:
+        workers: Any = Compiling()
+        engine = EngineThread(workers, asyncio.get_running_loop(), lambda error: None)
+        engine.start()
+        session = GatewaySession()
+        asked = {1: "wrong", 2: "", 3: "right", 4: "", 5: "never"}
+        for wire_id, guidance in asked.items():
+            sampling = pb.EngineSampling(temperature=1, top_p=1, repetition_penalty=1, max_tokens=2, guidance=guidance)
+            message = pb.Submit(id=wire_id, prompt=[5], sampling=sampling)
+            engine.put(functools.partial(engine.submit, session, message, time.monotonic()))
+        told: list[tuple[str, int]] = []
+
+        async def until(*news: tuple[str, int]) -> None:
+            async with asyncio.timeout(240):
+                while not set(news) <= set(told):
+                    update = await session.updates.get()
+                    assert update is not None
+                    told.extend(("admitted", wire_id) for wire_id in update.admitted)
+                    told.extend(("token", wire_id) for wire_id in update.ids)
+                    told.extend((ending.error_kind or ending.reason, ending.id) for ending in update.endings)
+
+        await until(("length", 2), ("length", 4))
+        assert told.index(("admitted", 2)) < told.index(("token", 2))
+        workers.asked["wrong"].set_exception(InvalidParameter("no", "structured_outputs"))
+        await until(("InvalidParameter", 1))
+        workers.asked["right"].set_result(None)
+        await until(("length", 3))
+        assert told.index(("admitted", 3)) < told.index(("token", 3))
+        engine.put(lambda: engine.abort(session, 5))
+        await until(("abort", 5))
+        assert [wire_id for what, wire_id in told if what == "admitted"] == [2, 4, 3]
+        engine.stop()
+
+    asyncio.run(run())
 
 
 class Wire:

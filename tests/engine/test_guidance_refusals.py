@@ -143,7 +143,7 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_request_before_it_runs(model
 def test_a_grammar_whose_room_is_used_up_is_compiled_anew(model: Guided, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that follow a grammar share its lexer, and an error of that is for ever: later requests must not meet it."""
     limits = llguidance.LLParserLimits(max_lexer_states=200)
-    monkeypatch.setattr("quire_engine.guidance.compiled.limits", lambda: limits)
+    monkeypatch.setattr("quire_engine.guidance.grammars.limits", lambda: limits)
     monkeypatch.setattr("quire_engine.guidance.rows._QUICK", 1e9)
     spec = model.spec(regex=r"(.|\n)*a(.|\n){300}")
     free = [request(number, model.prompt("b")) for number in range(2)]
@@ -161,7 +161,7 @@ def test_a_grammar_whose_room_is_used_up_is_compiled_anew(model: Guided, monkeyp
 
 def test_a_matcher_that_gives_up_ends_its_request_alone(model: Guided, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = llguidance.LLParserLimits(max_items_in_row=40)
-    monkeypatch.setattr("quire_engine.guidance.compiled.limits", lambda: limits)
+    monkeypatch.setattr("quire_engine.guidance.grammars.limits", lambda: limits)
     many = [f'm{n}: /[a-z]/ {n % 7 * "/[a-z]/ "} "{n}"' for n in range(60)]
     grammar = "\n".join(['start: "xx" many', "many: " + " | ".join(f"m{n}" for n in range(60)), *many])
     bad = request(1, model.prompt("a"), model.spec(grammar=grammar))
@@ -226,6 +226,10 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "brackets": {"grammar": "root ::= " + 20_000 * "("},
     "brackets in Lark": {"grammar": "start: " + 20_000 * "("},
     "an unknown rule": {"grammar": "start: other"},
+    "a fault that cannot be shown whole": {"json": {"patternProperties": ["x" * 63 + "é" * 9]}},
+    "a name that is none": {"json": {"properties": {"a": {}}, "required": [[]]}},
+    "an object that is neither": {"json_object": []},
+    "a schema of itself": {"json": {"$ref": "#"}},
     "wrong kinds everywhere": {"json": {"properties": 5, "required": "x", "items": 3, "$defs": [], "enum": 7}},
     "too many choices": {"choice": [str(n) for n in range(10_001)]},
     "no schema": {"json": [1]},

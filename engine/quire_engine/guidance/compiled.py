@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import RLock
 from typing import Any
 
-from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.guidance.grammars import in_depth, limits, reason
+from quire_engine.errors import ModelError
+from quire_engine.guidance.grammars import compiled, refused
 from quire_engine.guidance.spec import GuidanceSpec, Marker
 from quire_engine.guidance.vocabulary import Vocabulary, marked
 
@@ -112,16 +112,9 @@ def _prepared(vocabulary: Callable[[], Vocabulary]) -> Vocabulary:
 
 
 def _matcher(grammar: str, vocabulary: Vocabulary) -> Any:
-    from llguidance import LLMatcher
-
-    matcher = in_depth(lambda: LLMatcher(vocabulary.compiled, grammar, log_level=0, limits=limits()), len(grammar))
-    trial = matcher.deep_copy()
-    if not matcher.is_error():  # some that can be compiled allow nothing, or take too much: here, or in an object
-        trial.compute_bitmask()
-    if not trial.is_error() and trial.try_consume_tokens(vocabulary.encode("{")):
-        trial.compute_bitmask()
-    if trial.is_error():
-        raise InvalidParameter(f"the grammar cannot be used: {reason(trial.get_error())}", "structured_outputs")
+    matcher, problem = compiled(grammar, vocabulary.compiled, vocabulary.encode("{"))
+    if problem:
+        raise refused(problem)
     return matcher
 
 

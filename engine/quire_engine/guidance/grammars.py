@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeVar
 
 from quire_engine.errors import InvalidParameter
@@ -15,7 +16,7 @@ from quire_engine.guidance.schemas import checked
 from quire_engine.guidance.spec import Marker
 
 Result = TypeVar("Result")
-_WHITESPACE = r"[ \n\r\t]{1,64}"  # where JSON has any: some models would write it without end
+_WHITESPACE = r"(\r?\n){0,2}[ \t]{0,40}"  # where JSON has any: as one writes it, for some models would never end
 _ESCAPES = 'nrbtf\\"'  # not \u: in it a property's name could be spelled past the property's schema
 _NAME = "structured_outputs"
 _STACK = 512 << 20  # bytes, of which only those are taken that are touched
@@ -47,7 +48,7 @@ def limits() -> Any:
 def reason(error: str) -> str:
     """What llguidance says, in one short line."""
     if error.startswith("panic:"):
-        return "it is too large or too deep"
+        return "it is too large or too deep, or a part of it is of the wrong kind"
     if (found := _UNKNOWN.search(error)) is not None:
         return f"a JSON schema has {', '.join(json.loads(found[1]))}, which no grammar can hold; leave it out"
     if "limit" in error or "too big" in error:
@@ -133,21 +134,43 @@ def marker_of(text: str, delimiters: Mapping[str, int]) -> Marker:
 
 
 def check(grammar: str) -> None:
-    """Raises InvalidParameter for a grammar that cannot be compiled. It must name no tokens: none are known here."""
+    """Raises InvalidParameter for a grammar that cannot be followed. It must name no tokens: none are known here."""
     if problem := problem_of(grammar):
-        raise InvalidParameter(f"the grammar cannot be used: {problem}", _NAME)
+        raise refused(problem)
 
 
 def problem_of(grammar: str) -> str:
-    """Why such a grammar cannot be compiled; "" where it can."""
+    """Why such a grammar cannot be followed, even where each byte is a token; "" where it can."""
+    _, problem = compiled(grammar, _bytes_alone(), b"{")
+    return problem
+
+
+def refused(problem: str) -> InvalidParameter:
+    """The error of such a grammar."""
+    return InvalidParameter(f"the grammar cannot be used: {problem}", _NAME)
+
+
+def compiled(grammar: str, tokenizer: Any, brace: Sequence[int]) -> tuple[Any, str]:
+    """A matcher, and why it cannot be used, or "". `tokenizer`: llguidance's. `brace`: the tokens of "{"."""
     from llguidance import LLMatcher
 
-    found = in_depth(lambda: LLMatcher.validate_grammar_with_warnings(grammar, None, limits=limits()), len(grammar))
-    wrong, messages = found
-    return reason(messages[0]) if wrong else ""
+    matcher = _in_depth(lambda: LLMatcher(tokenizer, grammar, log_level=0, limits=limits()), len(grammar))
+    trial = matcher.deep_copy()
+    if not matcher.is_error():  # some that can be compiled allow nothing, or take too much: here, or in an object
+        trial.compute_bitmask()
+    if not trial.is_error() and trial.try_consume_tokens(list(brace)):
+        trial.compute_bitmask()
+    return matcher, reason(trial.get_error()) if trial.is_error() else ""
 
 
-def in_depth(work: Callable[[], Result], size: int) -> Result:
+@cache
+def _bytes_alone() -> Any:
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")
+
+
+def _in_depth(work: Callable[[], Result], size: int) -> Result:
     """What llguidance compiles it goes through by recursion, and a stack that ends takes the process with it: so this
     runs in a thread whose stack no grammar of the size that is read comes to the end of. `size`: characters of this
     one; in a short one it does not go deep."""

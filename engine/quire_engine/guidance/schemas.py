@@ -87,10 +87,11 @@ def closed(schema: Any, parameter: str) -> Any:
 
 
 def _closed_here(schema: dict[str, Any]) -> dict[str, Any]:
-    properties, required = schema.get("properties"), schema.get("required", [])
-    if not isinstance(properties, Mapping) or schema.keys() & _OPEN or not set(_listed(required)) <= properties.keys():
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping) or schema.keys() & _OPEN:
         return schema
-    return schema | {"additionalProperties": False}
+    named = all(isinstance(name, str) and name in properties for name in _listed(schema.get("required")))
+    return schema | {"additionalProperties": False} if named else schema
 
 
 def check_depth(value: Any, parameter: str) -> None:
