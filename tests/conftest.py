@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one core each: threads that wait for a core wait long
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("any machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it puts in the background ignore it
@@ -102,6 +102,14 @@ def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from guided import byte_level_checkpoint
 
     return byte_level_checkpoint(tmp_path_factory.mktemp("byte_level"))
+
+
+@pytest.fixture(scope="session")
+def talking_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that reasons and calls tools."""
+    from conversations import talking_checkpoint
+
+    return talking_checkpoint(tmp_path_factory.mktemp("talker"))
 
 
 class Table:
@@ -307,7 +315,7 @@ class RunningServer:
             raise
 
 
-SHARED_SERVERS = {"two_replicas", "guarded", "demo"}
+SHARED_SERVERS = {"two_replicas", "guarded", "demo", "talker"}
 
 
 @pytest.fixture(scope="session")
@@ -326,10 +334,30 @@ def two_replicas(checkpoint: Callable[[str], Path]) -> Iterator[RunningServer]:
     assert server.stop() == 0, server.log
 
 
+THINKING = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined %}{{ '<think>\\n' if enable_thinking else '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
+{%- endif -%}
+"""
+
+
 @pytest.fixture(scope="session")
-def demo() -> Iterator[RunningServer]:
-    """The demo model, which knows no tools: its server tells it of them."""
-    server = RunningServer("--served-model-name", "demo")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """The demo model, which knows no tools: its server tells it of them. It may be told to think."""
+    template = tmp_path_factory.mktemp("demo") / "template.jinja"
+    template.write_text(THINKING)
+    server = RunningServer("--served-model-name", "demo", "--chat-template", str(template))
+    yield server
+    assert server.stop() == 0, server.log
+
+
+@pytest.fixture(scope="session")
+def talker(talking_folder: Path) -> Iterator[RunningServer]:
+    """The model of `talking_folder` on two replicas."""
+    server = RunningServer(str(talking_folder), "-dp", "2", "--served-model-name", "talker", "--max-num-seqs", "32")
     yield server
     assert server.stop() == 0, server.log
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conversations import MODEL, conversations, talking_checkpoint
+from conversations import MODEL, conversations
 from gateways import models_of, until
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.service import Service
@@ -67,8 +67,8 @@ class Replica:
 
 
 @pytest.fixture(scope="module")
-def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
-    made = Replica(talking_checkpoint(tmp_path_factory.mktemp("talker")))
+def replica(talking_folder: Path) -> Iterator[Replica]:
+    made = Replica(talking_folder)
     yield made
     assert not made.failures
     torch.set_num_threads(len(os.sched_getaffinity(0)))

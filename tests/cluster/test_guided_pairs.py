@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversations import BUDGET, END, Conversation, Told, answered, same, talking_checkpoint
+from conversations import BUDGET, END, Conversation, Told, answered, same
 from quire import LLM
 
 GUIDED = (
@@ -39,21 +39,16 @@ def asked(kind: str, feature: str) -> Conversation:
 ALL = [asked(*pair) for pair in PAIRS]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return talking_checkpoint(tmp_path_factory.mktemp("talker"))
-
-
-def opened(folder: Path, **options: Any) -> LLM:
-    made = LLM(str(folder), **({"kv_cache_memory_bytes": 16 << 20, "max_model_len": 512} | options))
+def opened(talking_folder: Path, **options: Any) -> LLM:
+    made = LLM(str(talking_folder), **({"kv_cache_memory_bytes": 16 << 20, "max_model_len": 512} | options))
     torch.set_num_threads(1)  # the matrices are too small for more
     return made
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path) -> Iterator[LLM]:
+def plain(talking_folder: Path) -> Iterator[LLM]:
     """One step after the other, and nothing found in a cache."""
-    with opened(folder, async_scheduling=False, enable_prefix_caching=False) as llm:
+    with opened(talking_folder, async_scheduling=False, enable_prefix_caching=False) as llm:
         yield llm
 
 
@@ -152,24 +147,24 @@ def test_reasoning_that_is_taken_up_again_has_what_is_left_of_its_budget(plain: 
 # ---- however it is computed -----------------------------------------------------------------------------------------
 
 
-def test_beside_each_other_and_with_steps_that_overlap(folder: Path, expected: list[list[Told]]) -> None:
-    with opened(folder) as llm:
+def test_beside_each_other_and_with_steps_that_overlap(talking_folder: Path, expected: list[list[Told]]) -> None:
+    with opened(talking_folder) as llm:
         same(answered(llm, ALL), expected)
         found = llm.engine.scheduler.stats.prefix_hits
         same(answered(llm, ALL), expected)
         assert llm.engine.scheduler.stats.prefix_hits > found, "prompts are found in the prefix cache"
 
 
-def test_in_parts_and_under_pressure(folder: Path, expected: list[list[Told]]) -> None:
+def test_in_parts_and_under_pressure(talking_folder: Path, expected: list[list[Told]]) -> None:
     """Prompts in parts of 24 tokens, and too few pages for what runs."""
     page = 3 * 2 * 2 * 16 * 32 * 4
-    with opened(folder, max_num_batched_tokens=24, max_model_len=256, kv_cache_memory_bytes=40 * page) as llm:
+    with opened(talking_folder, max_num_batched_tokens=24, max_model_len=256, kv_cache_memory_bytes=40 * page) as llm:
         same(answered(llm, ALL), expected)
         assert llm.engine.scheduler.stats.preemptions > 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_by_two_ranks(folder: Path, expected: list[list[Told]], ranks: str) -> None:
-    with opened(folder, **{ranks: 2}) as llm:
+def test_by_two_ranks(talking_folder: Path, expected: list[list[Told]], ranks: str) -> None:
+    with opened(talking_folder, **{ranks: 2}) as llm:
         same(answered(llm, ALL), expected)

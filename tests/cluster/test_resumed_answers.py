@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from conversations import KINDS, Conversation, Told, answered, conversations, prepared, talking_checkpoint
+from conversations import KINDS, Conversation, Told, answered, conversations, prepared
 from quire import LLM
 from quire_cluster.gateway.generation import Choice, Delta, Emitted, Generation, RequestFacts
 from quire_engine.text.output import OutputText
@@ -14,8 +15,8 @@ CONVERSATIONS = conversations(2 * len(KINDS), tokens=120)
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM(str(talking_checkpoint(tmp_path_factory.mktemp("talker"))), kv_cache_memory_bytes=16 << 20) as made:
+def llm(talking_folder: Path) -> Iterator[LLM]:
+    with LLM(str(talking_folder), kv_cache_memory_bytes=16 << 20) as made:
         torch.set_num_threads(1)  # the matrices are too small for more
         yield made
 

@@ -284,6 +284,7 @@ def test_another_chat_template_needs_no_other_replica(cluster: Cluster) -> None:
     assert cluster.has() == before
 
 
+@pytest.mark.slow  # three replicas are started, one after another
 def test_other_options_cost_no_stream_a_token(cluster: Cluster, undisturbed: list[list[int]]) -> None:
     """Replicas are replaced one after another, of that deployment alone."""
     before = cluster.has()

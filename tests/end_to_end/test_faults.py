@@ -248,6 +248,7 @@ def test_a_running_cluster_is_joined(
     assert [node.poll() for node in nodes] == [None, None]
 
 
+@pytest.mark.slow  # stages start three times
 def test_stages_on_two_hosts(
     checkpoint: Callable[[str], Path],
     two_hosts: tuple[str, list[subprocess.Popen[bytes]]],

@@ -2,12 +2,11 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import RunningServer, processes, wait_until
-from conversations import MODEL, Told, conversations, same, talking_checkpoint
+from conversations import Told, conversations, same
 from readers import Readers
 from web import http
 
@@ -15,21 +14,9 @@ CONVERSATIONS = conversations(32)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return talking_checkpoint(tmp_path_factory.mktemp("talker"))
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[RunningServer]:
-    made = RunningServer(str(folder), "-dp", "2", "--served-model-name", MODEL, "--max-num-seqs", "32")
-    yield made
-    assert made.stop() == 0, made.log
-
-
-@pytest.fixture(scope="module")
-def readers(server: RunningServer, folder: Path) -> Readers:
-    wait_until(lambda: http.get(f"{server.url}/ready").json().get("replicas") == 2)
-    return Readers(folder, CONVERSATIONS, [server.url], server.grpc)
+def readers(talker: RunningServer, talking_folder: Path) -> Readers:
+    wait_until(lambda: http.get(f"{talker.url}/ready").json().get("replicas") == 2)
+    return Readers(talking_folder, CONVERSATIONS, [talker.url], talker.grpc)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +35,12 @@ def undisturbed(readers: Readers) -> list[list[Told]]:
 
 @pytest.mark.parametrize("kind", ["Worker", "Replica"])
 def test_a_killed_process_changes_nothing_that_is_read(
-    server: RunningServer, readers: Readers, undisturbed: list[list[Told]], kind: str
+    talker: RunningServer, readers: Readers, undisturbed: list[list[Told]], kind: str
 ) -> None:
-    wait_until(lambda: len(processes(server, kind)) == 2)
-    [victim, _] = processes(server, kind)
-    moved = server.log.count("go on elsewhere")
+    wait_until(lambda: len(processes(talker, kind)) == 2)
+    [victim, _] = processes(talker, kind)
+    moved = talker.log.count("go on elsewhere")
     same(readers.read(lambda: os.kill(victim, signal.SIGKILL)), undisturbed)
-    assert server.log.count("go on elsewhere") > moved
-    wait_until(lambda: http.get(f"{server.url}/ready").json().get("replicas") == 2)
-    assert len({victim} & set(processes(server, kind))) == 0
+    assert talker.log.count("go on elsewhere") > moved
+    wait_until(lambda: http.get(f"{talker.url}/ready").json().get("replicas") == 2)
+    assert len({victim} & set(processes(talker, kind))) == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
-from conversations import MODEL, Told, conversations, same, talking_checkpoint
+from conversations import MODEL, Told, conversations, same
 from readers import Readers
 from two_nodes import TwoNodes
 
@@ -37,8 +37,8 @@ class Site(TwoNodes):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    found = Site(tmp_path_factory.mktemp("site"), talking_checkpoint(tmp_path_factory.mktemp("talker")))
+def site(tmp_path_factory: pytest.TempPathFactory, talking_folder: Path) -> Iterator[Site]:
+    found = Site(tmp_path_factory.mktemp("site"), talking_folder)
     try:
         found.start("--gateways", "2")
         found.deploy()

@@ -1,7 +1,6 @@
 """Reasoning as clients see it: a model whose chat template opens it, closes it, or leaves it to the model."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -11,14 +10,6 @@ from conftest import RunningServer
 from quire import Client
 from web import LIMIT, http
 
-TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined %}{{ '<think>\\n' if enable_thinking else '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
-{%- endif -%}
-"""
 ASK = [{"role": "user", "content": "What is the weather in Paris?"}]
 SCHEMA = {
     "type": "object",
@@ -29,15 +20,6 @@ SCHEMA = {
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
 ONE_CALL = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
 FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}}
-
-
-@pytest.fixture(scope="module")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    template = tmp_path_factory.mktemp("thinker") / "template.jinja"
-    template.write_text(TEMPLATE)
-    server = RunningServer("--served-model-name", "thinker", "--chat-template", str(template))
-    yield server
-    assert server.stop() == 0, server.log
 
 
 def asked(*, thinking: bool | None, budget: int | None = None, **options: Any) -> dict[str, Any]:
@@ -63,13 +45,13 @@ def tokens_of(server: RunningServer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("budget", [1, 8, 25])
-def test_a_budget_ends_reasoning_after_exactly_so_many_tokens(thinker: RunningServer, budget: int) -> None:
-    free, usage = answer(thinker, thinking=True, max_tokens=30)
+def test_a_budget_ends_reasoning_after_exactly_so_many_tokens(demo: RunningServer, budget: int) -> None:
+    free, usage = answer(demo, thinking=True, max_tokens=30)
     assert usage["completion_tokens_details"]["reasoning_tokens"] == usage["completion_tokens"] == 30
     assert free["finish_reason"] == "length"
     assert free["message"]["content"] == ""
-    choice, usage = answer(thinker, thinking=True, budget=budget, max_tokens=budget + 20)
-    closing = tokens_of(thinker, "</think>")
+    choice, usage = answer(demo, thinking=True, budget=budget, max_tokens=budget + 20)
+    closing = tokens_of(demo, "</think>")
     assert choice["token_ids"][:budget] == free["token_ids"][:budget], "up to there it is what it would be"
     assert choice["token_ids"][budget : budget + len(closing)] == closing
     reasoning = choice["message"].get("reasoning_content", "")  # the first token is whitespace, which is not told
@@ -79,25 +61,25 @@ def test_a_budget_ends_reasoning_after_exactly_so_many_tokens(thinker: RunningSe
     assert "think>" not in reasoning + choice["message"]["content"]
 
 
-def test_a_budget_of_nothing_closes_reasoning_at_once(thinker: RunningServer) -> None:
-    choice, usage = answer(thinker, thinking=True, budget=0, max_tokens=20)
-    closing = tokens_of(thinker, "</think>")
+def test_a_budget_of_nothing_closes_reasoning_at_once(demo: RunningServer) -> None:
+    choice, usage = answer(demo, thinking=True, budget=0, max_tokens=20)
+    closing = tokens_of(demo, "</think>")
     assert choice["token_ids"][: len(closing)] == closing
     assert "reasoning_content" not in choice["message"]
     assert usage["completion_tokens_details"]["reasoning_tokens"] == len(closing)
 
 
 @pytest.mark.parametrize("thinking", [False, None], ids=["closed", "left to the model"])
-def test_without_reasoning_all_is_content(thinker: RunningServer, thinking: bool | None) -> None:
-    plain, usage = answer(thinker, thinking=thinking, max_tokens=20)
+def test_without_reasoning_all_is_content(demo: RunningServer, thinking: bool | None) -> None:
+    plain, usage = answer(demo, thinking=thinking, max_tokens=20)
     assert "reasoning_content" not in plain["message"]
     assert usage["completion_tokens_details"]["reasoning_tokens"] == 0
-    budgeted, _ = answer(thinker, thinking=thinking, budget=3, max_tokens=20)
+    budgeted, _ = answer(demo, thinking=thinking, budget=3, max_tokens=20)
     assert budgeted["token_ids"] == plain["token_ids"], "there is nothing that a budget could end"
 
 
-def test_a_call_that_is_wanted_comes_after_reasoning(thinker: RunningServer) -> None:
-    choice, usage = answer(thinker, thinking=True, budget=8, **ONE_CALL)
+def test_a_call_that_is_wanted_comes_after_reasoning(demo: RunningServer) -> None:
+    choice, usage = answer(demo, thinking=True, budget=8, **ONE_CALL)
     message = choice["message"]
     assert choice["finish_reason"] == "tool_calls"
     assert message["content"] is None
@@ -108,31 +90,31 @@ def test_a_call_that_is_wanted_comes_after_reasoning(thinker: RunningServer) -> 
 
 
 @pytest.mark.parametrize("thinking", [True, False, None], ids=["opened", "closed", "left to the model"])
-def test_a_structure_is_of_what_follows_reasoning(thinker: RunningServer, thinking: bool | None) -> None:
-    choice, _ = answer(thinker, thinking=thinking, budget=8, **FORMAT)
+def test_a_structure_is_of_what_follows_reasoning(demo: RunningServer, thinking: bool | None) -> None:
+    choice, _ = answer(demo, thinking=thinking, budget=8, **FORMAT)
     assert choice["finish_reason"] == "stop"
     jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
     assert ("reasoning_content" in choice["message"]) == (thinking is True)
 
 
-def test_stop_strings_do_not_end_reasoning(thinker: RunningServer) -> None:
-    free, _ = answer(thinker, thinking=True, budget=20, max_tokens=60)
+def test_stop_strings_do_not_end_reasoning(demo: RunningServer) -> None:
+    free, _ = answer(demo, thinking=True, budget=20, max_tokens=60)
     word = free["message"]["reasoning_content"].split()[1]
-    stopped, _ = answer(thinker, thinking=True, budget=20, max_tokens=60, stop=[f" {word}"])
+    stopped, _ = answer(demo, thinking=True, budget=20, max_tokens=60, stop=[f" {word}"])
     assert stopped["message"]["reasoning_content"] == free["message"]["reasoning_content"]
     assert stopped["message"]["content"] == free["message"]["content"].partition(f" {word}")[0]
 
 
 @pytest.mark.parametrize("options", [{}, ONE_CALL, FORMAT], ids=["text", "call", "structure"])
 def test_reasoning_is_streamed_as_it_comes_whole_over_http_and_grpc(
-    thinker: RunningServer, options: dict[str, Any]
+    demo: RunningServer, options: dict[str, Any]
 ) -> None:
-    whole, usage = answer(thinker, thinking=True, budget=8, **options)
+    whole, usage = answer(demo, thinking=True, budget=8, **options)
     message = whole["message"]
     body = asked(thinking=True, budget=8, **options)
     told = {name: body.pop(name) for name in ("chat_template_kwargs", "thinking_token_budget", "return_token_ids")}
-    with openai.OpenAI(base_url=f"{thinker.url}/v1", api_key="none", timeout=LIMIT, max_retries=0) as client:
-        chunks = list(client.chat.completions.create(model="thinker", **body, extra_body=told, stream=True))
+    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", timeout=LIMIT, max_retries=0) as client:
+        chunks = list(client.chat.completions.create(model="demo", **body, extra_body=told, stream=True))
     deltas = [chunk.choices[0].delta for chunk in chunks]
     kinds = [
         kind
@@ -156,7 +138,7 @@ def test_reasoning_is_streamed_as_it_comes_whole_over_http_and_grpc(
     if "response_format" in body:
         body["structured_outputs"] = {"json": body.pop("response_format")["json_schema"]["schema"]}
     del told["return_token_ids"]
-    with Client(thinker.grpc) as remote:
+    with Client(demo.grpc) as remote:
         response = remote.chat(**body, **told)
         pieces = list(remote.stream_chat(**body, **told))
     [output] = response.outputs
@@ -169,16 +151,16 @@ def test_reasoning_is_streamed_as_it_comes_whole_over_http_and_grpc(
     assert "".join(call.arguments for piece in pieces for call in piece.tool_calls) == arguments
 
 
-def test_past_reasoning_that_a_template_does_not_read_changes_nothing(thinker: RunningServer) -> None:
+def test_past_reasoning_that_a_template_does_not_read_changes_nothing(demo: RunningServer) -> None:
     turn = {"role": "assistant", "content": "Sunny."}
     told: list[Any] = []
     for extra in ({}, {"reasoning_content": "Let me see."}, {"reasoning": "Let me see."}):
         messages = [*ASK, turn | extra, {"role": "user", "content": "And in Rome?"}]
-        told.append(answer(thinker, thinking=False, messages=messages, max_tokens=8)[1]["prompt_tokens"])
+        told.append(answer(demo, thinking=False, messages=messages, max_tokens=8)[1]["prompt_tokens"])
     assert len(set(told)) == 1
 
 
-def test_agents_find_reasoning_where_they_look_for_it(thinker: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agents_find_reasoning_where_they_look_for_it(demo: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it is looked up on the internet
     import litellm
     from pydantic_ai import Agent
@@ -187,8 +169,8 @@ def test_agents_find_reasoning_where_they_look_for_it(thinker: RunningServer, mo
 
     more = {"chat_template_kwargs": {"enable_thinking": True}, "thinking_token_budget": 8}
     whole = litellm.completion(
-        model="thinker",
-        api_base=f"{thinker.url}/v1",
+        model="demo",
+        api_base=f"{demo.url}/v1",
         custom_llm_provider="openai",
         api_key="none",
         messages=ASK,
@@ -196,9 +178,9 @@ def test_agents_find_reasoning_where_they_look_for_it(thinker: RunningServer, mo
         temperature=0,
         extra_body=more,
     )
-    choice, _ = answer(thinker, thinking=True, budget=8, max_tokens=30)
+    choice, _ = answer(demo, thinking=True, budget=8, max_tokens=30)
     assert whole.choices[0].message.reasoning_content == choice["message"]["reasoning_content"]
-    model = OpenAIChatModel("thinker", provider=OpenAIProvider(base_url=f"{thinker.url}/v1", api_key="none"))
+    model = OpenAIChatModel("demo", provider=OpenAIProvider(base_url=f"{demo.url}/v1", api_key="none"))
     agent = Agent(model, model_settings={"temperature": 0, "max_tokens": 30, "extra_body": more})
     parts = agent.run_sync(str(ASK[0]["content"])).all_messages()[-1].parts
     assert [part.part_kind for part in parts] == ["thinking", "text"]

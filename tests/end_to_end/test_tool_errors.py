@@ -9,23 +9,12 @@ import pytest
 from conftest import RunningServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nonsense import CHOICES, FORMATS, JSON, STRUCTURES, TOOLS, function, of, schema_format
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 from web import http
 
 ASK = [{"role": "user", "content": "Hello"}]
-
-
-def function(name: Any = "f", **fields: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name} | fields}
-
-
-def of(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties}
-
-
-def schema_format(schema: Any, **fields: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema} | fields}
 
 
 def deep(levels: int) -> dict[str, Any]:
@@ -73,7 +62,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"json": of(a={"type": "nope"})}}, "structured_outputs"),
     ({"tools": [function()], "structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
     ({"thinking_token_budget": 2**31}, "thinking_token_budget"),
-    ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"deep": True}}, "chat_template_kwargs"),
     ({"tools": [function()], "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
 ]
 
@@ -151,58 +140,13 @@ def test_a_wrong_response_format_is_refused_by_its_name(demo: RunningServer, wro
     assert "structured_outputs" not in response.json()["error"]["message"]
 
 
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
-KEYWORDS = st.sampled_from(
-    [
-        *(
-            "type",
-            "properties",
-            "required",
-            "items",
-            "enum",
-            "const",
-            "anyOf",
-            "oneOf",
-            "allOf",
-            "$ref",
-            "$defs",
-            "not",
-        ),
-        *("pattern", "format", "minimum", "maximum", "minLength", "maxItems", "additionalProperties", "uniqueItems"),
-        *("name", "parameters", "function", "strict", "description", "json_schema", "schema", "regex", "choice"),
-    ]
-)
-TYPES = st.sampled_from(["object", "array", "string", "integer", "number", "null", "function", "json_schema", "#"])
-JSON = st.recursive(
-    LEAVES | TYPES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYWORDS | st.text(max_size=4), inner, max_size=4),
-    max_leaves=12,
-)
-PARAMETERS = st.builds(lambda more, a: of(a=a) | more, st.dictionaries(KEYWORDS, JSON, max_size=2), JSON)
-TOOLS = st.lists(
-    st.builds(lambda name, schema: function(name, parameters=schema), st.sampled_from(["f", "g", "h-1"]), PARAMETERS)
-    | JSON,
-    max_size=3,
-)
-CHOICES = st.sampled_from(["auto", "none", "required", function("f"), {"type": "function"}]) | JSON
-FORMATS = st.builds(schema_format, JSON | PARAMETERS) | JSON
-KINDS = st.sampled_from(["json", "json_object", "regex", "choice", "grammar", "structural_tag"])
-FIELDS = st.sampled_from(["regex", "grammar", "json_schema", "any_text"])
-CONTENTS = st.builds(lambda kind, field, value: {"type": kind, field: value}, FIELDS, FIELDS, JSON) | JSON
-TAG = st.builds(lambda content: {"begin": "<a>", "content": content, "end": "</a>"}, CONTENTS) | JSON
-FORMAT_OF_TAGS = st.builds(
-    lambda tags: {"type": "triggered_tags", "triggers": ["<a"], "tags": tags}, st.lists(TAG, max_size=2)
-)
-TAGS = st.builds(lambda given: {"type": "structural_tag", "format": given}, FORMAT_OF_TAGS | JSON)
 BODIES = st.fixed_dictionaries(
     {},
     optional={
         "tools": TOOLS | JSON,
         "tool_choice": CHOICES,
         "response_format": FORMATS,
-        "structured_outputs": st.dictionaries(
-            st.sampled_from(["json", "regex", "choice", "grammar"]), JSON, max_size=1
-        ),
+        "structured_outputs": STRUCTURES,
         "parallel_tool_calls": st.booleans(),
         "thinking_token_budget": st.integers(-1, 3),
     },
