@@ -176,6 +176,7 @@ def test_objects_that_name_their_properties_have_no_others() -> None:
         {"type": "object"},
         inner | {"additionalProperties": True},
         inner | {"required": ["c"]},
+        inner | {"required": [["b"]]},
         {"allOf": [inner, {"properties": {"c": {}}}]},
         {"properties": {"c": {}}, "anyOf": [inner]},
         {"enum": [inner]},
