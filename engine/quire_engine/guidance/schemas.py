@@ -83,7 +83,7 @@ def closed(schema: Any, parameter: str) -> Any:
     for one in _schemas(schema):
         if one.keys() & _COMBINING and ("properties" in one or len(_listed(one.get("allOf"))) > 1):
             return schema
-    return _rewritten(schema, _closed_here)
+    return rewritten(schema, _closed_here)
 
 
 def _closed_here(schema: dict[str, Any]) -> dict[str, Any]:
@@ -203,21 +203,21 @@ def _without_noise(schema: Any) -> Any:
             found["patternProperties"] = {_without_nul(key): value for key, value in patterns.items()}
         return found
 
-    return _rewritten(schema, quiet)
+    return rewritten(schema, quiet)
 
 
-def _rewritten(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+def rewritten(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
     """Every schema in a schema, changed; values (of enum, const, ...) are none."""
     if not isinstance(schema, Mapping):
         return schema
     found = {}
     for name, value in schema.items():
         if name in _NAMED and isinstance(value, Mapping):
-            value = {key: _rewritten(one, change) for key, one in value.items()}
+            value = {key: rewritten(one, change) for key, one in value.items()}
         elif name in _LISTED and isinstance(value, list):
-            value = [_rewritten(one, change) for one in value]
+            value = [rewritten(one, change) for one in value]
         elif name in _NESTED:
-            value = _rewritten(value, change)
+            value = rewritten(value, change)
         found[name] = value
     return change(found)
 

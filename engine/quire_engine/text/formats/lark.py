@@ -14,16 +14,20 @@ class Lark:
     def __init__(self, tokens: Mapping[str, int]) -> None:
         """`tokens`: the character of a mark → its id."""
         self.tokens = tokens
+        self.size = 0  # characters of all of them
         self._rules: dict[str, str] = {}
+        self._names: set[str] = set()
 
     def rule(self, name: str, body: str) -> str:
         """Adds one; its name, for use in others."""
+        self.size += len(body)
         self._rules[name] = body
+        self._names.add(name.split("[")[0])
         return name
 
     def has(self, name: str) -> bool:
         """Whether there is one of this name."""
-        return name.split("[")[0] in {known.split("[")[0] for known in self._rules}
+        return name.split("[")[0] in self._names
 
     def text(self) -> str:
         """All of them."""

@@ -4,22 +4,28 @@ import json
 import re
 from typing import Any
 
+from quire_engine.guidance.schemas import rewritten
+
 TYPES = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
 _SURROGATES = re.compile("[\ud800-\udfff]")
+DEFINITIONS = ("$defs", "definitions")
+_MAX_DEPTH = 128  # of schemas within schemas, references among them
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
-def types_of(schema: Any, root: dict[str, Any], known: dict[str, frozenset[str]] | None = None) -> frozenset[str]:
-    """The types that a schema allows; all of them where it does not say. `root`: what its references refer to; `known`:
-    what those allow, as far as that is known."""
-    if not isinstance(schema, dict):
+def types_of(
+    schema: Any, root: dict[str, Any], known: dict[str, frozenset[str]] | None = None, depth: int = 0
+) -> frozenset[str]:
+    """The types that a schema allows; all of them where it does not say, or is too deep. `root`: what its references
+    refer to; `known`: what those allow, as far as that is known."""
+    if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return TYPES
     known = {} if known is None else known
     allowed = TYPES
     if isinstance(reference := schema.get("$ref"), str):
         if reference not in known:
             known[reference] = TYPES  # where it refers to itself
-            known[reference] = types_of(referred(reference, root), root, known)
+            known[reference] = types_of(referred(reference, root), root, known, depth + 1)
         allowed &= known[reference]
     if (kind := schema.get("type")) is not None:
         kinds = frozenset(one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str))
@@ -30,10 +36,10 @@ def types_of(schema: Any, root: dict[str, Any], known: dict[str, frozenset[str]]
         allowed &= {type_of(schema["const"])}
     for key in ("anyOf", "oneOf"):
         if isinstance(options := schema.get(key), list):
-            allowed &= frozenset().union(*(types_of(one, root, known) for one in options))
+            allowed &= frozenset().union(*(types_of(one, root, known, depth + 1) for one in options))
     if isinstance(options := schema.get("allOf"), list):
         for one in options:
-            allowed &= types_of(one, root, known)
+            allowed &= types_of(one, root, known, depth + 1)
     return allowed
 
 
@@ -48,6 +54,38 @@ def referred(reference: str, root: dict[str, Any]) -> Any:
             return {}
         at = at[key]
     return at
+
+
+def standing_alone(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
+    """A part of a schema, with the definitions that it refers to: or with all of the root, where it refers to more."""
+    part = dict(schema) if isinstance(schema, dict) else {}
+    found: dict[str, Any] = {}
+    waiting, seen = [schema], set[str]()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        if not isinstance(one, dict):
+            continue
+        waiting += one.values()
+        reference = one.get("$ref")
+        if not isinstance(reference, str) or reference in seen:
+            continue
+        seen.add(reference)
+        _, where, name = (*reference.split("/", 2), "", "")[:3]
+        key = name.replace("~1", "/").replace("~0", "~")
+        if where not in DEFINITIONS or not isinstance(root.get(where), dict) or key not in root[where]:
+            return rewritten(part, _within_root) | {"$defs": {"root": rewritten(root, _within_root)}}
+        found.setdefault(where, {})[key] = root[where][key]
+        waiting.append(root[where][key])
+    return part | found
+
+
+def _within_root(schema: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        return schema
+    return schema | {"$ref": "#/$defs/root" + reference[1:]}
 
 
 def type_of(value: Any) -> str:

@@ -12,7 +12,7 @@ from quire_engine.errors import InvalidParameter
 from quire_engine.guidance import grammars
 from quire_engine.text.formats.facts import Literals, Pieces, Tagged, Text
 from quire_engine.text.formats.lark import Lark, quoted
-from quire_engine.text.formats.schema import TYPES, referred, types_of
+from quire_engine.text.formats.schema import DEFINITIONS, TYPES, referred, standing_alone, types_of
 from quire_engine.text.formats.tools import Tool
 
 _WHITESPACE = " "  # in JSON where it may be, as in the templates that models have learnt calls from
@@ -20,9 +20,9 @@ _NOTES = {"description", "title", "default", "examples", "$comment", "deprecated
 _OF_TEXT = _NOTES | {"type", "enum", "const", "anyOf"}
 _OF_LITERALS = _OF_TEXT | {"properties", "required", "items", "additionalProperties", "$ref", "$defs", "definitions"}
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
-_DEFINITIONS = ("$defs", "definitions")
 _MOST_PAIRS = 32  # of an object that names none
 _MAX_DEPTH = 24
+_MAX_SIZE = 1 << 22  # characters of a grammar: each value has the definitions that it refers to
 
 
 def kept_to(tool: Tool) -> Tool:
@@ -37,14 +37,10 @@ def kept_to(tool: Tool) -> Tool:
 
 
 def json_rule(tool: Tool, schema: Any) -> str:
-    """A JSON value of this schema, the tool's or a part of it. Raises InvalidParameter for a part that refers to what
-    stands elsewhere."""
-    inner = dict(schema) if isinstance(schema, dict) else {}
-    inner |= {key: tool.parameters[key] for key in _DEFINITIONS if key in tool.parameters}
-    text = json.dumps(_schema(inner, tool)["json_schema"])
-    if schema is not tool.parameters and "$ref" in text and (problem := _problem(inner, tool)):
-        raise _refused(tool, problem)
-    return f"%json {text}"
+    """A JSON value of this schema, the tool's or a part of it."""
+    if schema is not tool.parameters:
+        schema = standing_alone(schema, tool.parameters)
+    return f"%json {json.dumps(_schema(schema, tool)['json_schema'])}"
 
 
 def _schema(schema: dict[str, Any], tool: Tool) -> dict[str, Any]:
@@ -65,7 +61,7 @@ def _without_patterns(schema: Any, *, names: bool = False) -> Any:
     if not isinstance(schema, dict):
         return schema
     return {
-        key: _without_patterns(value, names=not names and key in ("properties", *_DEFINITIONS))
+        key: _without_patterns(value, names=not names and key in ("properties", *DEFINITIONS))
         for key, value in schema.items()
         if names or key not in ("pattern", "patternProperties")
     }
@@ -83,6 +79,8 @@ def pair_rules(lark: Lark, style: Tagged, tool: Tool, name: str) -> str:
     for place, (key, inner) in enumerate(properties.items()):
         value = _bare_value(lark, style, tool, inner, f"{name}_{place}")
         pair = lark.rule(f"{name}_pair_{place}", lark.sequence(style.key, (Text(key),), style.value, value))
+        if lark.size > _MAX_SIZE:
+            raise _refused(tool, "what its properties refer to is too much in all")
         pairs.append(pair if key in required else f"{pair}?")
     return " ".join(pairs)
 
