@@ -64,6 +64,26 @@ def test_definitions_are_not_repeated_where_nothing_refers_to_them(name: str) ->
 
 
 @pytest.mark.parametrize("name", TAGGED)
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "text"])
+def test_what_closes_a_value_may_stand_in_the_strings_of_a_list_or_an_object(name: str, tokens: bool) -> None:
+    edit = {"type": "object", "properties": {"old": {"type": "string"}}, "required": ["old"]}
+    tools = tool({"properties": {"edits": {"type": "array", "items": edit}, "n": {"type": "integer"}}})
+    for close in ("</parameter>", "\n</parameter>\n", '"</parameter>\\"', "</arg_value>", "]</invoke>"):
+        if tokens and name == "glm45" and "arg" in close:
+            continue  # a token, which no text holds
+        assert takes(name, tools, {"edits": [{"old": close}, {"old": "}"}], "n": 1}, tokens=tokens)
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_a_value_that_is_no_json_ends_where_it_is_closed(name: str) -> None:
+    """As models write that nothing holds to a schema."""
+    one, tools = family(name), tool({"properties": {"a": {"type": "array"}, "b": {"type": "integer"}}})
+    for wrong in ("{'a': [", '["it"s, [', "x", ""):
+        text = one.turn("", [("f", {"a": wrong, "b": 1})])
+        assert calls_of(one.read(text, tools)) == [("f", {"a": wrong, "b": 1})]
+
+
+@pytest.mark.parametrize("name", TAGGED)
 def test_properties_that_refer_to_too_much_are_refused(name: str) -> None:
     large = {"type": "array", "items": {"const": "x" * 100_000}}
     tools = tool({"properties": {f"p{n}": {"$ref": "#/$defs/a"} for n in range(100)}, "$defs": {"a": large}})

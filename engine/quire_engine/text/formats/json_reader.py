@@ -15,9 +15,10 @@ _Expected = Literal[
 
 
 class JsonReader:
-    """Reads one JSON object."""
+    """Reads one JSON object, or whatever begins with one of `openers`."""
 
-    def __init__(self) -> None:
+    def __init__(self, openers: str = "{") -> None:
+        self._openers = openers
         self._expected: _Expected = "object"
         self._closers: list[str] = []  # of the brackets that are open
         self._in_key = False
@@ -27,11 +28,11 @@ class JsonReader:
 
     @property
     def done(self) -> bool:
-        """Whether the object is complete."""
+        """Whether it is complete."""
         return self._expected == "nothing"
 
     def take(self, text: str, at: int) -> int:
-        """Where reading from `at` stops: at the object's end, at what is no JSON, or at the end of the text so far."""
+        """Where reading from `at` stops: at its end, at what is no JSON, or at the end of the text so far."""
         while at < len(text) and not self.done:
             if self._expected == "string" and not self._escape:
                 plain = _PLAIN.match(text, at)
@@ -66,7 +67,7 @@ class JsonReader:
     def _structure(self, letter: str) -> bool:
         expected = self._expected
         if expected == "object":
-            return letter == "{" and self._begin_value(letter)
+            return letter in self._openers and self._begin_value(letter)
         if expected in ("value", "value or end") and self._begin_value(letter):
             return True
         if expected in ("key", "key or end") and letter == '"':

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from quire_engine.text.formats.facts import Pieces, Tagged
-from quire_engine.text.formats.matching import Reading, Source, firsts
+from quire_engine.text.formats.json_reader import JsonReader
+from quire_engine.text.formats.matching import Reading, Source, Waiting, firsts
 from quire_engine.text.formats.schema import TYPES, dumped, escaped, typed, types_of
 
 _MAX_KEY = 256
@@ -49,6 +50,8 @@ def _read_value(source: Source, close: Pieces, types: frozenset[str], tell: Tell
             held.append(source.text[source.at])
             source.at += 1
     elif types != _STRING:
+        if "string" not in types:
+            yield from _read_json(source, held.append)
         if not (yield from _read_text(source, close, held.append)):
             return False
         tell(typed("".join(held), types))
@@ -58,6 +61,17 @@ def _read_value(source: Source, close: Pieces, types: frozenset[str], tell: Tell
         return False
     tell('"')
     return True
+
+
+def _read_json(source: Source, tell: Tell) -> Waiting[None]:
+    """A list or an object, as far as it is JSON: in its strings may stand what closes it."""
+    reader = JsonReader("{[")
+    while not reader.done and (yield from source.more()):
+        end = reader.take(source.text, source.at)
+        tell(source.text[source.at : end])
+        source.at = end
+        if end < len(source.text):
+            break
 
 
 def _read_text(source: Source, close: Pieces, tell: Tell, *, most: int | None = None) -> Reading:
