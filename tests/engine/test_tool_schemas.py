@@ -97,3 +97,55 @@ def test_a_long_way_of_references_has_an_end(name: str) -> None:
     schema = {"properties": {"a": {"$ref": "#/$defs/a0"}}, "$defs": steps}
     assert types_of(schema["properties"]["a"], schema) >= {"string"}
     assert takes(name, tool(schema), {"a": "x"})
+
+
+@names
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "loose"])
+def test_an_enum_counts_wherever_it_stands(name: str, strict: bool) -> None:
+    """As pydantic writes enumerations, and those that may be left out."""
+    colour = {"$ref": "#/$defs/Colour"}
+    tools = tool(
+        {
+            "properties": {
+                "a": colour,
+                "b": {"allOf": [colour], "description": "Its colour"},
+                "c": {"anyOf": [colour, {"type": "null"}]},
+            },
+            "required": ["a"],
+            "$defs": {"Colour": {"type": "string", "enum": ["red", "light green"]}},
+        },
+        strict=strict,
+    )
+    assert takes(name, tools, {"a": "red", "b": "light green", "c": None})
+    assert takes(name, tools, {"a": "light green", "c": "red"})
+    for key in "abc":
+        assert not takes(name, tools, {"a": "red", key: "green"})
+
+
+@names
+def test_arguments_that_are_not_named_have_the_schema_of_the_others(name: str) -> None:
+    numbers = tool({"properties": {}, "additionalProperties": {"type": "integer"}}, strict=True)
+    assert takes(name, numbers, {"x": 1, "y": 2})
+    assert not takes(name, numbers, {"x": "a"})
+    texts = tool({"properties": {}, "additionalProperties": {"type": "string"}}, strict=True)
+    assert takes(name, texts, {"x": "1", "y": "null"})
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("qwen3_coder", "a>b"), ("minimax_m2", 'a">b'), ("glm45", "a" * 300), ("gemma4", "a" * 300)]
+)
+def test_a_name_that_could_not_be_read_is_left_out_or_refused(name: str, key: str) -> None:
+    schema = {"properties": {key: {"type": "integer"}, "b": {"type": "integer"}}, "required": ["b"]}
+    assert takes(name, tool(schema), {"b": 1})
+    for refused in (tool(schema, strict=True), tool(schema | {"required": [key]})):
+        with pytest.raises(InvalidParameter, match="no name"):
+            call_rules(family(name).form, refused, parallel=False, most=1)
+
+
+@pytest.mark.parametrize(("name", "close"), [("qwen3_coder", "</parameter>"), ("minimax_m2", "</parameter>")])
+def test_a_choice_that_could_not_be_read_is_left_out_or_refused(name: str, close: str) -> None:
+    schema = {"properties": {"a": {"enum": ["x", f"x{close}y"]}}}
+    assert takes(name, tool(schema), {"a": "x"})
+    for refused in (tool(schema, strict=True), tool({"properties": {"a": {"const": close}}})):
+        with pytest.raises(InvalidParameter, match="cannot hold"):
+            call_rules(family(name).form, refused, parallel=False, most=1)

@@ -9,6 +9,9 @@ from quire_engine.guidance.schemas import rewritten
 TYPES = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
 _SURROGATES = re.compile("[\ud800-\udfff]")
 DEFINITIONS = ("$defs", "definitions")
+MAX_KEY = 256  # characters of an argument's name
+NOTES = frozenset({"description", "title", "default", "examples", "$comment", "deprecated", "$schema", "$id"})
+_MAX_VALUES = 10_000
 _MAX_DEPTH = 128  # of schemas within schemas, references among them
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
@@ -54,6 +57,40 @@ def referred(reference: str, root: dict[str, Any]) -> Any:
             return {}
         at = at[key]
     return at
+
+
+def unwrapped(schema: Any) -> Any:
+    """What stands alone in an allOf, as some write a reference that they have something to say about."""
+    while isinstance(schema, dict) and schema.keys() - NOTES == {"allOf"}:
+        inner = schema["allOf"]
+        if not isinstance(inner, list) or len(inner) != 1:
+            break
+        schema = inner[0]
+    return schema
+
+
+def resolved(schema: Any, root: dict[str, Any]) -> Any:
+    """What a schema refers to that says nothing else."""
+    for _ in range(_MAX_DEPTH):
+        schema = unwrapped(schema)
+        if not isinstance(schema, dict) or schema.keys() - NOTES != {"$ref"}:
+            break
+        schema = referred(str(schema["$ref"]), root)
+    return schema
+
+
+def values_of(schema: Any, root: dict[str, Any]) -> list[Any] | None:
+    """The values that a schema names; None where it allows others. References and one anyOf are followed."""
+    schema = resolved(schema, root)
+    options = schema.get("anyOf") if isinstance(schema, dict) and "enum" not in schema else None
+    found: list[Any] = []
+    for one in options if isinstance(options, list) and options else [schema]:
+        one = resolved(one, root)
+        named = isinstance(one, dict) and ("enum" in one or "const" in one or one.get("type") == "null")
+        if not named or len(found) > _MAX_VALUES:
+            return None
+        found += one["enum"] if isinstance(one.get("enum"), list) else [one.get("const")]
+    return found
 
 
 def standing_alone(schema: Any, root: dict[str, Any]) -> dict[str, Any]:

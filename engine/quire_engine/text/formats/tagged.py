@@ -7,9 +7,8 @@ from typing import Any
 from quire_engine.text.formats.facts import Pieces, Tagged
 from quire_engine.text.formats.json_reader import JsonReader
 from quire_engine.text.formats.matching import Reading, Source, Waiting, firsts
-from quire_engine.text.formats.schema import TYPES, dumped, escaped, typed, types_of
+from quire_engine.text.formats.schema import MAX_KEY, dumped, escaped, typed, types_of
 
-_MAX_KEY = 256
 _STRING, _NULLABLE = frozenset({"string"}), frozenset({"string", "null"})
 _NULL = "null"
 Tell = Callable[[str], None]
@@ -17,16 +16,16 @@ Tell = Callable[[str], None]
 
 def read_pairs(source: Source, style: Tagged, after: Pieces, schema: dict[str, Any], tell: Tell) -> Reading:
     """Pairs up to where the call is closed; whether it is. What breaks off has been told as far as it is certain."""
-    properties = schema.get("properties", {})
+    properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
     comma = "{"
     while (yield from source.take(style.key)) is not None:
         key: list[str] = []
-        if not (yield from _read_text(source, style.value, key.append, most=_MAX_KEY)):
+        if not (yield from _read_text(source, style.value, key.append, most=MAX_KEY)):
             return False
         name = "".join(key)
         tell(f"{comma}{dumped(name)}: ")
         comma = ", "
-        types = types_of(properties[name], schema) if name in properties else TYPES
+        types = types_of(properties.get(name, others), schema)
         if not (yield from _read_value(source, style.close, types, tell)):
             return False
     if (yield from source.find(after)) is None:

@@ -10,14 +10,25 @@ from typing import Any
 
 from quire_engine.errors import InvalidParameter
 from quire_engine.guidance import grammars
-from quire_engine.text.formats.facts import Literals, Pieces, Tagged, Text
+from quire_engine.text.formats.facts import Either, Literals, Mark, Pieces, Tagged, Text
 from quire_engine.text.formats.lark import Lark, quoted
-from quire_engine.text.formats.schema import DEFINITIONS, TYPES, referred, standing_alone, types_of
+from quire_engine.text.formats.schema import (
+    DEFINITIONS,
+    MAX_KEY,
+    NOTES,
+    TYPES,
+    referred,
+    resolved,
+    standing_alone,
+    type_of,
+    types_of,
+    unwrapped,
+    values_of,
+)
 from quire_engine.text.formats.tools import Tool
 
 _WHITESPACE = " "  # in JSON where it may be, as in the templates that models have learnt calls from
-_NOTES = {"description", "title", "default", "examples", "$comment", "deprecated", "$schema", "$id"}
-_OF_TEXT = _NOTES | {"type", "enum", "const", "anyOf"}
+_OF_TEXT = NOTES | {"type", "enum", "const", "anyOf"}
 _OF_LITERALS = _OF_TEXT | {"properties", "required", "items", "additionalProperties", "$ref", "$defs", "definitions"}
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _MOST_PAIRS = 32  # of an object that names none
@@ -72,11 +83,16 @@ def pair_rules(lark: Lark, style: Tagged, tool: Tool, name: str) -> str:
     schema = tool.parameters
     properties, required = schema.get("properties", {}), set(schema.get("required", ()))
     _check_required(tool, properties, required)
-    if not properties and schema.get("additionalProperties") is not False:
+    others = schema.get("additionalProperties", True)
+    if not properties and others is not False:
         pair = lark.sequence(style.key, "/[A-Za-z_][A-Za-z0-9_.-]{0,63}/", style.value)
-        return f"({pair} {lark.until(style.close, f'{name}_any')}){{0,{_MOST_PAIRS}}}"
+        return f"({pair} {_bare_value(lark, style, tool, others, f'{name}_any')}){{0,{_MOST_PAIRS}}}"
     pairs: list[str] = []
     for place, (key, inner) in enumerate(properties.items()):
+        if len(key) > MAX_KEY or _holds(key, style.value):
+            if tool.strict or key in required:
+                raise _refused(tool, f"{key[:60]!r} is no name that this model's calls can hold")
+            continue
         value = _bare_value(lark, style, tool, inner, f"{name}_{place}")
         pair = lark.rule(f"{name}_pair_{place}", lark.sequence(style.key, (Text(key),), style.value, value))
         if lark.size > _MAX_SIZE:
@@ -87,15 +103,26 @@ def pair_rules(lark: Lark, style: Tagged, tool: Tool, name: str) -> str:
 
 def _bare_value(lark: Lark, style: Tagged, tool: Tool, schema: Any, name: str) -> str:
     """A value and what closes it."""
+    schema = resolved(schema, tool.parameters)
     types = types_of(schema, tool.parameters)
     if "string" not in types:
         return lark.sequence(json_rule(tool, schema), style.close)
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None) if isinstance(schema, dict) else None
-    if isinstance(values, list) and values:
-        spelled = (value if isinstance(value, str) else json.dumps(value) for value in values)
-        return lark.sequence(f"({' | '.join(quoted(one) for one in spelled)})", style.close)
-    _check_keys(tool, schema, _OF_TEXT)
-    return lark.until(style.close, name)
+    values = values_of(schema, tool.parameters)
+    if values is None:
+        _check_keys(tool, schema, _OF_TEXT)
+        return lark.until(style.close, name)
+    spelled = [value if isinstance(value, str) else json.dumps(value) for value in values if type_of(value) in types]
+    fitting = [one for one in spelled if not _holds(one, style.close)]
+    if not fitting or (tool.strict and len(fitting) < len(spelled)):
+        raise _refused(tool, "its enum has what this model's calls cannot hold")
+    return lark.sequence(f"({' | '.join(map(quoted, fitting))})", style.close)
+
+
+def _holds(text: str, delimiter: Pieces) -> bool:
+    """Whether a text might be cut off by a delimiter."""
+    first = delimiter[0]
+    starts = [option[0] for option in first.options] if isinstance(first, Either) else [first]
+    return any(isinstance(one, Text | Mark) and one.text in text for one in starts)
 
 
 class LiteralRules:
@@ -132,7 +159,7 @@ class LiteralRules:
             return f'({pair} ("," " "? {pair}){{0,{_MOST_PAIRS}}})?'
         begun = fresh = ""  # what may follow where a pair has been written, and where none has
         for key, inner in reversed(properties.items()):
-            if bare and not _NAME.fullmatch(key):
+            if bare and (len(key) > MAX_KEY or not _NAME.fullmatch(key)):
                 if self._tool.strict or key in required:
                     raise _refused(self._tool, f"{key[:60]!r} is no name that this model's calls can hold")
                 continue
@@ -148,6 +175,7 @@ class LiteralRules:
         return fresh
 
     def _value(self, schema: Any, depth: int) -> str:
+        schema = unwrapped(schema)
         if depth > _MAX_DEPTH or not isinstance(schema, dict):
             return self._any()
         _check_keys(self._tool, schema, _OF_LITERALS)
@@ -210,6 +238,8 @@ class LiteralRules:
             return (Text(null if value is None else true if value else false),)
         if isinstance(value, str):
             quote = self._style.quote
+            if quote and _holds(value, quote):
+                raise _refused(self._tool, "its enum has what this model's calls cannot hold")
             return (*quote, Text(value), *quote) if quote else (Text(json.dumps(value, ensure_ascii=False)),)
         if isinstance(value, int | float):
             return (Text(json.dumps(value)),)
