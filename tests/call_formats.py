@@ -25,6 +25,7 @@ REASONING_OF = {
     "kimi_k2": "think",
     "minimax_m2": "think",
     "olmo3": "think",
+    "seed_oss": "seed_oss",
     "mistral": "mistral",
     "granite": "granite",
     "cohere": "cohere",
@@ -74,6 +75,14 @@ _TEMPLATES = {
 </parameter>{{ '\\n' }}{% endfor -%}
 </function>
 </tool_call>{% endfor %}""",
+    "seed_oss": "{{ m.content }}"
+    + _EACH
+    + """{{ '\\n' }}<seed:tool_call>
+<function={{ f.name }}>{{ '\\n' }}
+{%- for k, v in f.arguments.items() %}<parameter={{ k }}>{{ v if v is string else v|tojson }}</parameter>
+{{- '\\n' }}{% endfor -%}
+</function>
+</seed:tool_call>{% endfor %}""",
     "llama3_json": "{{ m.content }}"
     + _EACH
     + """{"name": "{{ f.name }}", "parameters": {{ f.arguments|tojson }}}

@@ -32,6 +32,7 @@ POINT = {
 STRUCTURE = StructuredOutputs(json=POINT)
 TEXT_ENDS = {
     "qwen3_coder": ("\n</parameter>",),
+    "seed_oss": ("</parameter>",),
     "minimax_m2": ("</parameter>",),
     "glm45": ("</arg_value>",),
     "functiongemma": ("<escape>",),

@@ -12,7 +12,7 @@ from quire_engine.text.formats.tools import Tool, tools_of
 from test_format_grammars import accepted, matcher
 
 names = pytest.mark.parametrize("name", NAMES)
-TAGGED = ["qwen3_coder", "glm45", "minimax_m2"]
+TAGGED = ["qwen3_coder", "seed_oss", "glm45", "minimax_m2"]
 
 
 def tool(parameters: dict[str, Any], *, strict: bool = False) -> list[Tool]:

@@ -153,6 +153,7 @@ def test_calls_and_reasoning_are_named_apart() -> None:
     [
         ("<tool_call>\n{'name'}</tool_call> <think></think>", "hermes", "think"),
         ("<tool_call>\n<function=a>\n<parameter=b> <think></think>", "qwen3_coder", "think"),
+        ("<seed:tool_call>\n<function=a>\n<parameter=b> <seed:think>", "seed_oss", "seed_oss"),
         ("<tool_call>f\n<arg_key>k</arg_key><arg_value> <think></think>", "glm45", "think"),
         ("<|start|>assistant<|channel|>analysis<|message|>", "openai", "openai"),
         ("[TOOL_CALLS] [THINK]", "mistral", "mistral"),

@@ -122,12 +122,15 @@ def _deepseek(before: Pieces, after: Pieces, *, line: Pieces) -> Calls:
     return Calls(sections=(section,))
 
 
-def _qwen_coder(begin: Pieces, end: Pieces) -> Section:
-    pairs = Tagged(
-        key=(LINE, Text("<parameter=")),
-        value=(Text(">"), Either(((Text("\n"),), ()))),
-        close=(Either(((Text("\n</parameter>"),), (Text("</parameter>"),))),),
-    )
+_ON_LINES = Tagged(
+    key=(LINE, Text("<parameter=")),
+    value=(Text(">"), Either(((Text("\n"),), ()))),
+    close=(Either(((Text("\n</parameter>"),), (Text("</parameter>"),))),),
+)
+_IN_LINE = Tagged(key=(LINE, Text("<parameter=")), value=(Text(">"),), close=(Text("</parameter>"),))
+
+
+def _qwen_coder(begin: Pieces, end: Pieces, pairs: Tagged = _ON_LINES) -> Section:
     call = Call(before=(Text("<function="), Blank.NAME, Text(">")), arguments=pairs, after=(LINE, Text("</function>")))
     return Section(begin=begin, call=call, end=end, repeats=True, apart=(Text("\n"),))
 
@@ -186,6 +189,11 @@ CALLS: dict[str, Calls] = {
         sections=(
             _qwen_coder((LINE, Mark("<tool_call>"), LINE), (LINE, Mark("</tool_call>"))),
             _qwen_coder((LINE,), (LINE, Maybe((Mark("</tool_call>"),)))),  # they forget the opener at times
+        )
+    ),
+    "seed_oss": Calls(
+        sections=(
+            _qwen_coder((LINE, Mark("<seed:tool_call>"), LINE), (LINE, Mark("</seed:tool_call>")), _IN_LINE),
         )
     ),
     "llama3_json": Calls(
@@ -356,7 +364,6 @@ CALL_NAMES: dict[str, str] = {name: name for name in CALLS} | {
     "granite-20b-fc": "granite",
     "phi4": "phi4_mini_json",
     "cohere_command3": "cohere",
-    "seed_oss": "qwen3_coder",
 }
 REASONING_NAMES: dict[str, str] = {name: name for name in REASONING} | {
     "deepseek_r1": "think",
@@ -379,6 +386,7 @@ PLAIN = Format(name="plain", calls=CALLS["hermes"])
 CALL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("openai", ("<|channel|>", "<|message|>")),
     ("glm45", ("<arg_key>", "<arg_value>")),
+    ("seed_oss", ("<seed:tool_call>", "<function=")),
     ("qwen3_coder", ("<function=", "<parameter=")),
     ("minimax_m2", ("<minimax:tool_call>", "<invoke")),
     ("kimi_k2", ("<|tool_call_begin|>", "<|tool_call_argument_begin|>")),
