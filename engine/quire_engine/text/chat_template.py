@@ -84,6 +84,11 @@ class ChatTemplate:
         self.source = source
         self.knows_tools = self._tools.knows_tools
 
+    @property
+    def example(self) -> str:
+        """A conversation with a call of tool_facts.PROBE, as the template writes it; nothing where it writes none."""
+        return self._tools.example
+
     def describe_tools(self) -> None:
         """Has tools described in words, and called in words: how else the model writes calls is not known."""
         self.knows_tools = False

@@ -161,6 +161,12 @@ class Tokenizer:
             tools=tools,
         )
 
+    def describe_tools(self) -> None:
+        """Has tools described in words, by the template of conversations without any: one for tools wants them."""
+        self.tool_template = self._template or self.tool_template
+        if self.tool_template is not None:
+            self.tool_template.describe_tools()
+
     def for_grammars(self, files: ModelFiles, size: int) -> Vocabulary:
         """As grammars see it. `size`: of the model's logits."""
         return Vocabulary(

@@ -19,8 +19,8 @@ _TEXT = "textprobe"
 _THOUGHT = "thoughtprobe"
 _KEY = {"type": "string", "description": "A key."}
 _PARAMETERS = {"type": "object", "properties": {"key_probe": _KEY}, "required": ["key_probe"]}
-_NAME = "name_probe"
-_FUNCTION = {"name": _NAME, "description": "Probes.", "parameters": _PARAMETERS}
+PROBE = "name_probe"  # a tool, which takes `key_probe`
+_FUNCTION = {"name": PROBE, "description": "Probes.", "parameters": _PARAMETERS}
 _TOOLS: Tools = [{"type": "function", "function": _FUNCTION}]
 
 
@@ -40,12 +40,13 @@ class ToolFacts:
     writes_results: bool = False  # turns of the role `tool`, behind calls
     writes_lone_results: bool = False  # such turns behind an answer that has no calls, or has them in its text
     writes_system: bool = False  # system prompts
+    example: str = ""  # a conversation that ends with a call of PROBE, and maybe with what comes after it
 
     @staticmethod
     def of(attempt: Attempt) -> "ToolFacts":
         """Renders a few dozen short conversations at most."""
         openings = [found for start in ([_USER], [_SYSTEM, _USER]) if (found := attempt(start, _TOOLS))]
-        tools = _TOOLS if openings and all(_NAME in found for found in openings) else None
+        tools = _TOOLS if openings and all(PROBE in found for found in openings) else None
         facts = ToolFacts(
             knows_tools=tools is not None,
             writes_calls=False,
@@ -80,7 +81,8 @@ def _with_calls(facts: ToolFacts, attempt: Attempt, tools: Tools | None) -> Iter
         without_tools = attempt([_USER, each[0], *behind[0]], None)
         yield replace(
             form,
-            names_by_id=_has(without_tools, calls[0].id) and _NAME not in without_tools,
+            example=found,
+            names_by_id=_has(without_tools, calls[0].id) and PROBE not in without_tools,
             writes_results=_has(found, _result_of(1)),
             takes_many=_has(many, _value(1), _value(2)) or not _has(apart, _value(1), _value(2)),
             takes_content=_has(beside, _value(1)) or not _has(before, _TEXT, _value(1)),
@@ -103,7 +105,7 @@ def _result_of(number: int) -> str:
 def _call(number: int, *, short: bool = False) -> Call:
     identity = f"{number}aB3aB3aB" if short else f"call_{number}{'aB3' * 7}aB"
     arguments = {"key_probe": _value(number)}
-    return Call(id=identity, name=_NAME, arguments=arguments, text=json.dumps(arguments))
+    return Call(id=identity, name=PROBE, arguments=arguments, text=json.dumps(arguments))
 
 
 def _answer() -> dict[str, Any]:

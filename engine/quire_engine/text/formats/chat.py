@@ -12,7 +12,7 @@ from quire_engine.guidance import grammars
 from quire_engine.guidance.spec import GuidanceSpec, Marker, Section, Thinking
 from quire_engine.guidance.structure import StructuredOutputs
 from quire_engine.text.formats.bind import BoundFormat, begins_in_reasoning, bind, ends_reasoning
-from quire_engine.text.formats.detect import detect, format_of
+from quire_engine.text.formats.detect import detect, format_of, reads
 from quire_engine.text.formats.facts import Pieces, Space
 from quire_engine.text.formats.families import PLAIN
 from quire_engine.text.formats.grammar import CallRules, call_rules, opener_of
@@ -132,9 +132,11 @@ class ChatFormat:
         self._auto = auto
         template = tokenizer.tool_template
         found = detect(template.source, tokenizer) if template is not None else PLAIN
-        if template is not None and tool_parser is None and (found.calls is None or not template.knows_tools):
-            template.describe_tools()
-            found = replace(found, calls=PLAIN.calls)
+        if template is not None and tool_parser is None:
+            known = template.knows_tools and found.calls is not None
+            if not known or not reads(bind(found, tokenizer), template.example, tokenizer):
+                tokenizer.describe_tools()
+                found = replace(found, calls=PLAIN.calls)
         self._form = bind(format_of(tool_parser, reasoning_parser, otherwise=found), tokenizer)
         self._tokenizer = tokenizer
         self._lark = Lark(self._form.tokens)

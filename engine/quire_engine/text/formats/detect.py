@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from quire_engine.errors import InvalidParameter
+from quire_engine.text.formats.bind import BoundFormat, marked_tail
 from quire_engine.text.formats.facts import Format
 from quire_engine.text.formats.families import (
     CALL_NAMES,
@@ -13,9 +14,13 @@ from quire_engine.text.formats.families import (
     REASONING_NAMES,
     REASONING_SIGNS,
 )
+from quire_engine.text.formats.parser import OutputParser
+from quire_engine.text.formats.tools import Tool
 from quire_engine.text.tokenizer import Tokenizer
+from quire_engine.text.tool_facts import PROBE
 
 NONE = "none"
+_BEFORE_NAME = 200  # characters of what begins a call
 
 
 def format_of(tool_parser: str | None, reasoning_parser: str | None, *, otherwise: Format) -> Format:
@@ -42,6 +47,18 @@ def detect(template_source: str, tokenizer: Tokenizer) -> Format:
         reasoning=REASONING[reasoning] if reasoning else None,
         calls=CALLS[calls] if calls else None,
     )
+
+
+def reads(form: BoundFormat, example: str, tokenizer: Tokenizer) -> bool:
+    """Whether a call of PROBE in an example is one by this format. An example without any tells nothing."""
+    tokens = tokenizer.encode(example, add_special_tokens=False)
+    text = marked_tail(form, tokens, tokenizer, max(len(tokens), 1))
+    end = text.rfind(PROBE)
+    for at in range(end, max(-1, end - _BEFORE_NAME), -1):
+        parser = OutputParser(form, [Tool(PROBE, "", {"type": "object"}, False)], in_reasoning=False)
+        if any(piece.kind == "call" for piece in parser.push(text[at:]) + parser.finish()):
+            return True
+    return end < 0
 
 
 def _told_by(signs: Sequence[tuple[str, tuple[str, ...]]], source: str) -> str | None:
