@@ -233,6 +233,8 @@ def test_gpt_oss_names_the_recipient_in_either_place() -> None:
     pieces = one.read(text)
     assert calls_of(pieces) == [("run_in", {"text": "a"}), ("run_in", {"text": "b"})]
     assert (text_of(pieces, "reasoning"), text_of(pieces, "content")) == ("think", "I look.Done.")
+    for kind in ("code", "<|constrain|>code", ""):
+        assert calls_of(one.read(text.replace("commentary json", f"commentary {kind}"))) == calls_of(pieces)
     first = ' to=functions.run_in<|channel|>commentary <|constrain|>json<|message|>{"text": "a"}'
     assert calls_of(one.read(first)) == [("run_in", {"text": "a"})]
 

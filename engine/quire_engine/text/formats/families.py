@@ -68,7 +68,7 @@ _HARMONY_JSON: Pieces = (
     Either(
         (
             (Text(" "), Mark("<|constrain|>"), Text("json")),
-            (SPACE, Maybe((Mark("<|constrain|>"),)), Maybe((Text("json"),))),
+            (SPACE, Maybe((Mark("<|constrain|>"),)), Maybe((Either(((Text("json"),), (Text("code"),))),))),
         )
     ),
     Mark("<|message|>"),
