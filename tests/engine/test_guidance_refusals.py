@@ -234,6 +234,9 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "too many choices": {"choice": [str(n) for n in range(10_001)]},
     "no schema": {"json": [1]},
     "false": {"json": False},
+    "false beside another": {"regex": False, "choice": ["a"]},
+    "a false text": {"grammar": False},
+    "an object's sign that is none": {"json_object": []},
 }
 
 

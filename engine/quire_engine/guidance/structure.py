@@ -31,7 +31,13 @@ class StructuredOutputs:
     lenient: bool = False  # what of a schema no grammar can hold is not held, where it is refused otherwise
 
     def __post_init__(self) -> None:
-        given = [name for name in _KINDS if getattr(self, name) not in (None, False) or self._false_schema(name)]
+        if not isinstance(self.json_object, bool | None):
+            raise InvalidParameter(
+                f"structured_outputs has json_object = {self.json_object!r:.80}; it must be true or false", _NAME
+            )
+        given = [name for name in _KINDS if getattr(self, name) is not None]
+        if self.json_object is False:
+            given.remove("json_object")
         if len(given) != 1:
             raise InvalidParameter(
                 f"structured_outputs holds {' and '.join(given) or 'nothing'}; give one of {', '.join(_KINDS)}", _NAME
@@ -43,9 +49,6 @@ class StructuredOutputs:
             _check_choices(self.choice)
         if self.json_object not in (None, False, True):
             raise InvalidParameter(f"json_object is {self.json_object!r:.60}; give true, or leave it out", _NAME)
-
-    def _false_schema(self, name: str) -> bool:
-        return name == "json" and self.json is False
 
     @staticmethod
     def of(value: Any) -> "StructuredOutputs":
