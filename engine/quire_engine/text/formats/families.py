@@ -192,9 +192,7 @@ CALLS: dict[str, Calls] = {
         )
     ),
     "seed_oss": Calls(
-        sections=(
-            _qwen_coder((LINE, Mark("<seed:tool_call>"), LINE), (LINE, Mark("</seed:tool_call>")), _IN_LINE),
-        )
+        sections=(_qwen_coder((LINE, Mark("<seed:tool_call>"), LINE), (LINE, Mark("</seed:tool_call>")), _IN_LINE),)
     ),
     "llama3_json": Calls(
         sections=(

@@ -249,7 +249,7 @@ class LiteralRules:
         return json.dumps(key, ensure_ascii=False)
 
 
-def _check_keys(tool: Tool, schema: Any, known: set[str]) -> None:
+def _check_keys(tool: Tool, schema: Any, known: frozenset[str]) -> None:
     if not tool.strict or not isinstance(schema, dict):
         return
     if unknown := sorted(schema.keys() - known):
