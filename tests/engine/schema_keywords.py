@@ -92,6 +92,7 @@ KEYWORDS: dict[str, Any] = {
     "minLength": STR | {"minLength": 3},
     "maxLength": STR | {"maxLength": 2},
     "length of two": STR | {"minLength": 2, "maxLength": 2},
+    "length as large as can be": STR | {"maxLength": 2**53},
     "length of none": STR | {"maxLength": 0},
     "length of 300": STR | {"minLength": 30, "maxLength": 300},
     "pattern": STR | {"pattern": "^[a-z]{2,5}$"},
@@ -274,6 +275,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "required but closed": (_object("z", a=INT) | {"additionalProperties": False}, "'z'"),
     "types that exclude each other": ({"allOf": [INT, STR]}, "incompatible types"),
     "enum of nothing": ({"enum": []}, "empty"),
+    "const beyond 2^53": ({"const": 2**53 + 1}, "too many digits"),
+    "const with an integer beyond 2^53": ({"const": {"id": [2**60 + 1]}}, "too many digits"),
+    "enum of a number that is rounded": ({"enum": [0.25, 123456789.123456789]}, "too many digits"),
+    "enum of a large number that is rounded": ({"enum": [6.9e24]}, "too many digits"),
+    "bounds of 64 bits": (INT | {"minimum": -(2**63), "maximum": 2**63 - 1}, "2^53"),
 }
 
 # name → a schema, an output that it holds of, one that it does not

@@ -92,9 +92,10 @@ def vocabulary() -> tuple[LLTokenizer, list[bytes]]:
     return made, [made.decode_bytes([token]) for token in range(made.vocab_size)]
 
 
-def guided_by(schema: Any) -> LLMatcher:
+def guided_by(schema: Any, *, lenient: bool = False) -> LLMatcher:
     """A matcher at the beginning of an output. Raises InvalidParameter."""
-    return LLMatcher(vocabulary()[0], composed(json_schema(schema)), log_level=0, limits=limits())
+    grammar = composed(json_schema(schema, lenient=lenient))
+    return LLMatcher(vocabulary()[0], grammar, log_level=0, limits=limits())
 
 
 def refusal_of(schema: Any) -> str:
@@ -180,14 +181,36 @@ def test_a_schema_that_no_mask_can_hold_is_refused_by_name(name: str) -> None:
     assert word.lower() in refusal_of(schema).lower()
 
 
-def takes(schema: Any, text: str) -> bool:
+def takes(schema: Any, text: str, *, lenient: bool = False) -> bool:
     """Whether a text can be written, byte by byte, and end there."""
-    matcher = guided_by(schema)
+    matcher = guided_by(schema, lenient=lenient)
     assert not matcher.is_error(), matcher.get_error()
     spellings = vocabulary()[1]
     single = {spelling: token for token, spelling in enumerate(spellings) if len(spelling) == 1}
     tokens = [single[bytes([byte])] for byte in text.encode()]
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, "9223372036854775807"),
+        ({"type": "number", "minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308}, "-0.5"),
+        ({"const": 2**60 + 1}, "1152921504606846977"),
+        ({"enum": ["a", 2**60 + 1]}, "1152921504606846977"),
+        ({"const": {"id": 2**60 + 1}}, '{"id": 1152921504606846977}'),
+        ({"enum": [123456789.123456789]}, "123456789.12345679"),
+    ],
+)
+def test_numbers_that_cannot_be_kept_to_are_free_where_a_schema_may_be_kept_to_in_part(schema: Any, text: str) -> None:
+    assert _is_valid(schema, text)
+    assert takes(schema, text, lenient=True)
+
+
+def test_what_is_left_of_an_enum_of_integers_is_that_they_are() -> None:
+    schema = {"enum": [2**60, 1]}
+    assert takes(schema, "1", lenient=True)
+    assert not takes(schema, '"1"', lenient=True)
 
 
 def _is_valid(schema: Any, text: str) -> bool:

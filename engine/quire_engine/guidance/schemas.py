@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -19,12 +20,16 @@ MAX_PATTERNS = 64  # of one patternProperties
 MAX_ALL_PATTERNS = 256
 MAX_FACTOR = 10_000  # of all multipleOf together, without their factors 2 and 5: what it takes grows with it
 MAX_INTEGER = 2**53  # llguidance reads larger ones as floats
+MAX_BOUND = 10**18  # it knows no larger ones
+MAX_LENGTH = 2**31  # of strings: nobody writes longer ones, and it reads no number beyond 2^32 there
 _DRAFTS = ("draft-04/", "draft-06/", "draft-07/", "draft/2019-09/", "draft/2020-12/")
+_EXPONENT = 22  # the largest power of ten that is a float
 _FOREIGN = {"extends": "draft 3", "disallow": "draft 3", "divisibleBy": "draft 3"}  # read by nobody
 _APPLICATORS = ("allOf", "anyOf", "oneOf", "$ref", "enum", "const")
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "if", "not"}
 _OPEN = _COMBINING | {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames"}
-_NUMBERS = ("const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_NUMBERS = ("multipleOf", *_BOUNDS)
 _NEGATED = re.compile(r"\\.|\[\^(\]?)", re.DOTALL)  # what is escaped, or where a negated class begins
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -67,7 +72,9 @@ def checked(schema: Any, parameter: str, *, lenient: bool = False) -> Any:
             raise refuse(f"names more than {MAX_NAMES} properties; make it smaller")
         if factor > MAX_FACTOR:
             raise refuse("has multipleOf whose least common multiple is too large; make it smaller, or leave it out")
-    if not lenient:
+    if lenient:
+        schema = _rewritten(schema, _within_reach)
+    else:
         for one in _schemas(schema):
             _check_keywords(one, refuse)
     return _without_noise(schema)
@@ -135,9 +142,42 @@ def _check_keywords(schema: Mapping[str, Any], refuse: Any) -> None:
     least = schema.get("minProperties")
     if isinstance(least, int) and least > max(1, len(_listed(schema.get("required")))):
         raise refuse("has a minProperties that cannot be kept to; name the properties in required")
-    for value in [schema.get(name) for name in _NUMBERS] + list(_listed(schema.get("enum"))):
+    for value in [schema.get(name) for name in _NUMBERS]:
         if type(value) is int and abs(value) > MAX_INTEGER:
-            raise refuse(f"has the integer {str(value)[:24]}, which is beyond 2^53; use a string, or another bound")
+            raise refuse(f"has the integer {str(value)[:24]}, which is beyond 2^53; use another bound, or none")
+    for value in _values(schema):
+        if not _is_exact(value):
+            raise refuse(f"has {str(value)[:40]} in an enum or const, a number of too many digits; use a string")
+
+
+def _within_reach(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without bounds that llguidance does not know, and without values of which it would write others."""
+    found = {name: value for name, value in schema.items() if not (name in _BOUNDS and _is_beyond(value, MAX_BOUND))}
+    values = _values(schema)
+    if not all(_is_exact(value) for value in values):
+        found = {name: value for name, value in found.items() if name not in ("enum", "const")}
+        if all(type(value) is int for value in values):
+            found = {"type": "integer"} | found
+    return found
+
+
+def _values(schema: Mapping[str, Any]) -> list[Any]:
+    """Of its enum and its const."""
+    return [*_listed(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether llguidance writes all the numbers of a value as they are: those of many digits it rounds."""
+    if isinstance(value, Mapping | list):
+        return all(_is_exact(inner) for inner in (value.values() if isinstance(value, Mapping) else value))
+    if isinstance(value, float) and math.isfinite(value):
+        _, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
+        return int("".join(map(str, digits))) <= MAX_INTEGER and abs(int(exponent)) <= _EXPONENT
+    return type(value) is not int or abs(value) <= MAX_INTEGER
+
+
+def _is_beyond(value: Any, limit: int) -> bool:
+    return isinstance(value, int | float) and abs(value) >= limit
 
 
 def _listed(value: Any) -> list[Any]:
@@ -195,7 +235,9 @@ def _without_noise(schema: Any) -> Any:
         found = {
             name: value
             for name, value in one.items()
-            if name != "x-guidance" and not (name == "uniqueItems" and value is False)
+            if name != "x-guidance"
+            and not (name == "uniqueItems" and value is False)
+            and not (name == "maxLength" and _is_beyond(value, MAX_LENGTH))
         }
         if isinstance(pattern := found.get("pattern"), str):
             found["pattern"] = _without_nul(pattern)
