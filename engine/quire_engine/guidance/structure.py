@@ -47,8 +47,6 @@ class StructuredOutputs:
                 _check_text(name, getattr(self, name))
         if self.choice is not None:
             _check_choices(self.choice)
-        if self.json_object not in (None, False, True):
-            raise InvalidParameter(f"json_object is {self.json_object!r:.60}; give true, or leave it out", _NAME)
 
     @staticmethod
     def of(value: Any) -> "StructuredOutputs":
