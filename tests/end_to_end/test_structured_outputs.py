@@ -161,6 +161,7 @@ BAD = [
     ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "json_schema"),
     ({"structured_outputs": {"json": {"if": {}}}}, "if"),
     ({"structured_outputs": {"json": {"$ref": "#"}}}, "grammar"),
+    ({"structured_outputs": {"grammar": "start: start"}}, "it allows no output"),
     ({"structured_outputs": {"json": "{"}}, "JSON"),
     ({"structured_outputs": {"regex": "("}}, "regex"),
     ({"structured_outputs": {"choice": []}}, "choice"),

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import RLock
 from typing import Any
 
-from quire_engine.errors import ModelError
-from quire_engine.guidance.grammars import compiled, refused
+from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.guidance.grammars import compiled
 from quire_engine.guidance.spec import GuidanceSpec, Marker
 from quire_engine.guidance.vocabulary import Vocabulary, marked
 
@@ -114,7 +114,8 @@ def _prepared(vocabulary: Callable[[], Vocabulary]) -> Vocabulary:
 def _matcher(grammar: str, vocabulary: Vocabulary) -> Any:
     matcher, problem = compiled(grammar, vocabulary.compiled, vocabulary.encode("{"))
     if problem:
-        raise refused(problem)
+        where = "structured_outputs, response_format or tools"
+        raise InvalidParameter(f"the grammar of {where} cannot be used: {problem}")
     return matcher
 
 

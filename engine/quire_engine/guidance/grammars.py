@@ -24,6 +24,7 @@ _SHORT = 2048  # characters, in which no grammar takes 2 MiB of the stack
 _stacks = threading.Lock()  # their size is the whole process's
 _SHOWN = 300  # characters of what llguidance says
 _UNKNOWN = re.compile(r"Unimplemented keys: (\[.*?\])")
+_FORMAT = re.compile(r"Unknown format: (.{1,60})")
 _SAMPLED = re.compile(r"^[ \t]*[?!]?\w+\[[^\]\n]*\b(temperature|max_tokens)\b", re.MULTILINE)
 _CONTEXT = re.compile(r"\n +\d+ \| .*", re.DOTALL)  # the lines of the grammar that it shows
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
@@ -53,6 +54,12 @@ def reason(error: str) -> str:
         return f"a JSON schema has {', '.join(json.loads(found[1]))}, which no grammar can hold; leave it out"
     if "limit" in error or "too big" in error:
         return "it takes too much to follow; make it smaller or simpler"
+    if "NoExtensionBias" in error:
+        return "it allows no output, or only ones without end; mend it"
+    if (found := _FORMAT.fullmatch(error)) is not None:
+        return f"a JSON schema has the format {found[1]}, which no grammar is known for; leave it out"
+    if "regex for integer range" in error or "regex for float range" in error:
+        return "a JSON schema has a bound of numbers that is too large to be kept to; leave it out"
     if "coerce_one_of" in error:
         return "oneOf has choices that may overlap; use anyOf"
     return " ".join(_CONTEXT.sub("", error).replace("<non-verbose/>", "").split())[:_SHOWN].rstrip(" .")
@@ -136,18 +143,13 @@ def marker_of(text: str, delimiters: Mapping[str, int]) -> Marker:
 def check(grammar: str) -> None:
     """Raises InvalidParameter for a grammar that cannot be followed. It must name no tokens: none are known here."""
     if problem := problem_of(grammar):
-        raise refused(problem)
+        raise InvalidParameter(f"the grammar cannot be used: {problem}", _NAME)
 
 
 def problem_of(grammar: str) -> str:
     """Why such a grammar cannot be followed, even where each byte is a token; "" where it can."""
     _, problem = compiled(grammar, _bytes_alone(), b"{")
     return problem
-
-
-def refused(problem: str) -> InvalidParameter:
-    """The error of such a grammar."""
-    return InvalidParameter(f"the grammar cannot be used: {problem}", _NAME)
 
 
 def compiled(grammar: str, tokenizer: Any, brace: Sequence[int]) -> tuple[Any, str]:

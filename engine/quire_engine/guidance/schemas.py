@@ -73,7 +73,7 @@ def checked(schema: Any, parameter: str, *, lenient: bool = False) -> Any:
         if factor > MAX_FACTOR:
             raise refuse("has multipleOf whose least common multiple is too large; make it smaller, or leave it out")
     if lenient:
-        schema = _rewritten(schema, _within_reach)
+        schema = rewritten(schema, _within_reach)
     else:
         for one in _schemas(schema):
             _check_keywords(one, refuse)
