@@ -13,9 +13,10 @@ from conftest import RunningServer
 from pydantic import BaseModel, ConfigDict
 from web import LIMIT, http
 
+PROPERTIES = {"colour": {"enum": ["red", "green"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}}
 SCHEMA = {
     "type": "object",
-    "properties": {"colour": {"enum": ["red", "green"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "properties": PROPERTIES,
     "required": ["colour", "n"],
     "additionalProperties": False,
 }
@@ -97,6 +98,29 @@ def test_the_response_format_of_a_schema(talker: RunningServer, strict: bool | N
     assert whole
     for text in whole:
         jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_what_cannot_be_held_is_left_out_of_a_schema_that_is_not_strict(talker: RunningServer) -> None:
+    schema = SCHEMA | {
+        "properties": PROPERTIES
+        | {"code": {"enum": ["abc"], "pattern": "^(?=a)"}, "at": {"const": 7, "maximum": 2**63 - 1}},
+        "required": ["colour", "n", "code", "at"],
+        "uniqueItems": True,
+    }
+    answers = [
+        ask(
+            talker,
+            "chat/completions",
+            response_format={"type": "json_schema", "json_schema": {"schema": schema, "strict": False}},
+            seed=seed,
+            **brief("json"),
+        )
+        for seed in range(8)
+    ]
+    whole = [text for text, reason in answers if reason == "stop"]
+    assert whole
+    for text in whole:
+        jsonschema.validate(json.loads(text), schema)
 
 
 def test_the_response_format_of_any_object(talker: RunningServer) -> None:

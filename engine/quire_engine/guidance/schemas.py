@@ -93,6 +93,12 @@ def closed(schema: Any, parameter: str) -> Any:
     return rewritten(schema, _closed_here)
 
 
+def without_patterns(schema: Any) -> Any:
+    """The same without its regular expressions, of which llguidance does not know all."""
+    named = ("pattern", "patternProperties")
+    return rewritten(schema, lambda one: {name: value for name, value in one.items() if name not in named})
+
+
 def _closed_here(schema: dict[str, Any]) -> dict[str, Any]:
     properties = schema.get("properties")
     if not isinstance(properties, Mapping) or schema.keys() & _OPEN:

@@ -7,7 +7,7 @@ from typing import Any
 
 from quire_engine.errors import InvalidParameter
 from quire_engine.guidance import grammars
-from quire_engine.guidance.schemas import check_depth, text_of
+from quire_engine.guidance.schemas import check_depth, text_of, without_patterns
 from quire_engine.guidance.spec import GuidanceSpec, Section
 
 MAX_GRAMMAR = 1 << 18  # characters of any kind of grammar
@@ -72,7 +72,11 @@ class StructuredOutputs:
     def content(self) -> dict[str, Any]:
         """The grammar, but for structural tags."""
         if self.json is not None:
-            return grammars.json_schema(_read("json", self.json), lenient=self.lenient)
+            schema = _read("json", self.json)
+            found = grammars.json_schema(schema, lenient=self.lenient)
+            if self.lenient and grammars.problem_of(grammars.composed(found)):
+                found = grammars.json_schema(without_patterns(schema), lenient=True)
+            return found
         if self.json_object:
             return grammars.json_schema({"type": "object"})
         if self.regex is not None:

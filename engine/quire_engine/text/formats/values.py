@@ -10,10 +10,10 @@ from typing import Any
 
 from quire_engine.errors import InvalidParameter
 from quire_engine.guidance import grammars
+from quire_engine.guidance.schemas import without_patterns
 from quire_engine.text.formats.facts import Either, Literals, Mark, Pieces, Tagged, Text
 from quire_engine.text.formats.lark import Lark, quoted
 from quire_engine.text.formats.schema import (
-    DEFINITIONS,
     MAX_KEY,
     NOTES,
     TYPES,
@@ -40,7 +40,7 @@ def kept_to(tool: Tool) -> Tool:
     """The tool with a schema that llguidance can hold to. Raises InvalidParameter where there is none."""
     problem = _problem(tool.parameters, tool)
     if problem and not tool.strict:
-        tool = replace(tool, parameters=_without_patterns(tool.parameters))
+        tool = replace(tool, parameters=without_patterns(tool.parameters))
         problem = _problem(tool.parameters, tool)
     if problem:
         raise _refused(tool, problem)
@@ -63,19 +63,6 @@ def _problem(schema: dict[str, Any], tool: Tool) -> str:
         return grammars.problem_of(grammars.composed(_schema(schema, tool)))
     except InvalidParameter as error:
         return str(error)
-
-
-def _without_patterns(schema: Any, *, names: bool = False) -> Any:
-    """A schema without its regular expressions, of which llguidance does not know all. `names`: its keys are names."""
-    if isinstance(schema, list):
-        return [_without_patterns(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: _without_patterns(value, names=not names and key in ("properties", *DEFINITIONS))
-        for key, value in schema.items()
-        if names or key not in ("pattern", "patternProperties")
-    }
 
 
 def pair_rules(lark: Lark, style: Tagged, tool: Tool, name: str) -> str:
