@@ -227,7 +227,7 @@ BAD = [
     ("chat/completions", CHAT | {"allowed_token_ids": []}, 400, "allowed_token_ids"),
     ("chat/completions", CHAT | {"allowed_token_ids": [10**20]}, 400, None),
     ("chat/completions", CHAT | {"stop_token_ids": [10**6]}, 400, "stop_token_ids"),
-    ("chat/completions", CHAT | {"logprobs": True, "top_logprobs": 10**6}, 400, "logprobs"),
+    ("chat/completions", CHAT | {"logprobs": True, "top_logprobs": 10**6}, 400, "top_logprobs"),
     ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs"),
     ("chat/completions", CHAT | {"min_tokens": 20, "max_tokens": 10}, 400, "min_tokens"),
     ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools"),

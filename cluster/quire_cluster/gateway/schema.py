@@ -9,6 +9,7 @@ from pydantic import Field
 from quire_engine.errors import InvalidParameter
 from quire_engine.guidance.schemas import closed
 from quire_engine.guidance.structure import StructuredOutputs
+from quire_engine.request import MAX_LOGPROBS
 from quire_engine.text.formats.chat import ToolUse
 from quire_engine.text.formats.tools import MAX_TOOLS
 from quire_engine.text.params import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_TOKENS, SamplingParams
@@ -207,6 +208,10 @@ class ChatCompletionRequest(_Sampling):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidParameter("top_logprobs needs logprobs = true", "top_logprobs")
+        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
+            raise InvalidParameter(
+                f"top_logprobs is {self.top_logprobs}; it must be between 0 and {MAX_LOGPROBS}", "top_logprobs"
+            )
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidParameter("max_tokens and max_completion_tokens differ; give one", "max_tokens")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
