@@ -16,16 +16,11 @@ from web import LIMIT
 
 
 async def events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """As server-sent events are defined: `aiter_lines` ends lines within JSON, too, at U+2028 and its like."""
-    rest = b""
-    async for piece in answer.aiter_bytes():
-        *whole, rest = (rest + piece).split(b"\n\n")
-        for one in whole:
-            if one != b"data: [DONE]":
-                event = json.loads(one.removeprefix(b"data: "))
-                assert "error" not in event, event
-                yield event
-    assert not rest
+    async for line in answer.aiter_lines():
+        if line and line != "data: [DONE]":
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            yield event
 
 
 class Readers:

@@ -20,11 +20,12 @@ SCHEMA = {
     "required": ["colour", "n"],
     "additionalProperties": False,
 }
+CHOICES = ("no", "é\n", "\u2028n\x85o\u2029")  # of what some readers of streams end lines at
 KINDS: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
     "json": ({"json": SCHEMA}, lambda text: jsonschema.validate(json.loads(text), SCHEMA) is None),
     "json_object": ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
     "regex": ({"regex": "[ab]{2,6}c"}, lambda text: re.fullmatch("[ab]{2,6}c", text) is not None),
-    "choice": ({"choice": ["yes", "no", "é\n"]}, lambda text: text in ("yes", "no", "é\n")),
+    "choice": ({"choice": [*CHOICES]}, lambda text: text in CHOICES),
     "grammar": ({"grammar": 'root ::= "a" [0-9]{1,2}'}, lambda text: re.fullmatch("a[0-9]{1,2}", text) is not None),
     "structural_tag": (
         {
@@ -61,7 +62,7 @@ def ask(talker: RunningServer, route: str, **body: Any) -> Any:
     if not given.get("stream"):
         choice = answer.json()["choices"][0]
         return choice["text"] if "text" in choice else choice["message"]["content"], choice["finish_reason"]
-    chunks = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     text = "".join(one["text"] if "text" in one else one["delta"].get("content") or "" for one in choices)
     return text, next(one["finish_reason"] for one in choices if one["finish_reason"])

@@ -293,7 +293,7 @@ def test_a_model_with_a_template_for_tools_uses_it_for_tools_alone() -> None:
 
 def test_what_the_openai_package_gives_back_is_taken() -> None:
     answer = ChatCompletionMessage.model_validate(
-        calling(call(0), annotations=[], reasoning_content="Hm") | {"parsed": None}
+        calling(call(0), annotations=[], reasoning_details=[], reasoning_content="Hm") | {"parsed": None}
     )
     template = read(model("Qwen-Qwen2.5-7B-Instruct"))
     for sent in (answer.model_dump(), answer.model_dump(exclude_none=True), answer.to_dict()):

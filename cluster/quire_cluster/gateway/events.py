@@ -11,10 +11,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
+_LINE_ENDS = [(end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\u0085\u2028\u2029"]  # which JSON may hold
 
 
 class EventStream(Response):
-    """Server-sent events. The client's going away cancels the iteration, whose `finally` aborts the work."""
+    """Server-sent events of JSON, with no line ends within that some clients split at, though the standard does not.
+    The client's going away cancels the iteration, whose `finally` aborts the work."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(media_type="text/event-stream")
@@ -39,6 +41,8 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for event in self._events:
+                for end, escaped in _LINE_ENDS:
+                    event = event.replace(end, escaped)
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:

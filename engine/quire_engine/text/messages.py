@@ -14,6 +14,7 @@ MAX_CALLS = 128  # of one message
 MAX_NAME = 256  # characters of a tool's name or a call's id
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that a past turn's reasoning goes by
 _READ = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING}
+_LISTS = {"tool_calls", "annotations", "reasoning_details"}  # which say nothing where they are empty
 _SAYS_NOTHING = {  # but what is said elsewhere as well
     "cache_control",  # every prefix is cached
     "parsed",  # the content, as the openai package reads it
@@ -106,7 +107,7 @@ def _without_nulls(message: Any, place: int, also_read: frozenset[str]) -> dict[
     content = content_of(message, place)
     turn = {}
     for name, value in message.items():
-        if value is None or name in _SAYS_NOTHING or (name in ("tool_calls", "annotations") and value == []):
+        if value is None or name in _SAYS_NOTHING or (name in _LISTS and value == []):
             continue
         if name == "function_call":
             _refuse(f"message {place} holds function_call, which is deprecated; send tool_calls")
