@@ -149,6 +149,7 @@ def test_a_replica_that_hangs_while_it_loads_is_replaced(config: EngineConfig, n
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.slow
 def test_a_controller_that_hangs_is_started_again(config: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
     """Its replicas go on, and the new one looks after them."""
 

@@ -185,6 +185,7 @@ def test_who_interrupts_twice_does_not_wait(checkpoint: Callable[[str], Path]) -
         tokens(impatient, "w5 w17")
 
 
+@pytest.mark.slow  # five processes start
 def test_workers_end_with_their_llm(checkpoint: Callable[[str], Path]) -> None:
     """Two beside each other, one closed twice, the other forgotten."""
     options: dict[str, Any] = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 4 << 20, "cpu_threads": 1}

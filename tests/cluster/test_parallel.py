@@ -206,6 +206,7 @@ def test_a_rank_that_dies_in_loading_is_the_cause(checkpoint: Make) -> None:
         failed.result()
 
 
+@pytest.mark.slow
 def test_a_rank_may_load_slowly(checkpoint: Make) -> None:
     def hold_up(pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)
