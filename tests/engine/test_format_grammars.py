@@ -135,7 +135,11 @@ def test_the_openers_of_sections_are_told_as_tokens_and_texts() -> None:
         return [tuple(texts.get(part, part) for part in opener) for opener in rules.signs]
 
     assert openers("hermes") == openers("hermes", tokens=False) == [("<tool_call>",)]
-    assert openers("openai") == [("<|channel|>", "commentary to=functions.")]
+    assert openers("openai") == [
+        ("<|channel|>", "commentary to=functions."),
+        ("<|channel|>", "analysis to=functions."),
+    ]
+    assert openers("phi4_mini_json", tokens=False) == [("functools[",)], "a word alone may be content"
     names = [tool.name for tool in TOOLS]
     assert openers("llama3_json") == [(f'{{"name": "{name}"',) for name in names], "what begins like one may be content"
     assert openers("pythonic") == [(f"[{name}(",) for name in names]

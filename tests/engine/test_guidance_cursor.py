@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -105,7 +106,7 @@ def thinking(**options: Any) -> Thinking:
 
 
 def section(opener: tuple[str | int, ...], body: str) -> Section:
-    return Section(signs=(opener,), grammar=grammars.composed(grammars.section(opener, f"body: {body}")))
+    return Section(signs=(opener,), grammar=grammars.composed(grammars.section((opener,), f"body: {body}")))
 
 
 NUMBER = section(("<n>",), '/[0-9]+/ "."')
@@ -263,12 +264,16 @@ def test_openers_that_are_tokens_count_within_thinking() -> None:
     ("before", "counts"), [("", True), (" \n", True), ("a", False), (" a ", False), ("<n", False), ("<", False)]
 )
 def test_an_opener_that_counts_only_first(before: str, counts: bool) -> None:
-    now = walk(sections=(NUMBER,), only_first=True, most=9).go(*letters(before))
-    assert now.go(*letters("<n>")).free != counts
+    first = replace(NUMBER, only_first=True)
+    assert walk(sections=(first,), most=9).go(*letters(f"{before}<n>")).free != counts
+    both = walk(sections=(first, TOOL_CALL), most=9).go(*letters(before))
+    assert not both.go(TOOL).free, "the other one counts everywhere"
+    again = walk(sections=(first,), most=9).go(*letters(f"<n>1.{before}<n>"))
+    assert again.free != counts, "content begins anew after a section"
 
 
 def test_an_opener_within_a_token_counts_as_first_only_without_text_before_it() -> None:
-    spec = {"sections": (section(("he",), '/[0-9]+/ "."'),), "only_first": True}
+    spec = {"sections": (replace(section(("he",), '/[0-9]+/ "."'), only_first=True),)}
     assert walk(**spec).go(token("the")).free
     assert walk(**spec).go(*letters("he")).allowed() == DIGITS
 
@@ -296,7 +301,7 @@ def guides() -> list[Guide]:
         GuidanceSpec(content=choice, thinking=thinking(budget=4, closing=(*letters("n>"), THOUGHT), opening=(THINK,))),
         GuidanceSpec(content=choice, thinking=thinking(**opening, budget=3, closing=tuple(letters("<n>")))),
         GuidanceSpec(thinking=thinking(inside=False), sections=(NUMBER, TOOL_CALL), most=2),
-        GuidanceSpec(sections=(TOOL_CALL, NUMBER), only_first=True, then_end=True),
+        GuidanceSpec(sections=(replace(TOOL_CALL, only_first=True), NUMBER), then_end=True),
         GuidanceSpec(thinking=thinking(), sections=(section((TOOL, "<", CHANNEL), '"n" | "<n>"'), NUMBER), most=3),
     ]
     return [Guide(spec, VOCABULARY) for spec in specs]

@@ -10,7 +10,7 @@ from typing import Any
 
 from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.guidance.grammars import compiled
-from quire_engine.guidance.spec import GuidanceSpec, Marker
+from quire_engine.guidance.spec import GuidanceSpec, Marker, Section
 from quire_engine.guidance.vocabulary import Vocabulary, marked
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,10 @@ class Guide:
         self.spec = spec
         self.vocabulary = vocabulary
         self.content = _matcher(spec.content, vocabulary) if spec.content else None
-        self.sections: list[tuple[Marker, bytes, Any]] = []  # each sign, its bytes, and the matcher of its section
+        self.sections: list[tuple[Section, Marker, bytes, Any]] = []  # for each sign; its bytes, its section's matcher
         for section in spec.sections:
             matcher = _matcher(section.grammar, vocabulary)
-            self.sections += [(sign, _pattern(sign), matcher) for sign in section.signs]
+            self.sections += [(section, sign, _pattern(sign), matcher) for sign in section.signs]
         thinking = spec.thinking
         self.begin = _pattern(thinking.begin) if thinking is not None else b""
         self.end = _pattern(thinking.end) if thinking is not None else b""

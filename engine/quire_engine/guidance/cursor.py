@@ -38,7 +38,7 @@ class Cursor:
         self._closing = 0  # tokens that end it by force
         self._breaks = 0  # tokens of line breaks between it and the content
         self._sections = 0
-        self._seen = _Tail(max(map(len, (guide.begin, guide.end, *(pattern for _, pattern, _ in guide.sections)))))
+        self._seen = _Tail(max(map(len, (guide.begin, guide.end, *(pattern for _, _, pattern, _ in guide.sections)))))
         self._written = 0  # tokens of free content
         self._text: int | None = None  # the first of them that is not blank
         self._phase = _Phase.FREE
@@ -168,16 +168,15 @@ class Cursor:
 
     def _find_section(self, *, delimited: bool) -> None:
         """Whether a sign has come. `delimited`: of those alone that are no text."""
-        if self._spec.only_first and self._is_text_before(len(self._seen)):
-            return
-        for sign, pattern, start in self.guide.sections:
-            if delimited and not isinstance(sign[0], int):
+        begun = self._is_text_before(len(self._seen))
+        for section, sign, pattern, start in self.guide.sections:
+            if (delimited and not isinstance(sign[0], int)) or (section.only_first and begun):
                 continue
             found = self._seen.find(pattern)
             if found is None:
                 continue
             before, tokens = found
-            if self._spec.only_first and (before.strip() or self._is_text_before(len(tokens))):
+            if section.only_first and (before.strip() or self._is_text_before(len(tokens))):
                 continue
             matcher = start.deep_copy()
             if matcher.try_consume_tokens(tokens) == len(tokens):  # else what follows is no such part: text
@@ -194,7 +193,7 @@ class Cursor:
     def _end_section(self) -> None:
         self._sections += 1
         self._matcher = None
-        self._text = -1
+        self._text = None  # content begins anew
         ends = self._spec.then_end or self._sections >= self._spec.most
         self._phase = _Phase.ENDED if ends else _Phase.FREE
 

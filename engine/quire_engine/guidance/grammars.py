@@ -202,15 +202,18 @@ def _check_lark(text: str) -> None:
         checked(schema, _NAME)
 
 
-def section(opener: Marker, body: str) -> dict[str, Any]:
-    """A grammar of an opener and what comes after it: a rule, named `body`, and those it needs.
+def section(openers: Sequence[Marker], body: str) -> dict[str, Any]:
+    """A grammar of one of the openers and what comes after it: a rule, named `body`, and those it needs.
 
-    Where the opener is text it may begin within a token, which writes something before it.
+    Where an opener is text it may begin within a token, which writes something before it.
     """
-    first, rest = opener[0], opener[1:]
-    if isinstance(first, int):
-        return lark(f"start: {literal(opener)} body\n{body}")
     from llguidance import regex_to_lark
 
-    lead = f"lead[lazy]: /(?s:.)*{regex_to_lark(re.escape(first))}/"
-    return lark(f"start: lead {literal(rest)} body\n{lead}\n{body}")
+    starts, leads = [], []
+    for number, (first, *rest) in enumerate(openers):
+        if isinstance(first, int):
+            starts.append(f"{literal((first, *rest))} body")
+        else:
+            starts.append(f"lead_{number} {literal(tuple(rest))} body")
+            leads.append(f"lead_{number}[lazy]: /(?s:.)*{regex_to_lark(re.escape(first))}/")
+    return lark("\n".join([f"start: {' | '.join(starts)}", *leads, body]))

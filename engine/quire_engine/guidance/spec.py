@@ -28,6 +28,7 @@ class Section:
 
     signs: tuple[Marker, ...]  # each tells that it has begun
     grammar: str  # from the token on in which a sign begins
+    only_first: bool = False  # signs count where the content begins, and nowhere else
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,6 @@ class GuidanceSpec:
     content: str = ""  # the grammar of all that is no thinking; "": the content is free
     thinking: Thinking | None = None
     sections: tuple[Section, ...] = ()
-    only_first: bool = False  # signs count where the content begins, and nowhere else
     most: int = 1  # sections, after which the output ends
     then_end: bool = False  # it ends after the first one
 

@@ -168,7 +168,7 @@ def _tags(value: Any, delimiters: Mapping[str, int]) -> GuidanceSpec:
             raise InvalidParameter(f"the trigger {trigger[:60]!r} begins no tag", _NAME)
         opener = grammars.marker_of(trigger, delimiters)
         body = "body: " + " | ".join(rules)
-        sections.append(Section(signs=(opener,), grammar=grammars.composed(grammars.section(opener, body), **named)))
+        sections.append(Section(signs=(opener,), grammar=grammars.composed(grammars.section((opener,), body), **named)))
     if idle := [tag for tag in tags if not any(_tag(0, tag)[0].startswith(trigger) for trigger in triggers)]:
         raise InvalidParameter(f"no trigger begins the tag {_tag(0, idle[0])[0][:60]!r}", _NAME)
     return GuidanceSpec(sections=tuple(sections), most=_MOST_SECTIONS, then_end=bool(given.get("stop_after_first")))

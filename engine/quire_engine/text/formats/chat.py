@@ -4,6 +4,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import eq
 from threading import Lock
 from typing import Any
 
@@ -199,21 +200,33 @@ class ChatFormat:
             either = f"start: {calls} | {self._wrapped('@answer')}\n{rules.lark}"
             content = grammars.composed(grammars.lark(either), answer=structure.content())
             return GuidanceSpec(content=content, thinking=thinking)
+        ways = self._ways(rules, tools, parallel=use.parallel)
         return GuidanceSpec(
             thinking=thinking,
-            sections=_sections(rules),
-            only_first=rules.only_first,
+            sections=tuple(map(_section, ways)),
             most=MAX_CALLS,
-            then_end=not rules.repeats,
+            then_end=not all(way.repeats for way in ways),
         )
 
-    def _rules_of(self, tools: tuple[Tool, ...], *, parallel: bool) -> CallRules:
-        key = json.dumps([[(tool.name, tool.parameters, tool.strict) for tool in tools], parallel])
+    def _ways(self, rules: CallRules, tools: tuple[Tool, ...], *, parallel: bool) -> list[CallRules]:
+        """Of all ways to write calls, those that can be told apart by their signs."""
+        ways = [rules]
+        for place, section in enumerate(self._form.calls.sections if self._form.calls is not None else ()):
+            if section != self._form.written:
+                other = self._rules_of(tools, parallel=parallel, place=place)
+                if not any(_are_alike(sign, known) for sign in other.signs for way in ways for known in way.signs):
+                    ways.append(other)
+        return ways
+
+    def _rules_of(self, tools: tuple[Tool, ...], *, parallel: bool, place: int | None = None) -> CallRules:
+        """`place`: of the way to write calls among all that are read; None: the one that is written."""
+        key = json.dumps([[(tool.name, tool.parameters, tool.strict) for tool in tools], parallel, place])
         with self._lock:
             if (found := self._rules.get(key)) is not None:
                 self._rules.move_to_end(key)
                 return found
-        rules = call_rules(self._form, tools, parallel=parallel, most=MAX_CALLS)
+        section = self._form.calls.sections[place] if place is not None and self._form.calls is not None else None
+        rules = call_rules(self._form, tools, parallel=parallel, most=MAX_CALLS, section=section)
         with self._lock:
             self._rules[key] = rules
             if len(self._rules) > _KEPT:
@@ -263,6 +276,15 @@ class ChatFormat:
         return tuple(tokens)
 
 
-def _sections(rules: CallRules) -> tuple[Section, ...]:
-    grammar = grammars.composed(grammars.section(rules.opener, f"body: calls_body\n{rules.lark}"))
-    return (Section(signs=tuple(rules.signs), grammar=grammar),)
+def _section(rules: CallRules) -> Section:
+    grammar = grammars.composed(grammars.section(rules.openers, f"body: calls_body\n{rules.lark}"))
+    return Section(signs=tuple(rules.signs), grammar=grammar, only_first=rules.only_first)
+
+
+def _are_alike(sign: Marker, other: Marker) -> bool:
+    """Whether one begins with the other, so that they cannot be told apart when it has come."""
+    return all(map(eq, _letters(sign), _letters(other)))
+
+
+def _letters(sign: Marker) -> list[str | int]:
+    return [letter for part in sign for letter in (part if isinstance(part, str) else (part,))]

@@ -1,16 +1,18 @@
 """Calls as a grammar, in llguidance's Lark: made of the same facts that the parser reads by."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 
 from quire_engine.errors import InvalidParameter
 from quire_engine.text.formats.bind import BoundFormat
-from quire_engine.text.formats.facts import Blank, Either, Literals, Mark, Pieces, Section, Space, Tagged, Text
+from quire_engine.text.formats.facts import Blank, Either, Literals, Mark, Pieces, Section, Space, Tagged, Text, leading
 from quire_engine.text.formats.lark import Lark
 from quire_engine.text.formats.tools import Tool
 from quire_engine.text.formats.values import LiteralRules, json_rule, kept_to, pair_rules
 
 Opener = tuple[str | int, ...]
+_MAX_OPENERS = 8  # of one section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +21,19 @@ class CallRules:
     else a mask would allow it within a text, where the parser takes it for the delimiter that it is."""
 
     lark: str  # `calls_open` and `calls_body`: a section's opener and all the rest of it; `calls_all`: all calls
-    opener: Opener  # what begins a section within content: texts and token ids, one after the other
-    signs: list[Opener]  # what tells that one has begun: the opener, or more of it where it might be content as well
+    openers: list[Opener]  # what may begin a section within content: texts and token ids, one after the other
+    signs: list[Opener]  # what tells that one has begun: an opener, or more of it where it might be content as well
     only_first: bool  # whether a section counts only where content begins
     repeats: bool  # whether a further section may follow one
 
 
-def call_rules(form: BoundFormat, tools: Sequence[Tool], *, parallel: bool, most: int) -> CallRules:
-    """Calls of these tools, `most` at most, and one where they are not `parallel`. Raises InvalidParameter for a tool
-    whose schema cannot be a grammar."""
-    section = form.written
+def call_rules(
+    form: BoundFormat, tools: Sequence[Tool], *, parallel: bool, most: int, section: Section | None = None
+) -> CallRules:
+    """Calls of these tools, `most` at most, and one where they are not `parallel`. `section`: of the format, the way to
+    write them; None: the one that is written where they are required. Raises InvalidParameter for a tool whose schema
+    cannot be a grammar."""
+    section = section or form.written
     if section is None or not tools:
         raise InvalidParameter(
             "this model's format has no tool calls; leave tool_choice out, or have the server started with a "
@@ -39,8 +44,9 @@ def call_rules(form: BoundFormat, tools: Sequence[Tool], *, parallel: bool, most
     lark = Lark(form.tokens)
     before = section.call.before
     name = before.index(Blank.NAME)
-    opening, rest = _opening(section.begin) if section.begin else (before[:name], ())
-    first = before[:name] if section.begin else ()
+    opened = leading(section.begin) is not None
+    opening, rest = _opening(section.begin) if opened else (before[:name], ())
+    first = before[:name] if opened else ()
     calls = [_call(lark, section, tool, place) for place, tool in enumerate(tools)]
     lark.rule("calls_named", " | ".join(calls))
     more = max((most if parallel else 1) - 1, 0)
@@ -51,11 +57,16 @@ def call_rules(form: BoundFormat, tools: Sequence[Tool], *, parallel: bool, most
     again = f"({lark.sequence(section.apart, 'calls_open calls_body')}){{0,{more}}}"
     repeats = bool(section.repeats and more)
     lark.rule("calls_all", lark.sequence("calls_open calls_body", again if repeats and not several else ""))
-    opener = opener_of(lark, opening)
+    openers = [opener_of(lark, pieces) for pieces in islice(_openings(opening), _MAX_OPENERS)]
+    signs = openers
+    if section.only_first:
+        signs = [opener_of(lark, _named(section, tool)) for tool in tools]
+    elif all(isinstance(piece, Text) and piece.text.isalpha() for piece in opening):
+        signs = [opener_of(lark, section.begin)]  # a word alone is content
     return CallRules(
         lark=lark.text(),
-        opener=opener,
-        signs=[opener_of(lark, _named(section, tool)) for tool in tools] if section.only_first else [opener],
+        openers=openers,
+        signs=signs,
         only_first=section.only_first,
         repeats=repeats,
     )
@@ -66,7 +77,8 @@ def _named(section: Section, tool: Tool) -> Pieces:
     before = section.call.before
     name = before.index(Blank.NAME)
     end = next((place for place in range(name + 1, len(before)) if isinstance(before[place], Text | Mark)), name)
-    return (*section.begin, *before[:name], Text(tool.name), *before[name + 1 : end + 1])
+    begin = section.begin[1:] if section.begin and isinstance(section.begin[0], Space) else section.begin
+    return (*begin, *before[:name], Text(tool.name), *before[name + 1 : end + 1])
 
 
 def _call(lark: Lark, section: Section, tool: Tool, place: int) -> str:
@@ -89,6 +101,12 @@ def _opening(begin: Pieces) -> tuple[Pieces, Pieces]:
         (place for place in range(start, len(begin)) if not isinstance(begin[place], Text | Mark | Either)), len(begin)
     )
     return begin[start:end], begin[end:]
+
+
+def _openings(opening: Pieces) -> Iterator[Pieces]:
+    """The ways to write it, the usual one first."""
+    options = [piece.options if isinstance(piece, Either) else ((piece,),) for piece in opening]
+    return (tuple(piece for option in chosen for piece in option) for chosen in product(*options))
 
 
 def opener_of(lark: Lark, pieces: Pieces) -> Opener:
