@@ -20,7 +20,7 @@ SCHEMA = {
     "required": ["colour", "n"],
     "additionalProperties": False,
 }
-CHOICES = ("no", "é\n", "\u2028n\x85o\u2029")  # of what some readers of streams end lines at
+CHOICES = ("no", "é\n", "n\u2028\x85o\u2029s")  # of what some readers of streams end lines at
 KINDS: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
     "json": ({"json": SCHEMA}, lambda text: jsonschema.validate(json.loads(text), SCHEMA) is None),
     "json_object": ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
