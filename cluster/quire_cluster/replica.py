@@ -216,15 +216,14 @@ class EngineThread:
 
     def _tell_admitted(self) -> None:
         """Of those whose grammar is compiled, if they have one: one that has a fault is refused instead."""
-        if not self._untold:
-            return
         updates: dict[GatewaySession, pb.SessionUpdate] = {}
         for request in self._untold:
             if request.state not in (State.PREPARING, State.FINISHED):
                 session, wire_id = self._owners[request.id]
                 updates.setdefault(session, pb.SessionUpdate()).admitted.append(wire_id)
         self._untold = [request for request in self._untold if request.state is State.PREPARING]
-        self._deliver(list(updates.items()))
+        if updates:
+            self._deliver(list(updates.items()))
 
     def _tell_started(self, requests: list[Request]) -> None:
         """Before the step is computed: if it kills, gateways know what was in it."""
