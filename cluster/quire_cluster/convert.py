@@ -1,7 +1,7 @@
 """Between the internal protocol's messages and the engine's objects. Torch-free: replicas and gateways both use it."""
 
-import sys
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 from quire_engine.errors import BY_NAME, EngineFailure, QuireError
@@ -49,6 +49,13 @@ def sampling_to_proto(params: EngineSampling) -> pb.EngineSampling:
     return message
 
 
+@lru_cache(32)
+def _the_same(guidance: str) -> str:
+    """Requests that have the same description share one string, which a plan then holds once. (What sys.intern is given
+    stays for good before Python 3.12.7.)"""
+    return guidance
+
+
 def sampling_from_proto(message: pb.EngineSampling) -> EngineSampling:
     """Every field."""
     return EngineSampling(
@@ -59,7 +66,7 @@ def sampling_from_proto(message: pb.EngineSampling) -> EngineSampling:
         logit_bias=dict(message.logit_bias) or None,
         allowed_token_ids=TokenSet(message.allowed_token_ids),
         bad_words=tuple(tuple(word.ids) for word in message.bad_words),
-        guidance=sys.intern(message.guidance),  # many requests have the same, and a plan holds it once then
+        guidance=_the_same(message.guidance),
     )
 
 

@@ -124,6 +124,13 @@ def test_a_step_of_the_largest_rows_is_carried(kind: str) -> None:
     assert last.params == rows[-1].params
 
 
+def test_what_guides_many_requests_goes_to_the_workers_once() -> None:
+    sent = sampling_to_proto(EngineSampling(guidance="a long description " * 5000)).SerializeToString()
+    fresh = [sampling_from_proto(pb.EngineSampling.FromString(sent)) for _ in range(64)]
+    rows = [NewRow(row, one, 1, np.zeros(0, np.int32)) for row, one in enumerate(fresh)]
+    assert len(encoded(rows)) < 200_000
+
+
 def test_every_sampling_parameter_survives_the_wire() -> None:
     """A field added to the engine's parameters and forgotten on the wire fails here."""
     params = EngineSampling(
