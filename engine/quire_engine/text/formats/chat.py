@@ -200,7 +200,7 @@ class ChatFormat:
             either = f"start: {calls} | {self._wrapped('@answer')}\n{rules.lark}"
             content = grammars.composed(grammars.lark(either), answer=structure.content())
             return GuidanceSpec(content=content, thinking=thinking)
-        ways = self._ways(rules, tools, parallel=use.parallel)
+        ways = self._ways(rules, parallel=use.parallel)
         return GuidanceSpec(
             thinking=thinking,
             sections=tuple(map(_section, ways)),
@@ -208,17 +208,17 @@ class ChatFormat:
             then_end=not all(way.repeats for way in ways),
         )
 
-    def _ways(self, rules: CallRules, tools: tuple[Tool, ...], *, parallel: bool) -> list[CallRules]:
+    def _ways(self, rules: CallRules, *, parallel: bool) -> list[CallRules]:
         """Of all ways to write calls, those that can be told apart by their signs."""
         ways = [rules]
         for place, section in enumerate(self._form.calls.sections if self._form.calls is not None else ()):
             if section != self._form.written:
-                other = self._rules_of(tools, parallel=parallel, place=place)
+                other = self._rules_of(rules.tools, parallel=parallel, place=place)
                 if not any(_are_alike(sign, known) for sign in other.signs for way in ways for known in way.signs):
                     ways.append(other)
         return ways
 
-    def _rules_of(self, tools: tuple[Tool, ...], *, parallel: bool, place: int | None = None) -> CallRules:
+    def _rules_of(self, tools: Sequence[Tool], *, parallel: bool, place: int | None = None) -> CallRules:
         """`place`: of the way to write calls among all that are read; None: the one that is written."""
         key = json.dumps([[(tool.name, tool.parameters, tool.strict) for tool in tools], parallel, place])
         with self._lock:

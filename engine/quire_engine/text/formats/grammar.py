@@ -20,6 +20,7 @@ class CallRules:
     """Rules of a grammar, named `calls_...`, for a vocabulary in which every mark of the format is a special token:
     else a mask would allow it within a text, where the parser takes it for the delimiter that it is."""
 
+    tools: list[Tool]  # with schemas that a grammar can hold to
     lark: str  # `calls_open` and `calls_body`: a section's opener and all the rest of it; `calls_all`: all calls
     openers: list[Opener]  # what may begin a section within content: texts and token ids, one after the other
     signs: list[Opener]  # what tells that one has begun: an opener, or more of it where it might be content as well
@@ -30,9 +31,10 @@ class CallRules:
 def call_rules(
     form: BoundFormat, tools: Sequence[Tool], *, parallel: bool, most: int, section: Section | None = None
 ) -> CallRules:
-    """Calls of these tools, `most` at most, and one where they are not `parallel`. `section`: of the format, the way to
-    write them; None: the one that is written where they are required. Raises InvalidParameter for a tool whose schema
-    cannot be a grammar."""
+    """Calls of these tools, `most` at most, and one where they are not `parallel`. `section`: another
+    way of the format's to write them, which wants the `tools` of the first one's rules; None: the way that is written
+    where calls are required. Raises InvalidParameter for a tool whose schema cannot be a grammar."""
+    tools = [kept_to(tool) for tool in tools] if section is None else list(tools)
     section = section or form.written
     if section is None or not tools:
         raise InvalidParameter(
@@ -40,7 +42,6 @@ def call_rules(
             "tool-call parser",
             "tool_choice",
         )
-    tools = [kept_to(tool) for tool in tools]
     lark = Lark(form.tokens)
     before = section.call.before
     name = before.index(Blank.NAME)
@@ -64,6 +65,7 @@ def call_rules(
     elif all(isinstance(piece, Text) and piece.text.isalpha() for piece in opening):
         signs = [opener_of(lark, section.begin)]  # a word alone is content
     return CallRules(
+        tools=tools,
         lark=lark.text(),
         openers=openers,
         signs=signs,
