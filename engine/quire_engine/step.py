@@ -11,6 +11,7 @@ from quire_engine.waiting import WaitsFor
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Failure = tuple[str, bool]  # why, and whether it is ours in any case: else it is what the request asks for, if anything
+REJECTED = -2  # in place of a token: a draft before it was none that the sampler drew
 
 
 @dataclass(slots=True)
@@ -21,6 +22,21 @@ class NewRow:
     params: EngineSampling
     num_prompt: int
     tokens: Ints  # the log so far; empty where neither changed logits nor prompt log-probabilities need it
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The S places of a step at which a token is drawn. Those of a row follow one another: the first stands behind what
+    is known of it, each further one behind one more draft, as if that had been drawn."""
+
+    rows: Ints  # [S]
+    positions: Ints  # [S] of the token to be drawn: so many tokens stand before it
+    drafts: Ints  # [S] the draft right before it; -1: none, the row's first place
+
+    @property
+    def drafted(self) -> bool:
+        """Whether there are drafts at all."""
+        return bool((self.drafts >= 0).any())
 
 
 @dataclass(slots=True)

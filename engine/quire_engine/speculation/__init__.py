@@ -1,0 +1,1 @@
+"""Guesses at what the sampler will draw next, and how many of them are worth a step's while."""
