@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from drafters import speculation
 from greedy import prompts, run
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.parallel import ParallelGroup
+from quire_engine.speculation.suffix import SuffixDrafter
 from quire_engine.step import StepPlan, StepResult
 from quire_engine.weights.resolve import find_model
 
@@ -51,7 +53,7 @@ def serve(rank: int, port: int, orders: Connection) -> None:
             config = EngineConfig(model=folder, device="cpu", kv_cache_memory_bytes=4 << 20, max_num_batched_tokens=24)
             runner = ModelRunner(config, find_model(config), group)
             if rank == 0:
-                tokens = run(Engine(TwoRanks(runner)), BATCH, max_tokens=16)
+                tokens = run(Engine(TwoRanks(runner), speculation(SuffixDrafter())), BATCH, max_tokens=16)
                 tell(STOP)
                 orders.send(tokens)
             else:

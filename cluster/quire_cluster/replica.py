@@ -109,6 +109,10 @@ class EngineThread:
             preemptions=stats.preemptions,
             prefix_queries=stats.prefix_queries,
             prefix_hits=stats.prefix_hits,
+            drafts=stats.drafts,
+            draft_tokens=stats.draft_tokens,
+            accepted_tokens=stats.accepted_tokens,
+            accepted_per_position=list(stats.accepted_per_position),
             block_size=scheduler.limits.block_size,
             most_requests=min(scheduler.limits.most_requests, 2**32 - 1),
             rows=scheduler.limits.max_num_seqs,
@@ -247,13 +251,13 @@ class EngineThread:
                 update = updates[session] = pb.SessionUpdate(step_tokens=[outcome.num_tokens])
             return update
 
-        for request, token in zip(outcome.requests, outcome.tokens, strict=True):
+        for request, token, index in zip(outcome.requests, outcome.tokens, outcome.indexes, strict=True):
             session, wire_id = owners[request.id]
             column = columns.get(session)
             if column is None:
                 column = columns[session] = ([], [], [])
             column[0].append(wire_id)
-            column[1].append(len(request.tokens) - request.num_prompt - 1)
+            column[1].append(index)
             column[2].append(token)
         for session, (ids, indexes, tokens) in columns.items():
             update = update_for(session)
@@ -290,7 +294,12 @@ class EngineThread:
 
 
 def _ending(wire_id: int, request: Request) -> pb.Ending:
-    ending = pb.Ending(id=wire_id, reason=request.finish_reason or "error")
+    ending = pb.Ending(
+        id=wire_id,
+        reason=request.finish_reason or "error",
+        draft_tokens=request.num_drafts,
+        accepted_tokens=request.num_accepted,
+    )
     if request.stop_token_id is not None:
         ending.stop_token_id = request.stop_token_id
     if request.error is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quire_engine.config import SchedulerLimits
 from quire_engine.sampling.sampler import Sampler
-from quire_engine.step import StepPlan
+from quire_engine.step import Places, StepPlan
 from quire_engine.upload import Array, Upload
 
 _DRAWS, _STATES = 10, 15  # where what is known of those that draw, and of states, begins in a batch's arrays
@@ -73,13 +73,13 @@ class Batcher:
     def shape(self, plan: StepPlan) -> Shape:
         """Of the plan as it is."""
         requests = len(plan.rows)
-        return Shape(len(plan.token_ids), requests, int(np.count_nonzero(plan.draws)), int(plan.counts.max()))
+        return Shape(len(plan.token_ids), requests, int(plan.draws.sum()), int(plan.counts.max()))
 
-    def arrays(self, plan: StepPlan, shape: Shape) -> list[Array]:
-        """The batch on the host, padded to `shape`; see `assemble` for their order."""
+    def arrays(self, plan: StepPlan, places: Places, shape: Shape) -> list[Array]:
+        """The batch on the host, padded to `shape`; see `assemble` for their order. `places`: the plan's."""
         size, spare = self._block_size, self._spare_row
         rows, starts, counts = plan.rows, plan.starts, plan.counts
-        token_ids, draws = plan.token_ids, plan.draws
+        token_ids = plan.token_ids
         requests, tokens = len(rows), len(token_ids)
         if shape.requests > requests:
             rows = np.append(rows, np.full(shape.requests - requests, spare, np.int32))
@@ -88,7 +88,6 @@ class Batcher:
             more = np.full(shape.requests - requests, share, np.int32)
             more[:left] += 1
             counts = np.append(counts, more)
-            draws = np.append(draws, np.zeros(shape.requests - requests, np.bool_))
         if shape.tokens > tokens:
             token_ids = np.append(token_ids, np.zeros(shape.tokens - tokens, np.int32))
         query_starts = np.zeros(len(rows) + 1, np.int32)
@@ -104,9 +103,8 @@ class Batcher:
         if shape.tokens > tokens:
             slots[tokens:] = -1
         context_lens = starts + counts
-        draw_places = (query_starts[1:] - 1)[draws]
-        draw_rows = rows[draws]
-        draw_positions = context_lens[draws].astype(np.int64)
+        draw_places = plan.draw_places()
+        draw_rows, draw_positions = places.rows, places.positions.astype(np.int64)
         if shape.draws > len(draw_rows):
             missing = shape.draws - len(draw_rows)
             draw_places = np.append(draw_places, np.zeros(missing, np.int32))

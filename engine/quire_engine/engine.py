@@ -11,6 +11,8 @@ from quire_engine.errors import EngineFailure, QuireError
 from quire_engine.outcome import StepOutcome
 from quire_engine.request import Request, State
 from quire_engine.scheduler import Scheduler
+from quire_engine.speculation.choice import speculation_of
+from quire_engine.speculation.speculation import Speculation
 from quire_engine.step import StepPlan, StepResult
 
 _PAUSE = 0.002  # seconds
@@ -53,13 +55,14 @@ class PromptRate:
 class Engine:
     """One continuous-batching engine. Not thread-safe: one thread adds, aborts and steps."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, speculation: Speculation | None = None) -> None:
+        """`speculation`: in place of the one that the executor's limits ask for."""
         self._executor = executor
-        self.scheduler = Scheduler(executor.limits)
+        self.scheduler = Scheduler(executor.limits, speculation or speculation_of(executor.limits))
         self.steps = 0  # liveness is the progress of this counter
         self.prompt_rate = PromptRate(executor.limits.most_tokens)
-        self._begun: deque[float] = deque()  # when the steps in flight were
-        self._collected = 0.0  # when one was last
+        self._begun: deque[tuple[float, float]] = deque()  # when the steps in flight were, and how long nothing was
+        self._collected = 0.0  # when one was last; 0: there was nothing to do since
         self._preparing: dict[int, Future[Any]] = {}  # by the request that waits for it
 
     def add(self, request: Request) -> None:
@@ -89,22 +92,30 @@ class Engine:
         scheduler = self.scheduler
         if self._preparing:
             self._take_prepared()
-        now = time.monotonic()
-        plan = scheduler.schedule(now)
+        plan = scheduler.schedule(time.monotonic())
         if on_start is not None and (started := scheduler.take_started()):
             on_start(started)
         if plan is not None:
+            begun = time.monotonic()
+            waited = begun - self._collected if self._collected and not self._begun else 0.0
+            self._begun.append((begun, waited))
             self._executor.submit(plan)
-            self._begun.append(now)
         self.steps += 1
         in_flight = scheduler.num_in_flight
         due = in_flight and (plan is None or in_flight >= scheduler.limits.steps_in_flight)
         if not due:
             return scheduler.commit(None)
         result = self._executor.collect()
-        begun, self._collected = max(self._begun.popleft(), self._collected), time.monotonic()
+        begun, waited = self._begun.popleft()
+        begun, self._collected = max(begun, self._collected), time.monotonic()
+        seconds = self._collected - begun
         outcome = scheduler.commit(result)
-        self.prompt_rate.take(outcome.num_prompt_tokens, self._collected - begun)
+        self.prompt_rate.take(outcome.num_prompt_tokens, seconds)
+        if scheduler.speculation is not None:
+            waited = waited if scheduler.limits.steps_in_flight > 1 else 0.0
+            scheduler.speculation.timed(outcome.num_tokens, seconds + waited, waited)
+        if not scheduler.has_work:
+            self._collected = 0.0
         return outcome
 
     def _take_prepared(self) -> None:

@@ -1,9 +1,33 @@
 """What a step did to the requests: tokens, log-probabilities, vectors, beginnings and endings."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from quire_engine.request import Request, State
 from quire_engine.step import Floats, StepPlan, StepResult, TokenLogprobs
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    drafts: int = 0  # requests of a step that had some
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)  # of these, by their place in their draft
+
+    def judged(self, drafts: int, accepted: int) -> None:
+        """Of a request's drafts in a step, so many were drawn."""
+        self.drafts += 1
+        self.draft_tokens += drafts
+        self.accepted_tokens += accepted
+        counts = self.accepted_per_position
+        counts.extend([0] * (drafts - len(counts)))
+        for place in range(accepted):
+            counts[place] += 1
 
 
 @dataclass(slots=True)
@@ -12,9 +36,10 @@ class StepOutcome:
 
     requests: list[Request] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    indexes: list[int] = field(default_factory=list)  # of the token in its request's output
     finished: list[Request] = field(default_factory=list)
     started: list[Request] = field(default_factory=list)  # admitted for the first time
-    logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)
+    logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)  # one entry per token that wants them
     prompt_logprobs: list[tuple[Request, int, TokenLogprobs]] = field(default_factory=list)  # with the first's place
     vectors: list[tuple[Request, Floats]] = field(default_factory=list)  # of models that pool
     num_tokens: int = 0  # computed
@@ -30,11 +55,11 @@ class StepOutcome:
     def tell_logprobs(self, requests: list[Request], plan: StepPlan, result: StepResult) -> None:
         """Each position is reported once: a preempted request computes its prompt again, and a request that ended
         while the step was in flight has no use for it."""
-        told = {id(request) for request in self.requests}
-        known = told | {id(request) for request in self.finished}  # one that generates nothing ends with its scores
+        told = Counter(id(request) for request in self.requests)
+        known = told.keys() | {id(request) for request in self.finished}  # one that generates nothing ends with scores
         for request, row, first in zip(requests, plan.rows.tolist(), plan.starts.tolist(), strict=True):
-            if (drawn := result.logprobs.get(row)) is not None and id(request) in told:
-                self.logprobs.append((request, drawn))
+            if (drawn := result.logprobs.get(row)) is not None and (count := told[id(request)]):
+                self.logprobs.extend((request, drawn.part(place, place + 1)) for place in range(count))
             scores = result.prompt_logprobs.get(row)
             if scores is not None and (id(request) in known or request.state is not State.FINISHED):
                 fresh = scores.after(max(0, request.num_scored - first))

@@ -148,11 +148,15 @@ class Request:
     row: int = -1  # its place in the workers' static tables while it runs
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, chained
     num_registered: int = 0  # of its blocks, those the prefix index knows
+    again: int = 0  # tokens that are computed again with its next one: the state before them is the last that it has
     state_page: int = -1  # of recurrent states, as they are after `num_computed` tokens
+    draft_page: int = -1  # of the same after the drafts that are in flight
     left_state: bytes = b""  # the hash under which it left its state last while decoding
     checkpoint: int = 0  # its prompt's computation pauses here: others that branch off want the state
     num_scored: int = 0  # of the prompt's tokens, those whose log-probabilities were reported
     num_cached: int = -1  # tokens found in the prefix cache at the first admission
+    num_drafts: int = 0  # tokens that were guessed and computed,
+    num_accepted: int = 0  # and of these, those that were drawn
     finish_reason: str | None = None  # stop, length, abort, error
     stop_token_id: int | None = None
     error: Exception | None = None

@@ -6,44 +6,41 @@ never stops them; then unfinished prompts; then waiting requests, as pages allow
 important running request gives its pages back and waits again: its log is kept and recomputed (preemption by
 recomputation).
 
+Drafts (speculation/) are computed behind a request's last token, and a token is drawn behind each as if those before it
+had been. Where they prove wrong, what was computed of them is dropped with its pages. A recurrent state has no end that
+could be cut off: the one before is kept, and the tokens since are computed again together with the next.
+
 Steps may overlap: `schedule` plans step n + 1 while step n is in flight, whose tokens nobody knows yet. A request then
 counts as one token longer, and the plan says -1 for that token: the device has it. Where it turns out to have been the
 last one, what was computed past it is dropped. Whatever a step writes is safe, because steps run in their order: a page
-given to someone else meanwhile is written by the later step.
+given to someone else meanwhile is written by the later step. A step with drafts overlaps with none: how many tokens it
+will have drawn is not known, nor what could follow a token that is not.
 """
 
 import heapq
-from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 
 import numpy as np
 
 from quire_engine.cache.manager import CacheManager
 from quire_engine.config import SchedulerLimits
 from quire_engine.errors import DeadlineExceeded, EngineFailure, InvalidParameter, QueueFull
-from quire_engine.outcome import StepOutcome
+from quire_engine.outcome import SchedulerStats, StepOutcome
 from quire_engine.request import Request, State, check_length
-from quire_engine.step import NewRow, PlanDraft, StepPlan, StepResult
+from quire_engine.speculation.speculation import Speculation
+from quire_engine.step import REJECTED, NewRow, PlanDraft, StepPlan, StepResult
 from quire_engine.waiting import Importance, Wait, WaitingQueue, WaitsFor
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counters since the start."""
-
-    preemptions: int = 0
-    prefix_queries: int = 0  # tokens looked up
-    prefix_hits: int = 0  # tokens found
 
 
 class Scheduler:
     """Owns the requests and the pages. `add`, `abort`, then `schedule` and `commit` in turn."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, speculation: Speculation | None = None) -> None:
+        """`speculation`: makes drafts."""
         self.limits = limits
+        self.speculation = speculation
         self.cache = CacheManager(limits)
         self.pool, self.states = self.cache.pool, self.cache.states
         self.stats = SchedulerStats()
@@ -142,7 +139,7 @@ class Scheduler:
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
         request.finish(reason, error=error)
-        del self.requests[request.id]
+        self._forget(request)
         self._ended.append(request)
 
     def _expire(self, now: float) -> None:
@@ -158,9 +155,12 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """Plans a step; None when there is nothing to compute (a commit may still have something to report)."""
         self._expire(now)
+        guesses = self._guesses()
+        if guesses is None:
+            return None
         draft = PlanDraft(self.limits.max_num_batched_tokens, now)
-        prompts = self._decode(draft)
-        num_decoding = len(draft.requests)
+        prompts = self._decode(draft, guesses)
+        num_decoding = len(draft.token_ids)
         self._prefill(prompts, draft)
         self._admit(draft)
         for request in draft.held:
@@ -176,8 +176,27 @@ class Scheduler:
         self._in_flight.append((draft.requests, len(draft.token_ids) - num_decoding, plan))
         return plan
 
-    def _decode(self, draft: PlanDraft) -> list[Request]:
-        """One token for each running request that lacks no more; gives the others."""
+    def _guesses(self) -> dict[Request, list[int]] | None:
+        """The drafts of the next step; None where it has to wait for the one in flight."""
+        if self.speculation is None:
+            return {}
+        if self._in_flight and self._in_flight[-1][2].drafted:
+            return None
+        budget, decoding, beside = self.limits.max_num_batched_tokens, [], self._waiting.tokens
+        for request in self.running:
+            lacking = len(request.tokens) + request.pending - request.num_computed
+            if lacking == 1 + request.again:
+                decoding.append(request)
+                budget -= lacking
+                beside += request.again
+            else:
+                beside += max(0, lacking)
+        room = min(budget, self.limits.most_drafts)
+        guesses = self.speculation.guesses(decoding, min(beside, max(0, budget)), room)
+        return None if guesses and self._in_flight else guesses
+
+    def _decode(self, draft: PlanDraft, guesses: dict[Request, list[int]]) -> list[Request]:
+        """One token, and its drafts, for each running request that lacks no more; gives the others."""
         states, block_size, budget = self.states, self.limits.block_size, draft.budget
         rows, starts, counts, token_ids, draws = draft.rows, draft.starts, draft.counts, draft.token_ids, draft.draws
         planned, moves = draft.requests, draft.states
@@ -185,31 +204,46 @@ class Scheduler:
         for request in tuple(self.running):
             computed, pending = request.num_computed, request.pending
             length = len(request.tokens) + pending
-            if length - computed != 1:
+            lacking = length - computed
+            if lacking != 1 + request.again:
                 others.append(request)
                 continue
             if request.state is not State.RUNNING:
                 continue
             if pending and length >= request.end_length:  # the token in flight is its last
                 continue
-            if budget == 0:
-                draft.held[request] = WaitsFor.BUDGET
+            if budget < lacking:
+                others.append(request)
                 continue
-            if computed == len(request.pages) * block_size and not self._grow(request, computed + 1, draft):
+            if length > len(request.pages) * block_size and not self._grow(request, length, draft):
                 continue
-            budget -= 1
+            guess = guesses.get(request, []) if guesses else []
+            if guess:
+                most = min(len(guess), budget - lacking)
+                guess = guess[: self.cache.room_behind(request, length, most, len(self.running), draft.pages)]
+            move = None
+            if states is not None:
+                move = states.try_on(request) if guess else None
+                if move is None:
+                    move, guess = states.advance(request), []
+                moves.append(move)
+            budget -= lacking + len(guess)
             rows.append(request.row)
             starts.append(computed)
-            counts.append(1)
-            token_ids.append(-1 if pending else request.tokens[-1])
-            draws.append(True)
+            counts.append(lacking + len(guess))
+            if pending:
+                token_ids.append(-1)
+            else:
+                token_ids.extend(request.tokens[computed:])
+                token_ids.extend(guess)
+            draws.append(1 + len(guess))
             planned.append(request)
-            if states is not None:
-                moves.append(states.advance(request))
-            request.num_computed = computed + 1
+            request.num_computed = length
             request.pending = pending + 1
-            if not pending and (computed + 1) % block_size == 0:
-                self.cache.register(request, computed + 1)
+            if not guess:
+                request.again = 0
+                if not pending and length % block_size == 0:
+                    self.cache.register(request, length)
         draft.budget = budget
         return others
 
@@ -256,12 +290,13 @@ class Scheduler:
         draft.starts.append(computed)
         draft.counts.append(end - computed)
         draft.token_ids.extend(request.tokens[computed:end])
-        draft.draws.append(end == length)
+        draft.draws.append(int(end == length))
         draft.requests.append(request)
         if self.states is not None:
             draft.states.append(self.states.advance(request))
         request.num_computed = end
         request.pending += end == length
+        request.again = max(0, request.again - (end - computed))
         self.cache.register(request, end)
         return True
 
@@ -277,9 +312,8 @@ class Scheduler:
         if result is not None:
             requests, outcome.num_prompt_tokens, plan = self._in_flight.popleft()
             outcome.num_tokens = len(plan.token_ids)
-            if plan.draws.all():
-                drawing = requests
-            else:
+            drawing = requests
+            if not plan.draws.all():
                 drawing = [request for request, draws in zip(requests, plan.draws.tolist(), strict=True) if draws]
             self._append(drawing, result, plan, outcome)
             if result.vectors is not None:
@@ -292,44 +326,72 @@ class Scheduler:
         return outcome
 
     def _append(self, drawing: list[Request], result: StepResult, plan: StepPlan, outcome: StepOutcome) -> None:
-        out_requests, out_tokens, finished = outcome.requests, outcome.tokens, outcome.finished
-        failed = {}
-        if result.failed:
-            place_of = {row: place for place, row in enumerate(plan.rows[plan.draws].tolist())}
-            failed = {id(drawing[place_of[row]]): why for row, why in result.failed.items()}
-        block_size = self.limits.block_size
-        running, finished_state = State.RUNNING, State.FINISHED
-        for request, token in zip(drawing, result.tokens.tolist(), strict=True):
-            if request.state is finished_state:  # it ended while the step was in flight
+        out_requests, out_tokens, out_indexes = outcome.requests, outcome.tokens, outcome.indexes
+        finished, running, block_size = outcome.finished, State.RUNNING, self.limits.block_size
+        draws = plan.draws[plan.draws > 0].tolist()
+        drawn, at = result.tokens.tolist(), 0
+        for place, (request, count) in enumerate(zip(drawing, draws, strict=True)):
+            tokens = drawn[at : at + count]
+            at += count
+            if request.state is State.FINISHED:  # it ended while the step was in flight
                 continue
             request.pending -= 1
-            if failed and id(request) in failed:
-                why, ours = failed[id(request)]
-                kind = InvalidParameter if request.params.restricted and not ours else EngineFailure
-                self._finish(request, "error", error=kind(why))
-                finished.append(request)
-                continue
-            tokens = request.tokens
-            if len(tokens) == request.end_length:  # nothing was to be generated: only the prompt's scores are wanted
-                self._finish(request, "length")
-                finished.append(request)
-                continue
-            tokens.append(token)
-            length = len(tokens)
-            out_requests.append(request)
-            out_tokens.append(token)
-            if token in request.stop_ids and length > request.min_length:
-                self._finish(request, "stop", stop_token_id=token)
-                finished.append(request)
-            elif length >= request.end_length:
-                self._finish(request, "length")
-                finished.append(request)
-            elif length % block_size == 0 and request.num_computed >= length and request.state is running:
-                self.cache.register(request, length)
-                if self.states is not None:
-                    self.states.settle()
+            if count > 1:
+                tokens = self._judge(request, tokens)
+            log = request.tokens
+            for token in tokens:
+                if token < 0:
+                    self._fail(request, *result.failed[int(plan.rows[plan.draws > 0][place])])
+                elif len(log) == request.end_length:  # nothing was to be generated: only the prompt's scores are wanted
+                    self._finish(request, "length")
+                else:
+                    log.append(token)
+                    length = len(log)
+                    out_requests.append(request)
+                    out_tokens.append(token)
+                    out_indexes.append(length - request.num_prompt - 1)
+                    if token in request.stop_ids and length > request.min_length:
+                        self._finish(request, "stop", stop_token_id=token)
+                    elif length >= request.end_length:
+                        self._finish(request, "length")
+                    elif length % block_size == 0 and request.num_computed >= length and request.state is running:
+                        self.cache.register(request, length)
+                        if self.states is not None:
+                            self.states.settle()
+                if request.finish_reason is not None:
+                    finished.append(request)
+                    break
         if finished:
             self.running = [request for request in self.running if request.state is running]
+
+    def _judge(self, request: Request, tokens: list[int]) -> list[int]:
+        """Of the tokens drawn behind drafts those that count; the request has computed as much as they confirm."""
+        drafts = len(tokens) - 1
+        if REJECTED in tokens:
+            tokens = tokens[: tokens.index(REJECTED)]
+        accepted = len(tokens) - 1
+        if self.states is None:
+            request.num_computed += accepted
+        elif accepted == drafts:
+            self.states.decide(request, right=True)
+            request.num_computed += accepted
+            request.again = 0
+        else:
+            self.states.decide(request, right=False)
+            request.num_computed -= 1 + request.again
+            request.again += len(tokens)
+        self.cache.trim(request)
+        request.num_drafts += drafts
+        request.num_accepted += accepted
+        self.stats.judged(drafts, accepted)
+        if self.speculation is not None:
+            self.speculation.learn(request, drafts, accepted)
+        return tokens
+
+    def _fail(self, request: Request, why: str, ours: bool) -> None:
+        """Ends a request for which no token could be drawn."""
+        kind = InvalidParameter if request.params.restricted and not ours else EngineFailure
+        self._finish(request, "error", error=kind(why))
 
     def _finish(
         self, request: Request, reason: str, *, stop_token_id: int | None = None, error: Exception | None = None
@@ -340,7 +402,12 @@ class Scheduler:
         else:
             self._waiting.remove(request)  # preempted meanwhile
         request.finish(reason, stop_token_id=stop_token_id, error=error)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
         del self.requests[request.id]
+        if self.speculation is not None:
+            self.speculation.forget(request)
 
     # ---- pages ----------------------------------------------------------------------------------------------------
 
@@ -398,33 +465,12 @@ class Scheduler:
     def explain(self, requests: Sequence[Request]) -> list[Wait]:
         """What each of these, which have not ended, waits for as of the last plan. Looks once at all requests, however
         many are asked for."""
-        places = sorted(self._place(request) for request in requests)
-        lacking = [0] * (len(places) + 1)  # tokens between two places
-        for other in chain(self.running, self._waiting, self._preparing.values()):
-            lacking[bisect_right(places, self._place(other))] += other.num_uncomputed
-        ahead = dict(zip(places, accumulate(lacking[:-1]), strict=True))
-        return [Wait(self._reason(r), r.waiting_since, ahead[self._place(r)]) for r in requests]
-
-    def _place(self, request: Request) -> tuple[bool, Importance]:
-        """Where it stands among those that want tokens of a step."""
-        return (request.state is not State.RUNNING, self._importance(request))
-
-    def _reason(self, request: Request) -> WaitsFor | None:
-        if request.state is State.PREPARING:
-            return WaitsFor.GRAMMAR
-        if request.state is State.WAITING:
-            return self._waiting.reason(request, self._held)
-        return self._held.get(request)
+        return self._waiting.explain(requests, chain(self.running, self._preparing.values()), self._held)
 
     def waiting_for(self) -> Counter[WaitsFor]:
         """How many requests wait for what: those without a row, and those that run and were left out of the last plan.
         Other threads may call this."""
-        held = self._held
-        found = self._waiting.counts(held)
-        if preparing := len(self._preparing):
-            found[WaitsFor.GRAMMAR] = preparing
-        found.update(why for request, why in held.items() if request.state is State.RUNNING)
-        return found
+        return self._waiting.counts(self._held, preparing=len(self._preparing))
 
     @property
     def queued_tokens(self) -> int:

@@ -38,6 +38,23 @@ class Places:
         """Whether there are drafts at all."""
         return bool((self.drafts >= 0).any())
 
+    @staticmethod
+    def alone(rows: Ints, positions: Ints) -> "Places":
+        """One of each row, without drafts."""
+        return Places(rows, positions, np.full(len(rows), -1, np.int32))
+
+    def by_row(self) -> dict[int, range]:
+        """Where each row has its places."""
+        if not self.drafted:
+            return {row: range(place, place + 1) for place, row in enumerate(self.rows.tolist())}
+        firsts = np.flatnonzero(self.drafts < 0)
+        ends = [*firsts[1:].tolist(), len(self.rows)]
+        return {row: range(*span) for row, *span in zip(self.rows[firsts].tolist(), firsts.tolist(), ends, strict=True)}
+
+    def firsts(self) -> NDArray[np.int64]:
+        """Of each place [S], where its row has its first."""
+        return np.maximum.accumulate(np.where(self.drafts < 0, np.arange(len(self.drafts)), 0))
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -47,7 +64,7 @@ class StepPlan:
     starts: Ints  # [R] position of the first token to compute
     counts: Ints  # [R] tokens to compute
     token_ids: Ints  # [T]; -1: the token drawn last for the row, which only the device knows yet
-    draws: NDArray[np.bool_]  # [R] whether the last token's logits are sampled
+    draws: Ints  # [R] how many of the last tokens have their logits sampled: one, and one for each draft; 0: none
     page_rows: Ints  # [N] block table entries to set: row,
     page_indexes: Ints  # [N] place in the row,
     page_ids: Ints  # [N] page
@@ -59,7 +76,25 @@ class StepPlan:
     def empty() -> "StepPlan":
         """No request at all."""
         none = np.zeros(0, np.int32)
-        return StepPlan(none, none, none, none, np.zeros(0, np.bool_), none, none, none, none, none)
+        return StepPlan(none, none, none, none, none, none, none, none, none, none)
+
+    @property
+    def drafted(self) -> bool:
+        """Whether there are drafts among its tokens."""
+        return bool((self.draws > 1).any())
+
+    def draw_places(self) -> Ints:
+        """[S] the places, among the tokens, whose logits are sampled."""
+        return _last_of(np.cumsum(self.counts, dtype=np.int32), self.draws)
+
+    def places(self) -> Places:
+        """What is drawn there."""
+        draws = self.draws
+        drafts = np.full(int(draws.sum()), -1, np.int32)
+        if self.drafted:
+            drafts[:] = self.token_ids[self.draw_places()]
+            drafts[(np.cumsum(draws) - draws)[draws > 0]] = -1
+        return Places(np.repeat(self.rows, draws), _last_of(self.starts + self.counts, draws) + 1, drafts)
 
 
 @dataclass(slots=True)
@@ -73,7 +108,7 @@ class PlanDraft:
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    draws: list[bool] = field(default_factory=list)
+    draws: list[int] = field(default_factory=list)
     pages: list[tuple[int, int, int]] = field(default_factory=list)  # row, place, page
     states: list[tuple[int, int]] = field(default_factory=list)  # read, written
     new_rows: list[NewRow] = field(default_factory=list)
@@ -87,7 +122,7 @@ class PlanDraft:
             starts=np.array(self.starts, np.int32),
             counts=np.array(self.counts, np.int32),
             token_ids=np.array(self.token_ids, np.int32),
-            draws=np.array(self.draws, np.bool_),
+            draws=np.array(self.draws, np.int32),
             page_rows=pages[:, 0],
             page_indexes=pages[:, 1],
             page_ids=pages[:, 2],
@@ -95,6 +130,13 @@ class PlanDraft:
             state_writes=states[:, 1],
             new_rows=self.new_rows,
         )
+
+
+def _last_of(ends: Ints, counts: Ints) -> Ints:
+    """[S] of each row the last `counts` of the numbers before its `ends`, one row after the other."""
+    after = np.cumsum(counts, dtype=np.int32)
+    total = int(after[-1]) if len(after) else 0
+    return np.arange(total, dtype=np.int32) + np.repeat(ends - after, counts)
 
 
 @dataclass(slots=True)
@@ -120,8 +162,8 @@ class TokenLogprobs:
 class StepResult:
     """What rank 0 returns."""
 
-    tokens: Ints  # [S] in the order of the plan's drawing rows
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of the drawn token
+    tokens: Ints  # [S] in the order of the plan's places; REJECTED: none is wanted there; -1: none could be drawn
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of its drawn tokens
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of this step's prompt tokens
-    failed: dict[int, Failure] = field(default_factory=dict)  # by the row: why no token could be drawn
+    failed: dict[int, Failure] = field(default_factory=dict)  # by the row: why a token could not be drawn
     vectors: Floats | None = None  # [S, width] in place of tokens (which are 0), of models that pool

@@ -1,12 +1,14 @@
 """What requests wait for, and the queue of those without a row. Pure bookkeeping."""
 
 import heapq
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate, chain
 
-from quire_engine.request import Request
+from quire_engine.request import Request, State
 
 Importance = tuple[int, float, int]  # its class (the priority, where that counts), arrival, id; the least goes first
 
@@ -95,9 +97,29 @@ class WaitingQueue:
         same = self._importance(head)[0] == self._importance(request)[0]
         return WaitsFor.EARLIER if same else WaitsFor.PRIORITY
 
-    def counts(self, held: dict[Request, WaitsFor]) -> Counter[WaitsFor]:
-        """How many wait for what, without a look at each."""
-        found: Counter[WaitsFor] = Counter({WaitsFor.PREEMPTED: self._num_preempted})
+    def explain(self, asked: Sequence[Request], others: Iterable[Request], held: dict[Request, WaitsFor]) -> list[Wait]:
+        """What each of some requests waits for. `others`: all that are not in the queue."""
+        places = sorted(self._place(request) for request in asked)
+        lacking = [0] * (len(places) + 1)  # tokens between two places
+        for other in chain(others, self):
+            lacking[bisect_right(places, self._place(other))] += other.num_uncomputed
+        ahead = dict(zip(places, accumulate(lacking[:-1]), strict=True))
+        return [Wait(self._why(r, held), r.waiting_since, ahead[self._place(r)]) for r in asked]
+
+    def _place(self, request: Request) -> tuple[bool, Importance]:
+        """Where it stands among those that want tokens of a step."""
+        return (request.state is not State.RUNNING, self._importance(request))
+
+    def _why(self, request: Request, held: dict[Request, WaitsFor]) -> WaitsFor | None:
+        if request.state is State.PREPARING:
+            return WaitsFor.GRAMMAR
+        return self.reason(request, held) if request.state is State.WAITING else held.get(request)
+
+    def counts(self, held: dict[Request, WaitsFor], preparing: int) -> Counter[WaitsFor]:
+        """How many wait for what, without a look at each. `held`: what the last plan left out; `preparing`: those whose
+        grammars are being compiled."""
+        found: Counter[WaitsFor] = Counter({WaitsFor.PREEMPTED: self._num_preempted, WaitsFor.GRAMMAR: preparing})
+        found.update(why for request, why in held.items() if request.state is State.RUNNING)
         behind = len(self._lengths) - self._num_preempted
         for (kind, *_), head in self._heap[:1]:
             peers = self._fresh.get(kind, 0)

@@ -136,7 +136,10 @@ def test_every_option_of_a_deployment_is_in_the_table(request: pytest.FixtureReq
     assert written[0] == table, "run make options-table"
 
 
-GOOD = {"allowed_origins": "https://example.org"}  # which not any text is
+GOOD = {  # which not any text is
+    "allowed_origins": "https://example.org",
+    "speculative_config": '{"method": "ngram", "num_speculative_tokens": 5}',
+}
 
 
 def values(f: Field[Any], kind: type) -> Iterator[tuple[Any, bool]]:

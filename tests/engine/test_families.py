@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Table
+from drafters import speculation, told
 from families import FALLBACK, FAMILIES, REFUSED
 from greedy import NEW_TOKENS, engine_for, prompt_logits, prompts, run, truth
 from quire_engine.errors import InvalidParameter, ModelError
@@ -54,7 +55,8 @@ def _close(folder: Path, theirs: list[torch.Tensor], **options: str) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES | FALLBACK)
 def test_greedy_tokens(checkpoint: Make, table: Table, family: str) -> None:
-    """Alone, batched, in chunks of 7, from the prefix cache, and with pages for only two of them at a time."""
+    """Alone, batched, in chunks of 7, from the prefix cache, with pages for only two of them at a time, and with drafts
+    of which some are wrong."""
     folder = checkpoint(family)
     batch = prompts()
     expected = truth(folder, batch)
@@ -72,6 +74,12 @@ def test_greedy_tokens(checkpoint: Make, table: Table, family: str) -> None:
     tight.scheduler = Scheduler(replace(limits, num_pages=9, num_states=min(3, limits.num_states)))
     assert run(tight, batch) == expected
     assert tight.scheduler.stats.preemptions > 0, "nine pages were not tight enough"
+    guessing = engine_for(folder)
+    guesses = speculation(told(batch, expected, wrong=0.2))
+    guessing.scheduler = Scheduler(replace(guessing.scheduler.limits, num_pages=11), guesses)
+    assert run(guessing, batch) == expected
+    stats = guessing.scheduler.stats
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
     table.row(family, folder)["verified"] = "yes"
 
 

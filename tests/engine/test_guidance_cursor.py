@@ -328,6 +328,25 @@ def test_what_may_come_can_be_gone_through_again(number: int, seed: int) -> None
     assert again.cursor.complete == now.cursor.complete
 
 
+@given(st.integers(0, 5), st.integers(0, 1 << 32))
+def test_forks_go_their_own_ways(number: int, seed: int) -> None:
+    """Each is as if it had come alone, and leaves no trace in what it was forked from."""
+    guide, generator = guides()[number], random.Random(seed)
+    walks = [Walk(guide)]
+    for _ in range(60):
+        now = generator.choice(walks)
+        if generator.random() < 0.2:
+            other = Walk(guide)
+            other.cursor, other.tokens = now.cursor.fork(), list(now.tokens)
+            walks.append(other)
+        allowed = now.allowed()
+        likely = [one for one in LIKELY if one in allowed] if generator.random() < 0.8 else []
+        now.go(generator.choice(likely or sorted(allowed)))
+    for now in walks:
+        alone = Walk(guide).go(*now.tokens)
+        assert (alone.allowed(), alone.cursor.complete) == (now.allowed(), now.cursor.complete)
+
+
 @given(st.integers(0, 1 << 32))
 def test_sections_are_where_plain_text_search_finds_them(seed: int) -> None:
     """With one-letter tokens: every opener in free text begins a section, which goes on to its end."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.sampling.edits import LogitEdits
-from quire_engine.sampling.sampler import Sampler, token_scores
-from quire_engine.step import NewRow
+from quire_engine.sampling.sampler import Drawn, Sampler, token_scores
+from quire_engine.step import NewRow, Places
 from quire_kernels.sampling import Rows
 from quire_kernels.sampling.host import nucleus_edge
 from quire_kernels.sampling.random import philox_uniform
@@ -31,21 +31,27 @@ def sampler_for(*params: EngineSampling, tokens: list[int] | None = None, num_pr
 def test_long_words_of_others_cost_nothing() -> None:
     edits = LogitEdits(2, V, torch.device("cpu"))
     edits.set_rows([NewRow(0, EngineSampling(bad_words=((1, 2), (1, 2, 3))), 1, np.ones(1, np.int32))])
-    alone = {name: array.nbytes for name, array in edits.arrays({0: 0}).items()}
+    place = Places.alone(np.zeros(1, np.int32), np.ones(1, np.int32))
+
+    def sizes() -> dict[str, int]:
+        return {name: array.nbytes for name, array in edits.arrays(place, {0: range(1)}).items()}
+
+    alone = sizes()
     edits.set_rows([NewRow(1, EngineSampling(bad_words=(tuple([4] * 250),)), 1, np.ones(1, np.int32))])
-    assert {name: array.nbytes for name, array in edits.arrays({0: 0}).items()} == alone
+    assert sizes() == alone
 
 
 def draw(sampler: Sampler, logits: torch.Tensor, positions: list[int] | None = None) -> list[int]:
     rows = np.arange(len(logits), dtype=np.int32)
-    where = np.array(positions if positions is not None else [0] * len(logits), np.int64)
-    return sampler.draw(logits.clone(), rows, parameters(sampler, rows, where)).tokens.tolist()
+    where = np.array(positions if positions is not None else [0] * len(logits), np.int32)
+    return drawn_at(sampler, logits, Places.alone(rows, where)).tokens.tolist()
 
 
-def parameters(sampler: Sampler, rows: np.ndarray, positions: np.ndarray) -> Rows:
+def drawn_at(sampler: Sampler, logits: torch.Tensor, places: Places) -> Drawn:
     names = ("seeds", "temperature", "top_k", "top_p", "min_p")
-    tables = {name: torch.from_numpy(values) for name, values in zip(names, sampler.tables(rows), strict=True)}
-    return Rows(**tables, positions=torch.from_numpy(positions))
+    tables = {name: torch.from_numpy(values) for name, values in zip(names, sampler.tables(places.rows), strict=True)}
+    parameters = Rows(**tables, positions=torch.from_numpy(places.positions.astype(np.int64)))
+    return sampler.draw(logits.clone(), places, parameters)
 
 
 def frequencies(params: EngineSampling, logits: torch.Tensor, count: int = 20_000) -> np.ndarray:
@@ -172,16 +178,15 @@ def test_tokens_that_the_model_has_no_logits_of_are_never_drawn_anyway(logits: t
 def test_min_tokens_keeps_the_end_away(logits: torch.Tensor) -> None:
     best, second = logits.topk(2).indices.tolist()
     sampler = sampler_for(EngineSampling(temperature=0.0, min_tokens=2, stop_token_ids=(best,)))
-    assert [draw(sampler, logits[None])[0] for _ in range(3)] == [second, second, best]
+    assert [draw(sampler, logits[None], [position])[0] for position in (3, 4, 5)] == [second, second, best]
 
 
 def test_logprobs_are_raw(logits: torch.Tensor) -> None:
     params = EngineSampling(temperature=0.3, seed=4, logprobs=5, logit_bias={1: 50.0})
     sampler = sampler_for(params)
-    rows = np.zeros(1, np.int32)
-    drawn = sampler.draw(logits[None].clone(), rows, parameters(sampler, rows, np.zeros(1, np.int64)))
+    drawn = drawn_at(sampler, logits[None], Places.alone(np.zeros(1, np.int32), np.zeros(1, np.int32)))
     assert drawn.scores is not None
-    [(_, width)] = drawn.scored_rows
+    [(_, width, _)] = drawn.scored
     scores, truth = drawn.scores.read(slice(0, 1), width), torch.log_softmax(logits, -1)
     assert drawn.tokens.tolist() == [1]
     assert scores.logprobs[0] == pytest.approx(float(truth[1]), abs=1e-5)
@@ -210,8 +215,7 @@ def test_a_row_without_a_finite_logit_fails_alone(logits: torch.Tensor) -> None:
     )
     broken = torch.stack([logits, logits, torch.full((V,), math.nan)])
     sampler = sampler_for(EngineSampling(seed=9), nothing, EngineSampling(seed=9))
-    rows = np.arange(3, dtype=np.int32)
-    drawn = sampler.draw(broken, rows, parameters(sampler, rows, np.zeros(3, np.int64)))
+    drawn = drawn_at(sampler, broken, Places.alone(np.arange(3, dtype=np.int32), np.zeros(3, np.int32)))
     assert drawn.tokens[1:].tolist() == [-1, -1]
     assert drawn.tokens[0] == draw(sampler_for(EngineSampling(seed=9)), logits[None])[0]
 

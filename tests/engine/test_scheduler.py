@@ -6,14 +6,15 @@ from collections import Counter, deque
 
 import numpy as np
 import pytest
+from drafters import Oracle, speculation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from quire_engine.config import SchedulerLimits
+from quire_engine.config import SchedulerLimits, SpeculativeConfig
 from quire_engine.errors import ContextTooLong, DeadlineExceeded, QueueFull
 from quire_engine.outcome import StepOutcome
 from quire_engine.request import EngineSampling, Request, State
 from quire_engine.scheduler import Scheduler
-from quire_engine.step import StepPlan, StepResult, TokenLogprobs
+from quire_engine.step import REJECTED, StepPlan, StepResult, TokenLogprobs
 from quire_engine.waiting import WaitsFor
 
 STOP = 99
@@ -49,11 +50,14 @@ class FakeModel:
         if self.states is not None:
             self.move_states(plan, self.states)
         drawn = []
-        for (row, length), draws in zip(spans, plan.draws, strict=True):
-            if draws:
-                seen = [int(self.memory[self.tables[row, p // self.size], p % self.size]) for p in range(length)]
-                drawn.append(next_token(seen))
-                self.drawn[row] = drawn[-1]
+        for (row, length), draws in zip(spans, plan.draws.tolist(), strict=True):
+            seen = [int(self.memory[self.tables[row, p // self.size], p % self.size]) for p in range(length)]
+            right = True
+            for behind in range(draws - 1, -1, -1):
+                token = next_token(seen[: length - behind])
+                drawn.append(token if right else REJECTED)
+                right = right and (not behind or token == seen[length - behind])
+                self.drawn[row] = token
         return StepResult(np.array(drawn, np.int32))
 
     def move_states(self, plan: StepPlan, states: list[list[int]]) -> None:
@@ -116,7 +120,9 @@ def check_waits(scheduler: Scheduler) -> None:
 
 
 def check_reasons(scheduler: Scheduler, plan: StepPlan | None) -> None:
-    """They are those of the plan just made."""
+    """They are those of the plan just made. (None is made while drafts are in flight.)"""
+    if plan is None and scheduler.speculation is not None:
+        return
     bounds, running = scheduler.limits, scheduler.running
     planned = set(plan.rows.tolist()) if plan is not None else set()
     spent = plan is not None and len(plan.token_ids) == bounds.max_num_batched_tokens
@@ -152,6 +158,13 @@ def expected_output(request: Request, prompt: list[int]) -> list[int]:
         if log[-1] == STOP and len(log) > request.min_length:
             break
     return log[len(prompt) :]
+
+
+def following(request: Request, count: int) -> list[int]:
+    log = list(request.tokens)
+    for _ in range(count):
+        log.append(next_token(log))
+    return log[len(request.tokens) :]
 
 
 def limits(**changes: int | bool) -> SchedulerLimits:
@@ -203,10 +216,19 @@ EVENT = st.one_of(REQUEST, st.integers(0, 30))  # a request arrives, or an old o
     by_priority=st.booleans(),
     depth=st.sampled_from([1, 2, 3]),
     num_states=st.sampled_from([0, 0, 1, 3, 12]),
+    wrong=st.sampled_from([None, None, 0.0, 0.2, 0.5, 1.0]),
 )
 def test_random_lives(
-    events: list, num_pages: int, budget: int, caching: bool, by_priority: bool, depth: int, num_states: int
+    events: list,
+    num_pages: int,
+    budget: int,
+    caching: bool,
+    by_priority: bool,
+    depth: int,
+    num_states: int,
+    wrong: float | None,
 ) -> None:
+    """`wrong`: the share of drafts' tokens that are not what follows; None: there are no drafts."""
     bounds = limits(
         num_pages=num_pages,
         max_num_batched_tokens=budget,
@@ -214,8 +236,10 @@ def test_random_lives(
         by_priority=by_priority,
         steps_in_flight=depth,
         num_states=num_states,
+        speculation=SpeculativeConfig(num_speculative_tokens=4),
     )
-    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    guesses = None if wrong is None else speculation(Oracle(following, wrong))
+    scheduler, model = Scheduler(bounds, guesses), FakeModel(bounds)
     prompts: dict[int, list[int]] = {}
     alive: dict[int, Request] = {}
     endings: dict[int, int] = {}

@@ -364,6 +364,8 @@ class Dispatcher:
 
     def _finish(self, choice: Choice, session: ReplicaSession, ending: pb.Ending) -> None:
         self._release(choice, tell=False)
+        choice.draft_tokens += ending.draft_tokens
+        choice.accepted_tokens += ending.accepted_tokens
         if ending.error_kind == Unavailable.__name__:  # refused by a replica that drains: another one takes it
             session.draining = True
             self._show(session)

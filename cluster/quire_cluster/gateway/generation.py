@@ -90,6 +90,8 @@ class Choice:
         self.losses = Losses()
         self.times = Times()
         self.cached_tokens = 0
+        self.draft_tokens = 0  # that a replica guessed and computed,
+        self.accepted_tokens = 0  # and of these, those that it drew
         self.routed = (Prompt(0), 0)  # as it was sent last; tokens that were believed to be cached there
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None

@@ -385,6 +385,9 @@ class Service:
             "total_s": round(now - first.submitted, 4),
             "resumed": max(choice.epoch for choice in generation.choices) - 1,
         }
+        if drafted := sum(choice.draft_tokens for choice in generation.choices):
+            line["draft_tokens"] = drafted
+            line["accepted_tokens"] = sum(choice.accepted_tokens for choice in generation.choices)
         if user:
             line["user"] = user
         error = next((choice.error for choice in generation.choices if choice.error), None)

@@ -107,6 +107,18 @@ class Metrics:
                 "quire:prefix_cache_hits", "Tokens found in the prefix cache", labels, registry=self.registry
             ),
         }
+        for field, name, text in (
+            ("drafts", "drafts", "Drafts of tokens, one for each request of a step that had some"),
+            ("draft_tokens", "draft_tokens", "Tokens of drafts"),
+            ("accepted_tokens", "accepted_tokens", "Tokens of drafts that were drawn"),
+        ):
+            self.engine_counters[field] = Counter(f"quire:spec_decode_num_{name}", text, labels, registry=self.registry)
+        self.accepted_per_position = Counter(
+            "quire:spec_decode_num_accepted_tokens_per_pos",
+            "Tokens of drafts that were drawn, by their place in their draft",
+            [*labels, "position"],
+            registry=self.registry,
+        )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens")
         self.prompt_tokens_cached = counter("prompt_tokens_cached", "Prompt tokens found cached")
         self.generation_tokens = counter("generation_tokens", "Generated tokens")
@@ -183,7 +195,12 @@ class ModelMetrics:
         self._cache[engine] = cache
         series_of.info.labels(*cache).set(1)
         for name, series in series_of.engine_counters.items():
-            value, key = int(getattr(load, name)), (engine, name)
-            last = self._last.get(key, 0)
-            series.labels(*at).inc(value - last if value >= last else value)  # a rebuilt replica counts from 0
-            self._last[key] = value
+            self._count(series.labels(*at), engine, name, int(getattr(load, name)))
+        for place, count in enumerate(load.accepted_per_position):
+            series = series_of.accepted_per_position.labels(*at, str(place))
+            self._count(series, engine, f"accepted at {place}", count)
+
+    def _count(self, series: Counter, engine: str, name: str, value: int) -> None:
+        last = self._last.get((engine, name), 0)
+        series.inc(value - last if value >= last else value)  # a rebuilt replica counts from 0
+        self._last[engine, name] = value

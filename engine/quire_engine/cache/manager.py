@@ -81,14 +81,33 @@ class CacheManager:
             if self.states is not None and request.num_computed == full * self._block_size:
                 self.states.leave(request, hashes[full - 1])
 
+    def room_behind(
+        self, request: Request, length: int, count: int, spare: int, entries: list[tuple[int, int, int]]
+    ) -> int:
+        """How many of `count` tokens behind `length` find pages. More are taken while they leave `spare` of them, and
+        put down in `entries` (row, place, page)."""
+        pages, size = request.pages, self._block_size
+        while len(pages) * size < length + count and self.pool.num_free > spare:
+            page = self.pool.allocate()
+            assert page is not None, "a free page is none"
+            entries.append((request.row, len(pages), page))
+            pages.append(page)
+        return min(count, len(pages) * size - length)
+
+    def trim(self, request: Request) -> None:
+        """The request gives back the pages behind what is computed of it."""
+        needed = -(-request.num_computed // self._block_size)
+        if needed < len(request.pages):
+            self.pool.release(reversed(request.pages[needed:]))
+            del request.pages[needed:]
+
     def release(self, request: Request) -> None:
         """The request gives everything back, and has nothing computed."""
         self.pool.release(reversed(request.pages))
         if self.states is not None:
             self.states.release(request)
         request.pages = []
-        request.num_registered = 0
-        request.num_computed = 0
+        request.num_registered = request.num_computed = request.again = 0
 
     def _hashes(self, request: Request, count: int) -> list[bytes]:
         hashes, size = request.block_hashes, self._block_size
@@ -106,6 +125,6 @@ class CacheManager:
         """Raises AssertionError unless pages and states are what these requests hold."""
         self.pool.check_integrity(request.pages for request in running)
         if self.states is not None:
-            self.states.pool.check_integrity([r.state_page] for r in running if r.state_page >= 0)
+            self.states.pool.check_integrity(self.states.held(request) for request in running)
         for request in running:
             assert len(request.pages) * self._block_size >= request.num_computed, "tokens without a page"

@@ -34,6 +34,23 @@ class StatePages:
         request.state_page = fresh
         return page, fresh
 
+    def try_on(self, request: Request) -> tuple[int, int] | None:
+        """As `advance`, for a step of which part may turn out to be wrong: the state before it stays as it is. None: no
+        page is free."""
+        fresh = self.pool.allocate()
+        if fresh is None:
+            return None
+        request.draft_page = fresh
+        return request.state_page, fresh
+
+    def decide(self, request: Request, *, right: bool) -> None:
+        """The request goes on from the state after such a step, or from the one before it."""
+        wrong = request.draft_page
+        if right:
+            wrong, request.state_page = request.state_page, request.draft_page
+        self.pool.release((wrong,))
+        request.draft_page = -1
+
     def start(self, hash_: bytes) -> int:
         """The page of that state, which a request will go on from."""
         page = self.pool.find(hash_)
@@ -55,10 +72,14 @@ class StatePages:
         self._named, self._read = [], []
 
     def release(self, request: Request) -> None:
-        """The request gives its page back."""
-        if request.state_page >= 0:
-            self.pool.release((request.state_page,))
-        request.state_page, request.left_state = -1, b""
+        """The request gives its pages back."""
+        self.pool.release(self.held(request))
+        request.state_page, request.draft_page, request.left_state = -1, -1, b""
+
+    @staticmethod
+    def held(request: Request) -> list[int]:
+        """Its pages."""
+        return [page for page in (request.state_page, request.draft_page) if page >= 0]
 
     @property
     def has_room(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quire_engine.batch import Batcher, Draws, Shape, StepBatch
-from quire_engine.step import StepPlan
+from quire_engine.step import Places, StepPlan
 from quire_engine.upload import layout, views
 
 Forward = Callable[[StepBatch], None]  # to logits, which it knows a place for
@@ -71,14 +71,14 @@ class StepGraphs:
             else:
                 self._mixed.append(captured)
         self._decode_sizes = sorted(self._decode)
-        self._mixed.sort(key=lambda captured: (captured.shape.tokens, captured.shape.requests))
+        self._mixed.sort(key=lambda captured: (captured.shape.tokens, captured.shape.longest_query))
 
-    def replay(self, plan: StepPlan) -> Draws | None:
+    def replay(self, plan: StepPlan, places: Places) -> Draws | None:
         """The step by a captured graph, up to its logits, which are padded; None where no shape fits."""
         captured = self._fitting(self._batcher.shape(plan))
         if captured is None:
             return None
-        self._batcher.upload.into(captured.inputs, self._batcher.arrays(plan, captured.shape))
+        self._batcher.upload.into(captured.inputs, self._batcher.arrays(plan, places, captured.shape))
         captured.replay()
         return captured.draws
 
@@ -88,12 +88,14 @@ class StepGraphs:
             return self._decode[self._decode_sizes[place]] if place < len(self._decode_sizes) else None
         for captured in self._mixed:
             padded = captured.shape
-            if shape.tokens <= padded.tokens and shape.requests < padded.requests and shape.draws <= padded.draws:
+            fits = shape.tokens <= padded.tokens and shape.requests < padded.requests and shape.draws <= padded.draws
+            if fits and shape.longest_query <= padded.longest_query:
                 return captured
         return None
 
     def _capture_one(self, shape: Shape) -> _Captured:
-        arrays = self._batcher.arrays(StepPlan.empty(), shape)
+        nothing = StepPlan.empty()
+        arrays = self._batcher.arrays(nothing, nothing.places(), shape)
         inputs = torch.empty(layout(arrays)[1], dtype=torch.uint8, device=self._device)
         self._batcher.upload.into(inputs, arrays)
         uploaded = views(inputs, arrays)

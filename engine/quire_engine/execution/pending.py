@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from quire_engine.sampling.sampler import Drawn, TokenScores
-from quire_engine.step import Failure, StepPlan, StepResult, TokenLogprobs
+from quire_engine.step import REJECTED, Failure, Places, StepResult, TokenLogprobs
 
 _NO_LOGIT: Failure = ("no token has a finite logit: the parameters rule out all, or the model broke down", False)
 
@@ -15,17 +15,17 @@ class PendingStep:
 
     def __init__(
         self,
-        plan: StepPlan,
+        places: Places,
         drawn: Drawn | None,
         prompt_scores: dict[int, tuple[list[TokenScores], int]],
         device: torch.device,
         vectors: Tensor | None = None,
     ) -> None:
         """`prompt_scores`: row → its parts, and how many likeliest tokens were asked for."""
-        self._rows = plan.rows[plan.draws]
+        self._rows = places.rows
         self._tokens = drawn.tokens.to("cpu", non_blocking=True) if drawn is not None else None
         self._scores = drawn.scores.to_host() if drawn is not None and drawn.scores is not None else None
-        self._scored_rows = drawn.scored_rows if drawn is not None else []
+        self._scored = drawn.scored if drawn is not None else []
         self._failed = drawn.failed if drawn is not None else {}
         self._prompt = {row: ([part.to_host() for part in parts], n) for row, (parts, n) in prompt_scores.items()}
         self._vectors = vectors.to("cpu", non_blocking=True) if vectors is not None else None
@@ -46,11 +46,16 @@ class PendingStep:
         if self._vectors is not None:
             return StepResult(np.zeros(len(self._rows), np.int32), vectors=self._vectors.numpy())
         tokens = np.zeros(0, np.int32) if self._tokens is None else self._tokens.numpy()
-        failed = {int(self._rows[place]): _NO_LOGIT for place in np.flatnonzero(tokens < 0)} | self._failed
+        failed = {int(self._rows[place]): _NO_LOGIT for place in np.flatnonzero(tokens == -1)} | self._failed
+        if self._failed:
+            tokens = np.where(np.isin(self._rows, list(self._failed)), -1, tokens)
         logprobs = {}
         if self._scores is not None:
-            for place, (row, width) in enumerate(self._scored_rows):
-                logprobs[row] = self._scores.read(slice(place, place + 1), width)
+            first = 0
+            for row, width, places in self._scored:
+                valid = np.count_nonzero(tokens[places.start : places.stop] != REJECTED)
+                logprobs[row] = self._scores.read(slice(first, first + valid), width)
+                first += len(places)
         return StepResult(tokens, logprobs, {row: _joined(*found) for row, found in self._prompt.items()}, failed)
 
 

@@ -48,7 +48,8 @@ from quire_engine.quantization.config import quantization_of
 from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
 from quire_engine.spec import DecoderSpec
-from quire_engine.step import Ints, NewRow, StepPlan, StepResult
+from quire_engine.speculation.choice import choose
+from quire_engine.step import NewRow, Places, StepPlan, StepResult
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.resolve import ModelFiles
@@ -162,6 +163,7 @@ class ModelRunner:
             by_priority=config.scheduling_policy == "priority",
             num_states=num_states,
             steps_in_flight=2 if config.async_scheduling else 1,
+            speculation=choose(config, self.spec, cpu=self.device.type == "cpu"),
         )
         self._guides: Guides | None = None
         if group.draws and pooling is None:
@@ -229,17 +231,18 @@ class ModelRunner:
         if self._states is not None:
             return self._pool(plan, self._states)
         scored = any(row in self._prompt_logprobs for row in plan.rows.tolist()) if self._prompt_logprobs else False
-        draws = self._graphs.replay(plan) if self._graphs is not None and not scored else None
+        places = plan.places()
+        draws = self._graphs.replay(plan, places) if self._graphs is not None and not scored else None
         prompt_scores: _PromptScores = {}
         logits = self._graph_logits
         if draws is None:
-            draws, logits, prompt_scores = self._launch(plan, scored)
-        drawn = self._draw(plan.rows[plan.draws], draws, logits) if plan.draws.any() else None
-        return PendingStep(plan, drawn, prompt_scores, self.device) if self._group.draws else None
+            draws, logits, prompt_scores = self._launch(plan, places, scored)
+        drawn = self._draw(places, draws, logits) if len(places.rows) else None
+        return PendingStep(places, drawn, prompt_scores, self.device) if self._group.draws else None
 
-    def _launch(self, plan: StepPlan, scored: bool) -> tuple[Draws, Tensor | None, _PromptScores]:
+    def _launch(self, plan: StepPlan, places: Places, scored: bool) -> tuple[Draws, Tensor | None, _PromptScores]:
         """Kernel by kernel, up to the logits. `scored`: prompts in it want log-probabilities."""
-        batch = self._eager_batch(plan)
+        batch = self._eager_batch(plan, places)
         hidden = self._hidden(batch)
         prompt_scores = self._prompt_scores(plan, hidden) if scored else {}
         logits = self._logits(hidden, batch) if hidden is not None and plan.draws.any() else None
@@ -247,19 +250,20 @@ class ModelRunner:
 
     def _pool(self, plan: StepPlan, states: PooledStates) -> PendingStep | None:
         """A step of a model that gives vectors or scores."""
-        hidden = self._hidden(self._eager_batch(plan))
+        places = plan.places()
+        hidden = self._hidden(self._eager_batch(plan, places))
         if hidden is None:
             return None
-        pooled = states.take(hidden, plan.rows, plan.starts, plan.counts, plan.draws)
+        pooled = states.take(hidden, plan.rows, plan.starts, plan.counts, plan.draws > 0)
         assert isinstance(self._model, Decoder)
         vectors = self._model.pooled(pooled)
-        return PendingStep(plan, None, {}, self.device, vectors) if self._group.draws else None
+        return PendingStep(places, None, {}, self.device, vectors) if self._group.draws else None
 
-    def _eager_batch(self, plan: StepPlan) -> StepBatch:
-        return self._batch_of(plan, self._batcher.shape(plan), int((plan.starts + plan.counts).max()))
+    def _eager_batch(self, plan: StepPlan, places: Places) -> StepBatch:
+        return self._batch_of(plan, places, self._batcher.shape(plan), int((plan.starts + plan.counts).max()))
 
-    def _batch_of(self, plan: StepPlan, shape: Shape, longest_context: int) -> StepBatch:
-        uploaded = self._batcher.upload(self._batcher.arrays(plan, shape))
+    def _batch_of(self, plan: StepPlan, places: Places, shape: Shape, longest_context: int) -> StepBatch:
+        uploaded = self._batcher.upload(self._batcher.arrays(plan, places, shape))
         return self._batcher.assemble(uploaded, shape, longest_context)
 
     def _hidden(self, batch: StepBatch) -> Tensor | None:
@@ -272,20 +276,20 @@ class ModelRunner:
         drawing = hidden if batch.draw_places is None else hidden.index_select(0, batch.draw_places)
         return self._model.logits(drawing, out)
 
-    def _draw(self, rows: Ints, draws: Draws, logits: Tensor | None) -> Drawn | None:
+    def _draw(self, places: Places, draws: Draws, logits: Tensor | None) -> Drawn | None:
         """Draws on one rank; where the next plan may leave these tokens open, every rank keeps them.
 
         Where none could be drawn (-1) the next step computes something that nobody will see.
         """
-        drawn = None
+        drawn, count = None, len(places.rows)
         if self._group.draws:
             assert logits is not None, "the rank that draws has the logits"
-            drawn = self._sampler.draw(logits[: len(rows)], rows, draws.parameters.first(len(rows)))
-        if self.limits.steps_in_flight > 1:
-            tokens = drawn.tokens if drawn is not None else self._last_tokens.new_empty(len(rows))
+            drawn = self._sampler.draw(logits[:count], places, draws.parameters.first(count))
+        if self.limits.steps_in_flight > 1 and not places.drafted:
+            tokens = drawn.tokens if drawn is not None else self._last_tokens.new_empty(count)
             self._group.share_drawn(tokens)
             kept = tokens.clamp(0, self.spec.vocab_size - 1)
-            self._last_tokens.index_copy_(0, draws.rows[: len(rows)].long(), kept)
+            self._last_tokens.index_copy_(0, draws.rows[:count].long(), kept)
         return drawn
 
     @torch.inference_mode()
@@ -317,27 +321,28 @@ class ModelRunner:
         """
         started = time.monotonic()
         limits = self.limits
-        shapes = [Shape(size, size, size, 1) for size in _powers(limits.most_draws)]
+        nothing, place = StepPlan.empty(), Places.alone(np.zeros(1, np.int32), np.full(1, 2, np.int32))
+        shapes = [Shape(size, size, size, 1) for size in _powers(limits.most_rows)]
         for tokens in _powers(limits.most_tokens):
             fewest = -(-tokens // limits.max_model_len)
             shapes += [
                 Shape(tokens, requests, requests, tokens)
                 for requests in {fewest, max(2, fewest)}  # a prompt alone, and beside a decoding request
-                if requests <= min(tokens, limits.most_draws)
+                if requests <= min(tokens, limits.most_rows)
             ]
         for shape in shapes:
             for longest in sorted({min(shape.longest_query, limits.max_model_len), limits.max_model_len}):
-                batch = self._batch_of(StepPlan.empty(), shape, longest)
+                batch = self._batch_of(nothing, nothing.places(), shape, longest)
                 hidden = self._hidden(batch)
                 if hidden is not None and self._states is None:
                     self._logits(hidden, batch)
         if self._states is None:
-            batch = self._batch_of(StepPlan.empty(), Shape(1, 1, 1, 1), 1)
+            batch = self._batch_of(nothing, nothing.places(), Shape(1, 1, 1, 1), 1)
             for params in _EVERY_DRAW:
                 if self._group.draws:
                     self._sampler.set_rows([NewRow(0, params, 1, np.zeros(2, np.int32))])
                 logits = self._logits(hidden[:1], batch) if hidden is not None else None
-                self._draw(np.zeros(1, np.int32), batch.draws, logits)
+                self._draw(place, batch.draws, logits)
             if self._group.draws and logits is not None:
                 self._sampler.warm_up(logits)
             self._sampler.set_rows([NewRow(0, EngineSampling(temperature=0.0), 1, np.zeros(0, np.int32))])

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable
+from copy import copy
 from enum import Enum, auto
 from typing import Any
 
@@ -89,6 +90,14 @@ class Cursor:
         if self._phase is _Phase.ENDED:
             return True
         return self._phase is _Phase.CONTENT and bool(self._matcher.is_stopped())
+
+    def fork(self) -> "Cursor":
+        """Another one that stands here and goes its own way."""
+        other = copy(self)
+        other._seen = self._seen.copy()
+        if self._matcher is not None:
+            other._matcher = self._matcher.deep_copy()
+        return other
 
     # ---- what came ------------------------------------------------------------------------------------------------
 
@@ -227,6 +236,11 @@ class _Tail:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    def copy(self) -> "_Tail":
+        other = copy(self)
+        other._tokens = self._tokens.copy()
+        return other
 
     def find(self, pattern: bytes) -> tuple[bytes, list[int]] | None:
         """Whether the last token ends it: what its first token writes before it, and the tokens that it stands in."""

@@ -39,7 +39,7 @@ from quire_engine.quantization.config import Quantization
 from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.sampling.sampler import Sampler
 from quire_engine.spec import DecoderSpec
-from quire_engine.step import NewRow, StepPlan
+from quire_engine.step import NewRow, Places, StepPlan
 from quire_engine.weights.random import RandomWeights
 
 META = torch.device("meta")
@@ -308,7 +308,7 @@ def allocated(
             step()
             return counter.most - built - tables
 
-        largest = Shape(limits.most_tokens, limits.most_draws, limits.most_draws, limits.most_tokens)
+        largest = Shape(limits.most_tokens, limits.most_rows, limits.most_draws, limits.most_tokens)
         step = most_of(lambda: steps.run(largest))
         graphs = max((most_of(partial(steps.forward, shape, logits)) for shape in captured), default=0)
     return Allocated(source.num_parameters, built + repeated.bytes, 0 if chip is None else tables, step, graphs)
@@ -376,7 +376,8 @@ class _Steps:
         params = _EVERYTHING if everything else EngineSampling(temperature=1.0, top_p=0.9)
         if group.draws and spec.pooling is None:
             tokens = np.zeros(2, np.int32)
-            self._sampler.set_rows([NewRow(row, params, 1, tokens) for row in range(limits.most_draws)])
+            self._sampler.set_rows([NewRow(row, params, 1, tokens) for row in range(limits.most_rows)])
+        self._rows = limits.most_rows
         self._caches = empty_caches(
             spec,
             group,
@@ -391,7 +392,8 @@ class _Steps:
 
     def forward(self, shape: Shape, out: Tensor | None = None) -> tuple[Draws, Tensor | None]:
         """The logits, if any are this rank's."""
-        arrays = self._batcher.arrays(StepPlan.empty(), shape)
+        nothing = StepPlan.empty()
+        arrays = self._batcher.arrays(nothing, nothing.places(), shape)
         batch = self._batcher.assemble(self._batcher.upload(arrays), shape, self._longest)
         hidden = self._model(batch.token_ids, batch.attention, self._caches)
         if hidden is None:
@@ -403,4 +405,8 @@ class _Steps:
         """The whole step."""
         draws, logits = self.forward(shape)
         if logits is not None:
-            self._sampler.draw(logits, np.arange(shape.draws, dtype=np.int32), draws.parameters)
+            places = np.arange(shape.draws, dtype=np.int32)
+            drafts = np.where(places < self._rows, -1, 0).astype(np.int32)
+            order = np.argsort(places % self._rows, kind="stable")
+            rows = (places % self._rows)[order]
+            self._sampler.draw(logits, Places(rows, np.ones_like(rows), drafts[order]), draws.parameters)

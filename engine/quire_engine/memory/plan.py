@@ -19,6 +19,7 @@ from quire_engine.models.decoder import layers_of
 from quire_engine.parallel import group_bytes
 from quire_engine.quantization.config import Quantization
 from quire_engine.spec import DecoderSpec
+from quire_engine.speculation.choice import choose
 
 GIB = 1 << 30
 _CPU_CACHE_BYTES = 560 << 20
@@ -147,6 +148,7 @@ def dry_limits(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> SchedulerL
         max_num_batched_tokens=tokens_per_step(config, spec, cpu),
         max_num_queued_reqs=0,
         num_states=1 if spec.recurrent_layers else 0,
+        speculation=choose(config, spec, cpu=cpu),
     )
 
 

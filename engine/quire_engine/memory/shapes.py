@@ -1,6 +1,7 @@
 """The padded shapes of steps that are captured as graphs (execution/graphs.py), which the plan of memory counts.
 
-Decoding is captured at a ladder of batch sizes; small steps that mix prompts with decoding at a ladder of token counts.
+Decoding is captured at a ladder of batch sizes; small steps that mix prompts with decoding, and steps with drafts, at
+ladders of token counts.
 """
 
 from quire_engine.batch import Shape
@@ -33,8 +34,20 @@ def mixed_ladder(most_tokens: int, most_requests: int) -> list[Shape]:
     ]
 
 
+def drafted_ladder(most_draws: int, longest: int) -> list[Shape]:
+    """Shapes of steps that decode with drafts, where every token is drawn behind. `longest`: tokens of a request.
+
+    There may be as many requests as tokens, so that no padding request is longer.
+    """
+    sizes = [2, 4, 8, 12, *(size for size in decode_ladder(most_draws) if size >= 16)]
+    return [Shape(size, size + 1, size, longest) for size in sizes if size <= most_draws]
+
+
 def captured_shapes(limits: SchedulerLimits) -> list[Shape]:
     """All that are captured, the one that takes most first."""
-    decoding = [Shape(size, size, size, 1) for size in decode_ladder(limits.most_draws)]
-    mixed = mixed_ladder(min(limits.max_num_batched_tokens, limits.max_model_len), limits.most_draws)
-    return sorted(decoding + mixed, key=lambda shape: (-shape.tokens, -shape.requests))
+    decoding = [Shape(size, size, size, 1) for size in decode_ladder(limits.most_rows)]
+    mixed = mixed_ladder(min(limits.max_num_batched_tokens, limits.max_model_len), limits.most_rows)
+    drafted: list[Shape] = []
+    if limits.speculation is not None:
+        drafted = drafted_ladder(limits.most_draws, 1 + (limits.speculation.num_speculative_tokens or 0))
+    return sorted(decoding + mixed + drafted, key=lambda shape: (-shape.tokens, -shape.requests))

@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from quire_engine.request import EngineSampling
-from quire_engine.step import NewRow
+from quire_engine.step import NewRow, Places
 from quire_engine.upload import Array, Upload
 
 _FIRST_SLOTS = 8
 _NONE = -1  # before a log's first token
+_NOTHING = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -27,17 +29,15 @@ class _Row:
 
     params: EngineSampling
     num_prompt: int
-    length: int  # of the whole log, in tokens
     slot: int = -1  # of the tables, where it has penalties or may draw from some tokens alone
     bias: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
-    bans: list[int] = field(default_factory=list)  # bad words of one token
+    bans: NDArray[np.int64] = field(default_factory=lambda: _NOTHING)  # bad words of one token
     words: "_Words | None" = None  # of several
-    ends: list[int] = field(default_factory=list)
+    early_bans: NDArray[np.int64] = field(default_factory=lambda: _NOTHING)  # the same, and ends
 
-    @property
-    def early(self) -> bool:
-        """Whether an end would come too early."""
-        return self.length - self.num_prompt < self.params.min_tokens
+    def early(self, position: int) -> bool:
+        """Whether an end would come too early there."""
+        return position - self.num_prompt < self.params.min_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,11 @@ class LogitEdits:
             params = new.params
             if not params.edits_logits:
                 continue
-            row = self._rows[new.row] = _Row(params, new.num_prompt, len(new.tokens))
-            row.ends = [token for token in params.stop_token_ids if token < self._vocab_size]
+            row = self._rows[new.row] = _Row(params, new.num_prompt)
             bad = [word for word in params.bad_words if word[-1] < self._vocab_size]  # a tokenizer may know more tokens
-            row.bans = [word[0] for word in bad if len(word) == 1]
+            row.bans = _ints([word[0] for word in bad if len(word) == 1])
+            ends = _ints([token for token in params.stop_token_ids if token < self._vocab_size])
+            row.early_bans = np.concatenate((row.bans, ends))
             if params.logit_bias:
                 ids, values = list(params.logit_bias), list(params.logit_bias.values())
                 row.bias = np.array(ids, np.int64), np.array(values, np.float32)
@@ -111,7 +112,7 @@ class LogitEdits:
 
     def _fill_slots(self, slotted: list[tuple[int, NewRow]]) -> None:
         slots = _ints([slot for slot, _ in slotted])
-        logs = [new.tokens.astype(np.int64) if new.params.penalized else _ints(()) for _, new in slotted]
+        logs = [new.tokens.astype(np.int64) if new.params.penalized else _NOTHING for _, new in slotted]
         outputs = [log[new.num_prompt :] for log, (_, new) in zip(logs, slotted, strict=True)]
         allowed = [new.params.allowed_token_ids.ids() for _, new in slotted]
         unlimited = _ints([slot for slot, new in slotted if not new.params.allowed_token_ids])
@@ -144,50 +145,74 @@ class LogitEdits:
             self._free = list(range(held + more - 1, held - 1, -1))
         return self._free.pop()
 
-    def arrays(self, places: Mapping[int, int], complete: Collection[int] = ()) -> dict[str, Array]:
-        """What `apply` and `remember` take, on the host. `places`: row → its place among those that draw. `complete`:
-        rows where nothing but an end may come, be it too early."""
-        rows = [(place, number, self._rows[number]) for number, place in places.items() if number in self._rows]
+    def arrays(self, places: Places, by_row: Mapping[int, range], complete: Collection[int] = ()) -> dict[str, Array]:
+        """What `apply` and `remember` take, on the host. `by_row`: row → where it has its places. `complete`: places
+        where nothing but an end may come, be it too early."""
+        spans = [(number, self._rows[number], where) for number, where in by_row.items() if number in self._rows]
+        each = [(place, row) for _, row, where in spans for place in where]
         found: dict[str, Array] = {}
-        if limited := [(place, row.slot) for place, _, row in rows if row.params.allowed_token_ids]:
+        if limited := [(place, row.slot) for place, row in each if row.params.allowed_token_ids]:
             found["limited"], found["limited_slots"] = _columns(limited)
-        early = {number for _, number, row in rows if row.early and number not in complete}
-        if banned := [
-            (place, token)
-            for place, number, row in rows
-            for token in (row.bans + row.ends if number in early else row.bans)
-        ]:
-            found["banned"], found["banned_tokens"] = _columns(banned)
-        if worded := [(place, number, row.words) for place, number, row in rows if row.words is not None]:
-            width = self._last.shape[1]
-            counts = [len(words.ends) for _, _, words in worded]
-            firsts = np.cumsum([0, *counts[:-1]], dtype=np.int32)
-            found["kept"], found["kept_rows"] = _columns([(place, number) for place, number, _ in worded])
-            found["worded"] = np.repeat(found["kept"], counts)
-            found["ends"] = np.concatenate([words.ends for _, _, words in worded])
-            found["begun"] = np.concatenate([words.tokens for _, _, words in worded])
-            found["begun_words"] = np.concatenate(
-                [first + words.numbers for first, (_, _, words) in zip(firsts, worded, strict=True)]
+        positions = places.positions.tolist()
+        banned = [
+            (place, row.early_bans if row.early(positions[place]) and place not in complete else row.bans)
+            for place, row in each
+            if len(row.early_bans)
+        ]
+        if any(len(tokens) for _, tokens in banned):
+            found["banned"], found["banned_tokens"] = _entries(
+                _ints([place for place, _ in banned]), [tokens for _, tokens in banned]
             )
-            found["begun_places"] = np.concatenate([(row + 1) * width - words.back for _, row, words in worded])
-        if biased := [(place, *row.bias) for place, _, row in rows if row.bias is not None]:
+        if worded := [(number, row.words, where) for number, row, where in spans if row.words is not None]:
+            self._find_words(found, worded, places)
+        if biased := [(place, *row.bias) for place, row in each if row.bias is not None]:
             found["biased"] = np.repeat(_ints([place for place, _, _ in biased]), [len(ids) for _, ids, _ in biased])
             found["biased_tokens"] = np.concatenate([ids for _, ids, _ in biased])
             found["biases"] = np.concatenate([values for _, _, values in biased])
-        if penalized := [(place, row) for place, _, row in rows if row.params.penalized]:
+        if penalized := [(place, row) for place, row in each if row.params.penalized]:
             found["penalized"], found["slots"] = _columns([(place, row.slot) for place, row in penalized])
-            each = [row.params for _, row in penalized]
+            asked = [row.params for _, row in penalized]
             found["factors"] = np.array(
                 [
-                    [p.repetition_penalty for p in each],
-                    [p.frequency_penalty for p in each],
-                    [p.presence_penalty for p in each],
+                    [p.repetition_penalty for p in asked],
+                    [p.frequency_penalty for p in asked],
+                    [p.presence_penalty for p in asked],
                 ],
                 np.float32,
             )
-        for _, _, row in rows:
-            row.length += 1
+            if places.drafted:
+                self._count_drafts(found, places)
         return found
+
+    def _find_words(self, found: dict[str, Array], worded: list[tuple[int, _Words, range]], places: Places) -> None:
+        """Where to look for their beginnings: in what is kept of the rows' last tokens, and past that in the drafts."""
+        size, width = self._last.numel(), self._last.shape[1]
+        each = [(place, place - where.start, number, words) for number, words, where in worded for place in where]
+        counts = [len(words.ends) for *_, words in each]
+        found["kept_rows"] = _ints([number for number, _, _ in worded])
+        found["kept"] = _ints([where.start for _, _, where in worded])
+        found["worded"] = np.repeat(_ints([place for place, *_ in each]), counts)
+        found["ends"] = np.concatenate([words.ends for *_, words in each])
+        found["begun"] = np.concatenate([words.tokens for *_, words in each])
+        back = np.concatenate([words.back for *_, words in each])
+        lengths = [len(words.back) for *_, words in each]
+        place, drafts, row = np.repeat(np.array([numbers for *numbers, _ in each], np.int32).T, lengths, 1)
+        first = np.repeat(np.cumsum([0, *counts[:-1]], dtype=np.int32), lengths)
+        found["begun_words"] = first + np.concatenate([words.numbers for *_, words in each])
+        found["begun_places"] = np.where(back > drafts, (row + 1) * width + drafts - back, size + place + 1 - back)
+        if places.drafted:
+            found["kept_ends"] = _ints([where.stop for _, _, where in worded])
+            found["drafts"] = places.drafts
+
+    def _count_drafts(self, found: dict[str, Array], places: Places) -> None:
+        """The drafts before each penalized place. One that the model has no logits of is none that comes."""
+        where = found["penalized"]
+        before = where - places.firsts()[where]
+        numbers = np.arange(len(where))
+        found["penalized_firsts"] = numbers - before
+        found["counted"] = np.repeat(numbers, before)
+        back = np.arange(len(found["counted"])) - np.repeat(np.cumsum(before) - before, before)
+        found["counted_tokens"] = np.minimum(places.drafts[np.repeat(where, before) - back], self._vocab_size - 1)
 
     def apply(self, logits: Tensor, step: Mapping[str, Tensor]) -> None:
         """Everything before temperature, in place. logits [S, V]; `step`: `arrays` on the device."""
@@ -199,34 +224,61 @@ class LogitEdits:
         if "banned" in step:
             logits.index_put_((step["banned"], step["banned_tokens"]), impossible)
         if "worded" in step:
-            other = self._last.view(-1).index_select(0, step["begun_places"]) != step["begun"]
+            known = self._last.view(-1)
+            known = torch.cat((known, step["drafts"])) if "drafts" in step else known
+            other = known.index_select(0, step["begun_places"]) != step["begun"]
             others = torch.zeros_like(step["ends"], dtype=torch.int32).index_add_(0, step["begun_words"], other.int())
             stands = torch.where(others == 0, impossible, 0.0)
             logits.index_put_((step["worded"], step["ends"]), stands, accumulate=True)
         if "biased" in step:
             logits.index_put_((step["biased"], step["biased_tokens"]), step["biases"], accumulate=True)
         if "penalized" in step:
-            self._penalize(logits, step["penalized"], step["slots"], step["factors"])
+            self._penalize(logits, step)
 
-    def _penalize(self, logits: Tensor, where: Tensor, slots: Tensor, factors: Tensor) -> None:
-        repetition, frequency, presence = factors[:, :, None].unbind(0)  # [n, 1]
+    def _penalize(self, logits: Tensor, step: Mapping[str, Tensor]) -> None:
+        where, slots = step["penalized"], step["slots"]
+        repetition, frequency, presence = step["factors"][:, :, None].unbind(0)  # [n, 1]
         x = logits.index_select(0, where)
         seen, counts = self._seen.index_select(0, slots), self._counts.index_select(0, slots)
+        if "counted" in step:
+            drafts = step["counted"], step["counted_tokens"].long()
+            seen.index_put_(drafts, seen.new_ones(()))
+            counts.index_put_(drafts, counts.new_ones(()), accumulate=True)
         x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
         x -= frequency * counts
         x -= presence * (counts > 0)
         logits.index_copy_(0, where, x)
 
     def remember(self, tokens: Tensor, step: Mapping[str, Tensor]) -> None:
-        """The tokens [S] that were drawn, -1 where none could be: such a row ends, so it does not matter."""
+        """The tokens [S] that were drawn: REJECTED at places that are not valid, -1 where none could be; such a row
+        ends, so it does not matter."""
         if "penalized" in step:
-            drawn, slots = tokens.index_select(0, step["penalized"]).clamp(min=0).long(), step["slots"]
-            self._counts.index_put_((slots, drawn), self._counts.new_ones(()), accumulate=True)
+            drawn, slots = tokens.index_select(0, step["penalized"]), step["slots"]
+            one = self._counts.new_ones(())
+            if "penalized_firsts" in step:
+                one = (drawn >= 0).int()
+                drawn = torch.where(drawn >= 0, drawn, drawn.index_select(0, step["penalized_firsts"]))
+            drawn = drawn.clamp(min=0).long()
+            self._counts.index_put_((slots, drawn), one, accumulate=True)
             self._seen.index_put_((slots, drawn), self._seen.new_ones(()))
         if "kept" in step:
-            rows, drawn = step["kept_rows"], tokens.index_select(0, step["kept"])
-            last = self._last.index_select(0, rows)
-            self._last.index_copy_(0, rows, torch.cat((last[:, 1:], drawn[:, None]), 1))
+            rows = step["kept_rows"]
+            if "kept_ends" in step:
+                last = self._moved_on(tokens, rows, step["kept"], step["kept_ends"])
+            else:
+                drawn = tokens.index_select(0, step["kept"])
+                last = torch.cat((self._last.index_select(0, rows)[:, 1:], drawn[:, None]), 1)
+            self._last.index_copy_(0, rows, last)
+
+    def _moved_on(self, tokens: Tensor, rows: Tensor, firsts: Tensor, ends: Tensor) -> Tensor:
+        """The last tokens of rows that drew at the places from `firsts` to before `ends`: each moves on by how many
+        are valid, and those stand first."""
+        size, width = self._last.numel(), self._last.shape[1]
+        came = F.pad((tokens >= 0).cumsum(0), (1, 0))
+        count = came.index_select(0, ends) - came.index_select(0, firsts)
+        at = count[:, None] + torch.arange(width, device=tokens.device)  # from the oldest kept so far
+        where = torch.where(at < width, rows[:, None] * width + at, size + firsts[:, None] + at - width)
+        return torch.cat((self._last.view(-1), tokens)).index_select(0, where.view(-1)).view(-1, width)
 
 
 def _ints(numbers: list[int] | tuple[int, ...]) -> NDArray[np.int64]:

@@ -1,8 +1,11 @@
-"""From logits to tokens. V vocabulary, S rows that draw.
+"""From logits to tokens. V vocabulary, S places at which rows draw.
 
 Order, as in the field: log-probabilities are of the raw logits; then allowed tokens, bad words, logit bias,
 min_tokens and penalties, and what grammars allow; then greedy, or temperature, min-p, top-k, top-p and a draw by
 inversion of the cumulative distribution. Nothing here waits for the device but grammars, for the tokens drawn last.
+
+At places behind drafts all of that is done as if the drafts had been drawn. A place is valid while each draft before it
+is what was drawn at the place before: so what a row draws at valid places is what it would have drawn step by step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,7 @@ from torch import Tensor
 from quire_engine.guidance.compiled import Guides
 from quire_engine.guidance.rows import GuidedRows, Masks
 from quire_engine.sampling.edits import LogitEdits
-from quire_engine.step import Failure, NewRow, TokenLogprobs
+from quire_engine.step import REJECTED, Failure, NewRow, Places, TokenLogprobs
 from quire_engine.upload import Upload
 
 
@@ -50,11 +53,11 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One token per row, on the device; -1 where no logit was finite."""
+    """One token per place, on the device; -1 where no logit was finite, REJECTED at places that are not valid."""
 
     tokens: Tensor  # [S] int32
-    scores: TokenScores | None  # of the rows below, in their order
-    scored_rows: list[tuple[int, int]] = field(default_factory=list)  # row, width
+    scores: TokenScores | None  # of the places below, in their order, valid or not
+    scored: list[tuple[int, int, range]] = field(default_factory=list)  # row, width, its places
     failed: dict[int, Failure] = field(default_factory=dict)  # by the row: why it cannot go on
 
 
@@ -104,45 +107,61 @@ class Sampler:
         """What `Rows` holds of these rows, on the host: seeds, temperature, top-k, top-p, min-p."""
         return self._seed[rows], self._temperature[rows], self._top_k[rows], self._top_p[rows], self._min_p[rows]
 
-    def draw(self, logits: Tensor, rows: NDArray[np.int32], parameters: Rows) -> Drawn:
-        """One token per row. logits [S, V] fp32 (changed in place)."""
-        filtered = bool(self._filters[rows].any())
+    def draw(self, logits: Tensor, places: Places, parameters: Rows) -> Drawn:
+        """One token per place. logits [S, V] fp32 (changed in place)."""
+        filtered = bool(self._filters[places.rows].any())
         guided = self._guided or None
-        special = self._logprobs or self._edits or guided
-        places = {int(row): place for place, row in enumerate(rows)} if special else {}
-        scored = [(row, self._logprobs[row]) for row in places if row in self._logprobs]
-        masks = guided.masks(places) if guided is not None else Masks()
-        edited = masks.places.size or any(row in self._edits for row in places)
-        if not scored and not edited:
-            tokens = self._ops.draw(logits, parameters, filtered)
-            return Drawn(tokens, None, failed=self._follow(tokens, places))
-        arrays = self._edits.arrays(places, masks.complete)
+        by_row = places.by_row() if self._logprobs or self._edits or guided else {}
+        scored = [(row, self._logprobs[row], where) for row, where in by_row.items() if row in self._logprobs]
+        masks = guided.masks(places, by_row) if guided is not None else Masks()
+        edited = masks.places.size or any(row in self._edits for row in by_row)
+        arrays = self._edits.arrays(places, by_row, masks.complete) if edited else {}
         if masks.places.size:
             arrays["masked"], arrays["masks"] = masks.places, masks.bits
         if scored:
-            arrays["scored"] = np.array([places[row] for row, _ in scored], np.int64)
-        step = dict(zip(arrays, self._upload(list(arrays.values())), strict=True))
+            arrays["scored"] = np.concatenate([np.array(where, np.int64) for _, _, where in scored])
+        if places.drafted:
+            arrays["expected"], arrays["firsts"] = self._expected(places, masks), places.firsts()
+        step = dict(zip(arrays, self._upload(list(arrays.values())), strict=True)) if arrays else {}
         raw = logits
-        if scored and (edited or len(scored) < len(rows)):
+        if scored and (edited or len(arrays["scored"]) < len(places.rows)):
             raw = logits.index_select(0, step["scored"])
-        self._edits.apply(logits, step)
+        if edited:
+            self._edits.apply(logits, step)
         if "masks" in step:
             self._ops.mask_logits(logits, step["masked"], step["masks"])
         tokens = self._ops.draw(logits, parameters, filtered)
+        if "expected" in step:
+            tokens = verified(tokens, step["expected"], step["firsts"])
         self._edits.remember(tokens, step)
-        failed = self._follow(tokens, places)
+        failed = self._follow(tokens, by_row)
         if not scored:
             return Drawn(tokens, None, failed=failed)
         chosen = tokens.index_select(0, step["scored"])
-        scores = token_scores(raw, chosen.clamp(min=0), max(width for _, width in scored))
+        scores = token_scores(raw, chosen.clamp(min=0), max(width for _, width, _ in scored))
         return Drawn(tokens, scores, scored, failed)
 
-    def _follow(self, tokens: Tensor, places: Mapping[int, int]) -> dict[int, Failure]:
+    def _expected(self, places: Places, masks: Masks) -> NDArray[np.int32]:
+        """The drafts, and where grammars could not follow one, a token that is never drawn."""
+        if not masks.cut:
+            return places.drafts
+        drafts = places.drafts.copy()
+        drafts[list(masks.cut)] = self._vocab_size
+        return drafts
+
+    def _follow(self, tokens: Tensor, by_row: Mapping[int, range]) -> dict[int, Failure]:
         """Grammars go on from what was drawn; which rows cannot, and why."""
         if not self._guided:
             return {}
-        self._guided.remember(tokens, places)
-        return self._guided.failures(places)
+        self._guided.remember(tokens, by_row)
+        return self._guided.failures(by_row)
+
+
+def verified(tokens: Tensor, drafts: Tensor, firsts: Tensor) -> Tensor:
+    """Tokens [S] with REJECTED where a draft of the row up to there is not the token drawn before it. drafts [S], -1 at
+    a row's first place, which is `firsts` [S] for each."""
+    wrong = ((drafts >= 0) & (tokens.roll(1) != drafts)).cumsum(0)
+    return torch.where(wrong == wrong.index_select(0, firsts), tokens, REJECTED)
 
 
 def token_scores(logits: Tensor, chosen: Tensor, width: int) -> TokenScores:

@@ -102,18 +102,22 @@ class Waiting(_message.Message):
     def __init__(self, id: _Optional[int] = ..., reason: _Optional[str] = ..., since: _Optional[float] = ..., tokens_ahead: _Optional[int] = ...) -> None: ...
 
 class Ending(_message.Message):
-    __slots__ = ("id", "reason", "stop_token_id", "error_kind", "error")
+    __slots__ = ("id", "reason", "stop_token_id", "error_kind", "error", "draft_tokens", "accepted_tokens")
     ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_KIND_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     id: int
     reason: str
     stop_token_id: int
     error_kind: str
     error: str
-    def __init__(self, id: _Optional[int] = ..., reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., error_kind: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+    draft_tokens: int
+    accepted_tokens: int
+    def __init__(self, id: _Optional[int] = ..., reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., error_kind: _Optional[str] = ..., error: _Optional[str] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class Started(_message.Message):
     __slots__ = ("id", "cached_tokens")
@@ -146,7 +150,7 @@ class TopLogprobs(_message.Message):
     def __init__(self, id: _Optional[int] = ..., prompt: _Optional[bool] = ..., first: _Optional[int] = ..., chosen: _Optional[_Iterable[int]] = ..., logprob: _Optional[_Iterable[float]] = ..., rank: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "pages_total", "pages_used", "slots_allocated", "slots_unused", "steps", "busy", "step_age", "preemptions", "prefix_queries", "prefix_hits", "block_size", "most_requests", "queued_tokens", "prefill_rate", "waiting_for", "rows")
+    __slots__ = ("running", "waiting", "pages_total", "pages_used", "slots_allocated", "slots_unused", "steps", "busy", "step_age", "preemptions", "prefix_queries", "prefix_hits", "block_size", "most_requests", "queued_tokens", "prefill_rate", "waiting_for", "rows", "drafts", "draft_tokens", "accepted_tokens", "accepted_per_position")
     class WaitingForEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +176,10 @@ class Load(_message.Message):
     PREFILL_RATE_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_PER_POSITION_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     pages_total: int
@@ -190,7 +198,11 @@ class Load(_message.Message):
     prefill_rate: float
     waiting_for: _containers.ScalarMap[str, int]
     rows: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., slots_allocated: _Optional[int] = ..., slots_unused: _Optional[int] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., block_size: _Optional[int] = ..., most_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., waiting_for: _Optional[_Mapping[str, int]] = ..., rows: _Optional[int] = ...) -> None: ...
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+    accepted_per_position: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., slots_allocated: _Optional[int] = ..., slots_unused: _Optional[int] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., block_size: _Optional[int] = ..., most_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., waiting_for: _Optional[_Mapping[str, int]] = ..., rows: _Optional[int] = ..., drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Vector(_message.Message):
     __slots__ = ("id", "values")

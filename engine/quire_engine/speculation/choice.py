@@ -1,0 +1,44 @@
+"""Which drafter an engine has."""
+
+from dataclasses import replace
+
+from quire_engine.config import EngineConfig, SchedulerLimits, SpeculativeConfig
+from quire_engine.errors import InvalidParameter
+from quire_engine.spec import DecoderSpec
+from quire_engine.speculation.draft import Drafter
+from quire_engine.speculation.ngram import NgramDrafter
+from quire_engine.speculation.speculation import Speculation
+from quire_engine.speculation.suffix import SuffixDrafter
+from quire_engine.speculation.value import Value
+
+_TOKENS = 8
+
+
+def choose(config: EngineConfig, spec: DecoderSpec, *, cpu: bool) -> SpeculativeConfig | None:
+    """What `--speculative-config` comes to for this model and device; None: nothing is guessed. Raises InvalidParameter
+    for what the model cannot do."""
+    asked = config.speculation
+    wanted = asked or SpeculativeConfig(method="auto" if cpu else "off")
+    if spec.pooling is not None:
+        if asked is not None and asked.method != "off":
+            raise InvalidParameter(
+                "speculative_config is for models that generate; this one gives vectors or scores: leave it out",
+                "speculative_config",
+            )
+        return None
+    if wanted.method == "off":
+        return None
+    method = "suffix" if wanted.method == "auto" else wanted.method
+    return replace(wanted, method=method, num_speculative_tokens=wanted.num_speculative_tokens or _TOKENS)
+
+
+def speculation_of(limits: SchedulerLimits) -> Speculation | None:
+    """As an engine with these limits has it."""
+    chosen = limits.speculation
+    if chosen is None:
+        return None
+    drafter: Drafter = SuffixDrafter()
+    if chosen.method == "ngram":
+        drafter = NgramDrafter(chosen.prompt_lookup_min, chosen.prompt_lookup_max)
+    most = chosen.num_speculative_tokens or _TOKENS
+    return Speculation(drafter, Value(most), most)

@@ -1,0 +1,165 @@
+"""How many drafts are worth it, on machines and texts that are made up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pytest
+from quire_engine.request import EngineSampling, Request
+from quire_engine.speculation.draft import Draft
+from quire_engine.speculation.value import Value
+
+MOST = 8
+OUTPUT = 300  # tokens of a request
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step of so many tokens takes, in milliseconds, and how long it waits for the host where it cannot be
+    planned before the end of the step before it."""
+
+    cost: Callable[[int], float]
+    gap: float = 0.0
+    noise: float = 0.0
+    outliers: float = 0.0
+
+    def measured(self, rng: np.random.Generator, seconds: float) -> float:
+        seconds *= rng.uniform(1 - self.noise, 1 + self.noise)
+        return seconds * 5 if rng.random() < self.outliers else seconds
+
+
+def cpu(tokens: int) -> float:
+    return float(np.interp(tokens, [1, 8, 64, 256, 2048], [30, 40, 170, 600, 4800]))
+
+
+def gpu(tokens: int) -> float:
+    return max(10.0, 10.0 * tokens / 256)
+
+
+MACHINES = {
+    "cpu": Machine(cpu),
+    "gpu": Machine(gpu, gap=1.5),
+    "flat": Machine(lambda tokens: 10.0),
+    "linear": Machine(lambda tokens: 5.0 * tokens, gap=0.5),
+    "steep": Machine(lambda tokens: 10 + 5.0 * tokens, gap=2.0),
+}
+NOISY = {
+    f"{name}, noisy": Machine(machine.cost, machine.gap, noise=0.3, outliers=0.05) for name, machine in MACHINES.items()
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """The chance that a draft follows, by the request's number and its output so far; what the drafter says of it;
+    how often it says anything."""
+
+    chance: Callable[[int, int], float]
+    said: Callable[[float], float] = lambda chance: 0.5
+    drafted: float = 1.0
+
+
+TEXTS = {
+    "never": Text(lambda number, output: 0.0),
+    "never, sure of it": Text(lambda number, output: 0.0, lambda chance: 0.95),
+    "always": Text(lambda number, output: 1.0),
+    "always, doubted": Text(lambda number, output: 1.0, lambda chance: 0.1),
+    "half": Text(lambda number, output: 0.5),
+    "half, overrated": Text(lambda number, output: 0.5, lambda chance: 0.95),
+    "good": Text(lambda number, output: 0.8, lambda chance: 0.8),
+    "good, underrated": Text(lambda number, output: 0.8, lambda chance: 0.2),
+    "poor": Text(lambda number, output: 0.2, lambda chance: 0.6),
+    "phases": Text(lambda number, output: 0.95 * (output // 75 % 2)),
+    "two kinds": Text(lambda number, output: 0.9 * (number % 2)),
+    "seldom": Text(lambda number, output: 0.9, lambda chance: 0.8, drafted=0.15),
+}
+
+
+class Policy(Protocol):
+    def worth_asking(self, decoding: int, beside: int) -> bool: ...
+    def choose(
+        self, requests: list[Request], drafts: list[Draft], decoding: int, beside: int, room: int
+    ) -> list[int]: ...
+    def learn(self, request: Request, draft: Draft, computed: int, accepted: int) -> None: ...
+    def timed(self, tokens: int, seconds: float, waited: float) -> None: ...
+    def forget(self, request: Request) -> None: ...
+
+
+class Fixed:
+    """So many drafts for each request, whatever comes of it."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def worth_asking(self, decoding: int, beside: int) -> bool:
+        return self.length > 0
+
+    def choose(self, requests: list[Request], drafts: list[Draft], decoding: int, beside: int, room: int) -> list[int]:
+        return [min(self.length, len(draft.tokens)) for draft in drafts]
+
+    def learn(self, request: Request, draft: Draft, computed: int, accepted: int) -> None: ...
+    def timed(self, tokens: int, seconds: float, waited: float) -> None: ...
+    def forget(self, request: Request) -> None: ...
+
+
+def a_request(number: int) -> Request:
+    return Request(number, [1], 1, EngineSampling(max_tokens=OUTPUT))
+
+
+def run(policy: Policy, machine: Machine, text: Text, batch: int, steps: int, prompt: int = 0, skip: int = 0) -> float:
+    """Tokens a millisecond, decoded and of prompts, by what steps take without the noise. A request that ends makes
+    room for the next, with a prompt of so many tokens, of which a step takes 256."""
+    rng = np.random.default_rng(1)
+    requests = [a_request(number) for number in range(batch)]
+    outputs = {request.id: int(rng.integers(OUTPUT)) for request in requests}
+    number = batch
+    queued, drafted = 0, False
+    time = tokens = 0.0
+    for step in range(steps):
+        if step == skip:
+            time = tokens = 0.0
+        beside = min(queued, 256)
+        queued -= beside
+        asked = policy.worth_asking(batch, beside)
+        counts = [0] * batch
+        drafts = [Draft()] * batch
+        if asked:
+            for place, request in enumerate(requests):
+                if rng.random() < text.drafted:
+                    said = text.said(text.chance(request.id, outputs[request.id]))
+                    drafts[place] = Draft([1] * MOST, [said] * MOST)
+            counts = policy.choose(requests, drafts, batch, beside, 1000)
+        total = batch + beside + sum(counts)
+        alone = (asked or drafted) and machine.gap > 0
+        seconds = machine.cost(total) + (machine.gap if alone else 0)
+        drafted = any(counts)
+        time += seconds
+        tokens += beside
+        for place, (request, count, draft) in enumerate(zip(list(requests), counts, drafts, strict=True)):
+            accepted = 0
+            if count:
+                chance = text.chance(request.id, outputs[request.id])
+                while accepted < count and rng.random() < chance:
+                    accepted += 1
+                policy.learn(request, draft, count, accepted)
+            outputs[request.id] += accepted + 1
+            tokens += accepted + 1
+            if outputs[request.id] >= OUTPUT:
+                policy.forget(request)
+                requests[place] = a_request(number)
+                outputs[number] = 0
+                number += 1
+                queued += prompt
+        waited = machine.measured(rng, machine.gap * 0.7) if alone else 0.0
+        policy.timed(total, machine.measured(rng, seconds - 0.7 * machine.gap * alone) + waited, waited)
+    return tokens / time
+
+
+@pytest.mark.parametrize("prompt", [0, 300])
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("machine", MACHINES | NOISY)
+def test_never_slower(machine: str, text: str, batch: int, prompt: int) -> None:
+    made = (MACHINES | NOISY)[machine]
+    plain = run(Fixed(0), made, TEXTS[text], batch, 600, prompt)
+    assert run(Value(MOST), made, TEXTS[text], batch, 600, prompt) >= 0.97 * plain
