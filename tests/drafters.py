@@ -40,6 +40,16 @@ def told(prompts: Iterable[Sequence[int]], outputs: Iterable[Sequence[int]], wro
     return Oracle(following, wrong, seed)
 
 
+class Constant:
+    """Says the same of whatever it is asked about."""
+
+    def propose(self, request: Request, most: int) -> Draft:
+        return Draft([5] * most, [0.5] * most)
+
+    def forget(self, request: Request) -> None:
+        """Nothing is kept."""
+
+
 class Everything:
     """In place of `Value`: all drafts that there is room for."""
 

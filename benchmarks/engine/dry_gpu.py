@@ -19,7 +19,7 @@ from quire_engine.execution import runner as runner_module
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.memory.dry_run import META
 from quire_engine.memory.plan import GPUS, Target
-from quire_engine.step import StepPlan, StepResult
+from quire_engine.step import Places, StepResult
 from quire_engine.weights.resolve import find_model
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
@@ -34,9 +34,9 @@ class _Pending:
 
     ready = True
 
-    def __init__(self, plan: StepPlan, *rest: Any) -> None:
-        self._count = int(np.count_nonzero(plan.draws))
-        self._seed = int(plan.starts.sum())
+    def __init__(self, places: Places, *rest: Any) -> None:
+        self._count = len(places.rows)
+        self._seed = int(places.positions.sum())
 
     def result(self) -> StepResult:
         """Tokens of a small vocabulary."""

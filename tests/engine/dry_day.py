@@ -21,6 +21,7 @@ import transformers
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "engine"))
 sys.path.append(str(Path(__file__).parents[1]))
 
+from drafters import Constant, speculation
 from dry_gpu import CARD, dry_runner
 from families import FAMILIES, TINY
 from quire_engine.engine import Engine
@@ -74,12 +75,19 @@ class Copies(TorchDispatchMode):
 
 
 def fill(engine: Engine) -> None:
-    """One step as large as any can be, in which every row draws and asks for all that costs memory."""
+    """One step as large as any can be, in which every row draws and asks for all that costs memory; with drafts, as many
+    as there can be, and beside them a prompt that uses the budget up."""
     limits = engine.scheduler.limits
-    each = limits.most_tokens // limits.most_draws
-    for number in range(limits.most_draws):
+    drafted = limits.speculation is not None
+    each = 2 if drafted else limits.most_tokens // limits.most_rows
+    for number in range(limits.most_rows - drafted):
         prompt = [4 + number % 290, number // 290] * each
-        engine.add(Request(-1 - number, prompt[:each], each, EngineSampling(max_tokens=1, **_COSTLY)))
+        params = EngineSampling(max_tokens=20 if drafted else 1, **_COSTLY)
+        engine.add(Request(-1 - number, prompt[:each], each, params))
+    if drafted:
+        engine.step()
+        rest = limits.most_tokens - (limits.most_draws - 1)
+        engine.add(Request(-limits.most_rows, [6] * rest, rest, EngineSampling(max_tokens=1, **_COSTLY)))
     while engine.has_work:
         engine.step()
 
@@ -138,7 +146,8 @@ def day(model: str, arrivals: int = 300, **options: Any) -> dict[str, Any]:
         stack.enter_context(mock.patch.object(Upload, "into", uploading))
         runner, launches = stack.enter_context(dry_runner(folder, facts_of(model), **options))
         warm = len(launches)
-        engine = Engine(runner)
+        drafted = runner.limits.speculation is not None
+        engine = Engine(runner, speculation(Constant()) if drafted else None)
         counter.most = counter.now
         fill(engine)
         most = counter.most

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 DAYS: list[dict[str, Any]] = [
-    {"model": "Llama-3.1-8B", "max_model_len": 8192, "quantization": "fp8", "kv_cache_dtype": "fp8"},
+    {"model": "Llama-3.1-8B", "quantization": "fp8", "kv_cache_dtype": "fp8", "max_model_len": 8192}
+    | {"speculative_config": '{"method": "ngram"}'},
     {"model": "deepseek_v3"},
     {"model": "qwen3_next", "enforce_eager": True},
 ]

@@ -215,8 +215,8 @@ def test_log_probabilities_of_a_prompt_hold_up_no_later_step(checkpoint: Make) -
         replayed.append(False)
         return execute(plan)
 
-    def replay(plan: Any) -> Any:
-        found = type(graphs).replay(graphs, plan)
+    def replay(plan: Any, places: Any) -> Any:
+        found = type(graphs).replay(graphs, plan, places)
         replayed[-1] = found is not None
         return found
 

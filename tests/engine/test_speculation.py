@@ -140,7 +140,7 @@ def test_every_feature_with_every_drafter(llama: Model, feature: str) -> None:
             assert stats.accepted_tokens == stats.draft_tokens or feature in ("stop ids", "min_tokens")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     asked=st.lists(st.lists(st.sampled_from(sorted(FEATURES)), min_size=1, max_size=3), min_size=5, max_size=5),
     wrong=st.sampled_from([0.0, 0.1, 0.5]),
@@ -167,13 +167,13 @@ def test_all_together(llama: Model, asked: list[list[str]], wrong: float, most: 
     assert run(llama.engine(speculation(drafter, most), **limits), requests(each)) == plain
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_5", "lfm2", "granite_hybrid", "gemma3", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "granite_hybrid", "gemma3"])
 def test_families(checkpoint: Make, family: str) -> None:
-    """Recurrent states, sliding windows, latents, sinks: in chunks, from the prefix cache, and preempted."""
+    """Recurrent states and sliding windows: in chunks, from the prefix cache, and preempted."""
     model = Model(checkpoint(family))
     asked = [{"temperature": 0.0, "max_tokens": 40}, {"temperature": 0.7, "max_tokens": 40}]
     plain = [seen[:2] for seen in run(model.engine(), requests(asked))]
-    for number, wrong in enumerate((0.0, 0.3, 1.0)):
+    for number, wrong in enumerate((0.0, 0.3)):
         drafter = told(PROMPTS, [tokens for tokens, _ in plain], wrong)
         engine = model.engine(speculation(drafter), steps_in_flight=1 + number % 2)
         assert [seen[:2] for seen in run(engine, requests(asked))] == plain

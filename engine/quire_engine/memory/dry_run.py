@@ -377,7 +377,7 @@ class _Steps:
         if group.draws and spec.pooling is None:
             tokens = np.zeros(2, np.int32)
             self._sampler.set_rows([NewRow(row, params, 1, tokens) for row in range(limits.most_rows)])
-        self._rows = limits.most_rows
+        self._limits = limits
         self._caches = empty_caches(
             spec,
             group,
@@ -405,8 +405,15 @@ class _Steps:
         """The whole step."""
         draws, logits = self.forward(shape)
         if logits is not None:
-            places = np.arange(shape.draws, dtype=np.int32)
-            drafts = np.where(places < self._rows, -1, 0).astype(np.int32)
-            order = np.argsort(places % self._rows, kind="stable")
-            rows = (places % self._rows)[order]
-            self._sampler.draw(logits, Places(rows, np.ones_like(rows), drafts[order]), draws.parameters)
+            self._sampler.draw(logits, _places(shape, self._limits), draws.parameters)
+
+
+def _places(shape: Shape, limits: SchedulerLimits) -> Places:
+    """One of each row; the first rows have drafts, as many as there can be."""
+    each = limits.speculation.num_speculative_tokens or 0 if limits.speculation is not None else 0
+    before = np.arange(shape.requests, dtype=np.int32) * each
+    counts = 1 + np.clip(shape.draws - shape.requests - before, 0, each)
+    drafts = np.zeros(shape.draws, np.int32)
+    drafts[np.cumsum(counts) - counts] = -1
+    rows = np.repeat(np.arange(shape.requests, dtype=np.int32), counts)
+    return Places(rows, np.ones_like(rows), drafts)
