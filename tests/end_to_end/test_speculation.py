@@ -13,12 +13,11 @@ SERIES = ("drafts", "draft_tokens", "accepted_tokens", "accepted_tokens_per_pos"
 def counts(server: RunningServer) -> dict[str, float]:
     """The sum of each series over its labels."""
     text = http.get(f"{server.url}/metrics").text
-    return {
-        name: sum(
-            map(float, re.findall(rf"^quire:spec_decode_num_{name}_total\{{[^}}]*\}} (\S+)$", text, re.MULTILINE))
-        )
-        for name in SERIES
-    }
+    found = {}
+    for name in SERIES:
+        values = re.findall(rf"^quire:spec_decode_num_{name}_total\{{[^}}]*\}} (\S+)$", text, re.MULTILINE)
+        found[name] = sum(map(float, values))
+    return found
 
 
 def test_metrics_and_the_log(two_replicas: RunningServer) -> None:

@@ -75,8 +75,8 @@ class Copies(TorchDispatchMode):
 
 
 def fill(engine: Engine) -> None:
-    """One step as large as any can be, in which every row draws and asks for all that costs memory; with drafts, as many
-    as there can be, and beside them a prompt that uses the budget up."""
+    """One step as large as any can be, in which every row draws and asks for all that costs memory; where there are
+    drafts, as many as there can be, and beside them a prompt that uses the budget up."""
     limits = engine.scheduler.limits
     drafted = limits.speculation is not None
     each = 2 if drafted else limits.most_tokens // limits.most_rows

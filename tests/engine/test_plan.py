@@ -85,9 +85,8 @@ def test_within_three_percent(tmp_path: Path, family: str, options: dict[str, An
     step = allocations(stepping)[1]
     assert weights == pytest.approx(plan.weight_bytes, rel=0.03)
     assert cache == pytest.approx(plan.cache_bytes, rel=0.03)
-    if (
-        options.keys() <= {"speculative_config"} and family != "qwen3_moe"
-    ):  # what torch's own operators take between is known less well
+    # What torch's own operators take between is known less well.
+    if options.keys() <= {"speculative_config"} and family != "qwen3_moe":
         assert step == pytest.approx(plan.activation_bytes, rel=0.03)
     assert weights + cache + step == pytest.approx(
         plan.weight_bytes + plan.cache_bytes + plan.activation_bytes, rel=0.03
