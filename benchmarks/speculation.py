@@ -1,7 +1,7 @@
 """Guessing tokens ahead: output tokens per second with it and without, in turns, on texts that repeat and others.
 
     python benchmarks/speculation.py [--model PATH] [--method suffix] [--batches 1,8] [--peer-python peer/bin/python]
-        [--output FILE] [--plot FILE]
+        [--kinds editing,summarizing] [--output FILE] [--plot FILE]
 
 Texts that repeat: 20 functions of Python's standard library that are to be edited, and 20 passages of `alice.txt` to be
 summarized in its own words. Others: the same model at temperature 1, behind random prompts. `--peer-python`: of an
@@ -13,7 +13,6 @@ import importlib
 import inspect
 import json
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from quire_cluster.workers import LocalWorkers
 from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.engine import Engine
@@ -184,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEMO_MODEL)
     parser.add_argument("--method", default="suffix")
+    parser.add_argument("--kinds", default="editing,summarizing", help="of texts that repeat")
     parser.add_argument("--batches", default="1,8", help="of texts that repeat")
     parser.add_argument("--others", default="1,2,4,8,16,32,64", help="batches of other texts")
     parser.add_argument("--tokens", type=int, default=128)
@@ -195,14 +196,14 @@ def main() -> None:
     threads = len(os.sched_getaffinity(0))
     batches, others = ([int(n) for n in text.split(",") if n] for text in (args.batches, args.others))
     bench = Bench(args.model, args.method, max([*batches, *others]))
-    found: dict[str, Any] = {"machine": platform.processor(), "threads": threads, "method": args.method}
+    found: dict[str, Any] = {"machine": torch.backends.cpu.get_capability(), "threads": threads, "method": args.method}
     generator = np.random.default_rng(0)
 
     def random_prompts(count: int) -> list[list[int]]:
         return generator.integers(100, bench.vocab_size, (count, 64)).tolist()
 
     bench.rate(random_prompts(1), 16, drafts=False)
-    kinds = repeating(bench.tokenizer)
+    kinds = {kind: prompts for kind, prompts in repeating(bench.tokenizer).items() if kind in args.kinds.split(",")}
     for kind, prompts in kinds.items():
         for size in batches:
             found[f"{kind}, {size}"] = compare(bench, prompts, size, args.tokens, args.turns, 0.0)

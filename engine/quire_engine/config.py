@@ -110,7 +110,7 @@ class SpeculativeConfig:
 
     method: str = option(
         "auto",
-        "that guesses; auto: mtp where the checkpoint has it, else suffix; off: nothing is guessed",
+        "that guesses; auto: suffix; off: nothing is guessed",
         choices=("auto", "off", "ngram", "suffix"),
     )
     num_speculative_tokens: int | None = option(

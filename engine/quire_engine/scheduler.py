@@ -191,9 +191,8 @@ class Scheduler:
                 beside += request.again
             else:
                 beside += max(0, lacking)
-        room = min(budget, self.limits.most_drafts)
-        guesses = self.speculation.guesses(decoding, min(beside, max(0, budget)), room)
-        return None if guesses and self._in_flight else guesses
+        beside, room = min(beside, max(0, budget)), min(budget, self.limits.most_drafts)
+        return self.speculation.guesses(decoding, beside, room, in_flight=bool(self._in_flight))
 
     def _decode(self, draft: PlanDraft, guesses: dict[Request, list[int]]) -> list[Request]:
         """One token, and its drafts, for each running request that lacks no more; gives the others."""

@@ -15,30 +15,35 @@ class Speculation:
         self._drafter = drafter
         self._value = value
         self._most = most
+        self._asking = False  # drafters are asked as soon as no step is in flight
         self._asked: dict[Request, Draft] = {}  # whose drafts are in flight
 
-    def guesses(self, decoding: Sequence[Request], beside: int, room: int) -> dict[Request, list[int]]:
-        """What to compute behind the last token of these requests, which lack no other. Where that token is in flight:
-        what would be wanted if it came as expected. `beside`: tokens of the step besides; `room`: for all drafts."""
-        if room <= 0 or not self._value.worth_asking(len(decoding), beside):
+    def guesses(
+        self, decoding: Sequence[Request], beside: int, room: int, *, in_flight: bool
+    ) -> dict[Request, list[int]] | None:
+        """What to compute behind the last token of these requests, which lack no other. None: there may be something
+        once no step is in flight, for then that token is known. `beside`: tokens of the step besides; `room`: for all
+        drafts."""
+        self._asking = self._asking or (room > 0 and self._value.worth_asking(len(decoding), beside))
+        if not self._asking:
             return {}
+        if in_flight:
+            return None
+        self._asking = False
         asked, drafts = [], []
         for request in decoding:
-            most = min(self._most, request.end_length - len(request.tokens) - request.pending - 1)
+            most = min(self._most, request.end_length - len(request.tokens) - 1)
             if most > 0 and (draft := self._draft(request, most)).tokens:
                 asked.append(request)
                 drafts.append(draft)
-        if not asked:
-            return {}
         counts = self._value.choose(asked, drafts, len(decoding), beside, room)
-        chosen = zip(asked, drafts, counts, strict=True)
-        self._asked = {request: draft for request, draft, count in chosen if count}
-        return {r: draft.tokens[:count] for r, draft, count in zip(asked, drafts, counts, strict=True) if count}
+        chosen = [one for one in zip(asked, drafts, counts, strict=True) if one[2]]
+        self._asked = {request: draft for request, draft, _ in chosen}
+        return {request: draft.tokens[:count] for request, draft, count in chosen}
 
     def _draft(self, request: Request, most: int) -> Draft:
-        ahead = request.pending
-        draft = self._drafter.propose(request, ahead + most)
-        return Draft(draft.tokens[ahead : ahead + most], draft.chances[ahead : ahead + most])
+        draft = self._drafter.propose(request, most)
+        return Draft(draft.tokens[:most], draft.chances[:most])
 
     def learn(self, request: Request, computed: int, accepted: int) -> None:
         """Of a request's drafts so many were computed, and of these so many drawn."""
