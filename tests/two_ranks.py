@@ -50,7 +50,13 @@ def serve(rank: int, port: int, orders: Connection) -> None:
     group = ParallelGroup.join(rank, 2, 1, "127.0.0.1", port, device, dtype=torch.float32)
     while (folder := orders.recv()) is not None:
         try:
-            config = EngineConfig(model=folder, device="cpu", kv_cache_memory_bytes=4 << 20, max_num_batched_tokens=24)
+            config = EngineConfig(
+                model=folder,
+                device="cpu",
+                kv_cache_memory_bytes=4 << 20,
+                max_num_batched_tokens=24,
+                speculative_config='{"num_speculative_tokens": 4}',
+            )
             runner = ModelRunner(config, find_model(config), group)
             if rank == 0:
                 tokens = run(Engine(TwoRanks(runner), speculation(SuffixDrafter())), BATCH, max_tokens=16)

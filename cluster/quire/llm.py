@@ -318,8 +318,8 @@ class LLM:
                     output.prompt_logprobs = [*(output.prompt_logprobs or []), scores]
                 generated += len(outcome.tokens)
                 news: list[tuple[Request, Callable[[_Choice], None]]] = [
-                    (request, partial(_accept, token=token))
-                    for request, token in zip(outcome.requests, outcome.tokens, strict=True)
+                    (request, partial(_accept, token=token, index=index))
+                    for request, token, index in zip(outcome.requests, outcome.tokens, outcome.indexes, strict=True)
                 ]
                 for request, act in [*news, *((request, _finish) for request in outcome.finished)]:
                     if request.id in left and self._ended(choices[request.id], act):
@@ -344,13 +344,15 @@ class LLM:
         return bool(completion.finish_reason)
 
 
-def _accept(choice: _Choice, token: int) -> None:
-    completion, text = choice.completion, choice.text
+def _accept(choice: _Choice, token: int, index: int) -> None:
+    completion, text, request = choice.completion, choice.text, choice.request
     completion.token_ids.append(token)
-    text.push(token, choice.request.finish_reason == "stop")
+    text.push(token, request.finish_reason == "stop" and index == request.num_output - 1)
     _show(choice)
     if text.stopped_by is not None:
         completion.finish_reason, completion.stop_reason = "stop", text.stopped_by
+        if completion.logprobs is not None:  # the step may have drawn tokens behind
+            del completion.logprobs[len(completion.token_ids) :]
 
 
 def _finish(choice: _Choice) -> None:

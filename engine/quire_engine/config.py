@@ -109,9 +109,9 @@ class SpeculativeConfig:
     """How tokens are guessed ahead: `--speculative-config`, with the field's names."""
 
     method: str = option(
-        "auto",
-        "that guesses; auto: suffix; off: nothing is guessed",
-        choices=("auto", "off", "ngram", "suffix"),
+        "suffix",
+        "that guesses",
+        choices=("ngram", "suffix"),
     )
     num_speculative_tokens: int | None = option(
         None, "that are guessed at most of a request in a step", form="tokens", unset="8", least=1, most=64
@@ -222,10 +222,10 @@ class EngineConfig:
     )
     speculative_config: str | None = option(
         None,
-        "of guessing tokens ahead: method (auto, off, ngram or suffix), num_speculative_tokens, prompt_lookup_min and "
+        "of guessing tokens ahead: method (suffix or ngram), num_speculative_tokens, prompt_lookup_min and "
         "prompt_lookup_max",
         form="a JSON object",
-        unset="suffix on a CPU, off on a GPU",
+        unset="nothing is guessed",
     )
     deterministic: bool = option(
         False, "the same bits for a request whatever runs beside it, however it is cut up, found cached or resumed"

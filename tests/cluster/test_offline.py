@@ -6,11 +6,13 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import processes, wait_until
+from drafters import speculation, told
 from quire import LLM, SamplingParams
 from quire_engine.errors import EngineFailure, InvalidParameter
 from quire_engine.request import EngineSampling, Request
@@ -21,6 +23,38 @@ from quire_engine.text.output import OutputText
 @pytest.fixture(scope="module")
 def llm(checkpoint: Callable[[str], Path]) -> LLM:
     return LLM(str(checkpoint("qwen3")))
+
+
+def test_several_tokens_of_a_step(checkpoint: Callable[[str], Path]) -> None:
+    """Behind drafts: texts, endings and log-probabilities are those of one token a step."""
+    prompts = ["w5 w17", "w5 w6 w7 w5 w6 w7", "w9"]
+    end = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=1)
+    plain = LLM(str(checkpoint("qwen3")))
+    whole = [output.outputs[0] for output in plain.generate(prompts, end, use_tqdm=False)]
+    known, text = [one.token_ids for one in whole], whole[0].text
+    asked = [
+        end,
+        replace(end, stop=[text[len(text) // 2 :][:3]]),
+        replace(end, stop_token_ids=[known[0][5], known[1][9]]),
+    ]
+    drafted = LLM(str(checkpoint("qwen3")), speculative_config={"num_speculative_tokens": 5})
+    encoded = [plain.tokenizer.encode(prompt) for prompt in prompts]
+    for params in asked:
+        drafted.engine.scheduler.speculation = speculation(told(encoded, known, wrong=0.1), 5)
+        ours, theirs = (llm.generate(prompts, params, use_tqdm=False) for llm in (drafted, plain))
+        for got, expected in zip(ours, theirs, strict=True):
+            [one], [other] = got.outputs, expected.outputs
+            assert (one.text, one.token_ids, one.finish_reason, one.stop_reason) == (
+                other.text,
+                other.token_ids,
+                other.finish_reason,
+                other.stop_reason,
+            )
+            assert one.logprobs is not None
+            assert len(one.logprobs) == len(one.token_ids)
+    assert drafted.engine.scheduler.stats.accepted_tokens > 20
+    for llm in (plain, drafted):
+        llm.close()
 
 
 def test_an_engine_failure_ends_one_choice(llm: LLM) -> None:

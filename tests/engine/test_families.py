@@ -74,7 +74,7 @@ def test_greedy_tokens(checkpoint: Make, table: Table, family: str) -> None:
     tight.scheduler = Scheduler(replace(limits, num_pages=9, num_states=min(3, limits.num_states)))
     assert run(tight, batch) == expected
     assert tight.scheduler.stats.preemptions > 0, "nine pages were not tight enough"
-    guessing = engine_for(folder)
+    guessing = engine_for(folder, speculative_config='{"num_speculative_tokens": 4}')
     guesses = speculation(told(batch, expected, wrong=0.2))
     guessing.scheduler = Scheduler(replace(guessing.scheduler.limits, num_pages=11), guesses)
     assert run(guessing, batch) == expected

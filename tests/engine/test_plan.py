@@ -67,7 +67,7 @@ def test_within_three_percent(tmp_path: Path, family: str, options: dict[str, An
         kv_cache_memory_bytes=16 << 20,
         max_num_seqs=ROWS,
         max_num_batched_tokens=4 * ROWS,
-        **({"speculative_config": '{"method": "off"}'} | options),
+        **options,
     )
     plan = plan_of(config, Target("cpu", "cpu"), 8 << 30)
     gc.collect()  # what an earlier test leaves would be counted as freed

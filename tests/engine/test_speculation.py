@@ -208,11 +208,11 @@ def test_grammars(byte_level_folder: Path) -> None:
             for number in range(6)
         ]
 
-    plain = [one.tokens for one in finished(guided.engine(speculation=None), made())]
+    plain = [one.tokens for one in finished(guided.engine(), made())]
     outputs = {tuple(prompts[n % 3]): plain[n][len(prompts[n % 3]) :] for n in range(6)}
     for wrong in (0.0, 0.3, 1.0):
         drafter = told(outputs.keys(), outputs.values(), wrong)
-        engine = guided.engine()
+        engine = guided.engine(speculation=SpeculativeConfig(num_speculative_tokens=4))
         engine.scheduler.speculation = speculation(drafter)
         assert [one.tokens for one in finished(engine, made())] == plain
         assert engine.scheduler.stats.draft_tokens > 20

@@ -163,7 +163,7 @@ class ModelRunner:
             by_priority=config.scheduling_policy == "priority",
             num_states=num_states,
             steps_in_flight=2 if config.async_scheduling else 1,
-            speculation=choose(config, self.spec, cpu=self.device.type == "cpu"),
+            speculation=choose(config, self.spec),
         )
         self._guides: Guides | None = None
         if group.draws and pooling is None:

@@ -148,7 +148,7 @@ def dry_limits(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> SchedulerL
         max_num_batched_tokens=tokens_per_step(config, spec, cpu),
         max_num_queued_reqs=0,
         num_states=1 if spec.recurrent_layers else 0,
-        speculation=choose(config, spec, cpu=cpu),
+        speculation=choose(config, spec),
     )
 
 

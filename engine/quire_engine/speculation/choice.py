@@ -14,22 +14,16 @@ from quire_engine.speculation.value import Value
 _TOKENS = 8
 
 
-def choose(config: EngineConfig, spec: DecoderSpec, *, cpu: bool) -> SpeculativeConfig | None:
-    """What `--speculative-config` comes to for this model and device; None: nothing is guessed. Raises InvalidParameter
-    for what the model cannot do."""
+def choose(config: EngineConfig, spec: DecoderSpec) -> SpeculativeConfig | None:
+    """What `--speculative-config` comes to for this model; None: nothing is guessed. Raises InvalidParameter for what
+    the model cannot do."""
     asked = config.speculation
-    wanted = asked or SpeculativeConfig(method="auto" if cpu else "off")
-    if spec.pooling is not None:
-        if asked is not None and asked.method != "off":
-            raise InvalidParameter(
-                "speculative_config is for models that generate; this one gives vectors or scores: leave it out",
-                "speculative_config",
-            )
-        return None
-    if wanted.method == "off":
-        return None
-    method = "suffix" if wanted.method == "auto" else wanted.method
-    return replace(wanted, method=method, num_speculative_tokens=wanted.num_speculative_tokens or _TOKENS)
+    if asked is not None and spec.pooling is not None:
+        raise InvalidParameter(
+            "speculative_config is for models that generate; this one gives vectors or scores: leave it out",
+            "speculative_config",
+        )
+    return None if asked is None else replace(asked, num_speculative_tokens=asked.num_speculative_tokens or _TOKENS)
 
 
 def speculation_of(limits: SchedulerLimits) -> Speculation | None:
