@@ -33,6 +33,8 @@ from quire_engine.speculation.speculation import Speculation
 from quire_engine.step import REJECTED, NewRow, PlanDraft, StepPlan, StepResult
 from quire_engine.waiting import Importance, Wait, WaitingQueue, WaitsFor
 
+_MOST_AGAIN = 16  # tokens of a request that are computed again beside drafts; then a step without any catches up
+
 
 class Scheduler:
     """Owns the requests and the pages. `add`, `abort`, then `schedule` and `commit` in turn."""
@@ -177,21 +179,22 @@ class Scheduler:
         return plan
 
     def _guesses(self) -> dict[Request, list[int]] | None:
-        """The drafts of the next step; None where it has to wait for the one in flight."""
-        if self.speculation is None:
-            return {}
+        """The drafts of the next step; None where it has to wait for the one in flight. None are made while a prompt is
+        being computed, or could be: it needs the tokens and pages."""
         if self._in_flight and self._in_flight[-1][2].drafted:
             return None
-        budget, decoding, beside = self.limits.max_num_batched_tokens, [], self._waiting.tokens
+        if self.speculation is None or (self._waiting.head is not None and self._rows):
+            return {}
+        budget, decoding, beside = self.limits.max_num_batched_tokens, [], 0
         for request in self.running:
             lacking = len(request.tokens) + request.pending - request.num_computed
-            if lacking == 1 + request.again:
+            if lacking > 1 + request.again:
+                return {}
+            if lacking > 0 and request.again <= _MOST_AGAIN:
                 decoding.append(request)
-                budget -= lacking
-                beside += request.again
-            else:
-                beside += max(0, lacking)
-        beside, room = min(beside, max(0, budget)), min(budget, self.limits.most_drafts)
+            budget -= lacking
+            beside += request.again
+        room = min(budget, self.limits.most_drafts)
         return self.speculation.guesses(decoding, beside, room, in_flight=bool(self._in_flight))
 
     def _decode(self, draft: PlanDraft, guesses: dict[Request, list[int]]) -> list[Request]:
@@ -241,8 +244,8 @@ class Scheduler:
             request.pending = pending + 1
             if not guess:
                 request.again = 0
-                if not pending and length % block_size == 0:
-                    self.cache.register(request, length)
+            if not pending and length % block_size == 0 and not (guess and states is not None):
+                self.cache.register(request, length)
         draft.budget = budget
         return others
 
@@ -310,8 +313,7 @@ class Scheduler:
         outcome = StepOutcome(started=self.take_started())
         if result is not None:
             requests, outcome.num_prompt_tokens, plan = self._in_flight.popleft()
-            outcome.num_tokens = len(plan.token_ids)
-            drawing = requests
+            outcome.num_tokens, drawing = len(plan.token_ids), requests
             if not plan.draws.all():
                 drawing = [request for request, draws in zip(requests, plan.draws.tolist(), strict=True) if draws]
             self._append(drawing, result, plan, outcome)

@@ -48,7 +48,7 @@ class PendingStep:
         tokens = np.zeros(0, np.int32) if self._tokens is None else self._tokens.numpy()
         failed = {int(self._rows[place]): _NO_LOGIT for place in np.flatnonzero(tokens == -1)} | self._failed
         if self._failed:
-            tokens = np.where(np.isin(self._rows, list(self._failed)), -1, tokens)
+            tokens = np.where(np.isin(self._rows, list(self._failed)) & (tokens != REJECTED), -1, tokens)
         logprobs = {}
         if self._scores is not None:
             first = 0
