@@ -11,7 +11,7 @@ from quire_engine.step import NewRow, StepPlan, StepResult, TokenLogprobs
 
 _RECORDS = (StepPlan, NewRow, EngineSampling, TokenSet, StepResult, TokenLogprobs)
 _NAMES = {kind: [f.name for f in fields(kind)] for kind in _RECORDS}
-_ARRAYS = ("<i4", "<i8", "<f4", "|b1")
+_ARRAYS = ("<i4", "<i8", "<f4")
 _TUPLE = len(_RECORDS)  # codes of MessagePack's extension types: a record's place in the list, then these
 _ARRAY = _TUPLE + 1
 

@@ -108,13 +108,9 @@ def _fits(value: Any, kind: type, metadata: Mapping[str, Any]) -> bool:
 class SpeculativeConfig:
     """How tokens are guessed ahead: `--speculative-config`, with the field's names."""
 
-    method: str = option(
-        "suffix",
-        "that guesses",
-        choices=("ngram", "suffix"),
-    )
-    num_speculative_tokens: int | None = option(
-        None, "that are guessed at most of a request in a step", form="tokens", unset="8", least=1, most=64
+    method: str = option("suffix", "that guesses", choices=("ngram", "suffix"))
+    num_speculative_tokens: int = option(
+        8, "that are guessed at most of a request in a step", form="tokens", least=1, most=64
     )
     prompt_lookup_min: int = option(2, "that must stand in the text before, for ngram", form="tokens", least=1, most=64)
     prompt_lookup_max: int = option(5, "that are looked for first, for ngram", form="tokens", least=1, most=64)
@@ -284,8 +280,12 @@ class SchedulerLimits:
     @property
     def most_drafts(self) -> int:
         """How many tokens of a step are guesses, at most."""
-        tokens = self.speculation.num_speculative_tokens if self.speculation is not None else 0
-        return min(self.max_num_seqs * (tokens or 0), _MOST_DRAFTS)
+        return min(self.max_num_seqs * self.drafts_of_one, _MOST_DRAFTS)
+
+    @property
+    def drafts_of_one(self) -> int:
+        """How many of them are of one request, at most."""
+        return self.speculation.num_speculative_tokens if self.speculation is not None else 0
 
     @property
     def most_draws(self) -> int:

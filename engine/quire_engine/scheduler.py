@@ -220,15 +220,13 @@ class Scheduler:
             if length > len(request.pages) * block_size and not self._grow(request, length, draft):
                 continue
             guess = guesses.get(request, []) if guesses else []
+            if guess and states is not None and not states.has_room:
+                guess = []
             if guess:
                 most = min(len(guess), budget - lacking)
                 guess = guess[: self.cache.room_behind(request, length, most, len(self.running), draft.pages)]
-            move = None
             if states is not None:
-                move = states.try_on(request) if guess else None
-                if move is None:
-                    move, guess = states.advance(request), []
-                moves.append(move)
+                moves.append(states.try_on(request) if guess else states.advance(request))
             budget -= lacking + len(guess)
             rows.append(request.row)
             starts.append(computed)

@@ -75,19 +75,19 @@ class Copies(TorchDispatchMode):
 
 
 def fill(engine: Engine) -> None:
-    """One step as large as any can be, in which every row draws and asks for all that costs memory; where there are
-    drafts, as many as there can be, and beside them a prompt that uses the budget up."""
+    """Steps as large as any can be, in which every row draws and asks for all that costs memory: with prompts, and then
+    with as many drafts as there can be."""
     limits = engine.scheduler.limits
-    drafted = limits.speculation is not None
-    each = 2 if drafted else limits.most_tokens // limits.most_rows
-    for number in range(limits.most_rows - drafted):
-        prompt = [4 + number % 290, number // 290] * each
-        params = EngineSampling(max_tokens=20 if drafted else 1, **_COSTLY)
-        engine.add(Request(-1 - number, prompt[:each], each, params))
-    if drafted:
-        engine.step()
-        rest = limits.most_tokens - (limits.most_draws - 1)
-        engine.add(Request(-limits.most_rows, [6] * rest, rest, EngineSampling(max_tokens=1, **_COSTLY)))
+    run_rows(engine, limits.most_tokens // limits.most_rows, 1)
+    if limits.speculation is not None:
+        run_rows(engine, 2, 20)
+
+
+def run_rows(engine: Engine, length: int, most: int) -> None:
+    """Runs as many requests as a step can have."""
+    for number in range(engine.scheduler.limits.most_rows):
+        prompt = ([4 + number % 290, number // 290] * length)[:length]
+        engine.add(Request(-1 - number, prompt, length, EngineSampling(max_tokens=most, **_COSTLY)))
     while engine.has_work:
         engine.step()
 

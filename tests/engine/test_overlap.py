@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drafters import speculation
+from quire_engine.batch import Shape
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.memory.shapes import decode_ladder, mixed_ladder
 from quire_engine.request import EngineSampling, Request
+from quire_engine.speculation.ngram import NgramDrafter
+from quire_engine.speculation.speculation import Speculation
 from quire_engine.weights.resolve import find_model
 
 Make = Callable[[str], Path]
@@ -60,10 +64,13 @@ def random_params(generator: np.random.Generator, number: int) -> EngineSampling
     )
 
 
-def live(runner: ModelRunner, seed: int) -> dict[int, tuple[list[int], str | None, list[float]]]:
+Lived = dict[int, tuple[list[int], str | None, list[float]]]
+
+
+def live(runner: ModelRunner, seed: int, guesses: Speculation | None = None) -> Lived:
     """Random arrivals and aborts."""
     generator = np.random.default_rng(seed)
-    engine = Engine(pressed(runner))
+    engine = Engine(pressed(runner), guesses)
     shared = generator.integers(4, 300, 32).tolist()
     requests: dict[int, Request] = {}
     scores: dict[int, list[float]] = {}
@@ -98,10 +105,13 @@ def live(runner: ModelRunner, seed: int) -> dict[int, tuple[list[int], str | Non
 @pytest.mark.parametrize(("family", "seed"), [("llama", 0), ("llama", 1), ("llama", 2), ("qwen3_5", 1), ("lfm2", 2)])
 def test_overlapped_equals_plain(checkpoint: Make, family: str, seed: int) -> None:
     plain = live(runner_for(checkpoint(family), async_scheduling=False), seed)
-    overlapped = live(runner_for(checkpoint(family)), seed)
+    check_same(live(runner_for(checkpoint(family)), seed), plain)
+
+
+def check_same(found: Lived, plain: Lived) -> None:
     assert any(reason == "stop" for _, reason, _ in plain.values())
     for number, (tokens, reason, scores) in plain.items():
-        ours, our_reason, our_scores = overlapped[number]
+        ours, our_reason, our_scores = found[number]
         if "abort" in (reason, our_reason):  # how far it came depends on when
             shorter = min(len(ours), len(tokens))
             assert ours[:shorter] == tokens[:shorter]
@@ -130,24 +140,43 @@ def test_replayed_equals_eager(checkpoint: Make, family: str, backend: str, rows
     runner = runner_for(checkpoint(family), **options)
     clear(runner)
     runner.capture_graphs(replaying)
-    graphs = runner._graphs
-    assert graphs is not None
-    used: set[tuple[int, int]] = set()
-    fitting = graphs._fitting
-
-    def noted(shape: Any) -> Any:
-        captured = fitting(shape)
-        if captured is not None:
-            used.add((captured.shape.tokens, captured.shape.requests))
-        return captured
-
-    graphs._fitting = noted
+    used = shapes_used(runner)
     replayed = live(runner, 7)
-    assert {requests for _, requests in used} >= {4, rows + 1}
+    assert {shape.requests for shape in used} >= {4, rows + 1}
     assert len(used) >= 5, "too few shapes were used"
     for number, (tokens, reason, scores) in eager.items():
         assert replayed[number][:2] == (tokens, reason)
         np.testing.assert_allclose(replayed[number][2], scores, atol=1e-4)
+
+
+def shapes_used(runner: ModelRunner) -> set[Shape]:
+    """Those that will be replayed."""
+    graphs = runner._graphs
+    assert graphs is not None
+    used: set[Shape] = set()
+    fitting = graphs._fitting
+
+    def noted(shape: Shape) -> Any:
+        captured = fitting(shape)
+        if captured is not None:
+            used.add(captured.shape)
+        return captured
+
+    graphs._fitting = noted
+    return used
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+def test_steps_with_drafts_are_replayed(checkpoint: Make, family: str) -> None:
+    plain = live(runner_for(checkpoint(family), async_scheduling=False), 1)
+    runner = runner_for(checkpoint(family), speculative_config='{"num_speculative_tokens": 4}')
+    clear(runner)
+    runner.capture_graphs(replaying)
+    used = shapes_used(runner)
+    check_same(live(runner, 1, speculation(NgramDrafter(1, 3))), plain)
+    drafted = [shape for shape in used if shape.longest_query == 5]
+    assert len(drafted) >= 2, "too few shapes were used"
+    assert all(shape.draws == shape.tokens for shape in drafted)
 
 
 @pytest.mark.parametrize(

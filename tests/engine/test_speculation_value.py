@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ class Machine:
     noise: float = 0.0
     outliers: float = 0.0
 
-    def measured(self, rng: np.random.Generator, seconds: float) -> float:
+    def measured(self, rng: Random, seconds: float) -> float:
         seconds *= rng.uniform(1 - self.noise, 1 + self.noise)
         return seconds * 5 if rng.random() < self.outliers else seconds
 
@@ -106,19 +107,21 @@ def a_request(number: int) -> Request:
     return Request(number, [1], 1, EngineSampling(max_tokens=OUTPUT))
 
 
-def run(policy: Policy, machine: Machine, text: Text, batch: int, steps: int, prompt: int = 0, skip: int = 0) -> float:
-    """Tokens a millisecond, decoded and of prompts, by what steps take without the noise. A request that ends makes
-    room for the next, with a prompt of so many tokens, of which a step takes 256."""
-    rng = np.random.default_rng(1)
+def run(
+    policy: Policy, machine: Machine, text: Text, batch: int, steps: int, prompt: int = 0, seed: int = 1
+) -> tuple[float, float]:
+    """How long it takes to draw as much as plain steps would in so many, and the second half of it, by what steps take
+    without the noise. A request that ends makes room for the next; its prompt, of so many tokens, comes meanwhile
+    in pieces of 256."""
+    rng = Random(seed)
     requests = [a_request(number) for number in range(batch)]
-    outputs = {request.id: int(rng.integers(OUTPUT)) for request in requests}
+    outputs = {request.id: rng.randrange(OUTPUT) for request in requests}
     number = batch
-    queued, drafted = 0, False
-    time = tokens = 0.0
-    for step in range(steps):
-        if step == skip:
-            time = tokens = 0.0
-        beside = min(queued, 256)
+    queued, drafted = 0.0, False
+    time = half = 0.0
+    drawn, wanted = 0, steps * batch
+    while drawn < wanted:
+        beside = 256 if queued >= 256 else 0
         queued -= beside
         asked = policy.worth_asking(batch, beside)
         counts = [0] * batch
@@ -129,12 +132,12 @@ def run(policy: Policy, machine: Machine, text: Text, batch: int, steps: int, pr
                     said = text.said(text.chance(request.id, outputs[request.id]))
                     drafts[place] = Draft([1] * MOST, [said] * MOST)
             counts = policy.choose(requests, drafts, batch, beside, 1000)
-        total = batch + beside + sum(counts)
-        alone = (asked or drafted) and machine.gap > 0
-        seconds = machine.cost(total) + (machine.gap if alone else 0)
+        alone = machine.gap if asked or drafted else 0.0
+        seconds = machine.cost(batch + beside + sum(counts)) + alone
         drafted = any(counts)
         time += seconds
-        tokens += beside
+        if drawn < wanted / 2:
+            half = time
         for place, (request, count, draft) in enumerate(zip(list(requests), counts, drafts, strict=True)):
             accepted = 0
             if count:
@@ -143,16 +146,16 @@ def run(policy: Policy, machine: Machine, text: Text, batch: int, steps: int, pr
                     accepted += 1
                 policy.learn(request, draft, count, accepted)
             outputs[request.id] += accepted + 1
-            tokens += accepted + 1
+            drawn += accepted + 1
+            queued += (accepted + 1) * prompt / OUTPUT
             if outputs[request.id] >= OUTPUT:
                 policy.forget(request)
                 requests[place] = a_request(number)
                 outputs[number] = 0
                 number += 1
-                queued += prompt
-        waited = machine.measured(rng, machine.gap * 0.7) if alone else 0.0
-        policy.timed(total, machine.measured(rng, seconds - 0.7 * machine.gap * alone) + waited, waited)
-    return tokens / time
+        waited = machine.measured(rng, 0.7 * alone)  # the rest is not seen
+        policy.timed(batch + beside + sum(counts), machine.measured(rng, seconds - 0.7 * alone) + waited, waited)
+    return time, time - half
 
 
 @pytest.mark.parametrize(
@@ -163,17 +166,19 @@ def run(policy: Policy, machine: Machine, text: Text, batch: int, steps: int, pr
         *(pytest.param(batch, prompt, marks=pytest.mark.slow) for batch in (1, 4, 16, 64) for prompt in (0, 300)),
     ],
 )
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("machine", MACHINES)
-def test_never_slower(machine: str, text: str, batch: int, prompt: int) -> None:
-    plain = run(Fixed(0), MACHINES[machine], TEXTS[text], batch, 600, prompt)
-    assert run(Value(MOST), MACHINES[machine], TEXTS[text], batch, 600, prompt) >= 0.97 * plain
+@pytest.mark.parametrize("machine", MACHINES | NOISY)
+def test_never_slower(machine: str, batch: int, prompt: int) -> None:
+    made = (MACHINES | NOISY)[machine]
+    for name, text in TEXTS.items():
+        plain, _ = run(Fixed(0), made, text, batch, 800, prompt)
+        took, _ = run(Value(MOST), made, text, batch, 800, prompt)
+        assert took <= plain / 0.97, name
 
 
-@pytest.mark.parametrize("text", ["always", "good", "half", "two kinds"])
-@pytest.mark.parametrize("machine", ["cpu", "gpu", "flat", "cpu, noisy", "gpu, noisy"])
+@pytest.mark.parametrize("text", ["always", "always, doubted", "good", "good, underrated", "two kinds"])
+@pytest.mark.parametrize("machine", MACHINES | NOISY)
 def test_near_the_best_length(machine: str, text: str) -> None:
     """Once it has learnt what steps take and what drafts are worth."""
     made = (MACHINES | NOISY)[machine]
-    best = max(run(Fixed(length), made, TEXTS[text], 4, 600, skip=200) for length in (0, 1, 2, 4, 8))
-    assert run(Value(MOST), made, TEXTS[text], 4, 600, skip=200) >= 0.85 * best
+    best = min(run(Fixed(length), made, TEXTS[text], 4, 2400)[1] for length in (0, 1, 2, 4, 8))
+    assert run(Value(MOST), made, TEXTS[text], 4, 2400)[1] <= best / 0.9

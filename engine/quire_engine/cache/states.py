@@ -34,12 +34,11 @@ class StatePages:
         request.state_page = fresh
         return page, fresh
 
-    def try_on(self, request: Request) -> tuple[int, int] | None:
-        """As `advance`, for a step of which part may turn out to be wrong: the state before it stays as it is. None: no
-        page is free."""
+    def try_on(self, request: Request) -> tuple[int, int]:
+        """As `advance`, for a step of which part may turn out to be wrong: the state before it stays as it is. There
+        has to be room."""
         fresh = self.pool.allocate()
-        if fresh is None:
-            return None
+        assert fresh is not None, "there is no room for a state after drafts"
         request.draft_page = fresh
         return request.state_page, fresh
 

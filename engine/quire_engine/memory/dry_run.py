@@ -32,6 +32,7 @@ from quire_engine.batch import Batcher, Draws, Shape
 from quire_engine.config import SchedulerLimits
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
+from quire_engine.memory.shapes import largest_shapes
 from quire_engine.models.decoder import Decoder, Layer, Model, layers_of
 from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.parallel import ParallelGroup
@@ -286,7 +287,7 @@ def allocated(
     captured: Sequence[Shape] = (),
     quantized_cache: bool = False,
 ) -> Allocated:
-    """What one rank of a model takes on a chip (None: the CPU), when a step is as large as `limits` allow and every row
+    """What one rank of a model takes on a chip (None: the CPU), when steps are as large as `limits` allow and every row
     draws.
 
     On a GPU, where memory that runs out in a step ends all that is served, each row asks for all that costs memory.
@@ -308,8 +309,9 @@ def allocated(
             step()
             return counter.most - built - tables
 
-        largest = Shape(limits.most_tokens, limits.most_rows, limits.most_draws, limits.most_tokens)
-        step = most_of(lambda: steps.run(largest))
+        step = 0
+        for shape in largest_shapes(limits):
+            step = max(step, most_of(partial(steps.run, shape, logits if shape in captured else None)))
         graphs = max((most_of(partial(steps.forward, shape, logits)) for shape in captured), default=0)
     return Allocated(source.num_parameters, built + repeated.bytes, 0 if chip is None else tables, step, graphs)
 
@@ -401,19 +403,19 @@ class _Steps:
         drawing = hidden if batch.draw_places is None else hidden.index_select(0, batch.draw_places)
         return batch.draws, self._model.logits(drawing, None if out is None else out[: shape.draws])
 
-    def run(self, shape: Shape) -> None:
+    def run(self, shape: Shape, out: Tensor | None) -> None:
         """The whole step."""
-        draws, logits = self.forward(shape)
+        draws, logits = self.forward(shape, out)
         if logits is not None:
             self._sampler.draw(logits, _places(shape, self._limits), draws.parameters)
 
 
 def _places(shape: Shape, limits: SchedulerLimits) -> Places:
     """One of each row; the first rows have drafts, as many as there can be."""
-    each = limits.speculation.num_speculative_tokens or 0 if limits.speculation is not None else 0
-    before = np.arange(shape.requests, dtype=np.int32) * each
-    counts = 1 + np.clip(shape.draws - shape.requests - before, 0, each)
+    each, requests = limits.drafts_of_one, limits.most_rows
+    before = np.arange(requests, dtype=np.int32) * each
+    counts = 1 + np.clip(shape.draws - requests - before, 0, each)
     drafts = np.zeros(shape.draws, np.int32)
     drafts[np.cumsum(counts) - counts] = -1
-    rows = np.repeat(np.arange(shape.requests, dtype=np.int32), counts)
+    rows = np.repeat(np.arange(requests, dtype=np.int32), counts)
     return Places(rows, np.ones_like(rows), drafts)

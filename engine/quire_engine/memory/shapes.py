@@ -43,11 +43,22 @@ def drafted_ladder(most_draws: int, longest: int) -> list[Shape]:
     return [Shape(size, size + 1, size, longest) for size in sizes if size <= most_draws]
 
 
+def largest_shapes(limits: SchedulerLimits) -> list[Shape]:
+    """Of the steps that can be, those that take most: with prompts, and with drafts, of which none are beside prompts
+    (but beside tokens that are computed again from a state)."""
+    tokens, rows = limits.most_tokens, limits.most_rows
+    shapes = [Shape(tokens, rows, rows, tokens)]
+    draws = limits.most_draws
+    if limits.num_states and draws > rows:
+        shapes.append(Shape(tokens, rows, draws, tokens))
+    elif draws > rows:
+        shapes.append(Shape(draws, draws + 1, draws, 1 + limits.drafts_of_one))
+    return shapes
+
+
 def captured_shapes(limits: SchedulerLimits) -> list[Shape]:
     """All that are captured, the one that takes most first."""
     decoding = [Shape(size, size, size, 1) for size in decode_ladder(limits.most_rows)]
     mixed = mixed_ladder(min(limits.max_num_batched_tokens, limits.max_model_len), limits.most_rows)
-    drafted: list[Shape] = []
-    if limits.speculation is not None:
-        drafted = drafted_ladder(limits.most_draws, 1 + (limits.speculation.num_speculative_tokens or 0))
+    drafted = drafted_ladder(limits.most_draws, 1 + limits.drafts_of_one) if limits.drafts_of_one else []
     return sorted(decoding + mixed + drafted, key=lambda shape: (-shape.tokens, -shape.requests))

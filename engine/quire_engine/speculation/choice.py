@@ -1,7 +1,5 @@
 """Which drafter an engine has."""
 
-from dataclasses import replace
-
 from quire_engine.config import EngineConfig, SchedulerLimits, SpeculativeConfig
 from quire_engine.errors import InvalidParameter
 from quire_engine.spec import DecoderSpec
@@ -10,8 +8,6 @@ from quire_engine.speculation.ngram import NgramDrafter
 from quire_engine.speculation.speculation import Speculation
 from quire_engine.speculation.suffix import SuffixDrafter
 from quire_engine.speculation.value import Value
-
-_TOKENS = 8
 
 
 def choose(config: EngineConfig, spec: DecoderSpec) -> SpeculativeConfig | None:
@@ -23,7 +19,7 @@ def choose(config: EngineConfig, spec: DecoderSpec) -> SpeculativeConfig | None:
             "speculative_config is for models that generate; this one gives vectors or scores: leave it out",
             "speculative_config",
         )
-    return None if asked is None else replace(asked, num_speculative_tokens=asked.num_speculative_tokens or _TOKENS)
+    return asked
 
 
 def speculation_of(limits: SchedulerLimits) -> Speculation | None:
@@ -34,5 +30,5 @@ def speculation_of(limits: SchedulerLimits) -> Speculation | None:
     drafter: Drafter = SuffixDrafter()
     if chosen.method == "ngram":
         drafter = NgramDrafter(chosen.prompt_lookup_min, chosen.prompt_lookup_max)
-    most = chosen.num_speculative_tokens or _TOKENS
+    most = chosen.num_speculative_tokens
     return Speculation(drafter, Value(most), most)
