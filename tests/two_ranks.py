@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks in processes of their own, which run an engine over one checkpoint after another."""
+"""Two ranks in processes of their own, of one stage or of two, which run an engine over one model after another."""
 
 import pickle
 import traceback
@@ -13,7 +13,9 @@ from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.parallel import ParallelGroup
+from quire_engine.speculation.draft import Drafter
 from quire_engine.speculation.suffix import SuffixDrafter
+from quire_engine.speculation.workers import WorkersDrafter
 from quire_engine.step import StepPlan, StepResult
 from quire_engine.weights.resolve import find_model
 
@@ -22,48 +24,57 @@ STOP = b""
 
 
 class TwoRanks:
-    """Rank 0's runner, which tells rank 1 what to do. An executor for an engine."""
+    """The runner of the rank that draws, which tells the other what to do. An executor for an engine."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, rank: int) -> None:
         self._runner = runner
+        self._rank = rank
         self.limits = runner.limits
 
     def submit(self, plan: StepPlan) -> None:
-        tell(pickle.dumps(plan))
+        tell(self._rank, pickle.dumps(plan))
         self._runner.submit(plan)
 
     def collect(self) -> StepResult:
         return self._runner.collect()
 
 
-def tell(message: bytes | None = None) -> bytes:
-    """From rank 0 to rank 1, which hears None."""
+def tell(rank: int, message: bytes | None = None) -> bytes:
+    """From that rank to the other, which hears None."""
     box: list[Any] = [message]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=rank)
     return box[0]
 
 
-def serve(rank: int, port: int, orders: Connection) -> None:
-    """Folder after folder: rank 0 answers with the tokens, or what went wrong."""
+def serve(rank: int, port: int, orders: Connection, stages: int = 1) -> None:
+    """Order after order (a folder, and a model that guesses): the rank that draws answers with the tokens and how many
+    drafts were accepted of how many, or with what went wrong."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    group = ParallelGroup.join(rank, 2, 1, "127.0.0.1", port, device, dtype=torch.float32)
-    while (folder := orders.recv()) is not None:
+    group = ParallelGroup.join(rank, 2 // stages, stages, "127.0.0.1", port, device, dtype=torch.float32)
+    drawing = group.drawing_rank
+    while (order := orders.recv()) is not None:
+        folder, speculative = order
         try:
             config = EngineConfig(
                 model=folder,
                 device="cpu",
                 kv_cache_memory_bytes=4 << 20,
                 max_num_batched_tokens=24,
-                speculative_config='{"num_speculative_tokens": 4}',
+                tensor_parallel_size=2 // stages,
+                pipeline_parallel_size=stages,
+                speculative_config=speculative or '{"num_speculative_tokens": 4}',
             )
             runner = ModelRunner(config, find_model(config), group)
-            if rank == 0:
-                tokens = run(Engine(TwoRanks(runner), speculation(SuffixDrafter())), BATCH, max_tokens=16)
-                tell(STOP)
-                orders.send(tokens)
+            if rank == drawing:
+                drafter: Drafter = WorkersDrafter() if speculative else SuffixDrafter()
+                engine = Engine(TwoRanks(runner, rank), speculation(drafter))
+                tokens = run(engine, BATCH, max_tokens=16)
+                stats = engine.scheduler.stats
+                tell(rank, STOP)
+                orders.send((tokens, stats.accepted_tokens, stats.draft_tokens))
             else:
-                while (message := tell()) != STOP:
+                while (message := tell(drawing)) != STOP:
                     runner.execute(pickle.loads(message))
                 orders.send(None)
         except Exception:  # the test shows it, whatever it is

@@ -15,16 +15,18 @@ from unittest import mock
 import numpy as np
 import torch
 from quire_engine.config import EngineConfig
+from quire_engine.execution import drafting
 from quire_engine.execution import runner as runner_module
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.memory.dry_run import META
 from quire_engine.memory.plan import GPUS, Target
-from quire_engine.step import Places, StepResult
+from quire_engine.step import Ints, Places, StepResult
 from quire_engine.weights.resolve import find_model
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from compile_ahead import Launch, recorded
 from quire_kernels.hardware import CHIPS
+from torch import Tensor
 
 CARD = "H100"
 
@@ -52,6 +54,10 @@ def _recorder(device: torch.device) -> Callable[[Callable[[], None]], Callable[[
     return record
 
 
+def _nothing_read(tokens: list[Tensor]) -> Ints:
+    return np.zeros(sum(map(len, tokens)), np.int32)
+
+
 @contextmanager
 def dry_runner(folder: Path, facts: dict[str, Any], **options: Any) -> Iterator[tuple[ModelRunner, dict[Launch, None]]]:
     """A runner of a model by its config alone, and what it has launched since it was warm: kernels, specialized."""
@@ -67,6 +73,7 @@ def dry_runner(folder: Path, facts: dict[str, Any], **options: Any) -> Iterator[
     with ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(runner_module, name, value))
+        stack.enter_context(mock.patch.object(drafting, "read", _nothing_read))
         stack.enter_context(mock.patch.object(Target, "of", lambda device: Target("cuda", CARD, CHIPS[chip])))
         launches = stack.enter_context(recorded(CHIPS[chip]))
         runner = ModelRunner(config, find_model(config))

@@ -112,7 +112,7 @@ class Batcher:
             draw_positions = np.append(draw_positions, np.zeros(missing, np.int64))
         states: list[Array] = []
         if self._spare_state:
-            missing = len(rows) - requests
+            missing = len(rows) - len(plan.state_reads)
             states = [
                 np.append(plan.state_reads, np.full(missing, -1, np.int32)),
                 np.append(plan.state_writes, np.full(missing, self._spare_state, np.int32)),

@@ -108,7 +108,17 @@ def _fits(value: Any, kind: type, metadata: Mapping[str, Any]) -> bool:
 class SpeculativeConfig:
     """How tokens are guessed ahead: `--speculative-config`, with the field's names."""
 
-    method: str = option("suffix", "that guesses", choices=("ngram", "suffix"))
+    method: str = option(
+        "auto",
+        "that guesses; auto: what `model` is, else the checkpoint's own MTP layer where it has one, else suffix",
+        choices=("auto", "suffix", "ngram", "draft_model", "eagle", "eagle3", "mtp"),
+    )
+    model: str | None = option(
+        None, "that guesses: of the same tokenizer, or an EAGLE head", form="a folder or a hub id", unset="none"
+    )
+    revision: str | None = option(
+        None, "of that model from the hub", form="a branch, a tag or a commit", unset="its main branch"
+    )
     num_speculative_tokens: int = option(
         8, "that are guessed at most of a request in a step", form="tokens", least=1, most=64
     )
@@ -141,6 +151,12 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.model is None and self.method in ("draft_model", "eagle", "eagle3"):
+            raise InvalidParameter(f"method is {self.method}, and no model is given: name one", "model")
+        if self.model is not None and self.method in ("suffix", "ngram", "mtp"):
+            raise InvalidParameter(f"method is {self.method}, which takes no model: leave one out", "model")
+        if self.revision is not None and self.model is None:
+            raise InvalidParameter("revision is given, and no model: leave it out", "revision")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise InvalidParameter(
                 f"prompt_lookup_min is {self.prompt_lookup_min}, above prompt_lookup_max ({self.prompt_lookup_max})",

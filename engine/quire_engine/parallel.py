@@ -7,6 +7,7 @@ slices every layer; from stage to stage, pipeline parallelism hands the activati
 import fcntl
 import os
 import socket
+from copy import copy
 from datetime import timedelta
 
 import torch
@@ -136,6 +137,12 @@ class ParallelGroup:
         return TCPStore(
             address, port, size, True, wait_for_workers=False, timeout=_MEETING, master_listen_fd=listener.detach()
         )
+
+    def of_stage(self) -> "ParallelGroup":
+        """The ranks of this stage alone, for a model that only they compute."""
+        alone = copy(self)
+        alone.stage, alone.stages = 0, 1
+        return alone
 
     @property
     def first(self) -> bool:

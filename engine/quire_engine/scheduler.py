@@ -291,6 +291,8 @@ class Scheduler:
         draft.counts.append(end - computed)
         draft.token_ids.extend(request.tokens[computed:end])
         draft.draws.append(int(end == length))
+        if end < length:
+            draft.next_ids.append(request.tokens[end])
         draft.requests.append(request)
         if self.states is not None:
             draft.states.append(self.states.advance(request))

@@ -12,6 +12,7 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Failure = tuple[str, bool]  # why, and whether it is ours in any case: else it is what the request asks for, if anything
 REJECTED = -2  # in place of a token: a draft before it was none that the sampler drew
+TO_GUESS = -2  # in place of a draft: the workers' draft model guesses it when the step begins
 
 
 @dataclass(slots=True)
@@ -63,7 +64,8 @@ class StepPlan:
     rows: Ints  # [R]
     starts: Ints  # [R] position of the first token to compute
     counts: Ints  # [R] tokens to compute
-    token_ids: Ints  # [T]; -1: the token drawn last for the row, which only the device knows yet
+    token_ids: Ints  # [T]; -1: the token drawn last for the row, which only the device knows yet; or TO_GUESS
+    next_ids: Ints  # of rows that draw nothing: what follows the last token they compute
     draws: Ints  # [R] how many of the last tokens have their logits sampled: one, and one for each draft; 0: none
     page_rows: Ints  # [N] block table entries to set: row,
     page_indexes: Ints  # [N] place in the row,
@@ -76,7 +78,7 @@ class StepPlan:
     def empty() -> "StepPlan":
         """No request at all."""
         none = np.zeros(0, np.int32)
-        return StepPlan(none, none, none, none, none, none, none, none, none, none)
+        return StepPlan(none, none, none, none, none, none, none, none, none, none, none)
 
     @property
     def drafted(self) -> bool:
@@ -108,6 +110,7 @@ class PlanDraft:
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    next_ids: list[int] = field(default_factory=list)
     draws: list[int] = field(default_factory=list)
     pages: list[tuple[int, int, int]] = field(default_factory=list)  # row, place, page
     states: list[tuple[int, int]] = field(default_factory=list)  # read, written
@@ -122,6 +125,7 @@ class PlanDraft:
             starts=np.array(self.starts, np.int32),
             counts=np.array(self.counts, np.int32),
             token_ids=np.array(self.token_ids, np.int32),
+            next_ids=np.array(self.next_ids, np.int32),
             draws=np.array(self.draws, np.int32),
             page_rows=pages[:, 0],
             page_indexes=pages[:, 1],

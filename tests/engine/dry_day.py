@@ -24,12 +24,16 @@ sys.path.append(str(Path(__file__).parents[1]))
 from drafters import Constant, speculation
 from dry_gpu import CARD, dry_runner
 from families import FAMILIES, TINY
+from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.execution.graphs import StepGraphs
 from quire_engine.memory.dry_run import AllocatedBytes, DryGroup, allocated
 from quire_engine.memory.plan import GPUS
 from quire_engine.memory.shapes import captured_shapes
+from quire_engine.models.drafts import draft_source
 from quire_engine.request import EngineSampling, Request, TokenSet
+from quire_engine.speculation.draft import Drafter
+from quire_engine.speculation.workers import WorkersDrafter
 from quire_engine.upload import Upload
 from quire_kernels.hardware import CHIPS
 from shapes import SHAPES
@@ -124,7 +128,8 @@ def facts_of(model: str) -> dict[str, Any]:
     return json.loads(made.config.to_json_string(use_diff=False)) | {"architectures": [type(made).__name__]}
 
 
-def day(model: str, arrivals: int = 300, **options: Any) -> dict[str, Any]:
+def day(model: str, arrivals: int = 300, draft: str | None = None, **options: Any) -> dict[str, Any]:
+    """`draft`: what guesses beside it."""
     counter, copies = AllocatedBytes(), Copies()
     taken: dict[str, int] = {}
     capture, into = StepGraphs.capture, Upload.into
@@ -141,19 +146,25 @@ def day(model: str, arrivals: int = 300, **options: Any) -> dict[str, Any]:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if draft is not None:
+            beside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            (beside / "config.json").write_text(json.dumps(facts_of(draft)))
+            options["speculative_config"] = json.dumps({"model": str(beside), "num_speculative_tokens": 4})
         stack.enter_context(counter)
         stack.enter_context(mock.patch.object(StepGraphs, "capture", counted))
         stack.enter_context(mock.patch.object(Upload, "into", uploading))
         runner, launches = stack.enter_context(dry_runner(folder, facts_of(model), **options))
         warm = len(launches)
-        drafted = runner.limits.speculation is not None
-        engine = Engine(runner, speculation(Constant()) if drafted else None)
+        speculative = runner.limits.speculation
+        drafter: Drafter = WorkersDrafter() if speculative is not None and speculative.model else Constant()
+        engine = Engine(runner, speculation(drafter) if speculative is not None else None)
         counter.most = counter.now
         fill(engine)
         most = counter.most
         with copies:
             live(engine, 0, arrivals, runner.limits.max_model_len)
         found = list(launches)[warm:]
+        source = draft_source(EngineConfig(model="any", **options), runner.spec)
         planned = allocated(
             runner.spec,
             runner.quantization,
@@ -162,8 +173,11 @@ def day(model: str, arrivals: int = 300, **options: Any) -> dict[str, Any]:
             chip=CHIPS[GPUS[CARD][1]],
             dtype=torch.bfloat16,
             captured=[] if options.get("enforce_eager") else captured_shapes(runner.limits),
+            draft=source,
         )
-        caches = sum(part.nbytes for cache in runner._caches for part in cache)
+        drafting = runner._drafting
+        kept = runner._caches + (drafting._caches if drafting is not None else [])
+        caches = sum(part.nbytes for cache in kept for part in cache)
         taken["steps"] = most - planned.weights - caches
     return {
         "model": model,

@@ -15,9 +15,12 @@ from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.memory.dry_run import DryGroup, allocated
 from quire_engine.memory.plan import MemoryPlan, Target, gpu_target, plan_memory
+from quire_engine.models.drafts import draft_source
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import quantization_of
 from quire_engine.request import EngineSampling, Request
+from quire_engine.speculation.draft import Drafter
+from quire_engine.speculation.workers import WorkersDrafter
 from quire_engine.weights.hf_config import completed
 from quire_engine.weights.resolve import find_model
 from quire_kernels.hardware import CHIPS
@@ -29,7 +32,8 @@ ROWS = 32
 def plan_of(config: EngineConfig, target: Target, free: int) -> MemoryPlan:
     facts = find_model(config).config
     dtype = torch.float32 if target.kind == "cpu" else torch.bfloat16
-    return plan_memory(config, spec_of(facts), quantization_of(facts, config.quantization), target, dtype, free)
+    spec, quantization = spec_of(facts), quantization_of(facts, config.quantization)
+    return plan_memory(config, spec, quantization, target, dtype, free, draft=draft_source(config, spec))
 
 
 def allocations(profiled: profile) -> tuple[int, int]:
@@ -47,6 +51,7 @@ def allocations(profiled: profile) -> tuple[int, int]:
     [
         ("llama", {}),
         ("llama", {"speculative_config": '{"method": "ngram", "num_speculative_tokens": 3}'}),
+        ("llama", {"draft": "qwen3"}),
         ("qwen2", {"quantization": "int8"}),
         ("qwen3", {"quantization": "fp8"}),
         ("qwen3", {"kv_cache_dtype": "fp8"}),
@@ -60,7 +65,12 @@ def test_within_three_percent(tmp_path: Path, family: str, options: dict[str, An
     up)."""
     own = {"qwen3_moe": {"moe_intermediate_size": 128}, "mamba2": {"num_heads": 32}}
     sizes = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 4000} | own.get(family, {})
-    folder = make_checkpoint(tmp_path, family, **sizes)
+    folder = make_checkpoint(tmp_path / "model", family, **sizes)
+    drafter: Drafter = Constant()
+    if draft := options.get("draft"):
+        asked = {"model": str(make_checkpoint(tmp_path / "draft", draft, **sizes)), "num_speculative_tokens": 3}
+        options = {"speculative_config": json.dumps(asked)}
+        drafter = WorkersDrafter()
     config = EngineConfig(
         model=str(folder),
         device="cpu",
@@ -73,9 +83,10 @@ def test_within_three_percent(tmp_path: Path, family: str, options: dict[str, An
     gc.collect()  # what an earlier test leaves would be counted as freed
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as loading:
         runner = ModelRunner(config, find_model(config))
-    cache = sum(part.nbytes for cache in runner._caches for part in cache)
+    caches = runner._caches + (runner._drafting._caches if runner._drafting is not None else [])
+    cache = sum(part.nbytes for cache in caches for part in cache)
     weights = allocations(loading)[0] - cache
-    engine = Engine(runner, speculation(Constant(), 3) if runner.limits.speculation is not None else None)
+    engine = Engine(runner, speculation(drafter, 3) if runner.limits.speculation is not None else None)
     params = EngineSampling(temperature=1.0, top_p=0.9, max_tokens=6)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepping:
         for number in range(ROWS):

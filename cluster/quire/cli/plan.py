@@ -17,6 +17,7 @@ from quire_engine.memory.plan import (
     resolve_dtype,
     usable_bytes,
 )
+from quire_engine.models.drafts import draft_source
 from quire_engine.models.families import spec_of
 from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
@@ -50,7 +51,8 @@ def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
     quantization = quantization_of(files.config, config.quantization)
     check_served(config, spec, target, dtype, quantization)
     stages = range(config.pipeline_parallel_size)
-    plans = [plan_memory(config, spec, quantization, target, dtype, free, stage=stage) for stage in stages]
+    draft = draft_source(config, spec)
+    plans = [plan_memory(config, spec, quantization, target, dtype, free, stage=stage, draft=draft) for stage in stages]
     plan = min(plans, key=lambda plan: plan.num_pages)
     limits = replace(dry_limits(config, spec, target.kind == "cpu"), max_num_seqs=1)
     whole = allocated(spec, quantization, DryGroup(), limits, chip=target.chip, dtype=dtype)

@@ -4,9 +4,10 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from quire_engine.config import EngineConfig, SchedulerLimits
 from quire_engine.errors import InvalidParameter
 from quire_engine.execution.backend import choose_backend
 from quire_engine.execution.checks import check_served
+from quire_engine.execution.drafting import Drafting
 from quire_engine.execution.graphs import Record, StepGraphs, graph_recorder
+from quire_engine.execution.loading import fallback_model, opened
 from quire_engine.execution.pending import PendingStep
 from quire_engine.guidance.compiled import Guides
 from quire_engine.layers.caches import empty_caches
@@ -39,7 +42,7 @@ from quire_engine.memory.plan import (
 )
 from quire_engine.memory.shapes import captured_shapes
 from quire_engine.models.decoder import Decoder, Model
-from quire_engine.models.fallback import TransformersDecoder
+from quire_engine.models.drafts import Guesser, draft_source
 from quire_engine.models.families import spec_of
 from quire_engine.models.tied import as_stored
 from quire_engine.parallel import ParallelGroup
@@ -51,9 +54,7 @@ from quire_engine.spec import DecoderSpec
 from quire_engine.speculation.choice import choose
 from quire_engine.step import NewRow, Places, StepPlan, StepResult
 from quire_engine.text.tokenizer import Tokenizer
-from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.resolve import ModelFiles
-from quire_engine.weights.tensors import TensorReader, Weights
 
 log = logging.getLogger(__name__)
 _PromptScores = dict[int, tuple[list[TokenScores], int]]  # row → parts, how many likeliest tokens were asked for
@@ -70,6 +71,17 @@ _EVERY_DRAW = (  # the ways in which a step draws
     EngineSampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.1),
     EngineSampling(temperature=0.0, logprobs=1, **_EDITS),
 )
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step up to its logits."""
+
+    draws: Draws
+    logits: Tensor | None
+    hidden: Tensor | None
+    prompt_scores: _PromptScores = field(default_factory=dict)
+    batch: StepBatch | None = None  # of a step that was not replayed
 
 
 class ModelRunner:
@@ -104,14 +116,10 @@ class ModelRunner:
         quantization = self.quantization = quantization_of(files.config, config.quantization)
         target = Target.of(self.device)
         check_served(config, self.spec, target, dtype, quantization)
+        source = draft_source(config, self.spec)
+        free = usable_bytes(config, self.device)
         memory = self.memory = plan_memory(
-            config,
-            self.spec,
-            quantization,
-            target,
-            dtype,
-            usable_bytes(config, self.device),
-            stage=group.stage,
+            config, self.spec, quantization, target, dtype, free, stage=group.stage, draft=source
         )
         if group.draws and (whole := files.config.get("text_part_of")) is not None:
             log.warning("%s: images are not served, but the text part alone", whole)
@@ -128,18 +136,26 @@ class ModelRunner:
         quantized_cache = config.kv_cache_dtype == "fp8"
         self._model: Model
         if self.spec.fallback is not None:
-            self._model = _fallback(config, self.spec, group, backend, dtype, self.device, files, memory.max_model_len)
+            self._model = fallback_model(
+                config, self.spec, group, backend, dtype, self.device, files, memory.max_model_len
+            )
         else:
-            with _opened(config, files, dtype, self.device, progress_bar if group.draws else None) as weights:
+            with opened(config, files, dtype, self.device, progress_bar if group.draws else None) as weights:
                 build = Builder(weights, group, backend, quantization)
                 self._model = Decoder(build, self.spec, memory.max_model_len, quantized_cache=quantized_cache)
+        guesser: Guesser | None = None
+        if source is not None and group.draws:
+            source.check_tokens(files)
+        if source is not None and group.last:
+            ops = choose_backend(config, source.spec, target, self.device, dtype)
+            with opened(config, source.files, dtype, self.device, progress_bar if group.draws else None) as weights:
+                build = Builder(weights, group.of_stage(), ops, source.quantization)
+                guesser = source.build(build, memory.max_model_len, quantized_cache)
         num_pages = group.minimum(memory.num_pages)
         cache_dtype = cache_dtype_of(backend) if quantized_cache else dtype
         num_states = group.minimum(memory.num_states) if self.spec.recurrent_layers else 0
-        self._caches = empty_caches(
-            self.spec,
-            group,
-            self._model.layers,
+        caches = partial(
+            empty_caches,
             num_pages=num_pages,
             block_size=config.block_size,
             num_states=num_states,
@@ -147,6 +163,7 @@ class ModelRunner:
             cache_dtype=cache_dtype,
             device=self.device,
         )
+        self._caches = caches(self.spec, group, self._model.layers)
         if self.device.type == "cpu":
             allocator.return_freed_memory()
             allocator.keep_freed_memory()
@@ -172,6 +189,11 @@ class ModelRunner:
         self._sampler = Sampler(config.max_num_seqs + 1, self.spec.vocab_size, self.device, backend, self._guides)
         self._batcher = Batcher(self.limits, self.device, self._sampler)
         self._last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device=self.device)
+        self._drafting: Drafting | None = None
+        if source is not None:
+            kept = caches(guesser.spec, group, guesser.layers) if guesser is not None else []
+            place = (dtype, self.device)
+            self._drafting = Drafting(guesser, kept, group, self._batcher, self._sampler, self.limits, *place)
         self._submitted: deque[PendingStep] = deque()
         self._states: PooledStates | None = None
         if pooling is not None:
@@ -180,6 +202,7 @@ class ModelRunner:
         self._mark: Callable[[], None] = lambda: None
         self._graphs: StepGraphs | None = None
         self._graph_logits: Tensor | None = None  # [most that draw, vocabulary], for all graphs
+        self._graph_hidden: Tensor | None = None  # [most tokens, hidden], for those of a draft model
         if captures_steps(config, self.spec, self.device.type == "cpu"):
             self.capture_graphs(graph_recorder(self.device))
         if backend.name != "torch" and self.device.type != "cpu":
@@ -221,6 +244,8 @@ class ModelRunner:
     def on_progress(self, mark: Callable[[], None]) -> None:
         """`mark` is called whenever a step has come further: at its beginning and after each layer."""
         self._mark = self._model.progress = mark
+        if self._drafting is not None:
+            self._drafting.on_progress(mark)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep | None:
@@ -230,23 +255,31 @@ class ModelRunner:
         self._batcher.set_pages(plan)
         if self._states is not None:
             return self._pool(plan, self._states)
+        if self._drafting is not None:
+            plan = self._drafting.guess(plan)
         scored = any(row in self._prompt_logprobs for row in plan.rows.tolist()) if self._prompt_logprobs else False
         places = plan.places()
         draws = self._graphs.replay(plan, places) if self._graphs is not None and not scored else None
-        prompt_scores: _PromptScores = {}
-        logits = self._graph_logits
-        if draws is None:
-            draws, logits, prompt_scores = self._launch(plan, places, scored)
-        drawn = self._draw(places, draws, logits) if len(places.rows) else None
-        return PendingStep(places, drawn, prompt_scores, self.device) if self._group.draws else None
+        step = _Launched(draws, self._graph_logits, self._graph_hidden) if draws is not None else None
+        step = step or self._launch(plan, places, scored)
+        known = None
+        if self._drafting is not None:
+            step.batch = step.batch or self._eager_batch(plan, places)
+            known = self._known(step.batch)  # before other tokens are the last ones
+        drawn, tokens = self._draw(places, step.draws, step.logits) if len(places.rows) else (None, None)
+        if self._drafting is not None:
+            assert step.batch is not None
+            assert known is not None
+            self._drafting.follow(plan, places, step.batch, known, step.hidden, tokens)
+        return PendingStep(places, drawn, step.prompt_scores, self.device) if self._group.draws else None
 
-    def _launch(self, plan: StepPlan, places: Places, scored: bool) -> tuple[Draws, Tensor | None, _PromptScores]:
+    def _launch(self, plan: StepPlan, places: Places, scored: bool) -> "_Launched":
         """Kernel by kernel, up to the logits. `scored`: prompts in it want log-probabilities."""
         batch = self._eager_batch(plan, places)
         hidden = self._hidden(batch)
         prompt_scores = self._prompt_scores(plan, hidden) if scored else {}
         logits = self._logits(hidden, batch) if hidden is not None and plan.draws.any() else None
-        return batch.draws, logits, prompt_scores
+        return _Launched(batch.draws, logits, hidden, prompt_scores, batch)
 
     def _pool(self, plan: StepPlan, states: PooledStates) -> PendingStep | None:
         """A step of a model that gives vectors or scores."""
@@ -268,29 +301,36 @@ class ModelRunner:
 
     def _hidden(self, batch: StepBatch) -> Tensor | None:
         """[T, hidden] on the last stage: of the plan's tokens or, where it leaves them open, of those drawn last."""
+        return self._model(self._known(batch), batch.attention, self._caches)
+
+    def _known(self, batch: StepBatch) -> Tensor:
         known = batch.token_ids
-        token_ids = torch.where(known < 0, self._last_tokens.index_select(0, batch.token_rows), known)
-        return self._model(token_ids, batch.attention, self._caches)
+        return torch.where(known < 0, self._last_tokens.index_select(0, batch.token_rows), known)
 
     def _logits(self, hidden: Tensor, batch: StepBatch, out: Tensor | None = None) -> Tensor | None:
         drawing = hidden if batch.draw_places is None else hidden.index_select(0, batch.draw_places)
         return self._model.logits(drawing, out)
 
-    def _draw(self, places: Places, draws: Draws, logits: Tensor | None) -> Drawn | None:
-        """Draws on one rank; where the next plan may leave these tokens open, every rank keeps them.
+    def _draw(self, places: Places, draws: Draws, logits: Tensor | None) -> tuple[Drawn | None, Tensor | None]:
+        """Draws on one rank; where the next plan may leave these tokens open, or a draft model starts from them, every
+        rank has them.
 
         Where none could be drawn (-1) the next step computes something that nobody will see.
         """
-        drawn, count = None, len(places.rows)
+        drawn, tokens, count = None, None, len(places.rows)
         if self._group.draws:
             assert logits is not None, "the rank that draws has the logits"
             drawn = self._sampler.draw(logits[:count], places, draws.parameters.first(count))
-        if self.limits.steps_in_flight > 1 and not places.drafted:
-            tokens = drawn.tokens if drawn is not None else self._last_tokens.new_empty(count)
+            tokens = drawn.tokens
+        open_next = self.limits.steps_in_flight > 1 and not places.drafted
+        if open_next or self._drafting is not None:
+            tokens = tokens if tokens is not None else self._last_tokens.new_empty(count)
             self._group.share_drawn(tokens)
+        if open_next:
+            assert tokens is not None
             kept = tokens.clamp(0, self.spec.vocab_size - 1)
             self._last_tokens.index_copy_(0, draws.rows[:count].long(), kept)
-        return drawn
+        return drawn, tokens
 
     @torch.inference_mode()
     def capture_graphs(self, record: Record) -> None:
@@ -301,14 +341,18 @@ class ModelRunner:
         if self._group.draws:
             shape = (limits.most_draws, self.spec.vocab_size)
             out = self._graph_logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        shapes = captured_shapes(limits)
+        kept = self._drafting.room(max(shape.tokens for shape in shapes)) if self._drafting is not None else None
+        self._graph_hidden = kept
 
         def forward(batch: StepBatch) -> None:
             hidden = self._hidden(batch)
             assert hidden is not None, "stages are not captured"
+            if kept is not None:
+                kept[: len(hidden)] = hidden
             self._logits(hidden, batch, None if out is None else out[: len(batch.draws.rows)])
 
         self._graphs = StepGraphs(self._batcher, forward, record, self.device, limits.max_model_len)
-        shapes = captured_shapes(limits)
         self._graphs.capture(shapes)
         log.info("%d step shapes captured in %.1f s", len(shapes), time.monotonic() - started)
 
@@ -336,6 +380,8 @@ class ModelRunner:
                 hidden = self._hidden(batch)
                 if hidden is not None and self._states is None:
                     self._logits(hidden, batch)
+                if self._drafting is not None:
+                    self._drafting.warm_up(batch, hidden)
         if self._states is None:
             batch = self._batch_of(nothing, nothing.places(), Shape(1, 1, 1, 1), 1)
             for params in _EVERY_DRAW:
@@ -343,6 +389,8 @@ class ModelRunner:
                     self._sampler.set_rows([NewRow(0, params, 1, np.zeros(2, np.int32))])
                 logits = self._logits(hidden[:1], batch) if hidden is not None else None
                 self._draw(place, batch.draws, logits)
+                if self._drafting is not None:
+                    self._drafting.warm_up_draws()
             if self._group.draws and logits is not None:
                 self._sampler.warm_up(logits)
             self._sampler.set_rows([NewRow(0, EngineSampling(temperature=0.0), 1, np.zeros(0, np.int32))])
@@ -392,60 +440,6 @@ class ModelRunner:
 
 def _tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:
     return Tokenizer.load(files, other=config.tokenizer)
-
-
-def _fallback(
-    config: EngineConfig,
-    spec: DecoderSpec,
-    group: ParallelGroup,
-    backend: Backend,
-    dtype: torch.dtype,
-    device: torch.device,
-    files: ModelFiles,
-    max_model_len: int,
-) -> TransformersDecoder:
-    """Raises InvalidParameter for what transformers' code is not served with."""
-    if config.quantization is not None:
-        raise InvalidParameter(
-            f"quantization is {config.quantization}, and transformers' code computes this family: leave it out",
-            "quantization",
-        )
-    if config.deterministic:
-        raise InvalidParameter(
-            "deterministic is not to be had where transformers' code computes the family: leave it out", "deterministic"
-        )
-    if group.draws:
-        log.warning(
-            "%s is no family that Quire's decoder knows: transformers' code computes it, with Quire's attention over "
-            "the paged cache; without fused kernels, graphs and quantization it is slower",
-            spec.fallback and spec.fallback["architectures"][0],
-        )
-    folder = None
-    if config.load_format != "dummy":
-        files.checkpoint()  # says which file is broken, where transformers only says that something is
-        folder = str(files.folder)
-    return TransformersDecoder(
-        spec, group, backend, dtype, device, folder, max_model_len, quantized_cache=config.kv_cache_dtype == "fp8"
-    )
-
-
-@contextmanager
-def _opened(
-    config: EngineConfig, files: ModelFiles, dtype: torch.dtype, device: torch.device, bar: Callable[..., Any] | None
-) -> Iterator[Weights]:
-    """The weights, with a progress bar while they are read."""
-    if config.load_format == "dummy":
-        log.warning("--load-format dummy: the weights are random numbers")
-        yield RandomWeights(dtype, device)
-        return
-    weights = TensorReader(files.checkpoint(), dtype, device)
-    if bar is None:
-        yield weights
-        return
-    shown = bar(total=len(weights), desc=f"Loading {files.name}")
-    weights.progress = lambda: shown.update(1)
-    yield weights
-    shown.close()
 
 
 def _shares_prefixes(spec: DecoderSpec) -> bool:

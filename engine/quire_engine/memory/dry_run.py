@@ -28,12 +28,13 @@ from quire_kernels.sampling import Rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quire_engine.batch import Batcher, Draws, Shape
+from quire_engine.batch import Batcher, Shape, StepBatch
 from quire_engine.config import SchedulerLimits
 from quire_engine.layers.caches import empty_caches
 from quire_engine.layers.linear import Builder
 from quire_engine.memory.shapes import largest_shapes
 from quire_engine.models.decoder import Decoder, Layer, Model, layers_of
+from quire_engine.models.drafts import DraftSource, Guesser
 from quire_engine.models.fallback import TransformersDecoder
 from quire_engine.parallel import ParallelGroup
 from quire_engine.quantization.config import Quantization
@@ -286,9 +287,10 @@ def allocated(
     dtype: torch.dtype,
     captured: Sequence[Shape] = (),
     quantized_cache: bool = False,
+    draft: DraftSource | None = None,
 ) -> Allocated:
-    """What one rank of a model takes on a chip (None: the CPU), when steps are as large as `limits` allow and every row
-    draws.
+    """What one rank of a model, and of what guesses beside it, takes on a chip (None: the CPU), when steps are as large
+    as `limits` allow and every row draws.
 
     On a GPU, where memory that runs out in a step ends all that is served, each row asks for all that costs memory.
     """
@@ -297,8 +299,12 @@ def allocated(
         build = Builder(source, group, DryBackend(chip), quantization)
         model, repeated = _one_of_each(build, spec, limits.max_model_len, quantized_cache, counter)
         source.num_parameters += repeated.parameters
+        guesser = None
+        if draft is not None and group.last:
+            own = Builder(RandomWeights(dtype, META), group.of_stage(), DryBackend(chip), draft.quantization)
+            guesser = draft.build(own, limits.max_model_len, quantized_cache)
         built = counter.now
-        steps = _Steps(build, model, spec, limits, everything=chip is not None)
+        steps = _Steps(build, model, spec, limits, guesser, everything=chip is not None)
         logits = None
         if captured and group.draws:
             logits = torch.empty((limits.most_draws, spec.vocab_size), dtype=torch.float32, device=META)
@@ -367,7 +373,14 @@ class _Steps:
     """Runs steps as the model runner does."""
 
     def __init__(
-        self, build: Builder, model: Model, spec: DecoderSpec, limits: SchedulerLimits, *, everything: bool
+        self,
+        build: Builder,
+        model: Model,
+        spec: DecoderSpec,
+        limits: SchedulerLimits,
+        guesser: Guesser | None,
+        *,
+        everything: bool,
     ) -> None:
         """`everything`: each row asks for all that costs memory."""
         ops, group, dtype = build.ops, build.group, build.weights.dtype
@@ -380,10 +393,9 @@ class _Steps:
             tokens = np.zeros(2, np.int32)
             self._sampler.set_rows([NewRow(row, params, 1, tokens) for row in range(limits.most_rows)])
         self._limits = limits
-        self._caches = empty_caches(
-            spec,
-            group,
-            model.layers,
+        self._guesser = guesser
+        caches = partial(
+            empty_caches,
             num_pages=0,
             block_size=limits.block_size,
             num_states=-1,
@@ -391,23 +403,29 @@ class _Steps:
             cache_dtype=dtype,
             device=META,
         )
+        self._caches = caches(spec, group, model.layers)
+        self._guessers = caches(guesser.spec, group, guesser.layers) if guesser is not None else []
 
-    def forward(self, shape: Shape, out: Tensor | None = None) -> tuple[Draws, Tensor | None]:
-        """The logits, if any are this rank's."""
+    def forward(self, shape: Shape, out: Tensor | None = None) -> tuple[StepBatch, Tensor | None, Tensor | None]:
+        """The last layer's output and the logits, if any are this rank's."""
         nothing = StepPlan.empty()
         arrays = self._batcher.arrays(nothing, nothing.places(), shape)
         batch = self._batcher.assemble(self._batcher.upload(arrays), shape, self._longest)
         hidden = self._model(batch.token_ids, batch.attention, self._caches)
         if hidden is None:
-            return batch.draws, None
+            return batch, None, None
         drawing = hidden if batch.draw_places is None else hidden.index_select(0, batch.draw_places)
-        return batch.draws, self._model.logits(drawing, None if out is None else out[: shape.draws])
+        return batch, hidden, self._model.logits(drawing, None if out is None else out[: shape.draws])
 
     def run(self, shape: Shape, out: Tensor | None) -> None:
         """The whole step."""
-        draws, logits = self.forward(shape, out)
+        batch, hidden, logits = self.forward(shape, out)
         if logits is not None:
-            self._sampler.draw(logits, _places(shape, self._limits), draws.parameters)
+            self._sampler.draw(logits, _places(shape, self._limits), batch.draws.parameters)
+        if self._guesser is not None and hidden is not None:
+            states = hidden.repeat(1, len(self._guesser.taps)) if self._guesser.taps else hidden
+            states = self._guesser.combined(states) if self._guesser.reads_states else states
+            self._guesser(batch.token_ids, states, batch.attention, self._guessers)
 
 
 def _places(shape: Shape, limits: SchedulerLimits) -> Places:

@@ -16,6 +16,7 @@ from quire_engine.layers.caches import page_bytes, state_bytes
 from quire_engine.memory.dry_run import DryGroup, allocated
 from quire_engine.memory.shapes import captured_shapes
 from quire_engine.models.decoder import layers_of
+from quire_engine.models.drafts import DraftSource
 from quire_engine.parallel import group_bytes
 from quire_engine.quantization.config import Quantization
 from quire_engine.spec import DecoderSpec
@@ -167,8 +168,10 @@ def plan_memory(
     free_bytes: int,
     *,
     stage: int = 0,
+    draft: DraftSource | None = None,
 ) -> MemoryPlan:
-    """Divides `free_bytes` (what the worker may use, before anything is loaded) for a rank of `stage`.
+    """Divides `free_bytes` (what the worker may use, before anything is loaded) for a rank of `stage`. `draft`: what
+    guesses beside the model.
 
     Raises OutOfMemory when the weights do not fit, or not one request of the full length beside them.
     """
@@ -194,6 +197,7 @@ def plan_memory(
             dtype=dtype,
             captured=captured,
             quantized_cache=config.kv_cache_dtype == "fp8",
+            draft=draft,
         )
     except MemoryError as error:
         raise OutOfMemory(
@@ -209,6 +213,9 @@ def plan_memory(
     cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     layers = layers_of(spec, group)
     page = page_bytes(spec, group, layers, config.block_size, cache_dtype)
+    if draft is not None and group.last:
+        draft.check_parallel(group.size, experts_apart=group.experts_apart)
+        page += page_bytes(draft.spec, group, draft.layers, config.block_size, cache_dtype)
     state = state_bytes(spec, group, layers, dtype)
     one_request = -(-max_model_len // config.block_size)
     left = free_bytes - weights - activations - reserved

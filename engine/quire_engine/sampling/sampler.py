@@ -141,6 +141,10 @@ class Sampler:
         scores = token_scores(raw, chosen.clamp(min=0), max(width for _, width, _ in scored))
         return Drawn(tokens, scores, scored, failed)
 
+    def guess(self, logits: Tensor, rows: NDArray[np.int32], parameters: Rows) -> Tensor:
+        """What `draw` would give for another model's logits of these rows, without edits. logits [S, V] fp32."""
+        return self._ops.draw(logits, parameters, bool(self._filters[rows].any()))
+
     def _expected(self, places: Places, masks: Masks) -> NDArray[np.int32]:
         """The drafts, and where grammars could not follow one, a token that is never drawn."""
         if not masks.cut:

@@ -1,5 +1,7 @@
 """Which drafter an engine has."""
 
+from dataclasses import replace
+
 from quire_engine.config import EngineConfig, SchedulerLimits, SpeculativeConfig
 from quire_engine.errors import InvalidParameter
 from quire_engine.spec import DecoderSpec
@@ -8,6 +10,7 @@ from quire_engine.speculation.ngram import NgramDrafter
 from quire_engine.speculation.speculation import Speculation
 from quire_engine.speculation.suffix import SuffixDrafter
 from quire_engine.speculation.value import Value
+from quire_engine.speculation.workers import WorkersDrafter
 
 
 def choose(config: EngineConfig, spec: DecoderSpec) -> SpeculativeConfig | None:
@@ -19,6 +22,8 @@ def choose(config: EngineConfig, spec: DecoderSpec) -> SpeculativeConfig | None:
             "speculative_config is for models that generate; this one gives vectors or scores: leave it out",
             "speculative_config",
         )
+    if asked is not None and asked.method == "auto" and asked.model is None:
+        return replace(asked, method="suffix")
     return asked
 
 
@@ -27,8 +32,10 @@ def speculation_of(limits: SchedulerLimits) -> Speculation | None:
     chosen = limits.speculation
     if chosen is None:
         return None
-    drafter: Drafter = SuffixDrafter()
-    if chosen.method == "ngram":
+    drafter: Drafter = WorkersDrafter()
+    if chosen.method == "suffix":
+        drafter = SuffixDrafter()
+    elif chosen.method == "ngram":
         drafter = NgramDrafter(chosen.prompt_lookup_min, chosen.prompt_lookup_max)
     most = chosen.num_speculative_tokens
     return Speculation(drafter, Value(most), most)

@@ -1,0 +1,142 @@
+"""A model that guesses for another changes no token, and one that guesses for itself is always right."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drafters import Everything
+from quire_engine.config import EngineConfig, SpeculativeConfig
+from quire_engine.engine import Engine
+from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.execution.runner import ModelRunner
+from quire_engine.speculation.speculation import Speculation
+from quire_engine.speculation.workers import WorkersDrafter
+from quire_engine.weights.resolve import find_model
+from test_speculation import FEATURES, Model, requests, run
+
+Make = Callable[[str], Path]
+UNEDITED = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}]
+
+
+def with_draft(folder: Path, draft: Path, **options: Any) -> Model:
+    return Model(folder, speculative_config=json.dumps({"model": str(draft), "num_speculative_tokens": 4}), **options)
+
+
+def guessing(model: Model, **limits: Any) -> Engine:
+    return model.engine(Speculation(WorkersDrafter(), Everything(), 4), **limits)
+
+
+def judged(engine: Engine) -> tuple[int, int]:
+    """Drafts, and how many were accepted."""
+    stats = engine.scheduler.stats
+    return stats.draft_tokens, stats.accepted_tokens
+
+
+@pytest.fixture(scope="module")
+def itself(checkpoint: Make) -> Model:
+    return with_draft(checkpoint("llama"), checkpoint("llama"), deterministic=True)
+
+
+@pytest.fixture(scope="module")
+def other(checkpoint: Make) -> Model:
+    return with_draft(checkpoint("llama"), checkpoint("qwen3"), deterministic=True)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"max_num_batched_tokens": 13}, {"num_pages": 9, "max_num_seqs": 4}, {"steps_in_flight": 1}],
+    ids=["plain", "chunked", "short of pages", "one step in flight"],
+)
+def test_a_model_knows_itself(itself: Model, limits: dict[str, Any]) -> None:
+    """It guesses by the sampler's random numbers: what is drawn at random is guessed as well. Prompts in pieces, found
+    prefixes and preempted requests leave no gap in its cache."""
+    plain = run(itself.engine(), requests(UNEDITED))
+    engine = guessing(itself, **limits)
+    assert run(engine, requests(UNEDITED)) == plain
+    if "num_pages" in limits:
+        assert engine.scheduler.stats.preemptions > 0
+    drafts, accepted = judged(engine)
+    assert accepted == drafts > 50
+
+
+def test_what_it_does_not_know(itself: Model) -> None:
+    """Penalties are the sampler's: guesses know nothing of them, and some are wrong."""
+    plain = run(itself.engine(), requests([FEATURES["penalties"]]))
+    engine = guessing(itself)
+    assert run(engine, requests([FEATURES["penalties"]])) == plain
+    drafts, accepted = judged(engine)
+    assert 0 < accepted < drafts
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_another_model_changes_nothing(other: Model, feature: str) -> None:
+    asked = [FEATURES[feature]]
+    plain = run(other.engine(), requests(asked))
+    engine = guessing(other)
+    assert run(engine, requests(asked)) == plain
+    drafts, accepted = judged(engine)
+    assert accepted < drafts or feature == "short"
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "gemma3", "deepseek_v3"])
+def test_beside_other_families(checkpoint: Make, family: str) -> None:
+    model = with_draft(checkpoint(family), checkpoint("llama"))
+    asked = [{"temperature": 0.0}]
+    assert [seen[:2] for seen in run(guessing(model), requests(asked))] == [
+        seen[:2] for seen in run(model.engine(), requests(asked))
+    ]
+
+
+def test_some_requests_in_their_own_time(itself: Model) -> None:
+    """A request that comes while others are guessed for is guessed for as they are."""
+    asked = requests([{"temperature": 0.8}])
+    plain = run(itself.engine(), requests([{"temperature": 0.8}]))
+    engine = guessing(itself)
+    for request in asked:
+        engine.add(request)
+        engine.step()
+        engine.step()
+    while engine.has_work:
+        engine.step()
+    assert [request.tokens[request.num_prompt :] for request in asked] == [tokens for tokens, _, _ in plain]
+    drafts, accepted = judged(engine)
+    assert accepted == drafts > 50
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "draft_model"}, "no model is given"),
+        ({"method": "ngram", "model": "x"}, "takes no model"),
+        ({"revision": "x"}, "no model"),
+        ({"method": "medusa"}, "one of auto, suffix"),
+    ],
+)
+def test_refused_at_once(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidParameter, match=said):
+        SpeculativeConfig.read(json.dumps(given))
+
+
+@pytest.mark.parametrize(
+    ("draft", "said"),
+    [("qwen3_5", "recurrent states"), ("gpt2", "a context of 64 tokens"), ("", "no model at")],
+)
+def test_refused_when_it_is_seen(checkpoint: Make, tmp_path: Path, draft: str, said: str) -> None:
+    if draft:
+        known = json.loads((checkpoint(draft) / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(known | {"n_positions": 64}))
+    folder = str(tmp_path) if draft else "/nowhere"
+    config = EngineConfig(
+        model=str(checkpoint("llama")), device="cpu", speculative_config=json.dumps({"model": folder})
+    )
+    with pytest.raises((InvalidParameter, ModelError), match=said):
+        ModelRunner(config, find_model(config))
+
+
+def test_another_tokenizer_is_refused(checkpoint: Make, byte_level_folder: Path) -> None:
+    speculative = json.dumps({"model": str(byte_level_folder)})
+    config = EngineConfig(model=str(checkpoint("llama")), device="cpu", speculative_config=speculative)
+    with pytest.raises(InvalidParameter, match="has another tokenizer: .* tokens are others"):
+        ModelRunner(config, find_model(config))
