@@ -4,7 +4,7 @@
     make gpu-check STAGE=a      a: tokens of small models are the CPU's, in every dtype and way of running
                                 b: an 8B model: start, prefill, decode against floors, beside vLLM if it is installed
                                 c: every kernel: right, then fast
-                                d: experts, latent attention, hybrids, FP8, int4, MXFP4; verifying drafts
+                                d: experts, latent attention, hybrids, FP8, int4, MXFP4
 
 A stage ends within 8 minutes. Every measure is a process of its own; what fails is a finding like others, printed and
 appended to $OUT/gpu-check.jsonl (or build/gpu-check.jsonl) as it comes. The exit status is 0 if all was measured and
@@ -167,9 +167,6 @@ def others(stage: Stage, sizes: Sizes, rates: Rates) -> None:
         load = {"concurrency": sizes.other_concurrency, "max_num_seqs": sizes.other_concurrency[-1], **sizes.load}
         of_it = {"shape": one.shape, "name": name, "expert_bytes": one.expert_bytes, **one.options}
         stage.measure(name, "speed.py", 150, **of_it, **load, **mine, **sizes.options)
-    if sizes.device == "cuda":
-        verifying = [case.name for case in cases_of(list(sizes.cases)) if case.name.startswith("verify")]
-        operations(stage, "cases_rows", verifying, mine)
 
 
 STAGES: dict[str, Callable[[Stage, Sizes, Rates], None]] = {"a": tokens, "b": model, "c": kernels, "d": others}

@@ -15,7 +15,6 @@ from quire_kernels.norm.triton import add_norm, norm_heads
 from quire_kernels.quantize import QuantizedOutput, Scales
 from quire_kernels.sampling import Biases, Penalties, Rows, reference
 from quire_kernels.sampling.triton import add_bias, draw, mask_logits, penalize, prepare, token_logprobs
-from quire_kernels.verification.triton import verify
 from torch import Tensor
 
 Build = Callable[[torch.device, torch.dtype], Built]
@@ -163,27 +162,6 @@ def _logprobs(device: torch.device, fp8: torch.dtype) -> Built:
     )
 
 
-def _verify(device: torch.device, fp8: torch.dtype) -> Built:
-    """Drafts that are the target's best: all are accepted at temperature 0."""
-    count, k = 64, 3
-    logits = normal(device, count * (k + 1), VOCABULARY, dtype=torch.float32)
-    rows = _rows(device, count * (k + 1), 0.0, 0, 1.0)
-    best = logits.argmax(-1).int().view(count, k + 1)
-    drafts = best[:, :k].contiguous()
-    prepared = prepare(logits, rows, filtered=False)
-    of_draft = logits.view(count, k + 1, -1)[:, :k].flatten(0, 1)
-    draft_rows = _rows(device, count * k, 0.0, 0, 1.0)
-    draft_prepared = prepare(of_draft, draft_rows, filtered=False)
-    return Built(
-        run=lambda: (
-            verify(logits, rows, prepared, drafts),
-            verify(logits, rows, prepared, drafts, of_draft, draft_rows, draft_prepared),
-        ),
-        expected=lambda: (best, best),
-        bytes=2 * count * VOCABULARY * 4,
-    )
-
-
 RMS, LAYER = Norm(1e-5), Norm(1e-5, "layer")
 CASES = [
     Case(name="RMSNorm + add 8k x 4096", build=_norm(8192, 4096, RMS), streams=True),
@@ -241,5 +219,4 @@ CASES = [
     Case(name="grammar masks 64 of 256 x 128k", build=_masks),
     Case(name="penalties and biases 256 x 1k tokens", build=_edits),
     Case(name="log-probabilities 256 x 128k", build=_logprobs, streams=True),
-    Case(name="verify 3 drafts 64 x 128k", build=_verify),
 ]

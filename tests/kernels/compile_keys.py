@@ -28,7 +28,6 @@ from quire_kernels.recurrence import Gates, StateBatch
 from quire_kernels.sampling import Biases, Penalties, Rows
 from quire_kernels.sampling.triton import add_bias, draw, mask_logits, penalize, prepare, token_logprobs
 from quire_kernels.triton_backend import TritonBackend
-from quire_kernels.verification.triton import verify
 from torch import Tensor
 
 META = torch.device("meta")
@@ -185,13 +184,6 @@ def of_rows() -> Iterator[tuple[str, Operation]]:
 
         return run
 
-    def verified(count: int) -> None:
-        k = 3
-        target, rows = floats(count * (k + 1), VOCABULARY), rows_of(count * (k + 1))
-        draft, draft_rows = floats(count * k, VOCABULARY), rows_of(count * k)
-        prepared, draft_prepared = prepare(target, rows), prepare(draft, draft_rows)
-        verify(target, rows, prepared, ints(count, k), draft, draft_rows, draft_prepared)
-
     def edited(count: int) -> None:
         logits, listed = floats(count, VOCABULARY), 7 * count
         three = {name: floats(count) for name in ("repetition", "frequency", "presence")}
@@ -206,7 +198,6 @@ def of_rows() -> Iterator[tuple[str, Operation]]:
     yield "masks", masked
     for filtered in (False, True):
         yield f"draw, filtered {filtered}", drawn(filtered)
-    yield "verify", verified
     yield "logprobs", lambda count: token_logprobs(floats(count, VOCABULARY), ints(count))
 
 

@@ -9,8 +9,6 @@ import torch
 from quire_kernels.native.backend import NativeBackend
 from quire_kernels.sampling import Biases, Penalties, Prepared, Rows, host, reference, triton
 from quire_kernels.sampling.triton import add_bias, draw, mask_logits, penalize, prepare, token_logprobs
-from quire_kernels.verification import reference as verification_reference
-from quire_kernels.verification.triton import verify
 
 
 def make_rows(size: int, **values: float) -> Rows:
@@ -191,58 +189,3 @@ def test_a_row_draws_the_same_in_any_batch() -> None:
             for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
         })  # fmt: skip
         assert draw(logits[row : row + 1], alone, prepare(logits[row : row + 1], alone)) == whole[row]
-
-
-@pytest.mark.parametrize("drawn", [False, True], ids=["n-grams", "draft model"])
-@pytest.mark.parametrize("values", [{"temperature": 0.0}, {}, {"top_k": 6}, {"top_p": 0.8}], ids=str)
-def test_verification_equals_its_reference(values: dict[str, float], drawn: bool) -> None:
-    requests, k, vocabulary = 4, 2, 4200
-    target = torch.randn(requests * (k + 1), vocabulary) * 5
-    draft = target.unflatten(0, (requests, k + 1))[:, :k].flatten(0, 1) + torch.randn(requests * k, vocabulary)
-    rows, draft_rows = make_rows(len(target), **values), make_rows(len(draft), **values)
-    first = rows.positions.clone()
-    rows.positions[:] = (first[:: k + 1, None] + torch.arange(k + 1)).flatten()
-    rows.seeds[:] = rows.seeds[:: k + 1].repeat_interleave(k + 1)
-    prepared, draft_prepared = prepare(target, rows), prepare(draft, draft_rows)
-    tokens = draw(draft, draft_rows, draft_prepared).view(requests, k)
-    tokens[-1, 1:] = -1  # fewer drafts
-    of_draft = (draft, draft_rows, draft_prepared) if drawn else ()
-    got = verify(target, rows, prepared, tokens, *of_draft)
-    p = reference.probabilities(target, rows).view(requests, k + 1, -1)
-    q = reference.probabilities(draft, draft_rows).view(requests, k, -1)
-    different = 0
-    for r in range(requests):
-        count = int((tokens[r] >= 0).sum())
-        one = Rows(**{
-            name: getattr(rows, name)[r * (k + 1) : r * (k + 1) + 1]
-            for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
-        })  # fmt: skip
-        expected = verification_reference.verify(
-            p[r, : count + 1], q[r, :count] if drawn else None, tokens[r, :count], one
-        )
-        different += not torch.equal(got[r, : count + 1], expected)
-        assert (got[r, count + 1 :] == -1).all()
-    assert different <= 1
-
-
-@pytest.mark.parametrize("drawn", [False, True], ids=["n-grams", "draft model"])
-def test_verification_keeps_the_targets_distribution(drawn: bool) -> None:
-    size, vocabulary = 250, 12
-    two, one = torch.randn(2, vocabulary) * 1.2, torch.randn(1, vocabulary) * 1.2
-    target, draft = two.repeat(size, 1), one.repeat(size, 1)
-    rows, draft_rows = make_rows(2 * size, top_p=0.95), make_rows(size)
-    rows.seeds[1::2] = rows.seeds[::2]
-    rows.positions[1::2] = rows.positions[::2] + 1
-    each = prepare(two, make_rows(2, top_p=0.95))
-    prepared = repeated(each, size)
-    draft_prepared = repeated(prepare(one, make_rows(1)), size)
-    tokens = draw(draft, draft_rows, draft_prepared)[:, None]
-    of_draft = (draft, draft_rows, draft_prepared) if drawn else ()
-    got = verify(target, rows, prepared, tokens, *of_draft).numpy()
-    exact = reference.probabilities(target[:2], rows).numpy()
-    chi_square(np.bincount(got[:, 0], minlength=vocabulary), exact[0])
-    both = got[got[:, 1] >= 0]
-    of_drafts = reference.probabilities(one, make_rows(1)).numpy()[0]
-    odds = (np.minimum(of_drafts, exact[0]) if drawn else of_drafts * exact[0]).sum()  # that a draft is accepted
-    assert abs(len(both) - size * odds) < 5 * (size * odds * (1 - odds)) ** 0.5
-    chi_square(np.bincount(both[:, 1], minlength=vocabulary), exact[1])

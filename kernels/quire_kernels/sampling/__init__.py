@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 CHUNK = 4096  # tokens that one program looks at
-DRAW, ACCEPT, RESIDUAL = 0, 1, 2  # streams of the generator at one position
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

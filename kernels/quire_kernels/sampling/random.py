@@ -10,16 +10,15 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-def philox_uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64], stream: int = 0) -> NDArray[np.float64]:
+def philox_uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """Uniform doubles in [0, 1), one per (seed, position), by Philox-4x32-10 (Salmon et al. 2011).
 
-    The key is the seed, the counter the position (two words), the stream and 0; the first two words of the block make
-    53 bits.
+    The key is the seed, the counter the position (two words) and zeros; the first two words of the block make 53 bits.
     """
     key0, key1 = seeds & _LOW, seeds >> _SHIFT
     position = positions.astype(np.uint64)
     c0, c1 = position & _LOW, position >> _SHIFT
-    c2, c3 = np.full_like(c0, stream), np.zeros_like(c0)
+    c2 = c3 = np.zeros_like(c0)
     for _ in range(10):
         a, b = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
         c0, c1, c2, c3 = (b >> _SHIFT) ^ c1 ^ key0, b & _LOW, (a >> _SHIFT) ^ c3 ^ key1, a & _LOW

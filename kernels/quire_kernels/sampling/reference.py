@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire_kernels.sampling import DRAW, Biases, Penalties, Rows
+from quire_kernels.sampling import Biases, Penalties, Rows
 from quire_kernels.sampling.random import philox_uniform
 
 
@@ -59,22 +59,22 @@ def probabilities(logits: Tensor, rows: Rows) -> Tensor:
     return out
 
 
-def invert(weights: Tensor, uniform: Tensor) -> Tensor:
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     """The token of each row of weights [S, V] at uniform [S] of its cumulative sum; -1 where all are zero."""
     cumulative = weights.cumsum(-1)
     found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return torch.where(cumulative[:, -1] > 0, found, -1).int()
 
 
-def uniform(rows: Rows, stream: int, offset: int = 0) -> Tensor:
+def _uniform(rows: Rows) -> Tensor:
     """[S] fp64 in [0, 1)."""
-    seeds, positions = rows.seeds.cpu().numpy().astype(np.uint64), rows.positions.cpu().numpy() + offset
-    return torch.from_numpy(philox_uniform(seeds, positions, stream))
+    seeds, positions = rows.seeds.cpu().numpy().astype(np.uint64), rows.positions.cpu().numpy()
+    return torch.from_numpy(philox_uniform(seeds, positions))
 
 
 def draw(logits: Tensor, rows: Rows) -> Tensor:
     """See the package's contract; prepares by itself."""
-    return invert(probabilities(logits, rows), uniform(rows, DRAW))
+    return _invert(probabilities(logits, rows), _uniform(rows))
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.hardware import hardware
-from quire_kernels.sampling import CHUNK, DRAW, Biases, Penalties, Prepared, Rows
+from quire_kernels.sampling import CHUNK, Biases, Penalties, Prepared, Rows
 
 _SEARCH = 2048  # candidates that the bisection reads at a time
 
@@ -299,28 +299,27 @@ def prepare(logits: Tensor, rows: Rows, filtered: bool = True) -> Prepared:
 
 
 @triton.jit
-def uniform(seeds_ptr, positions_ptr, request, offset, STREAM: tl.constexpr):
-    """The generator's number for (seed, position + offset) in [0, 1), fp64: `random.philox_uniform`."""
-    position = tl.load(positions_ptr + request).to(tl.int64) + offset
-    seed = tl.load(seeds_ptr + request).to(tl.uint64)
+def _uniform(seeds_ptr, positions_ptr, row):
+    """The generator's number for (seed, position) in [0, 1), fp64: `random.philox_uniform`."""
+    position = tl.load(positions_ptr + row).to(tl.int64)
+    seed = tl.load(seeds_ptr + row).to(tl.uint64)
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = (position >> 32).to(tl.uint32)
-    a, b, _, _ = tl.philox(seed, low, high, tl.full([], STREAM, tl.uint32), tl.full([], 0, tl.uint32))
+    zero = tl.full([], 0, tl.uint32)
+    a, b, _, _ = tl.philox(seed, low, high, zero, zero)
     bits = ((a.to(tl.uint64) << 32) | b.to(tl.uint64)) >> 11
     return bits.to(tl.float64) * 1.1102230246251565e-16  # 2^-53
 
 
 @triton.jit
-def probability(logits_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride):
-    """Of a prepared row's tokens."""
+def _probability(logits_ptr, temperature_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride):
+    """Of a prepared row's tokens, where its temperature is not 0."""
     x = _scaled(logits_ptr, temperature_ptr, row, ids, V, stride)
-    p = tl.where(x >= tl.load(threshold_ptr + row), tl.exp(x - tl.load(log_mass_ptr + row)), 0.0)
-    greedy = tl.load(temperature_ptr + row) == 0.0
-    return tl.where(greedy, (ids == tl.load(best_ptr + row)).to(tl.float32), p)
+    return tl.where(x >= tl.load(threshold_ptr + row), tl.exp(x - tl.load(log_mass_ptr + row)), 0.0)
 
 
 @triton.jit
-def pick(mass, target):
+def _pick(mass, target):
     """The first place of mass [N] whose cumulative sum is over the target; the last one with any where rounding
     leaves none. Returns it and the sum before it."""
     places = tl.arange(0, mass.shape[0])
@@ -332,7 +331,7 @@ def pick(mass, target):
 
 @triton.jit
 def _chunk_mass(
-    logits_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, max_ptr, mass_ptr, V, stride: tl.int64,
+    logits_ptr, temperature_ptr, threshold_ptr, log_mass_ptr, max_ptr, mass_ptr, V, stride: tl.int64,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -340,7 +339,7 @@ def _chunk_mass(
     mass = 0.0
     if tl.load(max_ptr + at) >= tl.load(threshold_ptr + row):
         ids = chunk * CHUNK + tl.arange(0, CHUNK)
-        p = probability(logits_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride)
+        p = _probability(logits_ptr, temperature_ptr, threshold_ptr, log_mass_ptr, row, ids, V, stride)
         mass = tl.sum(p, 0)
     tl.store(mass_ptr + at, mass)
 
@@ -349,9 +348,9 @@ def _chunk_mass(
 def _draw(
     logits_ptr,
     temperature_ptr,
-    best_ptr,
     threshold_ptr,
     log_mass_ptr,
+    best_ptr,
     seeds_ptr,
     positions_ptr,
     mass_ptr,
@@ -359,7 +358,6 @@ def _draw(
     V,
     chunks,
     stride: tl.int64,
-    STREAM: tl.constexpr,
     CHUNK: tl.constexpr,
     C_PADDED: tl.constexpr,
 ):
@@ -368,13 +366,13 @@ def _draw(
     if (token >= 0) & (tl.load(temperature_ptr + row) > 0):
         chunk = tl.arange(0, C_PADDED)
         mass = tl.load(mass_ptr + row * chunks + chunk, mask=chunk < chunks, other=0.0)
-        target = (uniform(seeds_ptr, positions_ptr, row, 0, STREAM) * tl.sum(mass, 0)).to(tl.float32)
-        chosen, before = pick(mass, target)
-        p = probability(
-            logits_ptr, temperature_ptr, best_ptr, threshold_ptr, log_mass_ptr, row,
+        target = (_uniform(seeds_ptr, positions_ptr, row) * tl.sum(mass, 0)).to(tl.float32)
+        chosen, before = _pick(mass, target)
+        p = _probability(
+            logits_ptr, temperature_ptr, threshold_ptr, log_mass_ptr, row,
             chosen * CHUNK + tl.arange(0, CHUNK), V, stride,
         )  # fmt: skip
-        place, _ = pick(p, target - before)
+        place, _ = _pick(p, target - before)
         token = chosen * CHUNK + place
     tl.store(tokens_ptr + row, token)
 
@@ -385,12 +383,13 @@ def draw(logits: Tensor, rows: Rows, prepared: Prepared) -> Tensor:
     chunks = prepared.chunk_max.shape[1]
     masses = torch.empty_like(prepared.chunk_max)
     tokens = torch.empty((size,), dtype=torch.int32, device=logits.device)
-    row = (logits, rows.temperature, prepared.best, prepared.threshold, prepared.log_mass)
+    row = (logits, rows.temperature, prepared.threshold, prepared.log_mass)
     kernel: Any = _chunk_mass
     kernel[(size, chunks)](*row, prepared.chunk_max, masses, vocabulary, logits.stride(0), CHUNK=CHUNK, num_warps=8)
     kernel = _draw
     kernel[(size,)](
         *row,
+        prepared.best,
         rows.seeds,
         rows.positions,
         masses,
@@ -398,7 +397,6 @@ def draw(logits: Tensor, rows: Rows, prepared: Prepared) -> Tensor:
         vocabulary,
         chunks,
         logits.stride(0),
-        STREAM=DRAW,
         CHUNK=CHUNK,
         C_PADDED=triton.next_power_of_2(chunks),
         num_warps=8,
