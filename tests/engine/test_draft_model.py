@@ -138,5 +138,5 @@ def test_refused_when_it_is_seen(checkpoint: Make, tmp_path: Path, draft: str, s
 def test_another_tokenizer_is_refused(checkpoint: Make, byte_level_folder: Path) -> None:
     speculative = json.dumps({"model": str(byte_level_folder)})
     config = EngineConfig(model=str(checkpoint("llama")), device="cpu", speculative_config=speculative)
-    with pytest.raises(InvalidParameter, match="has another tokenizer: .* tokens are others"):
+    with pytest.raises(InvalidParameter, match="has another tokenizer"):
         ModelRunner(config, find_model(config))
