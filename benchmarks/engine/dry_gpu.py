@@ -73,7 +73,7 @@ def dry_runner(folder: Path, facts: dict[str, Any], **options: Any) -> Iterator[
     with ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(runner_module, name, value))
-        stack.enter_context(mock.patch.object(drafting, "read", _nothing_read))
+        stack.enter_context(mock.patch.object(drafting, "to_host", _nothing_read))
         stack.enter_context(mock.patch.object(Target, "of", lambda device: Target("cuda", CARD, CHIPS[chip])))
         launches = stack.enter_context(recorded(CHIPS[chip]))
         runner = ModelRunner(config, find_model(config))

@@ -134,9 +134,9 @@ _HOST = [  # what `python benchmarks/host_side.py steps` says
 
 def decoding(requests: int) -> StepPlan:
     """A step in which so many requests, 1,024 tokens long, compute one token more and need no new page."""
-    none, each = np.zeros(0, np.int32), np.ones(requests, np.int32)
-    rows, states = np.arange(requests, dtype=np.int32), np.zeros(0, np.int32)
-    return StepPlan(rows, _CONTEXT * each, each, -each, none, each, none, none, none, states, states)
+    each, rows = np.ones(requests, np.int32), np.arange(requests, dtype=np.int32)
+    nothing = [np.zeros(0, np.int32)] * 9
+    return StepPlan(rows, _CONTEXT * each, each, -each, nothing[0], each, *nothing)
 
 
 def step_launches(requests: int, **options: Any) -> tuple[list[str], int]:

@@ -43,6 +43,7 @@ class Scheduler:
         """`speculation`: makes drafts."""
         self.limits = limits
         self.speculation = speculation
+        self._reads = limits.speculation is not None and limits.speculation.method == "draft_model"
         self.cache = CacheManager(limits)
         self.pool, self.states = self.cache.pool, self.cache.states
         self.stats = SchedulerStats()
@@ -222,6 +223,8 @@ class Scheduler:
             guess = guesses.get(request, []) if guesses else []
             if guess and states is not None and not states.has_room:
                 guess = []
+            if guess and self._reads and not draft.read(request, length, self.limits.max_num_batched_tokens):
+                guess = []
             if guess:
                 most = min(len(guess), budget - lacking)
                 guess = guess[: self.cache.room_behind(request, length, most, len(self.running), draft.pages)]
@@ -293,6 +296,8 @@ class Scheduler:
         draft.draws.append(int(end == length))
         if end < length:
             draft.next_ids.append(request.tokens[end])
+        draft.with_prompts = True
+        request.num_read = end if request.num_read >= computed else request.num_read
         draft.requests.append(request)
         if self.states is not None:
             draft.states.append(self.states.advance(request))
@@ -371,6 +376,7 @@ class Scheduler:
         if REJECTED in tokens:
             tokens = tokens[: tokens.index(REJECTED)]
         accepted = len(tokens) - 1
+        request.num_read += min(accepted, drafts - 1)
         if self.states is None:
             request.num_computed += accepted
         elif accepted == drafts:
@@ -413,10 +419,8 @@ class Scheduler:
     # ---- pages ----------------------------------------------------------------------------------------------------
 
     def _grow(self, request: Request, length: int, draft: PlanDraft) -> bool:
-        """Pages for `length` tokens, if need be from less important requests not yet planned.
-
-        False: everything less important is planned or gone, and the request sits this step out with the pages it has.
-        """
+        """Pages for `length` tokens, if need be from less important requests not yet planned. False: all of these are
+        planned or gone, and the request sits this step out with the pages it has."""
         pages = request.pages
         for index in range(len(pages), -(-length // self.limits.block_size)):
             while (page := self.pool.allocate()) is None:
@@ -469,8 +473,7 @@ class Scheduler:
         return self._waiting.explain(requests, chain(self.running, self._preparing.values()), self._held)
 
     def waiting_for(self) -> Counter[WaitsFor]:
-        """How many requests wait for what: those without a row, and those that run and were left out of the last plan.
-        Other threads may call this."""
+        """How many requests wait for what, those too that run and were left out of the last plan. From any thread."""
         return self._waiting.counts(self._held, preparing=len(self._preparing))
 
     @property
@@ -486,14 +489,10 @@ class Scheduler:
         rows = [request.row for request in self.running]
         assert sorted([*rows, *self._rows]) == list(range(self.limits.max_num_seqs)), "rows are lost or used twice"
         self._waiting.check_integrity()
-        assert {id(r) for r in self._waiting} == {id(r) for r in self.requests.values() if r.state is State.WAITING}, (
-            "the queue is wrong"
-        )
-        assert {id(r) for r in self.running} == {id(r) for r in self.requests.values() if r.state is State.RUNNING}, (
-            "the running list is wrong"
-        )
-        preparing = {id(r) for r in self.requests.values() if r.state is State.PREPARING}
-        assert {id(r) for r in self._preparing.values()} == preparing, "the list of what is being prepared is wrong"
+        waiting, preparing = self._waiting, self._preparing.values()
+        for state, kept in ((State.WAITING, waiting), (State.RUNNING, self.running), (State.PREPARING, preparing)):
+            there = {id(request) for request in self.requests.values() if request.state is state}
+            assert {id(request) for request in kept} == there, f"the list of what is {state.name.lower()} is wrong"
 
     def slots(self) -> tuple[int, int]:
         """Token slots of held pages, and how many of them hold nothing (PagedAttention's only waste)."""

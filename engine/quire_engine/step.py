@@ -72,13 +72,18 @@ class StepPlan:
     page_ids: Ints  # [N] page
     state_reads: Ints  # [R] the page of recurrent state to start from, -1: zeros; empty where the model has none
     state_writes: Ints  # [R] the page to leave it in
+    read_rows: Ints  # [D] rows whose tokens a draft model reads before it guesses: from
+    read_starts: Ints  # [D] these positions on
+    read_counts: Ints  # [D] so many,
+    read_ids: Ints  # which are these
     new_rows: list[NewRow] = field(default_factory=list)
+    with_prompts: bool = False  # tokens of prompts are among those computed, which a draft model reads as well
 
     @staticmethod
     def empty() -> "StepPlan":
         """No request at all."""
         none = np.zeros(0, np.int32)
-        return StepPlan(none, none, none, none, none, none, none, none, none, none, none)
+        return StepPlan(none, none, none, none, none, none, none, none, none, none, none, none, none, none, none)
 
     @property
     def drafted(self) -> bool:
@@ -114,12 +119,27 @@ class PlanDraft:
     draws: list[int] = field(default_factory=list)
     pages: list[tuple[int, int, int]] = field(default_factory=list)  # row, place, page
     states: list[tuple[int, int]] = field(default_factory=list)  # read, written
+    reads: list[tuple[int, int, int]] = field(default_factory=list)  # row, start, count
+    read_ids: list[int] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
+    with_prompts: bool = False
     held: dict[Request, WaitsFor] = field(default_factory=dict)  # what runs and is left out, and the head of the queue
+
+    def read(self, request: Request, length: int, most: int) -> bool:
+        """Has the draft model read what it lacks of the request's first `length` tokens, and no more than `most` tokens
+        of all requests; False: it will still lack some."""
+        start = request.num_read
+        end = min(length, start + most - len(self.read_ids))
+        if end > start:
+            self.reads.append((request.row, start, end - start))
+            self.read_ids.extend(request.tokens[start:end])
+            request.num_read = end
+        return end == length
 
     def plan(self) -> StepPlan:
         """Its arrays."""
         pages, states = np.array(self.pages, np.int32).reshape(-1, 3), np.array(self.states, np.int32).reshape(-1, 2)
+        reads = np.array(self.reads, np.int32).reshape(-1, 3)
         return StepPlan(
             rows=np.array(self.rows, np.int32),
             starts=np.array(self.starts, np.int32),
@@ -132,7 +152,12 @@ class PlanDraft:
             page_ids=pages[:, 2],
             state_reads=states[:, 0],
             state_writes=states[:, 1],
+            read_rows=reads[:, 0],
+            read_starts=reads[:, 1],
+            read_counts=reads[:, 2],
+            read_ids=np.array(self.read_ids, np.int32),
             new_rows=self.new_rows,
+            with_prompts=self.with_prompts,
         )
 
 

@@ -209,7 +209,7 @@ def test_steps_survive_the_way_between_hosts() -> None:
         guidance=GuidanceSpec(content='{"é": 1}').to_json(),
     )
     rows = [NewRow(3, params, 7, ints(3)), NewRow(0, EngineSampling(), 1, ints(0))]
-    plan = StepPlan(ints(3), ints(3), ints(3), ints(9), ints(3), *(ints(4) for _ in range(6)), new_rows=rows)
+    plan = StepPlan(ints(3), ints(3), ints(3), ints(9), ints(3), *(ints(4) for _ in range(10)), new_rows=rows)
     none = np.zeros((2, 0), np.float32)
     scores = TokenLogprobs(ints(2), generator.random(2, np.float32), ints(2), none.astype(np.int32), none)
     vectors = generator.random((3, 2), np.float32)

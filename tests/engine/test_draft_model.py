@@ -61,6 +61,27 @@ def test_a_model_knows_itself(itself: Model, limits: dict[str, Any]) -> None:
     assert accepted == drafts > 50
 
 
+class Seldom(Everything):
+    """In place of `Value`: many steps without drafts, then some with."""
+
+    steps = 0
+
+    def worth_asking(self, decoding: int, beside: int) -> bool:
+        self.steps += 1
+        return self.steps % 24 > 18
+
+
+@pytest.mark.parametrize("budget", [48, 7])
+def test_it_reads_later_what_it_was_not_asked_about(itself: Model, budget: int) -> None:
+    """And where it lacks more than a step can read, piece by piece."""
+    asked = [sampled | {"max_tokens": 70} for sampled in UNEDITED]
+    plain = run(itself.engine(), requests(asked))
+    engine = itself.engine(Speculation(WorkersDrafter(), Seldom(), 4), max_num_batched_tokens=budget)
+    assert run(engine, requests(asked)) == plain
+    drafts, accepted = judged(engine)
+    assert accepted == drafts > 20
+
+
 def test_what_it_does_not_know(itself: Model) -> None:
     """Penalties are the sampler's: guesses know nothing of them, and some are wrong."""
     plain = run(itself.engine(), requests([FEATURES["penalties"]]))

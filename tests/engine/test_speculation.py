@@ -74,7 +74,8 @@ class Model:
     @property
     def limits(self) -> Any:
         known = self.__dict__.setdefault("_limits", self.runner.limits)
-        return replace(known, speculation=SpeculativeConfig(method="suffix", num_speculative_tokens=4))
+        other = SpeculativeConfig(method="suffix", num_speculative_tokens=4)
+        return replace(known, speculation=known.speculation or other)
 
 
 def requests(asked: Sequence[dict[str, Any]], prompts: Sequence[list[int]] = PROMPTS) -> list[Request]:

@@ -50,7 +50,7 @@ class CacheManager:
             request.pages.append(page)
         if self.states is not None and prefix:
             request.state_page = self.states.start(request.block_hashes[len(prefix) - 1])
-        request.num_computed = len(prefix) * self._block_size
+        request.num_computed = request.num_read = len(prefix) * self._block_size
         request.num_registered = len(prefix)
 
     def chunk(self, request: Request, budget: int) -> int:

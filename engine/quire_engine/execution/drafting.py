@@ -65,58 +65,79 @@ class Drafting:
 
     def warm_up(self, batch: StepBatch, states: Tensor | None) -> None:
         """Launches what a step of that shape will."""
-        nothing = StepPlan.empty()
+        nothing = replace(StepPlan.empty(), with_prompts=True)
         self.follow(nothing, nothing.places(), batch, batch.token_ids, states, None)
 
     def warm_up_draws(self) -> None:
         """Launches what it takes to guess twice for row 0, as its parameters have it."""
-        self._guessed(*(np.array([number], np.int32) for number in (0, 0, 1, 2)))
+        row, start, count = (np.array([number], np.int32) for number in (0, 1, 1))
+        self._guessed(row, start, count + 1, self._read(row, start, count, row))
 
     def guess(self, plan: StepPlan) -> StepPlan:
-        """The plan with the tokens that it leaves open. Waits for the device."""
+        """The plan with the tokens that it leaves open. Waits for the device where there are some."""
+        reads = plan.read_rows, plan.read_starts, plan.read_counts, plan.read_ids
         if not (plan.token_ids == TO_GUESS).any():
+            if len(plan.read_rows):
+                self._read(*reads)
             return plan
         drafted = np.flatnonzero(plan.draws > 1)
         order = drafted[np.argsort(-plan.draws[drafted], kind="stable")]  # so that those that go on are the first
-        lengths = plan.draws[order] - 1
-        ends = np.cumsum(plan.counts, dtype=np.int32)[order] - plan.draws[order]  # their last certain tokens
-        positions = plan.starts[order] + plan.counts[order] - plan.draws[order]
-        found = self._guessed(plan.rows[order], plan.token_ids[ends], positions, lengths)
+        rows, draws = plan.rows[order], plan.draws[order]
+        ends = np.cumsum(plan.counts, dtype=np.int32)[order] - draws  # their last certain tokens
+        positions = plan.starts[order] + plan.counts[order] - draws
+        if self._states is None:
+            states = self._read(*reads)
+            if states is not None:
+                places = dict(zip(plan.read_rows.tolist(), range(len(plan.read_rows)), strict=True))
+                [where] = self._batcher.upload([np.array([places[row] for row in rows.tolist()], np.int32)])
+                states = states.index_select(0, where)
+        else:
+            [where] = self._batcher.upload([rows])
+            states = self._states.index_select(0, where)
+        found = self._guessed(rows, positions, draws - 1, states)
         token_ids = plan.token_ids.copy()
-        token_ids[np.concatenate([ends[: len(tokens)] + step for step, tokens in enumerate(found, 1)])] = read(found)
+        token_ids[np.concatenate([ends[: len(tokens)] + step for step, tokens in enumerate(found, 1)])] = to_host(found)
         return replace(plan, token_ids=token_ids)
 
-    def _guessed(self, rows: Ints, last_ids: Ints, positions: Ints, lengths: Ints) -> list[Tensor]:
+    def _read(self, rows: Ints, starts: Ints, counts: Ints, token_ids: Ints) -> Tensor | None:
+        """By tokens alone: what each row has further → states [D, hidden] behind it; None: the guesser is elsewhere, or
+        goes by the model's states."""
+        if self._guesser is None or self._guesser.reads_states:
+            return None
+        batch = self._batch_of(rows, starts, counts, token_ids, starts + counts)
+        states = self._guesser(batch.token_ids, None, batch.attention, self._caches)
+        [ends] = self._batcher.upload([np.cumsum(counts, dtype=np.int32) - 1])
+        return states.index_select(0, ends)
+
+    def _guessed(self, rows: Ints, positions: Ints, lengths: Ints, states: Tensor | None) -> list[Tensor]:
         """For rows, those with most drafts first, the tokens behind their last ones at these positions: first drafts,
-        second ones, and so on. [B], and ever fewer."""
-        guesser = self._guesser
-        tokens, where = self._batcher.upload([last_ids, rows])
-        states = None if self._states is None else self._states.index_select(0, where)
-        found = []
+        second ones, and so on. [B], and ever fewer. states [B, hidden]: what the first are guessed from, where the
+        guesser is."""
+        guesser, found = self._guesser, list[Tensor]()
         for step in range(int(lengths[0])):
             count = int(np.count_nonzero(lengths > step))
-            following = tokens.new_empty(count)
-            if guesser is not None:
+            if guesser is None:
+                [following] = self._batcher.upload([np.zeros(count, np.int32)])
+            else:
+                assert states is not None
                 behind = int(guesser.reads_states)
-                batch = self._one_each(rows[:count], positions[:count] + step - behind, 1 + behind)
-                if step or states is None:
-                    before = None if states is None else states[:count]
-                    states = guesser(tokens[:count], before, batch.attention, self._caches)
+                at, each = positions[:count] + step, np.ones(count, np.int32)
+                batch = self._batch_of(rows[:count], at - behind, each, 0 * each, at + 1)
+                if step:
+                    states = guesser(found[-1][:count], states[:count], batch.attention, self._caches)
                 logits = guesser.logits(states[:count])
-                if logits is not None:
-                    following = self._drawn(guesser, logits, rows[:count], batch)
+                following = batch.token_ids if logits is None else self._drawn(guesser, logits, rows[:count], batch)
             self._group.share_drawn(following)
             found.append(following)
-            tokens = following
         return found
 
-    def _one_each(self, rows: Ints, positions: Ints, further: int) -> StepBatch:
-        """A token of each row at these positions; what is drawn is so much further."""
-        each = np.ones(len(rows), np.int32)
-        plan = replace(StepPlan.empty(), rows=rows, starts=positions, counts=each, token_ids=0 * each, draws=each)
+    def _batch_of(self, rows: Ints, starts: Ints, counts: Ints, token_ids: Ints, drawn: Ints) -> StepBatch:
+        """Tokens of rows, behind the last of which one is drawn for the position `drawn`."""
+        draws = np.ones(len(rows), np.int32)
+        plan = replace(StepPlan.empty(), rows=rows, starts=starts, counts=counts, token_ids=token_ids, draws=draws)
         shape = self._batcher.shape(plan)
-        arrays = self._batcher.arrays(plan, Places.alone(rows, positions + further), shape)
-        return self._batcher.assemble(self._batcher.upload(arrays), shape, int(positions.max()) + 1)
+        arrays = self._batcher.arrays(plan, Places.alone(rows, drawn), shape)
+        return self._batcher.assemble(self._batcher.upload(arrays), shape, int((starts + counts).max()))
 
     def _drawn(self, guesser: Guesser, logits: Tensor, rows: Ints, batch: StepBatch) -> Tensor:
         """With the random numbers that the sampler will draw by, so that like distributions give the same token."""
@@ -140,7 +161,8 @@ class Drafting:
         if guesser is None:
             return
         if self._states is None:
-            guesser(known, None, batch.attention, self._caches)
+            if plan.with_prompts:  # of others it reads no more than it has to, when it guesses
+                guesser(known, None, batch.attention, self._caches)
             return
         assert states is not None, "the guesser is on the last stage"
         arrays = (self._following(plan, len(known)), _ends(places), plan.draw_places(), places.rows)
@@ -166,7 +188,7 @@ class Drafting:
         return np.maximum(following, 0)
 
 
-def read(tokens: list[Tensor]) -> Ints:
+def to_host(tokens: list[Tensor]) -> Ints:
     """All of them, on the host."""
     return torch.cat(tokens).cpu().numpy()
 

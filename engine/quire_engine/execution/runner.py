@@ -180,7 +180,7 @@ class ModelRunner:
             by_priority=config.scheduling_policy == "priority",
             num_states=num_states,
             steps_in_flight=2 if config.async_scheduling else 1,
-            speculation=choose(config, self.spec),
+            speculation=choose(config, self.spec, source.method if source is not None else None),
         )
         self._guides: Guides | None = None
         if group.draws and pooling is None:

@@ -79,6 +79,7 @@ class DraftModel:
 class DraftSource:
     """Where a guesser comes from, and what it takes."""
 
+    method: str  # draft_model, eagle, eagle3 or mtp
     files: ModelFiles
     spec: DecoderSpec
     quantization: Quantization
@@ -130,7 +131,7 @@ def draft_source(config: EngineConfig, spec: DecoderSpec) -> DraftSource | None:
         raise refused(
             f"{files.name} has a context of {found.max_position} tokens; lower max_model_len ({context}) to it"
         )
-    return DraftSource(files, found, quantization_of(files.config, None))
+    return DraftSource("draft_model", files, found, quantization_of(files.config, None))
 
 
 def refused(why: str) -> InvalidParameter:

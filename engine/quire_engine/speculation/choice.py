@@ -13,18 +13,20 @@ from quire_engine.speculation.value import Value
 from quire_engine.speculation.workers import WorkersDrafter
 
 
-def choose(config: EngineConfig, spec: DecoderSpec) -> SpeculativeConfig | None:
-    """What `--speculative-config` comes to for this model; None: nothing is guessed. Raises InvalidParameter for what
-    the model cannot do."""
+def choose(config: EngineConfig, spec: DecoderSpec, method: str | None = None) -> SpeculativeConfig | None:
+    """What `--speculative-config` comes to for this model, where `method` is what its draft model is; None: nothing is
+    guessed. Raises InvalidParameter for what the model cannot do."""
     asked = config.speculation
     if asked is not None and spec.pooling is not None:
         raise InvalidParameter(
             "speculative_config is for models that generate; this one gives vectors or scores: leave it out",
             "speculative_config",
         )
-    if asked is not None and asked.method == "auto" and asked.model is None:
-        return replace(asked, method="suffix")
-    return asked
+    if asked is None:
+        return None
+    if method is None and asked.method == "auto" and asked.model is None:
+        method = "suffix"
+    return replace(asked, method=method or asked.method)
 
 
 def speculation_of(limits: SchedulerLimits) -> Speculation | None:
