@@ -14,7 +14,7 @@ from quire_engine.execution.runner import ModelRunner
 from quire_engine.speculation.speculation import Speculation
 from quire_engine.speculation.workers import WorkersDrafter
 from quire_engine.weights.resolve import find_model
-from test_speculation import FEATURES, Model, requests, run
+from test_speculation import FEATURES, PROMPTS, Model, requests, run
 
 Make = Callable[[str], Path]
 UNEDITED = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}]
@@ -71,13 +71,13 @@ class Seldom(Everything):
         return self.steps % 24 > 18
 
 
-@pytest.mark.parametrize("budget", [48, 7])
+@pytest.mark.parametrize("budget", [48, 13])
 def test_it_reads_later_what_it_was_not_asked_about(itself: Model, budget: int) -> None:
     """And where it lacks more than a step can read, piece by piece."""
     asked = [sampled | {"max_tokens": 70} for sampled in UNEDITED]
-    plain = run(itself.engine(), requests(asked))
+    plain = run(itself.engine(), requests(asked, PROMPTS[:2]))
     engine = itself.engine(Speculation(WorkersDrafter(), Seldom(), 4), max_num_batched_tokens=budget)
-    assert run(engine, requests(asked)) == plain
+    assert run(engine, requests(asked, PROMPTS[:2])) == plain
     drafts, accepted = judged(engine)
     assert accepted == drafts > 20
 
