@@ -104,6 +104,14 @@ def _fits(value: Any, kind: type, metadata: Mapping[str, Any]) -> bool:
     return kind is bool or (metadata["above"] < value and metadata["least"] <= value <= metadata["most"])
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of `--speculative-config`. Raises InvalidParameter for a name that is there twice."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidParameter(f"speculative_config says {twice!r:.80} twice; leave one out", "speculative_config")
+    return dict(pairs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeConfig:
     """How tokens are guessed ahead: `--speculative-config`, with the field's names."""
@@ -129,7 +137,7 @@ class SpeculativeConfig:
     def read(text: str) -> "SpeculativeConfig":
         """From JSON. Raises InvalidParameter."""
         try:
-            given = json.loads(text)
+            given = json.loads(text, object_pairs_hook=_once)
         except (ValueError, RecursionError):
             given = None
         if not isinstance(given, dict):
@@ -157,6 +165,15 @@ class SpeculativeConfig:
             raise InvalidParameter(f"method is {self.method}, which takes no model: leave one out", "model")
         if self.revision is not None and self.model is None:
             raise InvalidParameter("revision is given, and no model: leave it out", "revision")
+        lookup = self.prompt_lookup_min, self.prompt_lookup_max
+        if self.method != "ngram" and lookup != (
+            SpeculativeConfig.prompt_lookup_min,
+            SpeculativeConfig.prompt_lookup_max,
+        ):
+            raise InvalidParameter(
+                f"prompt_lookup_min and prompt_lookup_max are for ngram, and method is {self.method}: leave them out",
+                "prompt_lookup_min",
+            )
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise InvalidParameter(
                 f"prompt_lookup_min is {self.prompt_lookup_min}, above prompt_lookup_max ({self.prompt_lookup_max})",

@@ -298,9 +298,11 @@ def test_ended_amid_drafts(llama: Model) -> None:
     [
         ("ngram", "must be a JSON object"),
         ('{"method": "medusa"}', "method is 'medusa'; it must be one of"),
-        ('{"tokens": 4}', "'tokens'; known are method, num_speculative_tokens"),
+        ('{"tokens": 4}', "'tokens'; known are method, model, revision, num_speculative_tokens"),
         ('{"num_speculative_tokens": 0}', "num_speculative_tokens is 0; it must be a whole number"),
-        ('{"prompt_lookup_min": 9}', "prompt_lookup_min is 9, above prompt_lookup_max"),
+        ('{"method": "ngram", "prompt_lookup_min": 9}', "prompt_lookup_min is 9, above prompt_lookup_max"),
+        ('{"prompt_lookup_max": 4}', "prompt_lookup_max are for ngram, and method is auto"),
+        ('{"method": "ngram", "method": "suffix"}', "says 'method' twice"),
     ],
 )
 def test_options_are_checked(text: str, message: str) -> None:
