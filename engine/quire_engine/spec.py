@@ -160,6 +160,24 @@ class QKNorm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MtpSpec:
+    """A layer that the checkpoint has besides the model's. It guesses the token after the next one, from the model's
+    last hidden state and the next token's embedding (multi-token prediction: DeepSeek-V3, arXiv 2412.19437)."""
+
+    layers: str  # its name is `layers`.`layer`
+    layer: int
+    at: str  # what the names of the tensors around it begin with, which follow
+    embedding_norm: str
+    hidden_norm: str
+    projection: str  # of embedding and hidden state to the layer's input
+    norm: str  # of what the output head reads
+    embedding: str = ""  # the model's own tables, where they may be stored once more
+    head: str = ""
+    hidden_first: bool = False  # in the projection's input
+    normalized: bool = False  # the next guess starts from what the output head reads, not from what its norm does
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
     """A decoder with grouped-query attention and feed-forward layers or experts."""
 
@@ -208,7 +226,8 @@ class DecoderSpec:
     without_mixer: frozenset[int] = frozenset()  # layers with neither attention nor a state
     without_mlp: frozenset[int] = frozenset()  # layers without a feed-forward part
     experts: ExpertsSpec | None = None
-    extra_layers: int = 0  # that the checkpoint has besides, to predict further tokens; they are not served
+    extra_layers: int = 0  # that the checkpoint has besides, to predict further tokens; none but the first serves
+    mtp: MtpSpec | None = None  # that first one; a checkpoint may lack it all the same
     bidirectional: bool = False  # a token sees all of its text
     norm_last: bool = False  # norms are of the sums of residual and result (the original Transformer)
     pooling: Pooling | None = None  # gives vectors or scores, not tokens

@@ -42,6 +42,7 @@ NOT_FACTS = SIZES | {
     "extra_layers",
     "extra_tensors",
     "latent",
+    "mtp",
 }  # a wrong name or form does not load
 
 

@@ -24,9 +24,17 @@ from quire_engine.spec import DecoderSpec, QKNorm
 class Attention:
     """x [T, hidden] → [T, hidden]; the new keys and values go to the cache."""
 
-    def __init__(self, build: Builder, spec: DecoderSpec, layer: int, quantized_cache: bool) -> None:
-        names = spec.names
-        at = f"{names.layers}.{layer}.{names.attention}"
+    def __init__(
+        self,
+        build: Builder,
+        spec: DecoderSpec,
+        layer: int,
+        at: str,
+        quantized_cache: bool,
+        inputs: int | None = None,
+    ) -> None:
+        """`at`: its name in the checkpoint. `inputs`: the width of x where that is not the model's."""
+        names, inputs = spec.names, inputs or spec.hidden_size
         weights, group = build.weights, build.group
         self._ops = build.ops
         self._head_dim = spec.head_dim
@@ -46,10 +54,10 @@ class Attention:
             key_scale=None if stored is None else stored.key,
             value_scale=None if stored is None else stored.value,
         )
-        self._qkv = build.column_parallel(qkv_parts(spec, at, heads, kv_heads), spec.hidden_size, spec.qkv_bias)
+        self._qkv = build.column_parallel(qkv_parts(spec, at, heads, kv_heads), inputs, spec.qkv_bias)
         self._gate: Linear | None = None
         if spec.attention_gate:
-            self._gate = build.column_parallel(_of_pairs(spec, at, heads, 1), spec.hidden_size, spec.qkv_bias)
+            self._gate = build.column_parallel(_of_pairs(spec, at, heads, 1), inputs, spec.qkv_bias)
         inner = spec.num_heads * spec.head_dim
         self._output = build.row_parallel(f"{at}.{names.output}", spec.hidden_size, inner, spec.output_bias)
         self._head_norm: HeadNorm | None = None

@@ -8,6 +8,8 @@ from quire_engine.layers.linear import Builder, shard
 from quire_engine.parallel import ParallelGroup
 from quire_engine.weights.tensors import Weights
 
+_COMPARED = 4096  # rows at once
+
 
 def _padded(vocab_size: int, group: ParallelGroup) -> int:
     return -(-vocab_size // group.size) * group.size
@@ -23,11 +25,21 @@ class Embedding:
         table = build.weights.take(f"{name}.weight", (vocab_size, hidden), rows)
         missing = self._part.stop - self._part.start - table.shape[0]
         self.table = F.pad(table, (0, 0, 0, missing)) if missing else table
-        self._vocab_size, self._rows, self._missing = vocab_size, rows, missing
+        self.vocab_size, self.hidden = vocab_size, hidden
+        self._rows, self._missing = rows, missing
 
     def rows_of(self, name: str, weights: Weights) -> Tensor:
         """This rank's part of a vector as long as the vocabulary."""
-        return F.pad(weights.take(name, (self._vocab_size,), self._rows), (0, self._missing))
+        return F.pad(weights.take(name, (self.vocab_size,), self._rows), (0, self._missing))
+
+    def equals(self, name: str, weights: Weights) -> bool:
+        """Whether this rank's part of a tensor of the same shape is what this one holds."""
+        for start in range(self._rows.start, self._rows.stop, _COMPARED):
+            rows = slice(start, min(start + _COMPARED, self._rows.stop))
+            part = weights.take(f"{name}.weight", (self.vocab_size, self.hidden), rows)
+            if not torch.equal(part, self.table[rows.start - self._part.start : rows.stop - self._part.start]):
+                return False
+        return True
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         if self._group.size == 1:

@@ -118,9 +118,10 @@ def _mixer(build: Builder, spec: DecoderSpec, layer: int, quantized_cache: bool)
     """What mixes the tokens of a request in this layer."""
     names, recurrent = spec.names, spec.recurrent
     if recurrent is None or layer not in spec.recurrent_layers:
+        at = f"{names.layers}.{layer}.{names.attention}"
         if spec.latent is not None:
-            return LatentAttention(build, spec, spec.latent, f"{names.layers}.{layer}.{names.attention}")
-        return Attention(build, spec, layer, quantized_cache)
+            return LatentAttention(build, spec, spec.latent, at)
+        return Attention(build, spec, layer, at, quantized_cache)
     at = f"{names.layers}.{layer}.{names.recurrent}"
     if isinstance(recurrent, ShortConvSpec):
         return ShortConv(build, spec, recurrent, at)
@@ -163,7 +164,9 @@ class Decoder:
         embedding = None
         if group.first or (group.last and tied and spec.pooling is None):
             embedding = Embedding(build, names.embedding, spec.vocab_size, spec.hidden_size)
-        self._embedding = embedding if group.first else None
+        self.embedding = embedding if group.first else None
+        self.taps: tuple[int, ...] = ()  # layers, in order, whose inputs `tapped` has after a step; the last's output
+        self.tapped: Tensor | None = None  # has the number behind it. [T, taps * hidden]; None: not all of this stage
         self._positions: Tensor | None = None
         self._embedding_norm: Normalization | None = None
         if group.first and names.positions:
@@ -230,23 +233,29 @@ class Decoder:
         """Token ids [T] → the last layer's normalized output [T, hidden]; None on all stages but the last."""
         residual = (
             self._embedded(token_ids, batch)
-            if self._embedding is not None
+            if self.embedding is not None
             else self.group.receive(token_ids.shape[0], self.spec.hidden_size, self._device)
         )
         if self.spec.bidirectional:
             batch = replace(batch, spans=_whole_texts(batch))
         delta: Tensor | None = None
-        for layer, cache, rope in zip(self._layers, caches, self._ropes, strict=True):
+        tapped: list[Tensor] = []
+        for number, layer, cache, rope in zip(self.layers, self._layers, caches, self._ropes, strict=True):
+            if number in self.taps:
+                tapped.append(residual.clone() if delta is None else residual + delta)
             residual, delta = layer(residual, delta, batch, cache, rope)
             self.progress()
         if not self.group.last:
             self.group.send(residual if delta is None else residual.add_(delta))
             return None
+        if self.spec.num_layers in self.taps:
+            tapped.append(residual.clone() if delta is None else residual + delta)
+        self.tapped = torch.cat(tapped, 1) if tapped and len(tapped) == len(self.taps) else None
         return unquantized(_normed(self._ops, self._norm, residual, delta, None))
 
     def _embedded(self, token_ids: Tensor, batch: AttentionBatch) -> Tensor:
-        assert self._embedding is not None
-        x = self._embedding(token_ids)
+        assert self.embedding is not None
+        x = self.embedding(token_ids)
         if self.spec.embedding_scale != 1.0:
             x *= self.spec.embedding_scale
         if self._positions is not None:

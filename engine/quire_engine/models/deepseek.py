@@ -5,7 +5,7 @@ from typing import Any
 from quire_engine.errors import ModelError
 from quire_engine.layers.rotary import mscale
 from quire_engine.models.base import base_spec, need, rotary_of
-from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, LatentSpec
+from quire_engine.spec import Config, DecoderSpec, ExpertsSpec, LatentSpec, MtpSpec
 
 
 def experts_of(config: Config, **facts: Any) -> ExpertsSpec:
@@ -26,6 +26,24 @@ def experts_of(config: Config, **facts: Any) -> ExpertsSpec:
         "dense_layers": frozenset(i for i in range(layers) if i < first or i % every),
     }
     return ExpertsSpec(**(values | facts))
+
+
+def mtp_of(config: Config) -> MtpSpec | None:
+    """V3's layer behind the last one, which other families have too."""
+    layers = config["num_hidden_layers"]
+    if not config.get("num_nextn_predict_layers"):
+        return None
+    return MtpSpec(
+        layers="model.layers",
+        layer=layers,
+        at=f"model.layers.{layers}",
+        embedding_norm="enorm",
+        hidden_norm="hnorm",
+        projection="eh_proj",
+        norm="shared_head.norm",
+        embedding="embed_tokens",
+        head="shared_head.head",
+    )
 
 
 def deepseek_v2(config: Config) -> DecoderSpec:
@@ -70,4 +88,5 @@ def _spec(config: Config, experts: ExpertsSpec) -> DecoderSpec:
         ),
         experts=experts,
         extra_layers=config.get("num_nextn_predict_layers") or 0,
+        mtp=mtp_of(config),
     )

@@ -5,7 +5,7 @@ import dataclasses
 from quire_kernels.norm import Norm
 
 from quire_engine.models.base import base_spec, head_dim_of, rotary_of
-from quire_engine.models.deepseek import experts_of
+from quire_engine.models.deepseek import experts_of, mtp_of
 from quire_engine.spec import Config, DecoderSpec, Names, QKNorm
 
 _GLM = Names(gate="gate_up_proj", up="gate_up_proj")
@@ -36,4 +36,5 @@ def glm4_moe(config: Config) -> DecoderSpec:
         qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"])) if config["use_qk_norm"] else None,
         experts=experts_of(config),
         extra_layers=config.get("num_nextn_predict_layers") or 0,
+        mtp=mtp_of(config),
     )

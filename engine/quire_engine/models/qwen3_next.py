@@ -7,7 +7,18 @@ from quire_kernels.norm import Norm
 from quire_engine.models.base import base_spec, check_convolutions, head_dim_of, rotary_of
 from quire_engine.models.qwen2_moe import experts_of
 from quire_engine.models.qwen3_moe import dense_layers
-from quire_engine.spec import Config, DecoderSpec, DeltaNetSpec, Names, QKNorm
+from quire_engine.spec import Config, DecoderSpec, DeltaNetSpec, MtpSpec, Names, QKNorm
+
+_MTP = MtpSpec(
+    layers="mtp.layers",
+    layer=0,
+    at="mtp",
+    embedding_norm="pre_fc_norm_embedding",
+    hidden_norm="pre_fc_norm_hidden",
+    projection="fc",
+    norm="norm",
+    normalized=True,
+)
 
 
 def qwen3_5(config: Config) -> DecoderSpec:
@@ -33,6 +44,7 @@ def qwen3_5(config: Config) -> DecoderSpec:
         ),
         recurrent_layers=frozenset(i for i, kind in enumerate(config["layer_types"]) if kind == "linear_attention"),
         extra_tensors=("mtp.",),  # to predict further tokens
+        mtp=_MTP if config.get("mtp_num_hidden_layers", 1) else None,  # Qwen3-Next's configs do not speak of it
     )
 
 

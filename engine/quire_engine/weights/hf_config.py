@@ -16,6 +16,7 @@ from quire_engine.weights.text_parts import TEXT_PARTS
 log = logging.getLogger(__name__)
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "Model")
 _TAKEN_TOO = ("hybrid_override_pattern", "mtp_hybrid_override_pattern")  # computed, and what published configs say
+_LIKE = {"mimo": "qwen2"}  # families without a class in transformers, and whose fields they have
 _SIZES = {  # what is counted, and how little and how much of it is no mistake
     "num_hidden_layers": (1, 1 << 14),
     "vocab_size": (1, 1 << 28),
@@ -46,6 +47,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     name = next((name for name in config["architectures"] if name in TEXT_PARTS), None)
     if name is None:
         kind = _kind_of(config["architectures"]) or config.get("model_type")
+        kind = _LIKE.get(kind, kind) if isinstance(kind, str) else kind
         return _filled(config, kind) if _is_known(kind) else config
     text = config.get("text_config") or config  # Qwen2.5-VL's published configs have no part of their own
     if not isinstance(text, Mapping):
