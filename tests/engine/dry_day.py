@@ -35,6 +35,7 @@ from quire_engine.request import EngineSampling, Request, TokenSet
 from quire_engine.speculation.draft import Drafter
 from quire_engine.speculation.workers import WorkersDrafter
 from quire_engine.upload import Upload
+from quire_engine.weights.resolve import find_model
 from quire_kernels.hardware import CHIPS
 from shapes import SHAPES
 from torch import Tensor
@@ -164,7 +165,8 @@ def day(model: str, arrivals: int = 300, draft: str | None = None, **options: An
         with copies:
             live(engine, 0, arrivals, runner.limits.max_model_len)
         found = list(launches)[warm:]
-        source = draft_source(EngineConfig(model="any", **options), runner.spec)
+        asked = EngineConfig(model=str(folder), **options)
+        source = draft_source(asked, find_model(asked), runner.spec, runner.quantization)
         planned = allocated(
             runner.spec,
             runner.quantization,

@@ -30,10 +30,13 @@ ROWS = 32
 
 
 def plan_of(config: EngineConfig, target: Target, free: int) -> MemoryPlan:
-    facts = find_model(config).config
+    files = find_model(config)
+    facts = files.config
     dtype = torch.float32 if target.kind == "cpu" else torch.bfloat16
     spec, quantization = spec_of(facts), quantization_of(facts, config.quantization)
-    return plan_memory(config, spec, quantization, target, dtype, free, draft=draft_source(config, spec))
+    return plan_memory(
+        config, spec, quantization, target, dtype, free, draft=draft_source(config, files, spec, quantization)
+    )
 
 
 def allocations(profiled: profile) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
     quantization = quantization_of(files.config, config.quantization)
     check_served(config, spec, target, dtype, quantization)
     stages = range(config.pipeline_parallel_size)
-    draft = draft_source(config, spec)
+    draft = draft_source(config, files, spec, quantization)
     plans = [plan_memory(config, spec, quantization, target, dtype, free, stage=stage, draft=draft) for stage in stages]
     plan = min(plans, key=lambda plan: plan.num_pages)
     limits = replace(dry_limits(config, spec, target.kind == "cpu"), max_num_seqs=1)

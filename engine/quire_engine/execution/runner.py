@@ -42,6 +42,7 @@ from quire_engine.memory.plan import (
 )
 from quire_engine.memory.shapes import captured_shapes
 from quire_engine.models.decoder import Decoder, Model
+from quire_engine.models.draft_heads import with_stored_mtp
 from quire_engine.models.drafts import Guesser, draft_source
 from quire_engine.models.families import spec_of
 from quire_engine.models.tied import as_stored
@@ -109,14 +110,15 @@ class ModelRunner:
         pooling = pooling_of(files, config.task)
         self.spec: DecoderSpec = spec_of(files.config, pooling)
         if config.load_format != "dummy" and self.spec.fallback is None:
-            self.spec = as_stored(self.spec, files.checkpoint())
+            checkpoint = files.checkpoint()
+            self.spec = with_stored_mtp(as_stored(self.spec, checkpoint), checkpoint.names())
         group = self._group
         self.spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), self.device)
         quantization = self.quantization = quantization_of(files.config, config.quantization)
         target = Target.of(self.device)
         check_served(config, self.spec, target, dtype, quantization)
-        source = draft_source(config, self.spec)
+        source = draft_source(config, files, self.spec, quantization)
         free = usable_bytes(config, self.device)
         memory = self.memory = plan_memory(
             config, self.spec, quantization, target, dtype, free, stage=group.stage, draft=source
@@ -149,8 +151,11 @@ class ModelRunner:
         if source is not None and group.last:
             ops = choose_backend(config, source.spec, target, self.device, dtype)
             with opened(config, source.files, dtype, self.device, progress_bar if group.draws else None) as weights:
-                build = Builder(weights, group.of_stage(), ops, source.quantization)
-                guesser = source.build(build, memory.max_model_len, quantized_cache)
+                build = Builder(weights, group, ops, source.quantization)
+                guesser = source.build(build, self._model, memory.max_model_len, quantized_cache)
+            if guesser.taps:
+                assert isinstance(self._model, Decoder)
+                self._model.taps = guesser.taps
         num_pages = group.minimum(memory.num_pages)
         cache_dtype = cache_dtype_of(backend) if quantized_cache else dtype
         num_states = group.minimum(memory.num_states) if self.spec.recurrent_layers else 0
@@ -279,7 +284,12 @@ class ModelRunner:
         hidden = self._hidden(batch)
         prompt_scores = self._prompt_scores(plan, hidden) if scored else {}
         logits = self._logits(hidden, batch) if hidden is not None and plan.draws.any() else None
-        return _Launched(batch.draws, logits, hidden, prompt_scores, batch)
+        return _Launched(batch.draws, logits, self._seen(hidden), prompt_scores, batch)
+
+    def _seen(self, hidden: Tensor | None) -> Tensor | None:
+        """What a head reads of a step."""
+        model = self._model
+        return model.tapped if isinstance(model, Decoder) and model.taps else hidden
 
     def _pool(self, plan: StepPlan, states: PooledStates) -> PendingStep | None:
         """A step of a model that gives vectors or scores."""
@@ -349,7 +359,9 @@ class ModelRunner:
             hidden = self._hidden(batch)
             assert hidden is not None, "stages are not captured"
             if kept is not None:
-                kept[: len(hidden)] = hidden
+                seen = self._seen(hidden)
+                assert seen is not None
+                kept[: len(seen)] = seen
             self._logits(hidden, batch, None if out is None else out[: len(batch.draws.rows)])
 
         self._graphs = StepGraphs(self._batcher, forward, record, self.device, limits.max_model_len)
@@ -381,7 +393,7 @@ class ModelRunner:
                 if hidden is not None and self._states is None:
                     self._logits(hidden, batch)
                 if self._drafting is not None:
-                    self._drafting.warm_up(batch, hidden)
+                    self._drafting.warm_up(batch, self._seen(hidden))
         if self._states is None:
             batch = self._batch_of(nothing, nothing.places(), Shape(1, 1, 1, 1), 1)
             for params in _EVERY_DRAW:

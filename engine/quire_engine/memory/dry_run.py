@@ -301,8 +301,8 @@ def allocated(
         source.num_parameters += repeated.parameters
         guesser = None
         if draft is not None and group.last:
-            own = Builder(RandomWeights(dtype, META), group.of_stage(), DryBackend(chip), draft.quantization)
-            guesser = draft.build(own, limits.max_model_len, quantized_cache)
+            own = Builder(RandomWeights(dtype, META), group, DryBackend(chip), draft.quantization)
+            guesser = draft.build(own, model, limits.max_model_len, quantized_cache)
         built = counter.now
         steps = _Steps(build, model, spec, limits, guesser, everything=chip is not None)
         logits = None
@@ -393,7 +393,7 @@ class _Steps:
             tokens = np.zeros(2, np.int32)
             self._sampler.set_rows([NewRow(row, params, 1, tokens) for row in range(limits.most_rows)])
         self._limits = limits
-        self._guesser = guesser
+        self._guesser, self._dtype = guesser, dtype
         caches = partial(
             empty_caches,
             num_pages=0,
@@ -407,15 +407,18 @@ class _Steps:
         self._guessers = caches(guesser.spec, group, guesser.layers) if guesser is not None else []
 
     def forward(self, shape: Shape, out: Tensor | None = None) -> tuple[StepBatch, Tensor | None, Tensor | None]:
-        """The last layer's output and the logits, if any are this rank's."""
+        """What a head reads and the logits, if any are this rank's."""
         nothing = StepPlan.empty()
         arrays = self._batcher.arrays(nothing, nothing.places(), shape)
         batch = self._batcher.assemble(self._batcher.upload(arrays), shape, self._longest)
+        taps = len(self._guesser.taps) if self._guesser is not None else 0
+        tapped = torch.empty((shape.tokens, taps * self._model.spec.hidden_size), dtype=self._dtype, device=META)
         hidden = self._model(batch.token_ids, batch.attention, self._caches)
         if hidden is None:
             return batch, None, None
         drawing = hidden if batch.draw_places is None else hidden.index_select(0, batch.draw_places)
-        return batch, hidden, self._model.logits(drawing, None if out is None else out[: shape.draws])
+        logits = self._model.logits(drawing, None if out is None else out[: shape.draws])
+        return batch, tapped if taps else hidden, logits
 
     def run(self, shape: Shape, out: Tensor | None) -> None:
         """The whole step."""
@@ -423,8 +426,7 @@ class _Steps:
         if logits is not None:
             self._sampler.draw(logits, _places(shape, self._limits), batch.draws.parameters)
         if self._guesser is not None and hidden is not None:
-            states = hidden.repeat(1, len(self._guesser.taps)) if self._guesser.taps else hidden
-            states = self._guesser.combined(states) if self._guesser.reads_states else states
+            states = self._guesser.combined(hidden) if self._guesser.reads_states else None
             self._guesser(batch.token_ids, states, batch.attention, self._guessers)
 
 

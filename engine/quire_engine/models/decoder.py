@@ -239,7 +239,7 @@ class Decoder:
         if self.spec.bidirectional:
             batch = replace(batch, spans=_whole_texts(batch))
         delta: Tensor | None = None
-        tapped: list[Tensor] = []
+        self.tapped, tapped = None, list[Tensor]()
         for number, layer, cache, rope in zip(self.layers, self._layers, caches, self._ropes, strict=True):
             if number in self.taps:
                 tapped.append(residual.clone() if delta is None else residual + delta)

@@ -188,6 +188,11 @@ def has_mtp(spec: DecoderSpec, weights: Weights | Collection[str]) -> bool:
     return any(f"{name}.{end}" in weights for end in ("weight", *_QUANTIZED))
 
 
+def with_stored_mtp(spec: DecoderSpec, names: Collection[str]) -> DecoderSpec:
+    """Without the layer where the checkpoint, whose tensors have these names, lacks it."""
+    return replace(spec, mtp=None) if spec.mtp is not None and not has_mtp(spec, set(names)) else spec
+
+
 def mtp_layer_spec(spec: DecoderSpec) -> DecoderSpec:
     """Of the layer alone, for one whose `mtp` is set: what it keeps and how it can be split."""
     mtp = spec.mtp
@@ -329,9 +334,7 @@ def _embedding_of_eagle(build: Builder, spec: DecoderSpec, model: Decoder) -> Em
             return shared
         return Embedding(build, own, spec.vocab_size, spec.hidden_size)
     if shared is None:
-        raise refused(
-            f"the head has no {own}, and the model's are on another stage; set pipeline_parallel_size 1"
-        )
+        raise refused(f"the head has no {own}, and the model's are on another stage; set pipeline_parallel_size 1")
     if shared.hidden != spec.hidden_size:
         raise refused(f"the head has no {own}, and the model's are of another width")
     return shared

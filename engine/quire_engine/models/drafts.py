@@ -1,17 +1,19 @@
 """Models that guess what a model will draw: a smaller one of the same tokenizer, or a head on the model itself."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from quire_kernels.backends import AttentionBatch
 from torch import Tensor
 
 from quire_engine.config import EngineConfig
-from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.errors import ModelError
 from quire_engine.layers.caches import LayerCache
 from quire_engine.layers.linear import Builder
 from quire_engine.models.decoder import Decoder, Model
+from quire_engine.models.draft_heads import eagle_head, mtp_head, mtp_layer_spec
+from quire_engine.models.eagle import eagle_spec, refused
 from quire_engine.models.families import spec_of
 from quire_engine.quantization.config import Quantization, quantization_of
 from quire_engine.spec import DecoderSpec
@@ -75,19 +77,24 @@ class DraftModel:
         return self._model.logits(states, None)
 
 
+Build = Callable[[Builder, Model, int, bool], Guesser]  # the model, its longest context, whether caches are quantized
+
+
 @dataclass(frozen=True)
 class DraftSource:
     """Where a guesser comes from, and what it takes."""
 
     method: str  # draft_model, eagle, eagle3 or mtp
     files: ModelFiles
-    spec: DecoderSpec
+    spec: DecoderSpec  # of its layers
+    layers: Sequence[int]
     quantization: Quantization
+    build: Build  # reads the weights. The builder is of those files, and of the rank's stage
 
     @property
-    def layers(self) -> Sequence[int]:
-        """Those that have pages."""
-        return range(self.spec.num_layers)
+    def reads_states(self) -> bool:
+        """See `Guesser`."""
+        return self.method != "draft_model"
 
     def check_parallel(self, size: int, *, experts_apart: bool) -> None:
         """Raises InvalidParameter where so many ranks cannot share it."""
@@ -109,31 +116,70 @@ class DraftSource:
                 f"as {differing[0]!r:.40}; give a model of the same family"
             )
 
-    def build(self, build: Builder, max_model_len: int, quantized_cache: bool) -> Guesser:
-        """Reads the weights. `build`: of its own checkpoint and backend, and of one stage."""
-        return DraftModel(Decoder(build, self.spec, max_model_len, quantized_cache=quantized_cache))
 
-
-def draft_source(config: EngineConfig, spec: DecoderSpec) -> DraftSource | None:
-    """The model that `--speculative-config` names, for a model of that `spec`; None: there is none. Raises
-    InvalidParameter for one that cannot guess, and what `resolve` raises."""
+def draft_source(
+    config: EngineConfig, files: ModelFiles, spec: DecoderSpec, quantization: Quantization
+) -> DraftSource | None:
+    """What guesses beside a model by `--speculative-config`; None: no model does. Raises InvalidParameter for one that
+    cannot, and what `resolve` raises."""
     asked = config.speculation
-    if asked is None or asked.model is None:
+    if asked is None or asked.method in ("suffix", "ngram"):
         return None
-    files = resolve(asked.model, revision=asked.revision, download_dir=config.download_dir)
+    if asked.model is None:
+        return _mtp(asked.method, files, spec, quantization)
+    found = resolve(asked.model, revision=asked.revision, download_dir=config.download_dir)
+    names = [str(name).lower() for name in found.config.get("architectures") or []]
+    if any("eagle" in name for name in names) or "speculators_model_type" in found.config:
+        source = _eagle(config, found, spec)
+    else:
+        source = _draft_model(config, found, spec)
+    if asked.method not in ("auto", source.method):
+        raise refused(f"method is {asked.method}, and {found.name} is for {source.method}; leave method out")
+    return source
+
+
+def _mtp(method: str, files: ModelFiles, spec: DecoderSpec, quantization: Quantization) -> DraftSource | None:
+    if spec.mtp is None:
+        if method == "mtp":
+            raise refused(f"method is mtp, and {files.name} has no layer for it; leave method out")
+        return None
+
+    def build(builder: Builder, model: Model, max_model_len: int, quantized_cache: bool) -> Guesser:
+        assert isinstance(model, Decoder)
+        return mtp_head(builder, spec, model, max_model_len, quantized_cache)
+
+    return DraftSource("mtp", files, mtp_layer_spec(spec), (spec.mtp.layer,), quantization, build)
+
+
+def _eagle(config: EngineConfig, files: ModelFiles, spec: DecoderSpec) -> DraftSource:
+    if spec.fallback is not None:
+        raise refused(f"{files.name} is an EAGLE head, and transformers' code computes this model: leave it out")
+    eagle = eagle_spec(files.config, spec)
+    stages = config.pipeline_parallel_size
+    if eagle.taps and stages > 1:
+        raise refused(f"{files.name} reads layers of several stages; set pipeline_parallel_size 1")
+
+    def build(builder: Builder, model: Model, max_model_len: int, quantized_cache: bool) -> Guesser:
+        assert isinstance(model, Decoder)
+        return eagle_head(builder, files.config, spec, model, max_model_len, quantized_cache)
+
+    quantization = quantization_of(files.config, None)
+    return DraftSource("eagle3" if eagle.version == 3 else "eagle", files, eagle.layer, (0,), quantization, build)
+
+
+def _draft_model(config: EngineConfig, files: ModelFiles, spec: DecoderSpec) -> DraftSource:
     found = spec_of(files.config)
     if found.pooling is not None or found.bidirectional:
         raise refused(f"{files.name} does not generate; give a model that does")
     if found.fallback is not None or found.recurrent_layers:
         raise refused(f"{files.name} keeps recurrent states, or is none that Quire's decoder knows; give another model")
-    context = spec.served_context(config.max_model_len)
-    if found.names.positions and found.max_position < context:
-        raise refused(
-            f"{files.name} has a context of {found.max_position} tokens; lower max_model_len ({context}) to it"
-        )
-    return DraftSource("draft_model", files, found, quantization_of(files.config, None))
+    context, own = spec.served_context(config.max_model_len), found.max_position
+    if found.names.positions and own < context:
+        raise refused(f"{files.name} has a context of {own} tokens; lower max_model_len ({context}) to it")
 
+    def build(builder: Builder, model: Model, max_model_len: int, quantized_cache: bool) -> Guesser:
+        alone = replace(builder, group=builder.group.of_stage())
+        return DraftModel(Decoder(alone, found, max_model_len, quantized_cache=quantized_cache))
 
-def refused(why: str) -> InvalidParameter:
-    """An error of `--speculative-config`."""
-    return InvalidParameter(f"speculative_config: {why}", "speculative_config")
+    quantization = quantization_of(files.config, None)
+    return DraftSource("draft_model", files, found, range(found.num_layers), quantization, build)
