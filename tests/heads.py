@@ -97,10 +97,10 @@ MTP = {
 }
 
 
-def mtp_folders(folder: Path, name: str) -> tuple[Path, Path]:
+def mtp_folders(folder: Path, name: str, **sizes: int) -> tuple[Path, Path]:
     """transformers' model of one layer more, and the checkpoint with that layer as published."""
     mtp = MTP[name]
-    changes: dict[str, Any] = {"num_hidden_layers": LAYERS + 1}
+    changes: dict[str, Any] = {"num_hidden_layers": LAYERS + 1, **sizes}
     kinds = FAMILIES[mtp.family].facts.get("layer_types")
     if kinds:
         changes["layer_types"] = [*kinds, "full_attention"]

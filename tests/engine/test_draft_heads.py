@@ -32,14 +32,19 @@ from heads import (
 from layouts import Tensors, rewritten
 from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.layers.caches import empty_caches
+from quire_engine.layers.linear import Builder
 from quire_engine.models.decoder import Decoder
-from quire_engine.models.draft_heads import has_mtp
+from quire_engine.models.draft_heads import eagle_head, has_mtp, mtp_head
 from quire_engine.models.eagle import eagle_spec
 from quire_engine.models.families import spec_of
 from quire_engine.parallel import ParallelGroup
+from quire_engine.quantization.config import Quantization
 from quire_engine.weights.hf_config import completed
+from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.resolve import ModelFiles
+from quire_kernels.torch_backend import TorchBackend
 from safetensors.torch import load_file
+from test_quantization import FORMATS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -161,6 +166,36 @@ def test_what_a_layer_has_too_much(tmp_path: Path) -> None:
     more = rewritten(folder, tmp_path / "more", lambda t: t | {"model.mtp_layers.0.gate.weight": torch.ones(2)})
     with pytest.raises(ModelError, match=r"does not use: model.mtp_layers.0.gate.weight"):
         built(more, ALONE)
+
+
+@pytest.mark.parametrize("projection", ["plain", "quantized"])
+@pytest.mark.parametrize("kind", ["awq", "compressed int4"])
+def test_quantized_checkpoints(tmp_path: Path, kind: str, projection: str) -> None:
+    """Their settings do not say that the projection before the layer is left as it is, which it often is."""
+    settings, write, _ = FORMATS[kind]
+    plain, folder = mtp_folders(tmp_path, "mimo", intermediate_size=128)
+    meant = {}
+
+    def quantized(tensors: Tensors) -> Tensors:
+        out = {}
+        for name, tensor in tensors.items():
+            meant[name] = tensor
+            if not name.endswith("_proj.weight") or (projection == "plain" and "input_proj" in name):
+                out[name] = tensor
+                continue
+            stored, meant[name] = write(tensor)
+            out |= {name.removesuffix("weight") + end: part.contiguous() for end, part in stored.items()}
+        return out
+
+    left = {"ignore": ["lm_head"]} if "ignore" in settings else {}
+    small = rewritten(folder, tmp_path / "small", quantized, quantization_config=settings | left)
+    behind = f"model.layers.{LAYERS}."
+    same = rewritten(
+        plain, tmp_path / "same", lambda t: {n: meant[n.replace(behind, "model.mtp_layers.0.")] for n in t}
+    )
+    states = torch.randn(len(TOKENS), HIDDEN)
+    wanted = mtp_reference(MTP["mimo"], same, meant).guesses(TOKENS, states)
+    assert (torch.cat(guesses(built(small, ALONE)[1], ALONE, TOKENS, states, 0)) - wanted).abs().max() < 1e-4
 
 
 # --- EAGLE ---
@@ -317,6 +352,48 @@ def test_what_a_head_has_too_much(checkpoint: Make, tmp_path: Path) -> None:
     more = rewritten(folder, tmp_path / "more", lambda t: t | {"midlayer.self_attn.q_norm.weight": torch.ones(16)})
     with pytest.raises(ModelError, match=r"does not use: midlayer.self_attn.q_norm.weight"):
         built(checkpoint("qwen3"), ALONE, more)
+
+
+@pytest.mark.parametrize("change", ["too many", "beyond"])
+def test_tokens_that_the_model_does_not_have(checkpoint: Make, tmp_path: Path, change: str) -> None:
+    def changed(tensors: Tensors) -> Tensors:
+        offsets = tensors["d2t"]
+        return tensors | {"d2t": torch.cat((offsets, offsets[-1:])) if change == "too many" else offsets + VOCABULARY}
+
+    head = rewritten(eagle_folder(tmp_path, 3), tmp_path / "changed", changed)
+    with pytest.raises(InvalidParameter, match="d2t gives tokens that the model does not have"):
+        built(checkpoint("qwen3"), ALONE, head)
+
+
+def test_weights_from_nowhere(checkpoint: Make, tmp_path: Path) -> None:
+    """Memory is planned with them: shapes alone, as many as the checkpoints have."""
+    for folder, head in (
+        (mtp_folders(tmp_path / "mtp", "deepseek_v3")[1], None),
+        (checkpoint("qwen3"), eagle_folder(tmp_path, 3)),
+    ):
+        files = ModelFiles(folder.name, folder)
+        spec = spec_of(files.config)
+        build = Builder(RandomWeights(torch.float32, torch.device("meta")), ALONE, TorchBackend(), Quantization())
+        model = Decoder(build, spec, spec.max_position)
+        weights = RandomWeights(torch.float32, torch.device("meta"))
+        build = dataclasses.replace(build, weights=weights)
+        if head is None:
+            mtp_head(build, spec, model, spec.max_position, False)
+            stored = load_file(folder / "model.safetensors")
+            wanted = sum(
+                tensor.numel()
+                for name, tensor in stored.items()
+                if name.startswith(f"model.layers.{LAYERS}.") and not name.endswith(("head.weight", "tokens.weight"))
+            )
+            wanted -= stored[
+                f"model.layers.{LAYERS}.mlp.gate.e_score_correction_bias"
+            ].numel()  # of any shape, not counted
+        else:
+            config = ModelFiles(head.name, head).config
+            eagle_head(build, config, spec, model, spec.max_position, False)
+            stored = load_file(head / "model.safetensors")
+            wanted = sum(tensor.numel() for name, tensor in stored.items() if name not in ("d2t", "t2d"))
+        assert weights.num_parameters == wanted
 
 
 def test_mimo(tmp_path: Path) -> None:

@@ -298,9 +298,7 @@ def eagle_head(
         if eagle.taps:
             combine = _whole(build, "fc", hidden, len(eagle.taps) * target.hidden_size)
             fc = partial(_product, build.ops, combine)
-        if "d2t" in weights:
-            offsets = weights.take_all("d2t").to(torch.int64)
-            vocabulary = torch.arange(offsets.shape[0], device=offsets.device) + offsets
+        vocabulary = _vocabulary(weights, eagle, target)
     else:
         body = _Joined(build.ops, Layer(build, spec, 0, quantized_cache), _whole(build, "fc", hidden, 2 * hidden))
     made = DraftHead(
@@ -320,6 +318,19 @@ def eagle_head(
     return made
 
 
+def _vocabulary(weights: Weights, eagle: EagleSpec, target: DecoderSpec) -> Tensor | None:
+    """Its tokens' ids are stored as how far they are from their places."""
+    if "d2t" not in weights:
+        if eagle.vocab_size > target.vocab_size:
+            raise refused(f"the head guesses {eagle.vocab_size} tokens, and the model has {target.vocab_size}")
+        return None
+    offsets = weights.take_all("d2t").to(torch.int64)
+    ids = torch.arange(offsets.numel(), device=offsets.device) + offsets.flatten()
+    if ids.shape[0] != eagle.vocab_size or not 0 <= int(ids.min()) <= int(ids.max()) < target.vocab_size:
+        raise refused("the head's d2t gives tokens that the model does not have; give a head that was trained on it")
+    return ids
+
+
 def _embedding_of_eagle(build: Builder, spec: DecoderSpec, model: Decoder) -> Embedding:
     """Its own, which is mostly a copy of the model's, or the model's."""
     own, shared = spec.names.embedding, model.embedding
@@ -329,9 +340,7 @@ def _embedding_of_eagle(build: Builder, spec: DecoderSpec, model: Decoder) -> Em
             return shared
         return Embedding(build, own, spec.vocab_size, spec.hidden_size)
     if shared is None:
-        raise refused(
-            f"the head has no {own}, and the model's are on another stage; set pipeline_parallel_size 1"
-        )
+        raise refused(f"the head has no {own}, and the model's are on another stage; set pipeline_parallel_size 1")
     if shared.hidden != spec.hidden_size:
         raise refused(f"the head has no {own}, and the model's are of another width")
     return shared
@@ -341,7 +350,7 @@ def _head_of_eagle(
     build: Builder, eagle: EagleSpec, target: DecoderSpec, model: Decoder
 ) -> Callable[[Tensor], Tensor | None]:
     spec = eagle.layer
-    if f"{spec.names.head}.weight" in build.weights:
+    if f"{spec.names.head}.weight" in build.weights or eagle.vocab_size != target.vocab_size:
         return _own_head(build, spec.names.head, eagle.vocab_size, spec.hidden_size)
     if spec.hidden_size != target.hidden_size:
         raise refused(f"the head has no {spec.names.head}, and the model's is of another width")
