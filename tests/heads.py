@@ -1,5 +1,6 @@
 """Tiny heads that guess tokens ahead, in the formats that are published, and the engine's guesses by them."""
 
+import json
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -28,8 +29,14 @@ VOCABULARY = 300
 DRAFT_VOCABULARY = 90
 GUESSES = 3
 _PAGES = 8
-_BLOCK = 16
 CPU = torch.device("cpu")
+CACHE: dict[str, Any] = {
+    "num_pages": _PAGES,
+    "block_size": 16,
+    "dtype": torch.float32,
+    "cache_dtype": torch.float32,
+    "device": CPU,
+}
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,10 @@ MTP = {
 }
 
 
-def mtp_folders(folder: Path, name: str) -> tuple[Path, Path]:
+def mtp_folders(folder: Path, name: str, **sizes: int) -> tuple[Path, Path]:
     """transformers' model of one layer more, and the checkpoint with that layer as published."""
     mtp = MTP[name]
-    changes: dict[str, Any] = {"num_hidden_layers": LAYERS + 1}
+    changes: dict[str, Any] = {"num_hidden_layers": LAYERS + 1, **sizes}
     kinds = FAMILIES[mtp.family].facts.get("layer_types")
     if kinds:
         changes["layer_types"] = [*kinds, "full_attention"]
@@ -119,7 +126,8 @@ def mtp_folders(folder: Path, name: str) -> tuple[Path, Path]:
 def eagle_folder(folder: Path, version: int, **facts: Any) -> Path:
     """A head on a model of HIDDEN dimensions and VOCABULARY tokens: a Llama of one layer, a few of its tensors others.
     `facts`: of its config."""
-    own = {"num_hidden_layers": 1, "rope_parameters": None, "attention_bias": False, "mlp_bias": False}
+    own: dict[str, Any] = {"num_hidden_layers": 1, "rope_parameters": None, "attention_bias": False, "mlp_bias": False}
+    own["initializer_range"] = 0.1  # its states are not normalized from guess to guess; they would grow
     plain = make_checkpoint(folder / "plain", "llama", **own)
     third = {"draft_vocab_size": DRAFT_VOCABULARY, "architectures": ["LlamaForCausalLMEagle3"]} if version == 3 else {}
     return rewritten(plain, folder / "published", _as_eagle_3 if version == 3 else _as_eagle, **(third | facts))
@@ -154,19 +162,44 @@ def _as_eagle_3(tensors: Tensors) -> Tensors:
     }
 
 
+def with_embeddings(tensors: Tensors) -> Tensors:
+    return tensors | {"embed_tokens.weight": 0.25 * torch.randn(VOCABULARY, HIDDEN)}
+
+
+def as_speculators(folder: Path, target: Path) -> Path:
+    """An EAGLE-3 head as the library `speculators` writes it."""
+
+    def renamed(tensors: Tensors) -> Tensors:
+        return {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+
+    layer = json.loads((folder / "config.json").read_text())
+    config = {
+        "architectures": ["Eagle3Speculator"],
+        "draft_vocab_size": DRAFT_VOCABULARY,
+        "eagle_aux_hidden_state_layer_ids": [0, 1, 3],
+        "norm_before_residual": True,
+        "speculators_model_type": "eagle3",
+        "target_hidden_size": None,
+        "transformer_layer_config": layer,
+    }
+    rewritten(folder, target, renamed)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
 def built(folder: Path, group: ParallelGroup, head: Path | None = None) -> tuple[Decoder, DraftHead]:
     """A model and the head on it: of the same checkpoint, or of a folder of its own."""
     files = ModelFiles(folder.name, folder)
-    build = _builder(files, group)
+    build = builder(files, group)
     spec = spec_of(files.config)
     model = Decoder(build, spec, spec.max_position)
     if head is None:
         return model, mtp_head(build, spec, model, spec.max_position, False)
     files = ModelFiles(head.name, head)
-    return model, eagle_head(_builder(files, group), files.config, spec, model, spec.max_position, False)
+    return model, eagle_head(builder(files, group), files.config, spec, model, spec.max_position, False)
 
 
-def _builder(files: ModelFiles, group: ParallelGroup) -> Builder:
+def builder(files: ModelFiles, group: ParallelGroup) -> Builder:
     weights = TensorReader(files.checkpoint(), torch.float32, CPU)
     return Builder(weights, group, TorchBackend(), quantization_of(files.config, None))
 
@@ -191,12 +224,8 @@ def guesses(head: DraftHead, group: ParallelGroup, tokens: list[int], states: Te
         head.spec,
         group,
         head.layers,
-        num_pages=_PAGES,
-        block_size=_BLOCK,
-        num_states=1,
-        dtype=torch.float32,
-        cache_dtype=torch.float32,
-        device=CPU,
+        num_states=0,
+        **CACHE,
     )
     ids = torch.tensor(tokens, dtype=torch.int32)
     combined = head.combined(states)
@@ -241,6 +270,6 @@ def serve(rank: int, port: int, orders: Connection) -> None:
     group.close()
 
 
-def _answer(group: ParallelGroup, folder: Path, head: Path | None, tokens: list[int], states: Tensor) -> Any:
+def _answer(group: ParallelGroup, folder: Path, head: Path | None, tokens: list[int], states: Any) -> Any:
     made = built(folder, group, head)[1]
-    return [logits.numpy() for logits in guesses(made, group, tokens, states, len(tokens))]
+    return [logits.numpy() for logits in guesses(made, group, tokens, torch.from_numpy(states), 0)]

@@ -303,9 +303,7 @@ def eagle_head(
         if eagle.taps:
             combine = _whole(build, "fc", hidden, len(eagle.taps) * target.hidden_size)
             fc = partial(_product, build.ops, combine)
-        if "d2t" in weights:
-            offsets = weights.take_all("d2t").to(torch.int64)
-            vocabulary = torch.arange(offsets.shape[0], device=offsets.device) + offsets
+        vocabulary = _vocabulary(weights, eagle, target)
     else:
         body = _Joined(build.ops, Layer(build, spec, 0, quantized_cache), _whole(build, "fc", hidden, 2 * hidden))
     made = DraftHead(
@@ -323,6 +321,19 @@ def eagle_head(
     unneeded = ("rotary_emb.inv_freq", ".k_scale", ".v_scale")
     weights.check_all_read(lambda name: name == "t2d" or name.endswith(unneeded))  # t2d is d2t the other way round
     return made
+
+
+def _vocabulary(weights: Weights, eagle: EagleSpec, target: DecoderSpec) -> Tensor | None:
+    """Its tokens' ids are stored as how far they are from their places."""
+    if "d2t" not in weights:
+        if eagle.vocab_size > target.vocab_size:
+            raise refused(f"the head guesses {eagle.vocab_size} tokens, and the model has {target.vocab_size}")
+        return None
+    offsets = weights.take_all("d2t").to(torch.int64)
+    ids = torch.arange(offsets.numel(), device=offsets.device) + offsets.flatten()
+    if ids.shape[0] != eagle.vocab_size or not 0 <= int(ids.min()) <= int(ids.max()) < target.vocab_size:
+        raise refused("the head's d2t gives tokens that the model does not have; give a head that was trained on it")
+    return ids
 
 
 def _embedding_of_eagle(build: Builder, spec: DecoderSpec, model: Decoder) -> Embedding:
@@ -344,7 +355,7 @@ def _head_of_eagle(
     build: Builder, eagle: EagleSpec, target: DecoderSpec, model: Decoder
 ) -> Callable[[Tensor], Tensor | None]:
     spec = eagle.layer
-    if f"{spec.names.head}.weight" in build.weights:
+    if f"{spec.names.head}.weight" in build.weights or eagle.vocab_size != target.vocab_size:
         return _own_head(build, spec.names.head, eagle.vocab_size, spec.hidden_size)
     if spec.hidden_size != target.hidden_size:
         raise refused(f"the head has no {spec.names.head}, and the model's is of another width")
