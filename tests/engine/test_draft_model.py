@@ -24,8 +24,8 @@ def with_draft(folder: Path, draft: Path, **options: Any) -> Model:
     return Model(folder, speculative_config=json.dumps({"model": str(draft), "num_speculative_tokens": 4}), **options)
 
 
-def guessing(model: Model, **limits: Any) -> Engine:
-    return model.engine(Speculation(WorkersDrafter(), Everything(), 4), **limits)
+def guessing(model: Model, most: int = 4, **limits: Any) -> Engine:
+    return model.engine(Speculation(WorkersDrafter(), Everything(), most), **limits)
 
 
 def judged(engine: Engine) -> tuple[int, int]:
