@@ -128,19 +128,19 @@ def draft_source(
     if asked.model is None:
         return _mtp(asked.method, files, spec, quantization)
     found = resolve(asked.model, revision=asked.revision, download_dir=config.download_dir)
-    eagle = asked.method.startswith("eagle") or _is_eagle(config, found)
+    eagle = asked.method.startswith("eagle") or _is_eagle(found)
     source = _eagle(config, found, spec) if eagle else _draft_model(config, found, spec)
     if asked.method not in ("auto", source.method):
         raise refused(f"method is {asked.method}, and {found.name} is for {source.method}; leave method out")
     return source
 
 
-def _is_eagle(config: EngineConfig, files: ModelFiles) -> bool:
+def _is_eagle(files: ModelFiles) -> bool:
     """Not by the config alone: the first heads call themselves Llamas."""
     names = [str(name).lower() for name in files.config.get("architectures") or []]
     if any("eagle" in name for name in names) or "speculators_model_type" in files.config:
         return True
-    return config.load_format != "dummy" and "fc.weight" in files.checkpoint().names()
+    return any(files.folder.glob("*.safetensors")) and "fc.weight" in files.checkpoint().names()
 
 
 def _mtp(method: str, files: ModelFiles, spec: DecoderSpec, quantization: Quantization) -> DraftSource | None:
