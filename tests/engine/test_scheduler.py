@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections import Counter, deque
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from quire_engine.errors import ContextTooLong, DeadlineExceeded, QueueFull
 from quire_engine.outcome import StepOutcome
 from quire_engine.request import EngineSampling, Request, State
 from quire_engine.scheduler import Scheduler
-from quire_engine.step import REJECTED, StepPlan, StepResult, TokenLogprobs
+from quire_engine.speculation.draft import Drafter
+from quire_engine.speculation.workers import WorkersDrafter
+from quire_engine.step import REJECTED, TO_GUESS, StepPlan, StepResult, TokenLogprobs
 from quire_engine.waiting import WaitsFor
 
 STOP = 99
@@ -25,25 +28,48 @@ class FakeModel:
 
     It keeps what the pages hold, so a wrong block table, a page written by two or a stale prefix shows at once; and,
     as a device does, the token drawn last for each row. A recurrent state is all that it has seen. Its results wait
-    until they are collected.
+    until they are collected. Its draft model goes by what it has read, and is `wrong` so often on purpose.
     """
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, wrong: float = 0.0) -> None:
         self.size = limits.block_size
         self.memory = np.full((limits.num_pages, limits.block_size), -1)
         self.drawn = np.zeros(limits.max_num_seqs, np.int64)
         self.results: deque[StepResult] = deque()
         self.tables = np.zeros((limits.max_num_seqs, limits.num_pages + 1), np.int64)
         self.states: list[list[int]] | None = [[-1]] * limits.num_states if limits.num_states else None
+        self.read = np.full_like(self.memory, -1)  # by the draft model
+        self.wrong, self.random = wrong, np.random.default_rng(0)
+
+    def guess(self, plan: StepPlan) -> None:
+        """The tokens that the plan leaves open."""
+        tokens = iter(plan.read_ids.tolist())
+        for row, start, count in zip(plan.read_rows, plan.read_starts, plan.read_counts, strict=True):
+            for position in range(start, start + count):
+                self.read[self.tables[row, position // self.size], position % self.size] = next(tokens)
+        at = 0
+        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+            for place in range(at, at + count):
+                if plan.token_ids[place] == TO_GUESS:
+                    length = start + place - at
+                    log = [int(self.read[self.tables[row, p // self.size], p % self.size]) for p in range(length)]
+                    log.append(next_token(log) if self.random.random() >= self.wrong else 7)
+                    plan.token_ids[place] = log[-1]
+                    if place + 1 < at + count:
+                        self.read[self.tables[row, length // self.size], length % self.size] = log[-1]
+            at += count
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.tables[plan.page_rows, plan.page_indexes] = plan.page_ids
+        self.guess(plan)
         at = 0
         spans = []
         for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
             for position in range(start, start + count):  # every write of the step comes before its reads
                 token = plan.token_ids[at] if plan.token_ids[at] >= 0 else self.drawn[row]
                 self.memory[self.tables[row, position // self.size], position % self.size] = token
+                if plan.with_prompts:
+                    self.read[self.tables[row, position // self.size], position % self.size] = token
                 at += 1
             spans.append((row, start + count))
         assert at == len(plan.token_ids)
@@ -207,8 +233,8 @@ REQUEST = st.tuples(
 EVENT = st.one_of(REQUEST, st.integers(0, 30))  # a request arrives, or an old one (by number) is aborted
 
 
-@settings(max_examples=90, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(
+QUICK = settings(max_examples=90, deadline=None, suppress_health_check=list(HealthCheck))
+LIVES = given(
     events=st.lists(st.tuples(EVENT, st.integers(0, 3)), min_size=20, max_size=60),
     num_pages=st.sampled_from([10, 12, 30]),
     budget=st.sampled_from([1, 5, 16, 64]),
@@ -217,8 +243,30 @@ EVENT = st.one_of(REQUEST, st.integers(0, 30))  # a request arrives, or an old o
     depth=st.sampled_from([1, 2, 3]),
     num_states=st.sampled_from([0, 0, 1, 3, 12]),
     wrong=st.sampled_from([None, None, 0.0, 0.2, 0.5, 1.0]),
+    by_model=st.booleans(),
 )
-def test_random_lives(
+
+
+@QUICK
+@LIVES
+def test_random_lives(**life: Any) -> None:
+    live(**life)
+
+
+@settings(QUICK, max_examples=25)
+@LIVES
+def test_lives_by_a_draft_model(**life: Any) -> None:
+    live(**(life | {"wrong": 0.0, "by_model": True, "caching": False}))
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=5000)
+@LIVES
+def test_thousands_of_lives_with_drafts(**life: Any) -> None:
+    live(**(life | {"wrong": life["wrong"] or 0.0}))
+
+
+def live(
     events: list,
     num_pages: int,
     budget: int,
@@ -227,8 +275,10 @@ def test_random_lives(
     depth: int,
     num_states: int,
     wrong: float | None,
+    by_model: bool,
 ) -> None:
-    """`wrong`: the share of drafts' tokens that are not what follows; None: there are no drafts."""
+    """`wrong`: the share of drafts' tokens that are not what follows; None: there are no drafts. `by_model`: they are
+    those of a draft model, which has to read what it goes by."""
     bounds = limits(
         num_pages=num_pages,
         max_num_batched_tokens=budget,
@@ -236,10 +286,13 @@ def test_random_lives(
         by_priority=by_priority,
         steps_in_flight=depth,
         num_states=num_states,
-        speculation=SpeculativeConfig(num_speculative_tokens=4),
+        speculation=SpeculativeConfig(
+            method="draft_model" if by_model else "suffix", model="any" if by_model else None, num_speculative_tokens=4
+        ),
     )
-    guesses = None if wrong is None else speculation(Oracle(following, wrong))
-    scheduler, model = Scheduler(bounds, guesses), FakeModel(bounds)
+    drafter: Drafter = WorkersDrafter() if by_model else Oracle(following, wrong or 0.0)
+    guesses = None if wrong is None else speculation(drafter)
+    scheduler, model = Scheduler(bounds, guesses), FakeModel(bounds, wrong or 0.0)
     prompts: dict[int, list[int]] = {}
     alive: dict[int, Request] = {}
     endings: dict[int, int] = {}
@@ -290,6 +343,8 @@ def test_random_lives(
     assert not scheduler.has_work, "requests are left that never run"
     assert scheduler.pool.num_used == 0
     assert scheduler.states is None or scheduler.states.pool.num_used == 0
+    if by_model and wrong == 0.0 and not caching:  # else a prefix may have been computed and not read
+        assert scheduler.stats.accepted_tokens == scheduler.stats.draft_tokens, "it had not read what it went by"
     for number, request in alive.items():
         assert endings.get(number) == 1, "every request ends once"
         output = request.tokens[request.num_prompt :]
