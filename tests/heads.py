@@ -51,7 +51,6 @@ class Mtp:
     norm: str
     copies: tuple[tuple[str, str], ...] = ()  # tables that are stored twice
     hidden_first: bool = False
-    normalized: bool = False
     unit_offset: bool = False
     architecture: str = ""
 
@@ -74,7 +73,6 @@ _QWEN: dict[str, Any] = {
     "hidden_norm": "mtp.pre_fc_norm_hidden",
     "projection": "mtp.fc",
     "norm": "mtp.norm",
-    "normalized": True,
     "unit_offset": True,
 }
 MTP = {
@@ -91,7 +89,6 @@ MTP = {
         projection="model.mtp_layers.0.input_proj",
         norm="model.mtp_layers.0.final_layernorm",
         hidden_first=True,
-        normalized=True,
         architecture="MiMoForCausalLM",
     ),
 }

@@ -170,11 +170,10 @@ class MtpSpec:
     embedding_norm: str
     hidden_norm: str
     projection: str  # of embedding and hidden state to the layer's input
-    norm: str  # of what the output head reads
+    norm: str  # of what the output head and the next guess read
     embedding: str = ""  # the model's own tables, where they may be stored once more
     head: str = ""
     hidden_first: bool = False  # in the projection's input
-    normalized: bool = False  # the next guess starts from what the output head reads, not from what its norm does
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,10 +103,10 @@ def mtp_reference(mtp: Mtp, plain: Path, tensors: Tensors) -> Reference:
         states = norm(mtp.hidden_norm, states)
         both = (states, embedded) if mtp.hidden_first else (embedded, states)
         x = in_full(model, layer, torch.cat(both, -1) @ tensors[f"{mtp.projection}.weight"].T)
-        return norm(mtp.norm, x) if mtp.normalized else x
+        return norm(mtp.norm, x)
 
     def logits_of(states: Tensor) -> Tensor:
-        return F.linear(states if mtp.normalized else norm(mtp.norm, states), tensors["lm_head.weight"])
+        return F.linear(states, tensors["lm_head.weight"])
 
     return Reference(states_of, logits_of)
 

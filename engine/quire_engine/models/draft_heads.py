@@ -231,7 +231,7 @@ def mtp_head(build: Builder, spec: DecoderSpec, model: Decoder, max_model_len: i
         norm(mtp.norm),
         _head_of_mtp(build, spec, mtp, model),
         _rope(layer_spec, mtp.layer, max_model_len, weights.device),
-        normalized=mtp.normalized,
+        normalized=True,  # as the model's state is that the first guess starts from, and the layer was trained on
     )
 
     def of_others(name: str) -> bool:

@@ -14,7 +14,6 @@ _MTP = MtpSpec(
     projection="input_proj",
     norm="final_layernorm",
     hidden_first=True,
-    normalized=True,
 )
 
 

@@ -17,7 +17,6 @@ _MTP = MtpSpec(
     hidden_norm="pre_fc_norm_hidden",
     projection="fc",
     norm="norm",
-    normalized=True,
 )
 
 
