@@ -121,6 +121,9 @@ def live(engine: Engine, seed: int, arrivals: int, longest: int) -> None:
 
 def facts_of(model: str) -> dict[str, Any]:
     """A published shape with two layers, or a tiny model of a family."""
+    if model == "EAGLE-3":  # on Llama-3.1-8B with its two layers
+        head = {"num_hidden_layers": 1, "draft_vocab_size": 32000, "eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+        return SHAPES["Llama-3.1-8B"] | {"architectures": ["LlamaForCausalLMEagle3"]} | head
     if model in SHAPES:
         return SHAPES[model] | {"num_hidden_layers": 2}
     config = getattr(transformers, FAMILIES[model].config)(**(TINY | FAMILIES[model].facts))

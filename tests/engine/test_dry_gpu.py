@@ -14,12 +14,13 @@ DAYS: list[dict[str, Any]] = [
     {"model": "Llama-3.1-8B", "quantization": "fp8", "kv_cache_dtype": "fp8", "max_model_len": 8192}
     | {"speculative_config": '{"method": "ngram"}'},
     {"model": "deepseek_v3"},
-    {"model": "Qwen3-30B-A3B", "draft": "Llama-3.1-8B", "max_model_len": 4096, "max_num_seqs": 64},
+    {"model": "Llama-3.1-8B", "draft": "EAGLE-3", "max_model_len": 8192},
     {"model": "qwen3_next", "enforce_eager": True},
 ]
 LONG_DAYS: list[dict[str, Any]] = [
     {"model": "Llama-3.1-8B", "max_model_len": 32768},
     {"model": "Llama-3.1-8B", "max_model_len": 8192, "deterministic": True, "async_scheduling": False},
+    {"model": "Qwen3-30B-A3B", "draft": "Llama-3.1-8B", "max_model_len": 4096, "max_num_seqs": 64},
     {"model": "gpt_oss", "max_num_batched_tokens": 600},
     {"model": "granite_hybrid", "max_num_seqs": 24},
 ]

@@ -2,14 +2,24 @@
 
 import json
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.multiprocessing as multiprocessing
 from conftest import Table
+from drafters import speculation
 from families import FALLBACK, FAMILIES
-from greedy import truth
+from greedy import run, truth
+from heads import eagle_folder, mtp_folders, with_embeddings
+from layouts import rewritten
+from quire_engine.config import EngineConfig
+from quire_engine.engine import Engine
+from quire_engine.execution.runner import ModelRunner
 from quire_engine.parallel import ParallelGroup
+from quire_engine.speculation.workers import WorkersDrafter
+from quire_engine.weights.resolve import find_model
 from two_ranks import BATCH, serve
 
 pytestmark = pytest.mark.xdist_group("families")  # their table is one process's
@@ -31,7 +41,10 @@ def pair(stages: int) -> Iterator[Ask]:
     def ask(folder: Path, speculative: str = "") -> Answer | str:
         for ours, _ in pairs:
             ours.send((str(folder), speculative))
-        answers = [ours.recv() for ours, _ in pairs if ours.poll(60) or pytest.fail("a rank does not answer")]
+        answers = []
+        while len(answers) < 2 and not any(isinstance(answer, str) for answer in answers):  # others wait for it in vain
+            ready = wait([ours for ours, _ in pairs], 60) or pytest.fail("no rank answers")
+            answers += [connection.recv() for connection in ready]
         return next(answer for answer in answers if answer is not None)
 
     yield ask
@@ -74,3 +87,31 @@ def test_a_draft_model_on_two(request: pytest.FixtureRequest, checkpoint: Callab
     tokens, accepted, drafts = answer
     assert tokens == [tokens[:16] for tokens in truth(folder, BATCH)]
     assert accepted == drafts > 20
+
+
+@pytest.mark.parametrize("kind", ["ranks", "stages"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "eagle"])
+def test_heads_on_two(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path: Path, kind: str, name: str
+) -> None:
+    """Guesses are those of one rank, right and wrong alike: as many are accepted."""
+    asked: dict[str, Any] = {"num_speculative_tokens": 3}
+    if name == "eagle":
+        folder = checkpoint("llama")
+        asked["model"] = str(rewritten(eagle_folder(tmp_path, 1), tmp_path / "head", with_embeddings))
+    else:
+        folder = mtp_folders(tmp_path, name)[1]
+    given = json.dumps(asked)
+    answer = request.getfixturevalue(kind)(folder, given)
+    assert not isinstance(answer, str), answer
+    config = EngineConfig(
+        model=str(folder),
+        device="cpu",
+        kv_cache_memory_bytes=4 << 20,
+        max_num_batched_tokens=24,
+        speculative_config=given,
+    )
+    engine = Engine(ModelRunner(config, find_model(config)), speculation(WorkersDrafter()))
+    alone = run(engine, BATCH, max_tokens=16)
+    stats = engine.scheduler.stats
+    assert answer == (alone, stats.accepted_tokens, stats.draft_tokens)

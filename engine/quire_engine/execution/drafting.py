@@ -71,7 +71,8 @@ class Drafting:
     def warm_up_draws(self) -> None:
         """Launches what it takes to guess twice for row 0, as its parameters have it."""
         row, start, count = (np.array([number], np.int32) for number in (0, 1, 1))
-        self._guessed(row, start, count + 1, self._read(row, start, count, row))
+        states = self._read(row, start, count, row) if self._states is None else self._states[:1]
+        self._guessed(row, start, count + 1, states)
 
     def guess(self, plan: StepPlan) -> StepPlan:
         """The plan with the tokens that it leaves open. Waits for the device where there are some."""

@@ -265,8 +265,11 @@ class ModelRunner:
         scored = any(row in self._prompt_logprobs for row in plan.rows.tolist()) if self._prompt_logprobs else False
         places = plan.places()
         draws = self._graphs.replay(plan, places) if self._graphs is not None and not scored else None
-        step = _Launched(draws, self._graph_logits, self._graph_hidden) if draws is not None else None
-        step = step or self._launch(plan, places, scored)
+        if draws is None:
+            step = self._launch(plan, places, scored)
+        else:
+            hidden = self._graph_hidden
+            step = _Launched(draws, self._graph_logits, None if hidden is None else hidden[: len(plan.token_ids)])
         known = None
         if self._drafting is not None:
             step.batch = step.batch or self._eager_batch(plan, places)
@@ -287,9 +290,12 @@ class ModelRunner:
         return _Launched(batch.draws, logits, self._seen(hidden), prompt_scores, batch)
 
     def _seen(self, hidden: Tensor | None) -> Tensor | None:
-        """What a head reads of a step."""
+        """What a head reads of a step, whose output is `hidden`. It is kept nowhere else."""
         model = self._model
-        return model.tapped if isinstance(model, Decoder) and model.taps else hidden
+        if not isinstance(model, Decoder) or not model.taps:
+            return hidden
+        seen, model.tapped = model.tapped, None
+        return seen
 
     def _pool(self, plan: StepPlan, states: PooledStates) -> PendingStep | None:
         """A step of a model that gives vectors or scores."""

@@ -344,6 +344,8 @@ def _embedding_of_eagle(build: Builder, spec: DecoderSpec, model: Decoder) -> Em
         if shared is not None and same and shared.equals(own, build.weights):
             return shared
         return Embedding(build, own, spec.vocab_size, spec.hidden_size)
+    if shared is None and build.weights.device.type == "meta":  # planned by its config alone: they will be there
+        return Embedding(build, own, spec.vocab_size, spec.hidden_size)
     if shared is None:
         raise refused(f"the head has no {own}, and the model's are on another stage; set pipeline_parallel_size 1")
     if shared.hidden != spec.hidden_size:

@@ -91,6 +91,8 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
     names = [spelled.get(name.lower(), name) for name in config.get("architectures") or usual]
     if not usual or config.get("auto_map") or not set(names).isdisjoint([*usual, *TEXT_PARTS, *transformers.__all__]):
         return names
+    if any("eagle" in name.lower() for name in names):  # a head on a model, not the model
+        return names
     log.warning("architectures is %s, which transformers does not know; it is read as %s", names, usual[0])
     return usual
 
