@@ -61,6 +61,7 @@ def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
         ("device, dtype", f"{target.name}, {str(dtype).removeprefix('torch.')}"),
         ("quantization, cache", f"{quantization.name}, {config.kv_cache_dtype}"),
         ("parameters of the model", f"{whole.parameters / 1e6:,.1f} M"),
+        *([("guessed ahead by", f"{draft.files.name} ({draft.method})")] if draft is not None else []),
         ("weights", f"{plan.weight_bytes / GIB:.3f} GiB"),
         ("activations", f"{plan.activation_bytes / GIB:.3f} GiB"),
         ("cache", f"{plan.cache_bytes / GIB:.3f} GiB: {plan.num_pages:,} pages of {plan.block_size} tokens"),

@@ -213,7 +213,7 @@ class ModelRunner:
         if backend.name != "torch" and self.device.type != "cpu":
             self.warm_up()
         log.info(
-            "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s%s, loaded in %.1f s",
+            "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s%s%s, loaded in %.1f s",
             files.name,
             self.device,
             dtype,
@@ -223,6 +223,7 @@ class ModelRunner:
             config.block_size,
             cache_dtype,
             f", {num_states} recurrent states" if num_states else "",
+            f", guesses by {source.files.name} ({source.method})" if source is not None else "",
             time.monotonic() - started,
         )
 
