@@ -196,7 +196,11 @@ def main() -> None:
     threads = len(os.sched_getaffinity(0))
     batches, others = ([int(n) for n in text.split(",") if n] for text in (args.batches, args.others))
     bench = Bench(args.model, args.method, max([*batches, *others]))
-    found: dict[str, Any] = {"machine": torch.backends.cpu.get_capability(), "threads": threads, "method": args.method}
+    found: dict[str, Any] = {
+        "machine": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "method": args.method,
+    }
     generator = np.random.default_rng(0)
 
     def random_prompts(count: int) -> list[list[int]]:

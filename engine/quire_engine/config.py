@@ -251,8 +251,8 @@ class EngineConfig:
     )
     speculative_config: str | None = option(
         None,
-        "of guessing tokens ahead: method (suffix or ngram), num_speculative_tokens, prompt_lookup_min and "
-        "prompt_lookup_max",
+        "of guessing tokens ahead: method (auto, suffix, ngram, draft_model, eagle, eagle3 or mtp), model, revision, "
+        "num_speculative_tokens, prompt_lookup_min and prompt_lookup_max",
         form="a JSON object",
         unset="nothing is guessed",
     )
@@ -319,6 +319,11 @@ class SchedulerLimits:
     def drafts_of_one(self) -> int:
         """How many of them are of one request, at most."""
         return self.speculation.num_speculative_tokens if self.speculation is not None else 0
+
+    @property
+    def draft_model(self) -> bool:
+        """Whether drafts are those of a model that goes by tokens alone."""
+        return self.speculation is not None and self.speculation.method == "draft_model"
 
     @property
     def most_draws(self) -> int:

@@ -149,6 +149,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, chained
     num_registered: int = 0  # of its blocks, those the prefix index knows
     again: int = 0  # tokens that are computed again with its next one: the state before them is the last that it has
+    begun_at: int = 0  # tokens of the log when it took its row
     num_read: int = 0  # tokens of the log that a draft model has read, one that goes by tokens alone
     state_page: int = -1  # of recurrent states, as they are after `num_computed` tokens
     draft_page: int = -1  # of the same after the drafts that are in flight

@@ -43,7 +43,6 @@ class Scheduler:
         """`speculation`: makes drafts."""
         self.limits = limits
         self.speculation = speculation
-        self._reads = limits.speculation is not None and limits.speculation.method == "draft_model"
         self.cache = CacheManager(limits)
         self.pool, self.states = self.cache.pool, self.cache.states
         self.stats = SchedulerStats()
@@ -165,7 +164,7 @@ class Scheduler:
         prompts = self._decode(draft, guesses)
         num_decoding = len(draft.token_ids)
         self._prefill(prompts, draft)
-        self._admit(draft)
+        self._admit(draft, drafted=bool(guesses))
         for request in draft.held:
             if request.state is State.RUNNING and request not in self._held:
                 request.waiting_since = now
@@ -191,10 +190,11 @@ class Scheduler:
             lacking = len(request.tokens) + request.pending - request.num_computed
             if lacking > 1 + request.again:
                 return {}
-            if lacking > 0 and request.again <= _MOST_AGAIN:
+            drafting = lacking > 0 and request.again <= _MOST_AGAIN and len(request.tokens) > request.begun_at
+            if drafting:
                 decoding.append(request)
             budget -= lacking
-            beside += request.again
+            beside += lacking - drafting
         room = min(budget, self.limits.most_drafts)
         return self.speculation.guesses(decoding, beside, room, in_flight=bool(self._in_flight))
 
@@ -223,7 +223,7 @@ class Scheduler:
             guess = guesses.get(request, []) if guesses else []
             if guess and states is not None and not states.has_room:
                 guess = []
-            if guess and self._reads and not draft.read(request, length, self.limits.max_num_batched_tokens):
+            if guess and not draft.read(request, length, self.limits):
                 guess = []
             if guess:
                 most = min(len(guess), budget - lacking)
@@ -260,11 +260,12 @@ class Scheduler:
             else:
                 draft.held[request] = WaitsFor.BUDGET
 
-    def _admit(self, draft: PlanDraft) -> None:
-        """Waiting requests, most important first, as budget, rows and pages allow."""
+    def _admit(self, draft: PlanDraft, *, drafted: bool) -> None:
+        """Waiting requests, most important first, as budget, rows and pages allow. None beside drafts, which may have
+        cost another one its row."""
         while (waiting := self._waiting.head) is not None:
-            if not self._rows:
-                draft.held[waiting] = WaitsFor.ROW
+            if not self._rows or drafted:
+                draft.held[waiting] = WaitsFor.STEP if self._rows else WaitsFor.ROW
                 break
             if not draft.budget:
                 draft.held[waiting] = WaitsFor.BUDGET
@@ -297,7 +298,7 @@ class Scheduler:
         if end < length:
             draft.next_ids.append(request.tokens[end])
         draft.with_prompts = True
-        request.num_read = end if request.num_read >= computed else request.num_read
+        self.cache.note_read(request, computed, end)
         draft.requests.append(request)
         if self.states is not None:
             draft.states.append(self.states.advance(request))
@@ -423,7 +424,7 @@ class Scheduler:
         planned or gone, and the request sits this step out with the pages it has."""
         pages = request.pages
         for index in range(len(pages), -(-length // self.limits.block_size)):
-            while (page := self.pool.allocate()) is None:
+            while (page := self.cache.allocate()) is None:
                 victim = self._victim(draft)
                 if victim is request:
                     draft.held[request] = WaitsFor.PAGES

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from quire_engine.config import SchedulerLimits
 from quire_engine.request import EngineSampling, Request
 from quire_engine.waiting import WaitsFor
 
@@ -125,11 +126,13 @@ class PlanDraft:
     with_prompts: bool = False
     held: dict[Request, WaitsFor] = field(default_factory=dict)  # what runs and is left out, and the head of the queue
 
-    def read(self, request: Request, length: int, most: int) -> bool:
-        """Has the draft model read what it lacks of the request's first `length` tokens, and no more than `most` tokens
-        of all requests; False: it will still lack some."""
+    def read(self, request: Request, length: int, limits: SchedulerLimits) -> bool:
+        """Has the draft model, if there is one, read what it lacks of the request's first `length` tokens, and no more
+        of all requests than a step may have; False: it will still lack some."""
+        if not limits.draft_model:
+            return True
         start = request.num_read
-        end = min(length, start + most - len(self.read_ids))
+        end = min(length, start + limits.max_num_batched_tokens - len(self.read_ids))
         if end > start:
             self.reads.append((request.row, start, end - start))
             self.read_ids.extend(request.tokens[start:end])

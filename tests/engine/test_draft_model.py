@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from drafters import Everything
+from layouts import Tensors, rewritten
 from quire_engine.config import EngineConfig, SpeculativeConfig
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.execution.runner import ModelRunner
+from quire_engine.request import EngineSampling, Request
 from quire_engine.speculation.speculation import Speculation
 from quire_engine.speculation.workers import WorkersDrafter
 from quire_engine.weights.resolve import find_model
@@ -24,8 +26,18 @@ def with_draft(folder: Path, draft: Path, **options: Any) -> Model:
     return Model(folder, speculative_config=json.dumps({"model": str(draft), "num_speculative_tokens": 4}), **options)
 
 
+def forgetting(model: Model) -> Model:
+    """Nothing that a draft model or head has read is there any more, and whatever reads it all the same sees NaN."""
+    drafting = model.runner._drafting
+    assert drafting is not None
+    for cache in drafting._caches:
+        for part in cache:
+            part.fill_(float("nan"))
+    return model
+
+
 def guessing(model: Model, most: int = 4, **limits: Any) -> Engine:
-    return model.engine(Speculation(WorkersDrafter(), Everything(), most), **limits)
+    return forgetting(model).engine(Speculation(WorkersDrafter(), Everything(), most), **limits)
 
 
 def judged(engine: Engine) -> tuple[int, int]:
@@ -76,8 +88,37 @@ def test_it_reads_later_what_it_was_not_asked_about(itself: Model, budget: int) 
     """And where it lacks more than a step can read, piece by piece."""
     asked = [sampled | {"max_tokens": 70} for sampled in UNEDITED]
     plain = run(itself.engine(), requests(asked, PROMPTS[:2]))
-    engine = itself.engine(Speculation(WorkersDrafter(), Seldom(), 4), max_num_batched_tokens=budget)
+    engine = forgetting(itself).engine(Speculation(WorkersDrafter(), Seldom(), 4), max_num_batched_tokens=budget)
     assert run(engine, requests(asked, PROMPTS[:2])) == plain
+    drafts, accepted = judged(engine)
+    assert accepted == drafts > 20
+
+
+class Told(Everything):
+    """In place of `Value`: all drafts, where it is told to."""
+
+    def __init__(self, asked: bool) -> None:
+        super().__init__()
+        self.asked = asked
+
+    def worth_asking(self, decoding: int, beside: int) -> bool:
+        return self.asked
+
+
+@pytest.mark.parametrize("asked_at_first", [True, False])
+def test_a_conversation_goes_on(itself: Model, asked_at_first: bool) -> None:
+    """Pages of an answer that are found again were read if something was guessed in them, and are read if not."""
+    policy = Told(asked_at_first)
+    engine = forgetting(itself).engine(Speculation(WorkersDrafter(), policy, 4))
+    log = list(range(40, 60))
+    for turn in range(3):
+        request = Request(turn, list(log), len(log), EngineSampling(temperature=0.0, max_tokens=24))
+        engine.add(request)
+        while engine.has_work:
+            engine.step()
+        log = [*request.tokens, 5, 6, 7]
+        policy.asked = True
+    assert engine.scheduler.stats.prefix_hits > 40
     drafts, accepted = judged(engine)
     assert accepted == drafts > 20
 
@@ -105,9 +146,11 @@ def test_another_model_changes_nothing(other: Model, feature: str) -> None:
 def test_beside_other_families(checkpoint: Make, family: str) -> None:
     model = with_draft(checkpoint(family), checkpoint("llama"))
     asked = [{"temperature": 0.0}]
-    assert [seen[:2] for seen in run(guessing(model), requests(asked))] == [
+    engine = guessing(model)
+    assert [seen[:2] for seen in run(engine, requests(asked))] == [
         seen[:2] for seen in run(model.engine(), requests(asked))
     ]
+    assert judged(engine)[0] > 50
 
 
 def test_some_requests_in_their_own_time(itself: Model) -> None:
@@ -161,3 +204,21 @@ def test_another_tokenizer_is_refused(checkpoint: Make, byte_level_folder: Path)
     config = EngineConfig(model=str(checkpoint("llama")), device="cpu", speculative_config=speculative)
     with pytest.raises(InvalidParameter, match="has another tokenizer"):
         ModelRunner(config, find_model(config))
+
+
+@pytest.mark.parametrize("stored", ["as the head alone", "with another head"])
+def test_tied_weights_are_read_as_a_model_s(checkpoint: Make, tmp_path: Path, stored: str) -> None:
+    """A config that ties the output head to the embeddings, and a checkpoint that says otherwise."""
+
+    def other(tensors: Tensors) -> Tensors:
+        embedding = tensors.pop("model.embed_tokens.weight")
+        if stored == "as the head alone":
+            return tensors | {"lm_head.weight": embedding}
+        return tensors | {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.flip(0).contiguous()}
+
+    folder = rewritten(checkpoint("qwen2"), tmp_path / "tied", other, tie_word_embeddings=True)
+    model = with_draft(folder, folder)
+    engine = guessing(model)
+    run(engine, requests([{"temperature": 0.0}]))
+    drafts, accepted = judged(engine)
+    assert accepted == drafts > 50

@@ -157,3 +157,62 @@ def test_what_does_not_belong_together_is_refused(
     config = EngineConfig(model=str(folder), device="cpu", speculative_config=json.dumps(given))
     with pytest.raises(InvalidParameter, match=said):
         ModelRunner(config, find_model(config))
+
+
+@pytest.mark.parametrize("name", ["draft_model", "eagle", "eagle3", "mtp"])
+def test_captured_steps_are_followed(checkpoint: Make, tmp_path: Path, name: str) -> None:
+    """Steps of padded shapes, whose states are left where every captured step leaves them."""
+    folder, head = checkpoint("llama"), None
+    if name == "mtp":
+        folder = mtp_folders(tmp_path, "mimo")[1]
+    elif name == "draft_model":
+        head = folder
+    else:
+        layers = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]} if name == "eagle3" else {}
+        head = eagle_folder(tmp_path, 3 if name == "eagle3" else 1, **layers)
+    served_model = served(folder, head=head)
+    asked = [FEATURES["greedy"], FEATURES["seeded"]]
+    plain = [seen[:2] for seen in run(served_model.engine(), requests(asked))]
+    engine = guessing(served_model)
+    run(engine, requests(asked))
+    served_model.runner.warm_up()
+
+    def replaying(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return step
+
+    served_model.runner.capture_graphs(replaying)
+    replayed = guessing(served_model)
+    assert [seen[:2] for seen in run(replayed, requests(asked))] == plain
+    assert judged(replayed) == judged(engine)
+
+
+def test_a_head_s_own_tables_are_planned(checkpoint: Make, tmp_path: Path) -> None:
+    folder, made = checkpoint("llama"), eagle_folder(tmp_path / "made", 1)
+    both = ("embed_tokens.weight", "lm_head.weight")
+    own = rewritten(made, tmp_path / "own", lambda t: t | {name: torch.randn(VOCABULARY, HIDDEN) for name in both})
+    weights = [served(folder, head=head).runner.memory.weight_bytes for head in (made, own)]
+    assert weights[1] - weights[0] == 2 * 4 * VOCABULARY * HIDDEN
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"eagle_aux_hidden_state_layer_ids": [0.5, 1, 2]},
+        {"eagle_aux_hidden_state_layer_ids": "012"},
+        {"eagle_config": [1]},
+        {"draft_vocab_size": "90"},
+        {"draft_vocab_size": -3},
+        {"draft_vocab_size": 10**9},
+        {"target_hidden_size": "64"},
+        {"norm_before_residual": "no"},
+    ],
+    ids=str,
+)
+def test_a_head_s_config_is_checked(checkpoint: Make, tmp_path: Path, facts: dict[str, Any]) -> None:
+    head = eagle_folder(tmp_path, 3, **facts)
+    config = EngineConfig(
+        model=str(checkpoint("llama")), device="cpu", speculative_config=json.dumps({"model": str(head)})
+    )
+    with pytest.raises(InvalidParameter, match="speculative_config: the head"):
+        ModelRunner(config, find_model(config))

@@ -168,6 +168,9 @@ def check_reasons(scheduler: Scheduler, plan: StepPlan | None) -> None:
             assert short or scheduler.states is not None  # of which there were too few, while the plan was made
         elif why is WaitsFor.BUDGET:
             assert spent
+        elif why is WaitsFor.STEP:
+            assert plan is not None
+            assert plan.drafted or (scheduler.speculation is not None and scheduler.stats.preemptions)
         else:
             assert why is WaitsFor.ROW
         assert (why is WaitsFor.ROW) == (len(running) == bounds.max_num_seqs)
@@ -215,6 +218,7 @@ def step(scheduler: Scheduler, model: FakeModel, now: float) -> StepOutcome:
         assert len(plan.token_ids) <= scheduler.limits.max_num_batched_tokens
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a row is planned twice"
         assert plan.counts.min() > 0, "a step without progress"
+        assert not (plan.drafted and plan.with_prompts), "drafts beside prompts"
         model.results.append(model.execute(plan))
     check_waits(scheduler)
     check_reasons(scheduler, plan)

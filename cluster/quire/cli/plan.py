@@ -17,6 +17,7 @@ from quire_engine.memory.plan import (
     resolve_dtype,
     usable_bytes,
 )
+from quire_engine.models.draft_heads import with_stored_mtp
 from quire_engine.models.drafts import draft_source
 from quire_engine.models.families import spec_of
 from quire_engine.pooling import pooling_of
@@ -33,7 +34,7 @@ from quire.cli.terminal import say
 def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
     """Prints the plan. Raises OutOfMemory when the model does not fit, InvalidParameter for an unknown GPU."""
     files = find_model(config)
-    spec = spec_of(files.config, pooling_of(files, config.task))
+    spec = with_stored_mtp(spec_of(files.config, pooling_of(files, config.task)), files)
     spec.check_parallel(
         config.tensor_parallel_size, config.pipeline_parallel_size, experts_apart=config.enable_expert_parallel
     )

@@ -15,6 +15,8 @@ class CacheManager:
         self.pool = PagePool(limits.num_pages)
         self.states = StatePages(limits.num_states) if limits.num_states else None
         self._block_size = limits.block_size
+        self._draft_model = limits.draft_model
+        self._read: set[int] = set()  # pages all of whose tokens a draft model has read
         self._shares = limits.enable_prefix_caching
 
     def find_prefix(self, request: Request) -> list[int]:
@@ -50,8 +52,30 @@ class CacheManager:
             request.pages.append(page)
         if self.states is not None and prefix:
             request.state_page = self.states.start(request.block_hashes[len(prefix) - 1])
-        request.num_computed = request.num_read = len(prefix) * self._block_size
+        request.num_computed = len(prefix) * self._block_size
         request.num_registered = len(prefix)
+        request.begun_at = len(request.tokens)
+        unread = (index for index, page in enumerate(prefix) if page not in self._read)
+        request.num_read = next(unread, len(prefix)) * self._block_size
+
+    def allocate(self) -> int | None:
+        """A page that nothing is known of; None: there is none."""
+        page = self.pool.allocate()
+        if page is not None:
+            self._read.discard(page)
+        return page
+
+    def note_read(self, request: Request, computed: int, end: int) -> None:
+        """The draft model, if there is one, reads the tokens between as the model computes them. Where it lacks some
+        before, it will read all from there on."""
+        if request.num_read >= computed:
+            request.num_read = end
+            self._keep_read(request, computed)
+
+    def _keep_read(self, request: Request, start: int) -> None:
+        """Whoever finds the pages need not read them again."""
+        if self._draft_model:
+            self._read.update(request.pages[start // self._block_size : request.num_read // self._block_size])
 
     def chunk(self, request: Request, budget: int) -> int:
         """How many tokens of a prompt to compute next: with recurrent states, up to where one is worth keeping."""
@@ -88,7 +112,7 @@ class CacheManager:
         put down in `entries` (row, place, page)."""
         pages, size = request.pages, self._block_size
         while len(pages) * size < length + count and self.pool.num_free > spare:
-            page = self.pool.allocate()
+            page = self.allocate()
             assert page is not None, "a free page is none"
             entries.append((request.row, len(pages), page))
             pages.append(page)
@@ -103,6 +127,7 @@ class CacheManager:
 
     def release(self, request: Request) -> None:
         """The request gives everything back, and has nothing computed."""
+        self._keep_read(request, 0)
         self.pool.release(reversed(request.pages))
         if self.states is not None:
             self.states.release(request)

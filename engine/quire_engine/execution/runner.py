@@ -110,8 +110,7 @@ class ModelRunner:
         pooling = pooling_of(files, config.task)
         self.spec: DecoderSpec = spec_of(files.config, pooling)
         if config.load_format != "dummy" and self.spec.fallback is None:
-            checkpoint = files.checkpoint()
-            self.spec = with_stored_mtp(as_stored(self.spec, checkpoint), checkpoint.names())
+            self.spec = with_stored_mtp(as_stored(self.spec, files.checkpoint()), files)
         group = self._group
         self.spec.check_parallel(group.size, group.stages, experts_apart=group.experts_apart)
         dtype = resolve_dtype(config, files.config.get("dtype") or files.config.get("torch_dtype"), self.device)
@@ -119,6 +118,8 @@ class ModelRunner:
         target = Target.of(self.device)
         check_served(config, self.spec, target, dtype, quantization)
         source = draft_source(config, files, self.spec, quantization)
+        if source is not None:
+            check_served(config, source.spec, target, dtype, source.quantization)
         free = usable_bytes(config, self.device)
         memory = self.memory = plan_memory(
             config, self.spec, quantization, target, dtype, free, stage=group.stage, draft=source
@@ -146,11 +147,10 @@ class ModelRunner:
                 build = Builder(weights, group, backend, quantization)
                 self._model = Decoder(build, self.spec, memory.max_model_len, quantized_cache=quantized_cache)
         guesser: Guesser | None = None
-        if source is not None and group.draws:
-            source.check_tokens(files)
         if source is not None and group.last:
             ops = choose_backend(config, source.spec, target, self.device, dtype)
-            with opened(config, source.files, dtype, self.device, progress_bar if group.draws else None) as weights:
+            bar = progress_bar if group.draws and source.files is not files else None
+            with opened(config, source.files, dtype, self.device, bar) as weights:
                 build = Builder(weights, group, ops, source.quantization)
                 guesser = source.build(build, self._model, memory.max_model_len, quantized_cache)
             if guesser.taps:

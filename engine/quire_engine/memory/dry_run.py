@@ -301,7 +301,7 @@ def allocated(
         source.num_parameters += repeated.parameters
         guesser = None
         if draft is not None and group.last:
-            own = Builder(RandomWeights(dtype, META), group, DryBackend(chip), draft.quantization)
+            own = Builder(RandomWeights(dtype, META, draft.names), group, DryBackend(chip), draft.quantization)
             guesser = draft.build(own, model, limits.max_model_len, quantized_cache)
         built = counter.now
         steps = _Steps(build, model, spec, limits, guesser, everything=chip is not None)

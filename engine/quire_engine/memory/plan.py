@@ -214,7 +214,6 @@ def plan_memory(
     layers = layers_of(spec, group)
     page = page_bytes(spec, group, layers, config.block_size, cache_dtype)
     if draft is not None and group.last:
-        draft.check_parallel(group.size, experts_apart=group.experts_apart)
         page += page_bytes(draft.spec, group, draft.layers, config.block_size, cache_dtype)
     state = state_bytes(spec, group, layers, dtype)
     one_request = -(-max_model_len // config.block_size)

@@ -87,6 +87,6 @@ def _spec(config: Config, experts: ExpertsSpec) -> DecoderSpec:
             value=config["v_head_dim"],
         ),
         experts=experts,
-        extra_layers=config.get("num_nextn_predict_layers") or 0,
+        extra_layers=int(config.get("num_nextn_predict_layers") or 0),
         mtp=mtp_of(config),
     )

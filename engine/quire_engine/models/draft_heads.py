@@ -26,6 +26,7 @@ from quire_engine.models.eagle import EagleSpec, eagle_spec, refused
 from quire_engine.quantization.config import Quantization
 from quire_engine.quantization.schemes import Linear, Part
 from quire_engine.spec import Config, DecoderSpec, MtpSpec
+from quire_engine.weights.resolve import ModelFiles
 from quire_engine.weights.tensors import WHOLE, Weights
 
 _QUANTIZED = ("weight_scale_inv", "weight_scale", "weight_packed", "qweight")  # tensors of a weight that is quantized
@@ -188,9 +189,11 @@ def has_mtp(spec: DecoderSpec, weights: Weights | Collection[str]) -> bool:
     return any(f"{name}.{end}" in weights for end in ("weight", *_QUANTIZED))
 
 
-def with_stored_mtp(spec: DecoderSpec, names: Collection[str]) -> DecoderSpec:
-    """Without the layer where the checkpoint, whose tensors have these names, lacks it."""
-    return replace(spec, mtp=None) if spec.mtp is not None and not has_mtp(spec, set(names)) else spec
+def with_stored_mtp(spec: DecoderSpec, files: ModelFiles) -> DecoderSpec:
+    """Without the layer where the checkpoint, if there is one, lacks it."""
+    if spec.mtp is None or not files.has_weights or has_mtp(spec, set(files.checkpoint().names())):
+        return spec
+    return replace(spec, mtp=None)
 
 
 def mtp_layer_spec(spec: DecoderSpec) -> DecoderSpec:
@@ -325,7 +328,7 @@ def eagle_head(
 
 def _vocabulary(weights: Weights, eagle: EagleSpec, target: DecoderSpec) -> Tensor | None:
     """Its tokens' ids are stored as how far they are from their places."""
-    if "d2t" not in weights:
+    if "d2t" not in weights or weights.device.type == "meta":
         if eagle.vocab_size > target.vocab_size:
             raise refused(f"the head guesses {eagle.vocab_size} tokens, and the model has {target.vocab_size}")
         return None
@@ -333,7 +336,7 @@ def _vocabulary(weights: Weights, eagle: EagleSpec, target: DecoderSpec) -> Tens
     ids = torch.arange(offsets.numel(), device=offsets.device) + offsets.flatten()
     if ids.shape[0] != eagle.vocab_size or not 0 <= int(ids.min()) <= int(ids.max()) < target.vocab_size:
         raise refused("the head's d2t gives tokens that the model does not have; give a head that was trained on it")
-    return ids
+    return ids.to(torch.int32)
 
 
 def _embedding_of_eagle(build: Builder, spec: DecoderSpec, model: Decoder) -> Embedding:
@@ -341,10 +344,11 @@ def _embedding_of_eagle(build: Builder, spec: DecoderSpec, model: Decoder) -> Em
     own, shared = spec.names.embedding, model.embedding
     if f"{own}.weight" in build.weights:
         same = shared is not None and (shared.vocab_size, shared.hidden) == (spec.vocab_size, spec.hidden_size)
-        if shared is not None and same and shared.equals(own, build.weights):
+        planned = build.weights.device.type == "meta"  # where nobody can say
+        if shared is not None and same and not planned and shared.equals(own, build.weights):
             return shared
         return Embedding(build, own, spec.vocab_size, spec.hidden_size)
-    if shared is None and build.weights.device.type == "meta":  # planned by its config alone: they will be there
+    if shared is None and "fc.weight" not in build.weights:  # planned by its config alone: they will be there
         return Embedding(build, own, spec.vocab_size, spec.hidden_size)
     if shared is None:
         raise refused(f"the head has no {own}, and the model's are on another stage; set pipeline_parallel_size 1")

@@ -15,6 +15,7 @@ from quire_engine.models.decoder import Decoder, Model
 from quire_engine.models.draft_heads import eagle_head, mtp_head, mtp_layer_spec
 from quire_engine.models.eagle import eagle_spec, refused
 from quire_engine.models.families import spec_of
+from quire_engine.models.tied import as_stored
 from quire_engine.quantization.config import Quantization, quantization_of
 from quire_engine.spec import DecoderSpec
 from quire_engine.text.tokenizer import Tokenizer
@@ -77,6 +78,7 @@ class DraftModel:
         return self._model.logits(states, None)
 
 
+_FEW = 0.01
 Build = Callable[[Builder, Model, int, bool], Guesser]  # the model, its longest context, whether caches are quantized
 
 
@@ -89,32 +91,8 @@ class DraftSource:
     spec: DecoderSpec  # of its layers
     layers: Sequence[int]
     quantization: Quantization
+    names: frozenset[str]  # of its own tensors, where they are known
     build: Build  # reads the weights. The builder is of those files, and of the rank's stage
-
-    @property
-    def reads_states(self) -> bool:
-        """See `Guesser`."""
-        return self.method != "draft_model"
-
-    def check_parallel(self, size: int, *, experts_apart: bool) -> None:
-        """Raises InvalidParameter where so many ranks cannot share it."""
-        try:
-            self.spec.check_parallel(size, experts_apart=experts_apart)
-        except ModelError as error:
-            raise refused(f"{self.files.name}: {error}") from error
-
-    def check_tokens(self, files: ModelFiles) -> None:
-        """Raises InvalidParameter where its tokenizer is not that of the model, whose files these are."""
-        one, other = (folder / "tokenizer.json" for folder in (files.folder, self.files.folder))
-        if not (one.is_file() and other.is_file()) or one.read_bytes() == other.read_bytes():
-            return
-        known, own = (Tokenizer.load(each).vocabulary() for each in (files, self.files))
-        differing = [token for token, number in own.items() if known.get(token) != number]
-        if differing:
-            raise refused(
-                f"{self.files.name} has another tokenizer: {len(differing)} of its {len(own)} tokens are others, such "
-                f"as {differing[0]!r:.40}; give a model of the same family"
-            )
 
 
 def draft_source(
@@ -132,7 +110,30 @@ def draft_source(
     source = _eagle(config, found, spec) if eagle else _draft_model(config, found, spec)
     if asked.method not in ("auto", source.method):
         raise refused(f"method is {asked.method}, and {found.name} is for {source.method}; leave method out")
+    try:
+        source.spec.check_parallel(config.tensor_parallel_size, experts_apart=config.enable_expert_parallel)
+    except ModelError as error:
+        raise refused(f"{found.name}: {error}") from error
+    _check_tokens(found, files)
     return source
+
+
+def _check_tokens(draft: ModelFiles, files: ModelFiles) -> None:
+    """Raises InvalidParameter where the tokenizer of a draft model, or a head, is not that of the model."""
+    one, other = (folder / "tokenizer.json" for folder in (files.folder, draft.folder))
+    if not (one.is_file() and other.is_file()) or one.read_bytes() == other.read_bytes():
+        return
+    try:
+        own = Tokenizer.load(draft).vocabulary()
+    except ModelError as error:
+        raise refused(f"the tokenizer of {draft.name} cannot be read; give a model that has one") from error
+    known = Tokenizer.load(files).vocabulary()
+    differing = [token for token, number in own.items() if known.get(token) != number]
+    if len(differing) > _FEW * len(own):  # those that families reserve may have other names
+        raise refused(
+            f"{draft.name} has another tokenizer: {len(differing)} of its {len(own)} tokens are others, such as "
+            f"{differing[0]!r:.40}; give a model of the same family"
+        )
 
 
 def _is_eagle(files: ModelFiles) -> bool:
@@ -140,7 +141,7 @@ def _is_eagle(files: ModelFiles) -> bool:
     names = [str(name).lower() for name in files.config.get("architectures") or []]
     if any("eagle" in name for name in names) or "speculators_model_type" in files.config:
         return True
-    return any(files.folder.glob("*.safetensors")) and "fc.weight" in files.checkpoint().names()
+    return files.has_weights and "fc.weight" in files.checkpoint().names()
 
 
 def _mtp(method: str, files: ModelFiles, spec: DecoderSpec, quantization: Quantization) -> DraftSource | None:
@@ -153,7 +154,7 @@ def _mtp(method: str, files: ModelFiles, spec: DecoderSpec, quantization: Quanti
         assert isinstance(model, Decoder)
         return mtp_head(builder, spec, model, max_model_len, quantized_cache)
 
-    return DraftSource("mtp", files, mtp_layer_spec(spec), (spec.mtp.layer,), quantization, build)
+    return DraftSource("mtp", files, mtp_layer_spec(spec), (spec.mtp.layer,), quantization, frozenset(), build)
 
 
 def _eagle(config: EngineConfig, files: ModelFiles, spec: DecoderSpec) -> DraftSource:
@@ -169,11 +170,15 @@ def _eagle(config: EngineConfig, files: ModelFiles, spec: DecoderSpec) -> DraftS
         return eagle_head(builder, files.config, spec, model, max_model_len, quantized_cache)
 
     quantization = quantization_of(files.config, None)
-    return DraftSource("eagle3" if eagle.version == 3 else "eagle", files, eagle.layer, (0,), quantization, build)
+    names = frozenset(files.checkpoint().names()) if files.has_weights else frozenset()
+    method = "eagle3" if eagle.version == 3 else "eagle"
+    return DraftSource(method, files, eagle.layer, (0,), quantization, names, build)
 
 
 def _draft_model(config: EngineConfig, files: ModelFiles, spec: DecoderSpec) -> DraftSource:
     found = spec_of(files.config)
+    if found.fallback is None and files.has_weights:
+        found = as_stored(found, files.checkpoint())
     if found.pooling is not None or found.bidirectional:
         raise refused(f"{files.name} does not generate; give a model that does")
     if found.fallback is not None or found.recurrent_layers:
@@ -187,4 +192,4 @@ def _draft_model(config: EngineConfig, files: ModelFiles, spec: DecoderSpec) -> 
         return DraftModel(Decoder(alone, found, max_model_len, quantized_cache=quantized_cache))
 
     quantization = quantization_of(files.config, None)
-    return DraftSource("draft_model", files, found, range(found.num_layers), quantization, build)
+    return DraftSource("draft_model", files, found, range(found.num_layers), quantization, frozenset(), build)

@@ -30,6 +30,7 @@ def eagle_spec(config: Config, target: DecoderSpec) -> EagleSpec:
         if config.get("speculators_model_type") != "eagle3":
             raise refused(f"speculators_model_type is {config.get('speculators_model_type')!r}; served is 'eagle3'")
         layer_config = completed(inner)
+    _check_fields(config, target)
     names = [str(name).lower() for name in config.get("architectures") or []]
     third = bool(config.get("draft_vocab_size")) or any("eagle3" in name for name in names)
     try:
@@ -63,13 +64,37 @@ def _taps(config: Config, target: DecoderSpec) -> tuple[int, ...]:
     if not inner.get("use_aux_hidden_state", True):
         return ()
     layers = target.num_layers
-    given: Any = config.get("eagle_aux_hidden_state_layer_ids")
+    given = _layers_in(config)
     if not given:
-        given = [layer + 1 for layer in inner.get("eagle_aux_hidden_state_layer_ids") or []]
-    taps = tuple(sorted(given or (2, layers // 2, layers - 3)))
+        given = [layer + 1 for layer in _layers_in(inner)]
+    usual = (2, layers // 2, layers - 3)
+    if not given and (layers < 3 or len(set(usual)) < 3):
+        raise refused(f"the head's config.json does not say which of the model's {layers} layers it reads")
+    taps = tuple(sorted(given or usual))
     if not 0 <= taps[0] <= taps[-1] <= layers or len(set(taps)) < len(taps):
         raise refused(f"the head reads the layers {', '.join(map(str, taps))} of a model that has {layers}")
     return taps
+
+
+def _layers_in(config: Config) -> list[int]:
+    given: Any = config.get("eagle_aux_hidden_state_layer_ids") or []
+    if not isinstance(given, list) or not all(type(layer) is int for layer in given):
+        raise refused(f"the head's eagle_aux_hidden_state_layer_ids is {given!r:.80}; it must be a list of numbers")
+    return given
+
+
+def _check_fields(config: Config, target: DecoderSpec) -> None:
+    for name, kind, what in (
+        ("eagle_config", dict, "an object"),
+        ("draft_vocab_size", int, f"a whole number from 1 to {target.vocab_size}, as many tokens as the model has"),
+        ("target_hidden_size", int, "a whole number"),
+        ("norm_before_residual", bool, "true or false"),
+    ):
+        value = config.get(name)
+        if value is not None and type(value) is not kind:
+            raise refused(f"the head's {name} is {value!r:.80}; it must be {what}")
+    if not 0 < (config.get("draft_vocab_size") or target.vocab_size) <= target.vocab_size:
+        raise refused(f"the head guesses {config['draft_vocab_size']} tokens, and the model has {target.vocab_size}")
 
 
 def _check_width(field: str, value: int, target: DecoderSpec) -> None:

@@ -35,6 +35,6 @@ def glm4_moe(config: Config) -> DecoderSpec:
         qkv_bias=bool(config["attention_bias"]),
         qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"])) if config["use_qk_norm"] else None,
         experts=experts_of(config),
-        extra_layers=config.get("num_nextn_predict_layers") or 0,
+        extra_layers=int(config.get("num_nextn_predict_layers") or 0),
         mtp=mtp_of(config),
     )

@@ -24,5 +24,5 @@ def spec(config: Config) -> DecoderSpec:
         rope=rotary_of(config, config["head_dim"], dim=config.get("rotary_dim")),
         qk_norm=QKNorm(norm=Norm(config["rms_norm_eps"]), over="width"),
         experts=experts,
-        extra_layers=config.get("num_mtp_modules") or 0,
+        extra_layers=int(config.get("num_mtp_modules") or 0),
     )

@@ -26,6 +26,8 @@ _SIZES = {  # what is counted, and how little and how much of it is no mistake
     "num_key_value_heads": (1, 1 << 20),
     "max_position_embeddings": (1, 1 << 48),
     "sliding_window": (0, 1 << 48),
+    "num_nextn_predict_layers": (0, 64),
+    "num_mtp_modules": (0, 64),
 }
 _ANY = (-1 << 63, (1 << 63) - 1)
 _REFINED_WEB = {"RefinedWebModel": False, "RefinedWeb": True}  # Falcon's first model types: whether it is as in 40B

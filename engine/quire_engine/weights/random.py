@@ -1,7 +1,7 @@
 """Weights from nowhere: random ones of the shapes a model asks for (`--load-format dummy`), or shapes alone."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ class RandomWeights:
     is made but shapes, which is how memory is planned.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, names: Collection[str] = ()) -> None:
+        """`names`: of the tensors that a checkpoint is said to have."""
+        self._names = names
         self.dtype = dtype
         self.device = device
         self.num_parameters = 0
@@ -25,7 +27,7 @@ class RandomWeights:
             self._numbers = torch.rand(_BLOCK, generator=generator).mul_(2).sub_(1).to(device, dtype)
 
     def __contains__(self, name: str) -> bool:
-        return False
+        return name in self._names
 
     def take(
         self,

@@ -78,6 +78,11 @@ class ModelFiles:
         except OSError as error:
             raise ModelError(f"generation_config.json of {self.name} cannot be read: {error.strerror}") from error
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether they are here, as far as names say."""
+        return self.gguf_path is not None or any(self.folder.glob("*.safetensors"))
+
     def checkpoint(self) -> "Checkpoint":
         """The weights. Raises ModelError for pickles, and for corrupt or missing files."""
         from quire_engine.weights.gguf.checkpoint import GGUFCheckpoint
