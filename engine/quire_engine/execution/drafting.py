@@ -57,11 +57,16 @@ class Drafting:
         if self._guesser is not None:
             self._guesser.progress = mark
 
-    def room(self, tokens: int) -> Tensor | None:
-        """For what `follow` reads of so many tokens of a captured step."""
+    def room(self, tokens: int, hidden: int) -> Tensor | None:
+        """For what `follow` reads of so many tokens of a captured step, of a model of that width."""
         if self._states is None or self._guesser is None:
             return None
-        return self._states.new_zeros((tokens, self._states.shape[1] * max(1, len(self._guesser.taps))))
+        return self._states.new_zeros((tokens, hidden * max(1, len(self._guesser.taps))))
+
+    def follows(self, plan: StepPlan) -> bool:
+        """Whether the guesser, which is here, reads that step: a head does, and a draft model no more than it has to
+        before it guesses."""
+        return self._guesser is not None and (self._states is not None or plan.with_prompts)
 
     def warm_up(self, batch: StepBatch, states: Tensor | None) -> None:
         """Launches what a step of that shape will."""
@@ -159,11 +164,10 @@ class Drafting:
         """Reads a step that was computed: its tokens [T], states [T, taps * hidden] of the model, and what was drawn
         [S], if anything was."""
         guesser = self._guesser
-        if guesser is None:
+        if guesser is None or not self.follows(plan):
             return
         if self._states is None:
-            if plan.with_prompts:  # of others it reads no more than it has to, when it guesses
-                guesser(known, None, batch.attention, self._caches)
+            guesser(known, None, batch.attention, self._caches)
             return
         assert states is not None, "the guesser is on the last stage"
         arrays = (self._following(plan, len(known)), _ends(places), plan.draw_places(), places.rows)

@@ -271,15 +271,13 @@ class ModelRunner:
         else:
             hidden = self._graph_hidden
             step = _Launched(draws, self._graph_logits, None if hidden is None else hidden[: len(plan.token_ids)])
-        known = None
-        if self._drafting is not None:
-            step.batch = step.batch or self._eager_batch(plan, places)
-            known = self._known(step.batch)  # before other tokens are the last ones
+        batch = known = None
+        if self._drafting is not None and self._drafting.follows(plan):
+            batch = step.batch or self._eager_batch(plan, places)
+            known = self._known(batch)  # before other tokens are the last ones
         drawn, tokens = self._draw(places, step.draws, step.logits) if len(places.rows) else (None, None)
-        if self._drafting is not None:
-            assert step.batch is not None
-            assert known is not None
-            self._drafting.follow(plan, places, step.batch, known, step.hidden, tokens)
+        if self._drafting is not None and batch is not None and known is not None:
+            self._drafting.follow(plan, places, batch, known, step.hidden, tokens)
         return PendingStep(places, drawn, step.prompt_scores, self.device) if self._group.draws else None
 
     def _launch(self, plan: StepPlan, places: Places, scored: bool) -> "_Launched":
@@ -359,8 +357,10 @@ class ModelRunner:
             shape = (limits.most_draws, self.spec.vocab_size)
             out = self._graph_logits = torch.empty(shape, dtype=torch.float32, device=self.device)
         shapes = captured_shapes(limits)
-        kept = self._drafting.room(max(shape.tokens for shape in shapes)) if self._drafting is not None else None
-        self._graph_hidden = kept
+        kept = None
+        if self._drafting is not None:
+            most = max(shape.tokens for shape in shapes)
+            kept = self._graph_hidden = self._drafting.room(most, self.spec.hidden_size)
 
         def forward(batch: StepBatch) -> None:
             hidden = self._hidden(batch)

@@ -9,7 +9,7 @@ is what was drawn at the place before: so what a row draws at valid places is wh
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -142,7 +142,11 @@ class Sampler:
         return Drawn(tokens, scores, scored, failed)
 
     def guess(self, logits: Tensor, rows: NDArray[np.int32], parameters: Rows) -> Tensor:
-        """What `draw` would give for another model's logits of these rows, without edits. logits [S, V] fp32."""
+        """What `draw` would give for another model's logits of these rows, without edits. logits [S, its vocabulary]
+        fp32."""
+        size = logits.shape[1]
+        if size < self._vocab_size:
+            parameters = replace(parameters, top_k=torch.where(parameters.top_k < size, parameters.top_k, 0))
         return self._ops.draw(logits, parameters, bool(self._filters[rows].any()))
 
     def _expected(self, places: Places, masks: Masks) -> NDArray[np.int32]:
