@@ -41,10 +41,12 @@ def pair(stages: int) -> Iterator[Ask]:
     def ask(folder: Path, speculative: str = "") -> Answer | str:
         for ours, _ in pairs:
             ours.send((str(folder), speculative))
-        answers = []
-        while len(answers) < 2 and not any(isinstance(answer, str) for answer in answers):  # others wait for it in vain
-            ready = wait([ours for ours, _ in pairs], 60) or pytest.fail("no rank answers")
-            answers += [connection.recv() for connection in ready]
+        answers, left, patience = [], [ours for ours, _ in pairs], 60.0
+        while left and (ready := wait(left, patience)):
+            answers += [left.pop(left.index(connection)).recv() for connection in ready]
+            if any(isinstance(answer, str) for answer in answers):  # the other may wait for it in vain
+                patience = 5.0
+        assert not left, f"a rank does not answer; of the other: {answers}"
         return next(answer for answer in answers if answer is not None)
 
     yield ask
