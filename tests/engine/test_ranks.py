@@ -98,8 +98,6 @@ def test_heads_on_two(
 ) -> None:
     """Guesses are those of one rank, right and wrong alike: as many are accepted."""
     asked: dict[str, Any] = {"num_speculative_tokens": 3}
-    if name == "eagle3" and kind == "stages":
-        pytest.skip("its taps are of several stages")
     if name == "eagle3":
         folder = checkpoint("llama")
         asked["model"] = str(eagle_folder(tmp_path, 3, eagle_aux_hidden_state_layer_ids=[0, 1, 2]))
@@ -110,6 +108,9 @@ def test_heads_on_two(
         folder = mtp_folders(tmp_path, name)[1]
     given = json.dumps(asked)
     answer = request.getfixturevalue(kind)(folder, given)
+    if name == "eagle3" and kind == "stages":
+        assert "reads layers of several stages; set pipeline_parallel_size 1" in answer
+        return
     assert not isinstance(answer, str), answer
     config = EngineConfig(
         model=str(folder),

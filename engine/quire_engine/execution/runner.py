@@ -148,8 +148,9 @@ class ModelRunner:
                 self._model = Decoder(build, self.spec, memory.max_model_len, quantized_cache=quantized_cache)
         guesser: Guesser | None = None
         if source is not None and group.last:
-            ops = choose_backend(config, source.spec, target, self.device, dtype)
-            bar = progress_bar if group.draws and source.files is not files else None
+            own = source.files is not files
+            ops = choose_backend(config, source.spec, target, self.device, dtype) if own else backend
+            bar = progress_bar if group.draws and own else None
             with opened(config, source.files, dtype, self.device, bar) as weights:
                 build = Builder(weights, group, ops, source.quantization)
                 guesser = source.build(build, self._model, memory.max_model_len, quantized_cache)

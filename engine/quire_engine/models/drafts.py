@@ -78,7 +78,7 @@ class DraftModel:
         return self._model.logits(states, None)
 
 
-_FEW = 0.01
+_FEW = 0.01  # of a vocabulary: what may be called otherwise in a tokenizer that is the same
 Build = Callable[[Builder, Model, int, bool], Guesser]  # the model, its longest context, whether caches are quantized
 
 
@@ -129,7 +129,7 @@ def _check_tokens(draft: ModelFiles, files: ModelFiles) -> None:
         raise refused(f"the tokenizer of {draft.name} cannot be read; give a model that has one") from error
     known = Tokenizer.load(files).vocabulary()
     differing = [token for token, number in own.items() if known.get(token) != number]
-    if len(differing) > _FEW * len(own):  # those that families reserve may have other names
+    if len(differing) > _FEW * len(own):  # families rename tokens that they had reserved
         raise refused(
             f"{draft.name} has another tokenizer: {len(differing)} of its {len(own)} tokens are others, such as "
             f"{differing[0]!r:.40}; give a model of the same family"
