@@ -64,7 +64,8 @@ def ray_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         config, said = Path(folder, "scaling.json"), Path(folder, "said")
         config.write_text(scaling(address))
         options = f"--head --block --num-cpus 0 --num-gpus 1 --port {address.rpartition(':')[2]} --temp-dir {folder}"
-        options += f" --object-store-memory 80000000 --include-dashboard false --autoscaling-config {config}"
+        options += f" --ray-client-server-port {free_port()} --autoscaling-config {config}"
+        options += " --object-store-memory 80000000 --include-dashboard false"
         with said.open("wb") as output:
             command = [ray, "start", *options.split()]
             head = subprocess.Popen(command, env=environment, stdout=output, stderr=output)

@@ -44,7 +44,7 @@ class Head:
     """A Ray cluster of one node, and where its operator keeps the key."""
 
     def __init__(self, folder: Path, home: Path) -> None:
-        self.ray_port, self.http, self.grpc, self.admin, self.admin_grpc = free_ports(5)
+        self.ray_port, self.http, self.grpc, self.admin, self.admin_grpc, clients = free_ports(6)
         self.file = home / "admin.json"
         self.token = secrets.token_hex(32)
         (home / "token").write_text(self.token)
@@ -60,7 +60,8 @@ class Head:
         self._said = folder / "said"
         options = (
             f"--head --block --num-cpus 4 --object-store-memory 80000000 --node-ip-address 127.0.0.1 "
-            f"--port {self.ray_port} --include-dashboard false --temp-dir {folder}"
+            f"--port {self.ray_port} --ray-client-server-port {clients} "  # servers of two heads would share one port
+            f"--include-dashboard false --temp-dir {folder}"
         )
         ray = str(Path(sys.executable).with_name("ray"))
         with self._said.open("wb") as output:

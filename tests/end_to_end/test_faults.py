@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import psutil
 import pytest
 from conftest import RunningServer, held, processes, wait_until
 from quire import AsyncClient
-from web import LIMIT, http
+from web import LIMIT, free_port, http
 
 NUM_STREAMS = 16
 NUM_TOKENS = 200
@@ -200,9 +199,7 @@ def two_hosts() -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
     """A cluster of two nodes on this machine, with a CPU and a GPU each (which is not real, but Ray gives it to a
     worker): its address and the nodes' processes."""
     ray = str(Path(sys.executable).with_name("ray"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"127.0.0.1:{port}"
+    address = f"127.0.0.1:{(port := free_port())}"
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     environment["RAY_worker_niceness"] = "1"  # with the 15 that Ray sets else, whatever else runs here starves them
     common = "--block --num-cpus 1 --num-gpus 1 --object-store-memory 80000000 --node-ip-address 127.0.0.1"
@@ -218,7 +215,8 @@ def two_hosts() -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
             assert nodes[-1].poll() is None, said.read_text()
 
         try:
-            start(f"--head --port {port} --include-dashboard false --temp-dir {folder}")
+            ports = f"--port {port} --ray-client-server-port {free_port()}"
+            start(f"--head {ports} --include-dashboard false --temp-dir {folder}")
             start(f"--address {address}")
             yield address, nodes
         finally:
