@@ -11,6 +11,8 @@ from quire_engine.speculation.speculation import Speculation
 class Oracle:
     """Knows what comes next, and says something else as often as it is told to."""
 
+    reads_logs = True
+
     def __init__(self, following: Callable[[Request, int], list[int]], wrong: float, seed: int = 0) -> None:
         """`following`: so many tokens that will follow a request's log. `wrong`: the share of tokens that are not."""
         self._following = following
@@ -43,6 +45,8 @@ def told(prompts: Iterable[Sequence[int]], outputs: Iterable[Sequence[int]], wro
 class Constant:
     """Says the same of whatever it is asked about."""
 
+    reads_logs = True
+
     def propose(self, request: Request, most: int) -> Draft:
         return Draft([5] * most, [0.5] * most)
 
@@ -56,11 +60,16 @@ class Everything:
     def __init__(self) -> None:
         self.computed = self.accepted = 0
 
-    def worth_asking(self, decoding: int, beside: int) -> bool:
+    def possible(self, rows: int, certain: int) -> bool:
+        return 0 < rows <= certain
+
+    def worth_waiting(
+        self, requests: Sequence[Request], drafts: Sequence[Draft], rows: int, certain: int, *, unknown: bool
+    ) -> bool:
         return True
 
     def choose(
-        self, requests: Sequence[Request], drafts: Sequence[Draft], decoding: int, beside: int, room: int
+        self, requests: Sequence[Request], drafts: Sequence[Draft], rows: int, certain: int, room: int
     ) -> list[int]:
         counts = []
         for draft in drafts:
@@ -68,13 +77,16 @@ class Everything:
             room -= counts[-1]
         return counts
 
+    def compare(self, request: Request, draft: Draft, right: bool) -> None:
+        assert draft.tokens
+
     def learn(self, request: Request, draft: Draft, computed: int, accepted: int) -> None:
         assert 0 <= accepted <= computed <= len(draft.tokens)
         self.computed += computed
         self.accepted += accepted
 
-    def timed(self, tokens: int, seconds: float, waited: float) -> None:
-        assert tokens > 0
+    def timed(self, tokens: int, prompts: int, seconds: float, waited: float) -> None:
+        assert tokens > 0 and 0 <= prompts <= tokens
 
     def forget(self, request: Request) -> None:
         pass

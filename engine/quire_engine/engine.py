@@ -113,7 +113,7 @@ class Engine:
         self.prompt_rate.take(outcome.num_prompt_tokens, seconds)
         if scheduler.speculation is not None:
             waited = waited if scheduler.limits.steps_in_flight > 1 else 0.0
-            scheduler.speculation.timed(outcome.num_tokens, seconds + waited, waited)
+            scheduler.speculation.timed(outcome.num_tokens, outcome.num_prompt_tokens, seconds + waited, waited)
         if not scheduler.has_work:
             self._collected = 0.0
         return outcome

@@ -185,18 +185,18 @@ class Scheduler:
             return None
         if self.speculation is None or (self._waiting.head is not None and self._rows):
             return {}
-        budget, decoding, beside = self.limits.max_num_batched_tokens, [], 0
+        decoding, rows, certain = [], 0, 0
         for request in self.running:
-            lacking = len(request.tokens) + request.pending - request.num_computed
+            length = len(request.tokens) + request.pending
+            lacking = length - request.num_computed
             if lacking > 1 + request.again:
                 return {}
-            drafting = lacking > 0 and request.again <= _MOST_AGAIN and len(request.tokens) > request.begun_at
-            if drafting:
+            if lacking > 0 and request.again <= _MOST_AGAIN and length > request.begun_at:
                 decoding.append(request)
-            budget -= lacking
-            beside += lacking - drafting
-        room = min(budget, self.limits.most_drafts)
-        return self.speculation.guesses(decoding, beside, room, in_flight=bool(self._in_flight))
+            rows += lacking > 0
+            certain += lacking
+        room = max(0, min(self.limits.max_num_batched_tokens - certain, self.limits.most_drafts))
+        return self.speculation.guesses(decoding, rows, certain, room, in_flight=bool(self._in_flight))
 
     def _decode(self, draft: PlanDraft, guesses: dict[Request, list[int]]) -> list[Request]:
         """One token, and its drafts, for each running request that lacks no more; gives the others."""

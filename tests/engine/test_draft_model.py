@@ -78,7 +78,7 @@ class Seldom(Everything):
 
     steps = 0
 
-    def worth_asking(self, decoding: int, beside: int) -> bool:
+    def possible(self, rows: int, certain: int) -> bool:
         self.steps += 1
         return self.steps % 24 > 18
 
@@ -101,7 +101,7 @@ class Told(Everything):
         super().__init__()
         self.asked = asked
 
-    def worth_asking(self, decoding: int, beside: int) -> bool:
+    def possible(self, rows: int, certain: int) -> bool:
         return self.asked
 
 

@@ -242,6 +242,8 @@ def test_the_distribution_is_that_of_plain_sampling(llama: Model, seeds: int) ->
 class Common:
     """Drafts what followed most often: a guess that knows nothing of seeds."""
 
+    reads_logs = True
+
     def __init__(self, seen: list[Seen]) -> None:
         outputs = [tokens for tokens, _, _ in seen]
         self._common = [max(set(column), key=column.count) for column in zip(*outputs, strict=True)]

@@ -13,6 +13,7 @@ from quire_engine.speculation.value import Value
 
 MOST = 8
 OUTPUT = 300  # tokens of a request
+LEARNING = 5  # plain steps' time that may be lost to find out what is never worth it
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ TEXTS = {
 
 
 class Policy(Protocol):
-    def worth_asking(self, decoding: int, beside: int) -> bool: ...
-    def choose(
-        self, requests: list[Request], drafts: list[Draft], decoding: int, beside: int, room: int
-    ) -> list[int]: ...
+    def possible(self, rows: int, certain: int) -> bool: ...
+    def worth_waiting(
+        self, requests: list[Request], drafts: list[Draft], rows: int, certain: int, *, unknown: bool
+    ) -> bool: ...
+    def choose(self, requests: list[Request], drafts: list[Draft], rows: int, certain: int, room: int) -> list[int]: ...
+    def compare(self, request: Request, draft: Draft, right: bool) -> None: ...
     def learn(self, request: Request, draft: Draft, computed: int, accepted: int) -> None: ...
-    def timed(self, tokens: int, seconds: float, waited: float) -> None: ...
+    def timed(self, tokens: int, prompts: int, seconds: float, waited: float) -> None: ...
     def forget(self, request: Request) -> None: ...
 
 
@@ -92,14 +95,20 @@ class Fixed:
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def worth_asking(self, decoding: int, beside: int) -> bool:
+    def possible(self, rows: int, certain: int) -> bool:
         return self.length > 0
 
-    def choose(self, requests: list[Request], drafts: list[Draft], decoding: int, beside: int, room: int) -> list[int]:
+    def worth_waiting(
+        self, requests: list[Request], drafts: list[Draft], rows: int, certain: int, *, unknown: bool
+    ) -> bool:
+        return any(draft.tokens for draft in drafts)
+
+    def choose(self, requests: list[Request], drafts: list[Draft], rows: int, certain: int, room: int) -> list[int]:
         return [min(self.length, len(draft.tokens)) for draft in drafts]
 
+    def compare(self, request: Request, draft: Draft, right: bool) -> None: ...
     def learn(self, request: Request, draft: Draft, computed: int, accepted: int) -> None: ...
-    def timed(self, tokens: int, seconds: float, waited: float) -> None: ...
+    def timed(self, tokens: int, prompts: int, seconds: float, waited: float) -> None: ...
     def forget(self, request: Request) -> None: ...
 
 
@@ -108,33 +117,52 @@ def a_request(number: int) -> Request:
 
 
 def run(
-    policy: Policy, machine: Machine, text: Text, batch: int, steps: int, prompt: int = 0, seed: int = 1
+    policy: Policy,
+    machine: Machine,
+    text: Text,
+    batch: int,
+    steps: int,
+    prompt: int = 0,
+    seed: int = 1,
+    disturbed: range = range(0),
 ) -> tuple[float, float]:
     """How long it takes to draw as much as plain steps would in so many, and the second half of it, by what steps take
     without the noise. A request that ends makes room for the next; its prompt, of so many tokens, comes meanwhile
-    in pieces of 256."""
+    in pieces of 256. `disturbed`: steps beside which something else runs."""
     rng = Random(seed)
     requests = [a_request(number) for number in range(batch)]
     outputs = {request.id: rng.randrange(OUTPUT) for request in requests}
     number = batch
     queued, drafted = 0.0, False
     time = half = 0.0
-    drawn, wanted = 0, steps * batch
+    drawn, wanted, made = 0, steps * batch, 0
+
+    def seen(request: Request, most: int) -> Draft:
+        said = text.said(text.chance(request.id, outputs[request.id]))
+        return Draft([1] * most, [said] * most) if rng.random() < text.drafted else Draft()
+
     while drawn < wanted:
-        beside = 256 if queued >= 256 else 0
-        queued -= beside
-        asked = policy.worth_asking(batch, beside)
+        prompts = 256 if queued >= 256 and not drafted else 0
+        queued -= prompts
         counts = [0] * batch
         drafts = [Draft()] * batch
-        if asked:
-            for place, request in enumerate(requests):
-                if rng.random() < text.drafted:
-                    said = text.said(text.chance(request.id, outputs[request.id]))
-                    drafts[place] = Draft([1] * MOST, [said] * MOST)
-            counts = policy.choose(requests, drafts, batch, beside, 1000)
-        alone = machine.gap if asked or drafted else 0.0
-        seconds = machine.cost(batch + beside + sum(counts)) + alone
+        waited = drafted
+        if not prompts and policy.possible(batch, batch):
+            if not drafted:  # a step is in flight
+                drafts = [seen(request, MOST + 1) for request in requests]
+                waited = policy.worth_waiting(requests, drafts, batch, batch, unknown=True)
+            for place, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
+                right = rng.random() < text.chance(request.id, outputs[request.id])
+                if drafted:
+                    drafts[place] = seen(request, MOST)
+                elif draft.tokens:
+                    policy.compare(request, draft, right)
+                    drafts[place] = Draft(draft.tokens[1:], draft.chances[1:]) if right else Draft()
+            if waited:
+                counts = policy.choose(requests, drafts, batch, batch, 1000)
         drafted = any(counts)
+        alone = machine.gap if waited else 0.0
+        seconds = machine.cost(batch + prompts + sum(counts)) + alone
         time += seconds
         if drawn < wanted / 2:
             half = time
@@ -153,8 +181,12 @@ def run(
                 requests[place] = a_request(number)
                 outputs[number] = 0
                 number += 1
-        waited = machine.measured(rng, 0.7 * alone)  # the rest is not seen
-        policy.timed(batch + beside + sum(counts), machine.measured(rng, seconds - 0.7 * alone) + waited, waited)
+        held_up = machine.measured(rng, 0.7 * alone)  # the rest is not seen
+        took = machine.measured(rng, seconds - 0.7 * alone) + held_up
+        if made in disturbed:
+            took *= rng.uniform(1, 6)
+        made += 1
+        policy.timed(batch + prompts + sum(counts), prompts, took, held_up)
     return time, time - half
 
 
@@ -172,7 +204,7 @@ def test_never_slower(machine: str, batch: int, prompt: int) -> None:
     for name, text in TEXTS.items():
         plain, _ = run(Fixed(0), made, text, batch, 800, prompt)
         took, _ = run(Value(MOST), made, text, batch, 800, prompt)
-        assert took <= plain / 0.97, name
+        assert took <= plain / 0.97 + LEARNING * made.cost(batch), name
 
 
 @pytest.mark.parametrize("text", ["always", "always, doubted", "good", "good, underrated", "two kinds"])
@@ -182,3 +214,14 @@ def test_near_the_best_length(machine: str, text: str) -> None:
     made = (MACHINES | NOISY)[machine]
     best = min(run(Fixed(length), made, TEXTS[text], 4, 2400)[1] for length in (0, 1, 2, 4, 8))
     assert run(Value(MOST), made, TEXTS[text], 4, 2400)[1] <= best / 0.9
+
+
+@pytest.mark.parametrize("disturbed", [range(40), range(20, 100), range(1000, 1100)])
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_a_disturbance_has_taught_is_soon_forgotten(machine: str, batch: int, disturbed: range) -> None:
+    made = MACHINES[machine]
+    for text in ("always", "good", "never, sure of it"):
+        best = min(run(Fixed(length), made, TEXTS[text], batch, 2400)[1] for length in (0, 1, 2, 4, 8))
+        took = run(Value(MOST), made, TEXTS[text], batch, 2400, disturbed=disturbed)[1]
+        assert took <= best / 0.87, text

@@ -4,18 +4,22 @@ from bisect import bisect
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
-from math import log2, sqrt
+from math import log2
 
-_KEPT = 64  # observations of a bucket
-_OFTEN = 6  # observations before a size counts as known, at least
+_KEPT = 32  # observations of a bucket
+_OFTEN = 4  # observations before a size counts as known, at least
 _SURE = 0.06  # and as many as make the error by the noise so small, relative to what such steps take
-_PAIR = 2  # observations that tell what a size takes from a step that was disturbed
 _LIFE = 1024  # steps for which a bucket speaks after its last observation
+_DRAFTED_LIFE = 512  # the same of drafted steps
 _TRUST = 16  # the same of a bucket of drafted steps with one observation; with n, n² times as many
 _CHECKED = 16  # steps between two looks for buckets to be forgotten
+_FAR = 1.4  # times what is usual
+_CHANGED = 4  # steps in a row so far from it, to one side, after which only they count
 _SLOPE = 0.25  # of proportional growth: what is assumed of sizes beyond those seen
 _GROWTH = 1.5  # from the largest size seen to one that may be tried
-_GAPS = 16  # observations before what asking takes is read off whole steps
+_DISTURBED = 1.5  # times what is usual for a step: what takes longer was held up by something else
+_GAP_MEMORY = 8  # waits over which is averaged
+_GAP_LIFE = 256  # steps in which the gap is forgotten, so that it is measured again
 
 
 @dataclass(slots=True)
@@ -27,6 +31,11 @@ class Typical:
     seconds: float
     spread: float  # of that half, relative
     count: int
+
+    @property
+    def sure(self) -> bool:
+        """Whether they are enough for the noise."""
+        return self.count == _KEPT or self.count >= max(_OFTEN, (self.spread / _SURE) ** 2)
 
     @staticmethod
     def of(seen: Collection[tuple[float, int]]) -> "Typical":
@@ -43,7 +52,7 @@ class StepCosts:
     """Buckets of sizes, a factor of about the square root of 2 apart; between them costs are linear, and never fall.
 
     With `like`, costs that grow in the same way outside the sizes seen, buckets of few observations are soon forgotten:
-    what looked dear once is tried again.
+    what looked dear once is tried again, and then ever more rarely.
     """
 
     def __init__(self, like: "StepCosts | None" = None) -> None:
@@ -51,6 +60,7 @@ class StepCosts:
         self._buckets: dict[int, deque[tuple[float, int]]] = {}
         self._typical: dict[int, Typical] = {}
         self._last: dict[int, int] = {}  # when an observation came to a bucket
+        self._counts: dict[int, int] = {}  # of observations, those forgotten too
         self._now = 0  # counts steps
         self._tokens: list[float] | None = []  # the curve's corners; None: to be drawn
         self._seconds: list[float] = []
@@ -59,50 +69,61 @@ class StepCosts:
         """Whether anything has been seen."""
         return bool(self._buckets)
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A step of so many computed tokens has ended."""
+    def observe(self, tokens: int, seconds: float) -> bool:
+        """A step of so many computed tokens has ended. Whether times have changed: what such steps took before says
+        nothing any more."""
         place = _place(tokens)
         bucket = self._buckets.get(place)
         if bucket is None:
             bucket = self._buckets[place] = deque(maxlen=_KEPT)
         bucket.append((seconds, tokens))
+        off = {self.off(*seen) for seen in list(bucket)[-_CHANGED:]}
+        changed = len(bucket) > _CHANGED and (off == {1} or off == {-1})
+        while changed and len(bucket) > _CHANGED:
+            bucket.popleft()
         self._typical[place] = Typical.of(bucket)
         self._last[place] = self._now
+        self._counts[place] = self._counts.get(place, 0) + 1
         self._tokens = None
-        self.pass_by()
+        return changed
 
     def pass_by(self) -> None:
-        """A step has ended that says nothing of these costs: they are a step older."""
+        """What is known is a step older."""
         self._now += 1
         if self._now % _CHECKED:
             return
         for place, last in list(self._last.items()):
-            life = _LIFE if self._like is None else min(_TRUST * self._typical[place].count ** 2, _LIFE)
+            life = _LIFE if self._like is None else min(_TRUST * self._counts[place] ** 2, _DRAFTED_LIFE)
             if self._now - last > life and (self._like is not None or len(self._buckets) > 1):
                 del self._buckets[place], self._typical[place], self._last[place]
                 self._tokens = None
 
-    def knows(self, tokens: int, often: float) -> bool:
-        """Whether sizes about this one, or on both sides of it, have been seen so often."""
+    def knows(self, tokens: int) -> bool:
+        """Whether sizes about this one, or on both sides of it, have been seen often enough."""
         place = _place(tokens)
-        below = max((at for at, seen in self._typical.items() if at <= place and seen.count >= often), default=None)
+        below = max((at for at, seen in self._typical.items() if at <= place and seen.sure), default=None)
         return below is not None and (place - below <= 2 or any(at > place for at in self._typical))
+
+    def off(self, seconds: float, tokens: int) -> int:
+        """Whether that is far too long for a step of this size (1), or far too short (-1)."""
+        seen = self._typical.get(_place(tokens))
+        return 0 if seen is None else (seconds > _FAR * seen.seconds) - (seconds < seen.seconds / _FAR)
+
+    def undisturbed(self, seconds: float, tokens: int) -> float:
+        """What a step of this size took, but for what must have held it up."""
+        seen = self._typical.get(_place(tokens))
+        return min(seconds, _DISTURBED * seen.seconds) if seen is not None and seen.count > 1 else seconds
+
+    def forget(self, tokens: int = 0) -> None:
+        """What was seen, but for steps of this size."""
+        for place in self._buckets.keys() - ({_place(tokens)} if tokens else set()):
+            del self._buckets[place], self._typical[place], self._last[place]
+        self._tokens = None
 
     @property
     def top(self) -> int:
-        """The largest size in the uppermost bucket that has been seen more than once; 0: none."""
-        place = max((at for at, seen in self._typical.items() if seen.count >= _PAIR), default=None)
-        return 0 if place is None else max(tokens for _, tokens in self._buckets[place])
-
-    @property
-    def noise(self) -> tuple[int, float]:
-        """How far steps of one size differ, relative to what they take, by so many observations."""
-        return max(((seen.count, seen.spread) for seen in self._typical.values()), default=(0, 0.0))
-
-    def count(self, tokens: int) -> int:
-        """Observations of a size."""
-        seen = self._typical.get(_place(tokens))
-        return seen.count if seen is not None else 0
+        """The largest size seen; 0: none."""
+        return max((tokens for _, tokens in self._buckets[max(self._buckets)]), default=0) if self._buckets else 0
 
     def seconds(self, tokens: int) -> float:
         """What a step of so many takes; 0 while nothing is known. Below the sizes seen no less than the least, beyond
@@ -150,78 +171,34 @@ class Costs:
     def __init__(self) -> None:
         self.plain = StepCosts()
         self.drafted = StepCosts(like=self.plain)
-        self.gap = 0.0  # what a step takes longer for having been asked about
-        self._waits: deque[tuple[float, int]] = deque(maxlen=_KEPT)
-        self._gaps: deque[tuple[float, int]] = deque(maxlen=_KEPT)
+        self.gap = 0.0  # seconds for which nothing is computed because a step waits for the one before it
 
-    def knows(self, decoding: int, beside: int) -> bool:
-        """Whether plain steps of so many have been seen often enough for their noise, and one with such prompts."""
-        often = max(_OFTEN, min((self._noise / _SURE) ** 2, _KEPT / 2))
-        return self.plain.knows(decoding, often) and (not beside or self.plain.knows(decoding + beside, 1))
+    def extra(self, certain: int, drafts: int) -> float:
+        """Seconds that drafts add to a step of so many tokens otherwise."""
+        plain = self.plain.seconds(certain)
+        if not self.drafted:
+            return self.plain.seconds(certain + drafts) - plain + self.gap
+        return max(0.0, self.drafted.seconds(certain + drafts) - plain)
 
-    @property
-    def _noise(self) -> float:
-        return max(self.plain.noise, self.drafted.noise)[1]
+    def reach(self, certain: int) -> int:
+        """Drafts that a step may have: of a size that has been seen, or not far beyond."""
+        return int(_GROWTH * max(certain, self.plain.top, self.drafted.top)) + 1 - certain
 
-    def worth(self, decoding: int) -> float:
-        """Seconds that a token takes in a plain step of so many."""
-        return self.plain.seconds(decoding) / decoding
-
-    def extra(self, decoding: int, beside: int, drafts: int) -> float:
-        """Seconds that drafts add to a step of so many certain tokens and so many of prompts. Beside prompts by what
-        plain steps show: the difference between a drafted step and a plain one is lost in the noise there."""
-        certain = decoding + beside
-        if beside or not self.drafted:
-            return self.plain.seconds(certain + drafts) - self.plain.seconds(certain) + self.gap
-        return max(0.0, self.drafted.seconds(certain + drafts) - self.plain.seconds(certain))
-
-    def price(self, decoding: int, beside: int, drafts: int, more: int) -> float:
-        """Seconds that `more` drafts add to `drafts`: the first of all also that the next step has to wait. Few are
-        priced as a part of many, because what they add by themselves is lost in the noise."""
-        before = self.extra(decoding, beside, drafts) if drafts else 0.0
-        many = max(more, self.drafted.top - decoding - drafts)
-        all_of_them = self.extra(decoding, beside, drafts + many) - before
-        return max(all_of_them * more / many, self.extra(decoding, beside, drafts + more) - before)
-
-    def reach(self, decoding: int, beside: int) -> tuple[int, int]:
-        """Drafts with which a step is of a size that has been seen, and of one that may be tried."""
-        certain = decoding + beside
-        top = max(certain, (self.plain if beside else self.drafted).top)
-        return top - certain, int(_GROWTH * top) + 1 - certain
-
-    def doubt(self, decoding: int, drafts: int, gain: float) -> float:
-        """How many seconds the noise may make of what drafts save that bring so many tokens: plain steps count for
-        what is added to them and for what a token is worth."""
-        plain = self.plain.seconds(decoding) * (1 + gain / decoding)
-        drafted = self.drafted.seconds(decoding + drafts)
-        counts = max(1, self.plain.count(decoding)), max(1, self.drafted.count(decoding + drafts))
-        return self._noise * sqrt(plain**2 / counts[0] + drafted**2 / counts[1])
-
-    def observe(self, decoding: int, beside: int, drafts: int, seconds: float, waited: float, asked: bool) -> None:
-        """A step has ended."""
-        tokens = decoding + beside + drafts
-        plain = drafted = False
+    def observe(self, tokens: int, drafts: int, seconds: float, waited: float) -> float:
+        """A step has ended; of its tokens so many were drafts. How long it took but for what else held it up."""
+        self.plain.pass_by()
+        self.drafted.pass_by()
         if waited:
-            self._waits.append((waited, 0))
-        if drafts and beside:
-            self.plain.observe(tokens, max(0.0, seconds - self.gap))
-            plain = True
-        elif drafts:
-            self.drafted.observe(tokens, min(seconds, 2 * self.drafted.seconds(tokens)))
-            drafted = True
-        elif asked and not beside:
-            self._gaps.append((seconds - self.plain.seconds(tokens), 0))
-        elif not asked and (not waited or not self.plain):
-            self.plain.observe(tokens, seconds)
-            plain = True
-        if not plain:
-            self.plain.pass_by()
-        if not drafted:
-            self.drafted.pass_by()
-        if asked:
-            self.gap = Typical.of(self._waits).seconds if self._waits else 0.0
-            if len(self._gaps) >= _GAPS:
-                self.gap = max(self.gap, Typical.of(self._gaps).seconds)
+            self.gap += (waited - self.gap) / _GAP_MEMORY if self.gap else waited
+        else:
+            self.gap -= self.gap / _GAP_LIFE
+        if drafts:
+            seconds = self.drafted.undisturbed(seconds, tokens)
+            if self.drafted.observe(tokens, seconds):
+                self.drafted.forget(tokens)
+        elif (not waited or not self.plain) and self.plain.observe(tokens, seconds):
+            self.drafted.forget()
+        return seconds
 
 
 def _place(tokens: int) -> int:

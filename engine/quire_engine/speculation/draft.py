@@ -1,7 +1,7 @@
 """What a drafter says, and what it is asked."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from quire_engine.request import Request
 
@@ -15,7 +15,9 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """Looks at token logs, on the engine's thread: what it does there, every step waits for."""
+    """Asked on the engine's thread: what it does there, every step waits for."""
+
+    reads_logs: ClassVar[bool]  # drafts come out of token logs
 
     def propose(self, request: Request, most: int) -> Draft:
         """At most `most` tokens to follow `request.tokens`, which may have grown since the last call."""

@@ -1,5 +1,7 @@
 """Drafts out of the request's own log: what followed where it last stood as it ends."""
 
+from typing import ClassVar
+
 from quire_engine.request import Request
 from quire_engine.speculation.draft import Draft
 from quire_engine.speculation.index import Bounds, Index
@@ -19,6 +21,8 @@ class NgramDrafter:
     Of the latest 16 places that agree with the end of the log in `shortest` tokens, the latest that agrees in the most,
     up to `longest`; one that agrees in `longest` is found wherever it is.
     """
+
+    reads_logs: ClassVar[bool] = True
 
     def __init__(self, shortest: int, longest: int) -> None:
         self._bounds = Bounds(short=shortest, long=longest, walk=_WALK, reach=longest, enough=1)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import ClassVar
 
 from quire_engine.request import Request
 from quire_engine.speculation.draft import Draft
@@ -32,6 +33,8 @@ class SuffixDrafter:
     At the places that agree with the end of the log in the most tokens, in the log or else in outputs of its tenant,
     what most went on with. Places that keep being right are followed without a search.
     """
+
+    reads_logs: ClassVar[bool] = True
 
     def __init__(
         self,
