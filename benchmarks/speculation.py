@@ -1,7 +1,7 @@
 """Guessing tokens ahead: output tokens per second with it and without, in turns, on texts that repeat and others.
 
     python benchmarks/speculation.py [--model PATH] [--method suffix] [--batches 1,8] [--peer-python peer/bin/python]
-        [--kinds editing,summarizing] [--output FILE] [--plot FILE]
+        [--kinds editing,summarizing] [--output FILE] [--plot FILE]    (with a FILE that is there, --output adds to it)
 
 Texts that repeat: 20 functions of Python's standard library that are to be edited, and 20 passages of `alice.txt` to be
 summarized in its own words. Others: the same model at temperature 1, behind random prompts. `--peer-python`: of an
@@ -85,7 +85,7 @@ def repeating(tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
 
 
 class Bench:
-    """One model's workers, and an engine with or without drafts for each turn. What is learnt of drafts stays."""
+    """One model's workers, and an engine with or without drafts for each batch."""
 
     def __init__(self, model: str, method: str, most_rows: int) -> None:
         asked = json.dumps({"method": method})
@@ -101,12 +101,18 @@ class Bench:
         self._workers = LocalWorkers(config)
         self._limits = self._workers.limits
         self.vocab_size = self._limits.vocab_size
-        self._speculation: Speculation | None = speculation_of(self._limits)
+        self._speculation: Speculation | None = None
         self._number = 0
         self.drafted = self.accepted = 0
 
-    def rate(self, prompts: list[list[int]], tokens: int, *, drafts: bool, temperature: float = 0.0) -> float:
-        """Output tokens per second of these prompts at once, from the first to the last of their tokens."""
+    def forget(self) -> None:
+        """What was learnt of drafts and of steps, and what was answered: the same prompts would be answered alike."""
+        self._speculation = speculation_of(self._limits)
+
+    def rate(
+        self, prompts: list[list[int]], tokens: int, *, drafts: bool, temperature: float = 0.0
+    ) -> tuple[float, float]:
+        """Output tokens per second of these prompts at once: in all, and from when each has its first token."""
         self._workers.limits = self._limits if drafts else replace(self._limits, speculation=None)
         engine = Engine(self._workers, self._speculation if drafts else None)
         requests = []
@@ -115,13 +121,17 @@ class Bench:
             params = EngineSampling(temperature=temperature, max_tokens=tokens, seed=self._number)
             requests.append(Request(self._number, list(prompt), len(prompt), params))
             engine.add(requests[-1])
-        begun = time.perf_counter()
+        begun = decoding = time.perf_counter()
+        left = 0
         while engine.has_work:
             engine.step()
-        seconds = time.perf_counter() - begun
+            if not left and all(request.num_output for request in requests):
+                decoding = time.perf_counter()
+                left = sum(tokens - request.num_output for request in requests)
+        ended = time.perf_counter()
         self.drafted += sum(request.num_drafts for request in requests)
         self.accepted += sum(request.num_accepted for request in requests)
-        return tokens * len(prompts) / seconds
+        return tokens * len(prompts) / (ended - begun), left / (ended - decoding)
 
     def close(self) -> None:
         """Stops the workers."""
@@ -131,27 +141,30 @@ class Bench:
 def compare(bench: Bench, prompts: list[list[int]], size: int, tokens: int, turns: int, temperature: float) -> Any:
     """Batches of `size` of the prompts, with drafts and without in turns."""
     batches = [prompts[at : at + size] for at in range(0, len(prompts) - size + 1, size)]
-    plain: list[float] = []
-    drafted: list[float] = []
+    plain: list[tuple[float, float]] = []
+    drafted: list[tuple[float, float]] = []
     bench.drafted = bench.accepted = 0
     for turn in range(turns):
+        bench.forget()
         for batch in batches:
             for drafts in (turn % 2 == 0, turn % 2 == 1):
                 rate = bench.rate(batch, tokens, drafts=drafts, temperature=temperature)
                 (drafted if drafts else plain).append(rate)
     return {
-        "plain": _mean_rate(plain),
-        "drafted": _mean_rate(drafted),
-        "ratio": _mean_rate(drafted) / _mean_rate(plain),
-        "median ratio": statistics.median(d / p for p, d in zip(plain, drafted, strict=True)),
+        "plain": _mean_rate(plain, 0),
+        "drafted": _mean_rate(drafted, 0),
+        "ratio": _mean_rate(drafted, 0) / _mean_rate(plain, 0),
+        "plain decoding": _mean_rate(plain, 1),
+        "drafted decoding": _mean_rate(drafted, 1),
+        "ratio decoding": _mean_rate(drafted, 1) / _mean_rate(plain, 1),
         "drafts per token": bench.drafted / (turns * len(batches) * size * tokens),
         "accepted": bench.accepted / bench.drafted if bench.drafted else None,
     }
 
 
-def _mean_rate(rates: list[float]) -> float:
-    """Of equal amounts of tokens."""
-    return statistics.harmonic_mean(rates)
+def _mean_rate(rates: list[tuple[float, float]], kind: int) -> float:
+    """Of about equal amounts of tokens."""
+    return statistics.harmonic_mean(rate[kind] for rate in rates)
 
 
 def peer(python: str, prompts: list[list[int]], batches: list[int], tokens: int, turns: int, threads: int) -> Any:
@@ -222,6 +235,8 @@ def main() -> None:
             found[f"peer, {kind}"] = peer(args.peer_python, prompts, batches, args.tokens, args.turns, threads)
             print("peer", kind, found[f"peer, {kind}"], flush=True)
     if args.output:
+        before = json.loads(args.output.read_text()) if args.output.exists() else {}
+        found = before | found
         args.output.write_text(json.dumps(found, indent=1) + "\n")
     if args.plot:
         plot(found, args.plot)
