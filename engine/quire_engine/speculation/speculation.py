@@ -24,7 +24,7 @@ class Speculation:
     ) -> dict[Request, list[int]] | None:
         """What to compute behind the last token of these requests, which lack no other. None: there may be something
         once no step is in flight, for then that token is known. `rows`: tokens that the step draws; `certain`: that it
-        computes besides; `room`: for all drafts."""
+        computes without drafts; `room`: for all drafts."""
         waited, self._waiting = self._waiting, False
         if not room or not decoding or not (waited or self._value.possible(rows, certain)):
             return {}

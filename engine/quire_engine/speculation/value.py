@@ -30,7 +30,7 @@ class Value:
     maximizes goodput: accepted tokens a second. One thread; what it says is a function of what it was told.
 
     Estimates may be wrong, and machines are disturbed. So it also keeps account of what drafts have really saved:
-    where they have lost the time of two steps they pause, each time for longer, until they have saved as much.
+    where they have lost the time of a plain step they pause, each time for longer, until they have saved as much.
 
     A step is described by its `rows`, requests of which it draws a token, and its `certain` tokens, which it computes
     whether there are drafts or not (more than its rows where some are computed again).
