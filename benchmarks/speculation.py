@@ -3,9 +3,11 @@
     python benchmarks/speculation.py [--model PATH] [--method suffix] [--batches 1,8] [--peer-python peer/bin/python]
         [--kinds editing,summarizing] [--output FILE] [--plot FILE]    (with a FILE that is there, --output adds to it)
 
-Texts that repeat: 20 functions of Python's standard library that are to be edited, and 20 passages of `alice.txt` to be
-summarized in its own words. Others: the same model at temperature 1, behind random prompts. `--peer-python`: of an
-environment with vLLM's CPU build (see side_by_side.py), which runs the same prompts plain and with its n-grams.
+Texts that repeat: 20 functions of Python's standard library that are to be edited, and 20 pieces of its documentation
+to be summarized in their own words. Others: the same model at temperature 1, behind random prompts, without an end. As
+many run as the batch has room for: what ends makes room for the next. Rates are of the whole run, and ("decoding") of
+the steps in which all of the batch ran and had their first tokens. `--peer-python`: of an environment with vLLM's CPU
+build (see side_by_side.py), which runs the same prompts plain and with its n-grams.
 """
 
 import argparse
@@ -13,12 +15,12 @@ import importlib
 import inspect
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -28,12 +30,10 @@ from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.request import EngineSampling, Request
 from quire_engine.speculation.choice import speculation_of
-from quire_engine.speculation.speculation import Speculation
-from quire_engine.text.tokenizer import Tokenizer
+from quire_engine.text.tokenizer import Tokenizer, end_tokens
 from quire_engine.weights.resolve import find_model
 from side_by_side import write_checkpoint
 
-HERE = Path(__file__).parent
 FUNCTIONS = (
     "string.capwords", "heapq.nlargest", "heapq._siftup", "textwrap.dedent", "textwrap.indent", "shlex.split",
     "statistics.median_low", "statistics.quantiles", "statistics.covariance", "calendar.monthrange",
@@ -47,17 +47,21 @@ if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     more = {"speculative_config": asked["speculation"]} if asked["speculation"] else {}
     llm = LLM(asked["model"], dtype="float32", max_model_len=2048, enable_prefix_caching=False, **more)
-    params = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True)
-    found = {}
+    params = SamplingParams(temperature=0, max_tokens=asked["tokens"])
+    engine, number, found = llm.llm_engine, 0, {}
     for size in asked["batches"]:
-        best = []
+        best = 0.0
         for _ in range(asked["repeats"]):
-            begun, made = time.perf_counter(), 0
-            for at in range(0, len(asked["prompts"]) - size + 1, size):
-                batch = [{"prompt_token_ids": one} for one in asked["prompts"][at : at + size]]
-                made += sum(len(out.outputs[0].token_ids) for out in llm.generate(batch, params, use_tqdm=False))
-            best.append(made / (time.perf_counter() - begun))
-        found[size] = max(best)
+            begun, made, running, left = time.perf_counter(), 0, 0, list(asked["prompts"])
+            while running or left:
+                while running < size and left:
+                    engine.add_request(str(number), {"prompt_token_ids": left.pop(0)}, params)
+                    number, running = number + 1, running + 1
+                for output in engine.step():
+                    if output.finished:
+                        made, running = made + len(output.outputs[0].token_ids), running - 1
+            best = max(best, made / (time.perf_counter() - begun))
+        found[size] = best
     print("RESULT " + json.dumps(found), flush=True)
 """
 
@@ -72,8 +76,8 @@ def repeating(tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
             f"Add the line `# {name}` at the top of this code, change nothing else, and give all of it:\n\n"
             f"```python\n{source[:1500]}```"
         )
-    words = (HERE / "alice.txt").read_text().split()
-    passages = [" ".join(words[at : at + 120]) for at in range(0, 20 * 32, 32)]
+    long = [words for _, text in sorted(topics.items()) if len(words := text.split()) >= 200]
+    passages = [" ".join(words[:120]) for words in long[:20]]
     summaries = [f"Summarize this text by citing its most important sentences word by word:\n\n{p}" for p in passages]
 
     def tokens(text: str) -> list[int]:
@@ -84,8 +88,25 @@ def repeating(tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
     return {"editing": [tokens(text) for text in editing], "summarizing": [tokens(text) for text in summaries]}
 
 
+@dataclass
+class Rates:
+    """What was drawn, in all and in the steps in which all of the batch was being decoded."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    decoded: int = 0
+    decoding: float = 0.0
+
+    def add(self, other: "Rates") -> None:
+        """Another run."""
+        self.tokens += other.tokens
+        self.seconds += other.seconds
+        self.decoded += other.decoded
+        self.decoding += other.decoding
+
+
 class Bench:
-    """One model's workers, and an engine with or without drafts for each batch."""
+    """One model's workers, and an engine with or without drafts for each run."""
 
     def __init__(self, model: str, method: str, most_rows: int) -> None:
         asked = json.dumps({"method": method})
@@ -97,74 +118,74 @@ class Bench:
             enable_prefix_caching=False,
             speculative_config=asked,
         )
-        self.tokenizer = Tokenizer.load(find_model(config))
+        files = find_model(config)
+        self.tokenizer = Tokenizer.load(files)
+        self._ends = end_tokens(files, self.tokenizer)
         self._workers = LocalWorkers(config)
         self._limits = self._workers.limits
         self.vocab_size = self._limits.vocab_size
-        self._speculation: Speculation | None = None
         self._number = 0
         self.drafted = self.accepted = 0
 
-    def forget(self) -> None:
-        """What was learnt of drafts and of steps, and what was answered: the same prompts would be answered alike."""
-        self._speculation = speculation_of(self._limits)
-
-    def rate(
-        self, prompts: list[list[int]], tokens: int, *, drafts: bool, temperature: float = 0.0
-    ) -> tuple[float, float]:
-        """Output tokens per second of these prompts at once: in all, and from when each has its first token."""
+    def run(
+        self, prompts: list[list[int]], size: int, tokens: int, *, drafts: bool, temperature: float, endless: bool
+    ) -> Rates:
+        """`size` at once of these prompts. Nothing is known of earlier runs: neither their answers nor what steps
+        took."""
         self._workers.limits = self._limits if drafts else replace(self._limits, speculation=None)
-        engine = Engine(self._workers, self._speculation if drafts else None)
-        requests = []
-        for prompt in prompts:
-            self._number += 1
-            params = EngineSampling(temperature=temperature, max_tokens=tokens, seed=self._number)
-            requests.append(Request(self._number, list(prompt), len(prompt), params))
-            engine.add(requests[-1])
-        begun = decoding = time.perf_counter()
-        left = 0
-        while engine.has_work:
+        engine = Engine(self._workers, speculation_of(self._workers.limits))
+        requests, running = list[Request](), list[Request]()
+        found, made = Rates(), 0
+        begun = before = time.perf_counter()
+        while engine.has_work or len(requests) < len(prompts):
+            running = [request for request in running if request.finish_reason is None]
+            full = len(running) == size and all(request.num_output for request in running)
+            while len(running) < size and len(requests) < len(prompts):
+                self._number += 1
+                prompt = prompts[len(requests)]
+                params = EngineSampling(
+                    temperature=temperature,
+                    max_tokens=tokens,
+                    seed=self._number,
+                    stop_token_ids=() if endless else self._ends,
+                )
+                requests.append(Request(self._number, list(prompt), len(prompt), params))
+                running.append(requests[-1])
+                engine.add(requests[-1])
             engine.step()
-            if not left and all(request.num_output for request in requests):
-                decoding = time.perf_counter()
-                left = sum(tokens - request.num_output for request in requests)
-        ended = time.perf_counter()
+            now, all_made = time.perf_counter(), sum(request.num_output for request in requests)
+            if full:
+                found.decoded += all_made - made
+                found.decoding += now - before
+            before, made = now, all_made
+        found.tokens, found.seconds = made, before - begun
         self.drafted += sum(request.num_drafts for request in requests)
         self.accepted += sum(request.num_accepted for request in requests)
-        return tokens * len(prompts) / (ended - begun), left / (ended - decoding)
+        return found
 
     def close(self) -> None:
         """Stops the workers."""
         self._workers.close()
 
 
-def compare(bench: Bench, prompts: list[list[int]], size: int, tokens: int, turns: int, temperature: float) -> Any:
-    """Batches of `size` of the prompts, with drafts and without in turns."""
-    batches = [prompts[at : at + size] for at in range(0, len(prompts) - size + 1, size)]
-    plain: list[tuple[float, float]] = []
-    drafted: list[tuple[float, float]] = []
+def compare(bench: Bench, prompts: list[list[int]], size: int, tokens: int, turns: int, *, endless: bool) -> Any:
+    """`size` at once of the prompts, with drafts and without in turns."""
+    plain, drafted = Rates(), Rates()
     bench.drafted = bench.accepted = 0
-    for turn in range(turns):
-        bench.forget()
-        for batch in batches:
-            for drafts in (turn % 2 == 0, turn % 2 == 1):
-                rate = bench.rate(batch, tokens, drafts=drafts, temperature=temperature)
-                (drafted if drafts else plain).append(rate)
-    return {
-        "plain": _mean_rate(plain, 0),
-        "drafted": _mean_rate(drafted, 0),
-        "ratio": _mean_rate(drafted, 0) / _mean_rate(plain, 0),
-        "plain decoding": _mean_rate(plain, 1),
-        "drafted decoding": _mean_rate(drafted, 1),
-        "ratio decoding": _mean_rate(drafted, 1) / _mean_rate(plain, 1),
-        "drafts per token": bench.drafted / (turns * len(batches) * size * tokens),
+    for turn in range(2 * turns):
+        drafts = turn % 4 in (1, 2)
+        found = bench.run(prompts, size, tokens, drafts=drafts, temperature=1.0 if endless else 0.0, endless=endless)
+        (drafted if drafts else plain).add(found)
+    rates = {"plain": plain.tokens / plain.seconds, "drafted": drafted.tokens / drafted.seconds}
+    decoding = {"plain": plain.decoded / plain.decoding, "drafted": drafted.decoded / drafted.decoding}
+    return rates | {
+        "ratio": rates["drafted"] / rates["plain"],
+        "plain decoding": decoding["plain"],
+        "drafted decoding": decoding["drafted"],
+        "ratio decoding": decoding["drafted"] / decoding["plain"],
+        "drafts per token": bench.drafted / drafted.tokens,
         "accepted": bench.accepted / bench.drafted if bench.drafted else None,
     }
-
-
-def _mean_rate(rates: list[tuple[float, float]], kind: int) -> float:
-    """Of about equal amounts of tokens."""
-    return statistics.harmonic_mean(rate[kind] for rate in rates)
 
 
 def peer(python: str, prompts: list[list[int]], batches: list[int], tokens: int, turns: int, threads: int) -> Any:
@@ -201,7 +222,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8", help="of texts that repeat")
     parser.add_argument("--others", default="1,2,4,8,16,32,64", help="batches of other texts")
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--peer-python")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -219,15 +240,15 @@ def main() -> None:
     def random_prompts(count: int) -> list[list[int]]:
         return generator.integers(100, bench.vocab_size, (count, 64)).tolist()
 
-    bench.rate(random_prompts(1), 16, drafts=False)
+    bench.run(random_prompts(1), 1, 16, drafts=False, temperature=1.0, endless=True)
     kinds = {kind: prompts for kind, prompts in repeating(bench.tokenizer).items() if kind in args.kinds.split(",")}
     for kind, prompts in kinds.items():
         for size in batches:
-            found[f"{kind}, {size}"] = compare(bench, prompts, size, args.tokens, args.turns, 0.0)
+            found[f"{kind}, {size}"] = compare(bench, prompts, size, args.tokens, args.turns, endless=False)
             print(kind, size, found[f"{kind}, {size}"], flush=True)
     for size in others:
         prompts = random_prompts(max(size, 8))
-        found[f"other, {size}"] = compare(bench, prompts, size, args.tokens, args.turns, 1.0)
+        found[f"other, {size}"] = compare(bench, prompts, size, args.tokens, args.turns, endless=True)
         print("other", size, found[f"other, {size}"], flush=True)
     bench.close()
     if args.peer_python:
