@@ -1,5 +1,6 @@
 """The C kernels against their plain references, with poison wherever nothing may be read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,25 @@ def test_what_families_add(group: int, dim: int, kind: str) -> None:
     q = torch.randn(30, heads, dim) * 3
     got, expected = (b.paged_attention(q, keys, values, batch, 0.3, options) for b in (NativeBackend(), TorchBackend()))
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [0, 21])
+@pytest.mark.parametrize("dim", [40, 64, 80, 128])
+def test_a_token_attends_with_the_same_bits_in_any_tile(dim: int, window: int) -> None:
+    """Decoded alone, beside drafts, or as part of a prompt."""
+    batch = make_batch([70], [170], 16, 12)
+    keys, values = torch.randn(2, 12, 2, 16, dim)
+    q, backend, options = torch.randn(70, 6, dim), NativeBackend(), AttentionOptions(window=window)
+    whole = backend.paged_attention(q, keys, values, batch, 0.3, options)
+    for size in range(1, 8):
+        for begin in range(0, 70, size):
+            part = slice(begin, min(begin + size, 70))
+            alone = replace(
+                batch,
+                query_starts=torch.tensor([0, part.stop - begin], dtype=torch.int32),
+                positions=batch.positions[part].contiguous(),
+            )
+            assert torch.equal(backend.paged_attention(q[part], keys, values, alone, 0.3, options), whole[part])
 
 
 @pytest.mark.parametrize("norm", ["none", "before", "after"])

@@ -10,6 +10,7 @@
 
 #define MAX_TILE 8       /* query tokens that read a page together while it is in the cache */
 #define MAX_BLOCK 64
+#define PASS 64          /* keys whose scores are computed before their values are added */
 #define MAX_GROUP 16
 #define MAX_DIM 256
 
@@ -34,6 +35,7 @@ static inline float exp_neg(float x) {
  * pairs are merged lane by lane, then groups of two lanes, of four, of eight. */
 #ifdef __AVX512F__
 #define W 16
+#define ROWS 4           /* that share loads of values: their accumulators fill the registers */
 #define MERGE(a, b, KEEP, MOVE) (__builtin_shuffle(a, b, (ivec)KEEP) + __builtin_shuffle(a, b, (ivec)MOVE))
 #define EVEN {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}
 #define ODD {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31}
@@ -45,6 +47,7 @@ static inline float exp_neg(float x) {
 #define ODD8 {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}
 #else
 #define W 8
+#define ROWS 2
 #define MERGE(a, b, KEEP, MOVE) (__builtin_shuffle(a, b, (ivec)KEEP) + __builtin_shuffle(a, b, (ivec)MOVE))
 #define EVEN {0, 8, 2, 10, 4, 12, 6, 14}
 #define ODD {1, 9, 3, 11, 5, 13, 7, 15}
@@ -90,107 +93,171 @@ static inline __attribute__((always_inline)) void score_page(
     }
 }
 
-/* acc = acc * shrink + sum over j of weights[j] v[j]; the accumulator stays in registers over the rows. */
+/* Of `rows` rows: acc = acc * shrink + the sum over keys j of weights[j] v[j]. Keys count from the first page in `pages`;
+ * each value is loaded once for all rows, and the accumulators stay in registers, `vecs` vectors at a time. Every row sums
+ * in the order of the keys, whichever rows come with it. */
 static inline __attribute__((always_inline)) void add_values(
-    float *acc, const float *v, const float *weights, float shrink, int start, int stop, const int D) {
-    if (D % (4 * W) == 0) {
-        for (int d = 0; d < D; d += 4 * W) {
-            vec a[4];
-            for (int i = 0; i < 4; i++) a[i] = *(loose_vec *)(acc + d + i * W) * shrink;
-            for (int j = start; j < stop; j++)
-                for (int i = 0; i < 4; i++) a[i] += weights[j] * *(const loose_vec *)(v + j * D + d + i * W);
-            for (int i = 0; i < 4; i++) *(loose_vec *)(acc + d + i * W) = a[i];
+    float (*acc)[MAX_DIM], const float (*weights)[PASS], const float *shrink, const float *values, const int32_t *pages,
+    int64_t page_stride, int first, int stop, const int rows, const int vecs, const int D, const int B) {
+    for (int d = 0; d < D; d += vecs * W) {
+        vec a[ROWS][4];
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < vecs; i++) a[r][i] = *(loose_vec *)(acc[r] + d + i * W) * shrink[r];
+        for (int page = first / B; page * B < stop; page++) {
+            const float *v = values + pages[page] * page_stride + d;
+            const int from = page * B < first ? first - page * B : 0, to = stop - page * B < B ? stop - page * B : B;
+            for (int j = from; j < to; j++) {
+                vec value[4];
+                for (int i = 0; i < vecs; i++) value[i] = *(const loose_vec *)(v + j * D + i * W);
+                for (int r = 0; r < rows; r++)
+                    for (int i = 0; i < vecs; i++) a[r][i] += weights[r][page * B + j] * value[i];
+            }
         }
-        return;
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < vecs; i++) *(loose_vec *)(acc[r] + d + i * W) = a[r][i];
     }
-    for (int d = 0; d < D; d++) acc[d] *= shrink;
-    for (int j = start; j < stop; j++)
-        for (int d = 0; d < D; d++) acc[d] += weights[j] * v[j * D + d];
 }
 
-/* One (request, key-value head, tile of query tokens): an online softmax (Milakov & Gimelshein 2018) over its pages. */
+/* The same where a head is not whole vectors: one row. */
+static inline __attribute__((always_inline)) void add_loose_values(
+    float *acc, const float *weights, float shrink, const float *values, const int32_t *pages, int64_t page_stride,
+    int first, int stop, const int D, const int B) {
+    for (int d = 0; d < D; d++) acc[d] *= shrink;
+    for (int j = first; j < stop; j++) {
+        const float *v = values + pages[j / B] * page_stride + j % B * D;
+        for (int d = 0; d < D; d++) acc[d] += weights[j] * v[d];
+    }
+}
+
+/* weights[j] = e^(weights[j] - their maximum and `top`), n of them, whole vectors; returns the new maximum. Their sum is
+ * added to `sums`, lane by lane, after what is there was multiplied by `shrink`: e^(top - the new one). */
+static inline __attribute__((always_inline)) float soften(
+    float *weights, int n, float top, float *sums, float *shrink) {
+    float lanes[W] __attribute__((aligned(64)));
+    for (int l = 0; l < W; l++) lanes[l] = top;
+    for (int j = 0; j < n; j += W)
+        for (int l = 0; l < W; l++) lanes[l] = weights[j + l] > lanes[l] ? weights[j + l] : lanes[l];
+    for (int half = W / 2; half; half /= 2)
+        for (int l = 0; l < half; l++) lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
+    const float best = lanes[0];
+    *shrink = top == -INFINITY ? 0.0f : exp_neg(top - best);
+    for (int l = 0; l < W; l++) lanes[l] = sums[l] * *shrink;
+    for (int j = 0; j < n; j += W)
+        for (int l = 0; l < W; l++) {
+            weights[j + l] = exp_neg(weights[j + l] - best);
+            lanes[l] += weights[j + l];
+        }
+    for (int l = 0; l < W; l++) sums[l] = lanes[l];
+    return best;
+}
+
+/* One (request, key-value head, tile of query tokens): an online softmax (Milakov & Gimelshein 2018) over passes of PASS
+ * keys. A row is a query token's head; a few of them go over a pass together. Passes begin at fixed places, so that a
+ * row's bits do not depend on its tile. */
 static inline __attribute__((always_inline)) void attend_tile(
     const float *q, int64_t q_stride, float *out, int64_t out_stride, const float *keys, const float *values,
     const int32_t *block_table, int64_t page_stride, int first_position, int tile, int window, float scale,
-    float cap, const float *sinks, const float *slopes, const int32_t *spans, const int G, const int D, const int B) {
+    float cap, const float *sinks, const float *slopes, const int32_t *spans, int G, const int D, const int B) {
     float acc[MAX_TILE * MAX_GROUP][MAX_DIM] __attribute__((aligned(64)));
-    float top[MAX_TILE * MAX_GROUP], sum[MAX_TILE * MAX_GROUP];
-    float weights[MAX_BLOCK] __attribute__((aligned(64)));
+    float sums[MAX_TILE * MAX_GROUP][W] __attribute__((aligned(64)));
+    float weights[ROWS][PASS] __attribute__((aligned(64)));
+    float top[MAX_TILE * MAX_GROUP], shrink[ROWS];
+    int starts[MAX_TILE], stops[MAX_TILE], oldest = first_position, latest = first_position;
+    const int pages = PASS / B;
+    for (int t = 0; t < tile; t++) {
+        starts[t] = window > 0 && first_position + t - window + 1 > 0 ? first_position + t - window + 1 : 0;
+        stops[t] = first_position + t + 1;
+        if (spans) { /* it holds the token itself: what it sees is in one piece */
+            if (spans[2 * t] < starts[t]) starts[t] = spans[2 * t];
+            if (spans[2 * t + 1] > stops[t]) stops[t] = spans[2 * t + 1];
+        }
+        if (starts[t] < oldest) oldest = starts[t];
+        if (stops[t] - 1 > latest) latest = stops[t] - 1;
+    }
     for (int i = 0; i < tile * G; i++) {
         top[i] = -INFINITY;
-        sum[i] = 0.0f;
+        memset(sums[i], 0, sizeof(sums[i]));
         memset(acc[i], 0, sizeof(float) * D);
     }
-    int last_position = first_position + tile - 1;
-    int oldest = window > 0 && first_position - window + 1 > 0 ? first_position - window + 1 : 0;
-    for (int t = 0; spans && t < tile; t++) {
-        if (spans[2 * t] < oldest) oldest = spans[2 * t];
-        if (spans[2 * t + 1] - 1 > last_position) last_position = spans[2 * t + 1] - 1;
-    }
-    for (int block = oldest / B; block <= last_position / B; block++) {
-        const float *k = keys + (int64_t)block_table[block] * page_stride;
-        const float *v = values + (int64_t)block_table[block] * page_stride;
-        if (block < last_position / B) { /* pages lie anywhere: fetch the next one while this one is computed */
-            const int64_t next = (int64_t)block_table[block + 1] * page_stride;
-            for (int i = 0; i < B * D; i += 16) {
-                __builtin_prefetch(keys + next + i, 0, 2);
-                __builtin_prefetch(values + next + i, 0, 2);
-            }
-        }
-        for (int t = 0; t < tile; t++) {
-            const int position = first_position + t;
-            int stop = position + 1, start = window > 0 ? position - window + 1 : 0;
-            if (spans) { /* it holds the token itself: what it sees is in one piece */
-                if (spans[2 * t] < start) start = spans[2 * t];
-                if (spans[2 * t + 1] > stop) stop = spans[2 * t + 1];
-            }
-            stop -= block * B;
-            stop = stop > B ? B : stop;
-            start -= block * B;
-            start = start < 0 ? 0 : start;
-            if (start >= stop) continue;
-            for (int g = 0; g < G; g++) {
-                const int i = t * G + g;
-                score_page(q + t * q_stride + g * D, k, weights, scale, D, B);
+    for (int block = oldest / B / pages * pages; block <= latest / B; block += pages) {
+        const int32_t *table = block_table + block;
+        const int begin = block * B;
+        const int first = oldest > begin ? oldest - begin : 0;
+        const int stop = latest + 1 - begin < pages * B ? latest + 1 - begin : pages * B;
+        const int n = (stop + B - 1) / B * B, padded = (n + W - 1) / W * W;
+        for (int base = 0; base < tile * G; base += ROWS) {
+            const int rows = tile * G - base < ROWS ? tile * G - base : ROWS;
+            for (int r = 0; r < rows; r++) {
+                const int t = (base + r) / G, g = (base + r) % G;
+                float *w = weights[r];
+                int from = starts[t] - begin, to = stops[t] - begin;
+                from = from < 0 ? 0 : from;
+                to = to > n ? n : to;
+                if (from >= to) { /* it sees nothing here */
+                    memset(w, 0, sizeof(float) * padded);
+                    shrink[r] = 1.0f;
+                    continue;
+                }
+                for (int page = first / B; page * B < n; page++) {
+                    const float *k = keys + table[page] * page_stride;
+                    if (base + r == 0 && (block + pages + page) * B <= latest) { /* it lies anywhere: fetch it now */
+                        const int64_t next = table[pages + page] * page_stride;
+                        for (int i = 0; i < B * D; i += 16) {
+                            __builtin_prefetch(keys + next + i, 0, 2);
+                            __builtin_prefetch(values + next + i, 0, 2);
+                        }
+                    }
+                    score_page(q + t * q_stride + g * D, k, w + page * B, scale, D, B);
+                }
                 if (cap > 0.0f)
-                    for (int j = 0; j < B; j++) weights[j] = cap * tanhf(weights[j] / cap);
+                    for (int j = from; j < to; j++) w[j] = cap * tanhf(w[j] / cap);
                 if (slopes)
-                    for (int j = 0; j < B; j++) weights[j] -= slopes[g] * (float)(position - block * B - j);
-                float best = top[i];
-                if (start > 0 || stop < B)
-                    for (int j = 0; j < B; j++) weights[j] = j < start || j >= stop ? -INFINITY : weights[j];
-                for (int j = 0; j < B; j++) best = weights[j] > best ? weights[j] : best;
-                const float shrink = top[i] == -INFINITY ? 0.0f : exp_neg(top[i] - best);
-                float total = 0.0f;
-                for (int j = 0; j < B; j++) weights[j] = exp_neg(weights[j] - best);
-                for (int j = start; j < stop; j++) total += weights[j];
-                sum[i] = sum[i] * shrink + total;
-                top[i] = best;
-                add_values(acc[i], v, weights, shrink, start, stop, D);
+                    for (int j = from; j < to; j++) w[j] -= slopes[g] * (float)(first_position + t - begin - j);
+                if (from > 0 || to < padded)
+                    for (int j = 0; j < padded; j++) w[j] = j < from || j >= to ? -INFINITY : w[j];
+                top[base + r] = soften(w, padded, top[base + r], sums[base + r], &shrink[r]);
+            }
+#define ADD(VECS, N)                                                                                                \
+    add_values(acc + base, weights, shrink, values, table, page_stride, first, stop, N, VECS, D, B)
+#define ADD_ROWS(VECS)                                                                                              \
+    if (rows == 1) ADD(VECS, 1);                                                                                    \
+    else if (rows == 2) ADD(VECS, 2);                                                                               \
+    else if (rows == 3) ADD(VECS, 3);                                                                               \
+    else ADD(VECS, 4);
+            if (D % (4 * W) == 0) {
+                ADD_ROWS(4)
+            } else if (D % W == 0) {
+                ADD_ROWS(1)
+            } else {
+                for (int r = 0; r < rows; r++)
+                    add_loose_values(acc[base + r], weights[r], shrink[r], values, table, page_stride, first, stop, D, B);
             }
         }
     }
-    for (int t = 0; t < tile; t++)
-        for (int g = 0; g < G; g++) {
-            float inverse = 1.0f / sum[t * G + g];
-            if (sinks) { /* a logit that takes part and carries no value */
-                const float best = sinks[g] > top[t * G + g] ? sinks[g] : top[t * G + g];
-                const float shrink = exp_neg(top[t * G + g] - best);
-                inverse = shrink / (sum[t * G + g] * shrink + exp_neg(sinks[g] - best));
-            }
-            for (int d = 0; d < D; d++) out[t * out_stride + g * D + d] = acc[t * G + g][d] * inverse;
+    for (int i = 0; i < tile * G; i++) {
+        const int t = i / G, g = i % G;
+        float sum = 0.0f;
+        for (int l = 0; l < W; l++) sum += sums[i][l];
+        float inverse = 1.0f / sum;
+        if (sinks) { /* a logit that takes part and carries no value */
+            const float best = sinks[g] > top[i] ? sinks[g] : top[i];
+            const float less = exp_neg(top[i] - best);
+            inverse = less / (sum * less + exp_neg(sinks[g] - best));
         }
+        for (int d = 0; d < D; d++) out[t * out_stride + g * D + d] = acc[i][d] * inverse;
+    }
 }
 
-#define SPECIALIZED(G_, D_, B_)                                                                                     \
-    if (G == G_ && D == D_ && B == B_) {                                                                            \
+#define SPECIALIZED(D_, B_)                                                                                         \
+    if (D == D_ && B == B_) {                                                                                       \
         attend_tile(qt, q_stride, ot, out_stride, k, v, table, page_stride, first, tile, window, scale, cap, s, a,  \
-                    e, G_, D_, B_);                                                                                    \
+                    e, G, D_, B_);                                                                                  \
         continue;                                                                                                   \
     }
 
 /* out[T, H, D] = softmax(scale * q k^T) v over each request's pages, causal, optionally in a sliding window, with scores
- * soft-capped (cap > 0), with ALiBi's slopes [H], with sinks [H], and with spans [T, 2] that a token sees besides. Groups of over MAX_GROUP heads are taken in parts.
+ * soft-capped (cap > 0), with ALiBi's slopes [H], with sinks [H], and with spans [T, 2] that a token sees besides. Groups
+ * of over MAX_GROUP heads are taken in parts.
  * tiles[n, 3]: request, first query token in the flat batch, tokens (1..8). positions[T]: of every flat token. */
 void paged_attention(const float *q, int64_t q_stride, float *out, int64_t out_stride, const float *key_cache,
                      const float *value_cache, const int32_t *block_tables, int64_t table_stride,
@@ -212,16 +279,8 @@ void paged_attention(const float *q, int64_t q_stride, float *out, int64_t out_s
         float *ot = out + t[1] * out_stride + query * D;
         const float *k = key_cache + (int64_t)head * B * D, *v = value_cache + (int64_t)head * B * D;
         const int32_t *table = block_tables + t[0] * table_stride;
-        SPECIALIZED(1, 64, 16)
-        SPECIALIZED(2, 64, 16)
-        SPECIALIZED(3, 64, 16)
-        SPECIALIZED(4, 64, 16)
-        SPECIALIZED(7, 64, 16)
-        SPECIALIZED(8, 64, 16)
-        SPECIALIZED(1, 128, 16)
-        SPECIALIZED(2, 128, 16)
-        SPECIALIZED(4, 128, 16)
-        SPECIALIZED(8, 128, 16)
+        SPECIALIZED(64, 16)
+        SPECIALIZED(128, 16)
         attend_tile(qt, q_stride, ot, out_stride, k, v, table, page_stride, first, tile, window, scale, cap, s, a, e, G, D,
                     B);
     }
