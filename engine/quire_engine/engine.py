@@ -104,7 +104,10 @@ class Engine:
         in_flight = scheduler.num_in_flight
         due = in_flight and (plan is None or in_flight >= scheduler.limits.steps_in_flight)
         if not due:
-            return scheduler.commit(None)
+            outcome = scheduler.commit(None)
+            if not scheduler.has_work:  # the last one was aborted
+                self._collected = 0.0
+            return outcome
         result = self._executor.collect()
         begun, waited = self._begun.popleft()
         begun, self._collected = max(begun, self._collected), time.monotonic()

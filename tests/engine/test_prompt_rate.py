@@ -1,13 +1,16 @@
 """How fast an engine takes its prompts to be computed, over a device whose speed is known."""
 
 from collections import deque
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from quire_engine.config import SchedulerLimits
+from drafters import Constant, Everything
+from quire_engine.config import SchedulerLimits, SpeculativeConfig
 from quire_engine.engine import Engine, PromptRate
 from quire_engine.request import EngineSampling, Request
+from quire_engine.speculation.speculation import Speculation
 from quire_engine.step import StepPlan, StepResult
 
 SPEED = 1000.0  # tokens per second
@@ -63,6 +66,39 @@ def test_prompts_are_timed_and_decoding_is_not(depth: int, monkeypatch: pytest.M
     while engine.has_work:
         engine.step()
     assert 0.9 * SPEED < engine.prompt_rate.per_second < SPEED
+
+
+class Timed(Everything):
+    """In place of `Value`: all drafts, and what it is told of time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[float, float]] = []
+
+    def timed(self, tokens: int, prompts: int, seconds: float, waited: float) -> None:
+        self.seen.append((seconds, waited))
+
+
+@pytest.mark.parametrize("ending", ["length", "abort"])
+def test_the_time_between_two_requests_is_no_step_s(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the first ended: drafts would seem to cost all of it."""
+    device, value = Device(2), Timed()
+    device.limits = replace(device.limits, speculation=SpeculativeConfig(method="suffix"))
+    monkeypatch.setattr("quire_engine.engine.time", SimpleNamespace(monotonic=lambda: device.now))
+    engine = Engine(device, Speculation(Constant(), value, 4))
+    for number in range(3):
+        engine.add(Request(number, [5] * 9, 9, EngineSampling(max_tokens=60)))
+        for _ in range(8):
+            engine.step()
+        assert not engine.scheduler.num_in_flight, "a step without drafts would be told of as well"
+        if ending == "abort":
+            engine.abort(number)
+        while engine.has_work:
+            engine.step()
+        device.now += 1000.0
+    assert len(value.seen) >= 12
+    assert max(seconds for seconds, _ in value.seen) <= DECODE
+    assert max(waited for _, waited in value.seen) == 0.0
 
 
 def test_a_full_step_says_more_than_many_small_ones() -> None:
