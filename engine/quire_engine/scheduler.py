@@ -221,9 +221,8 @@ class Scheduler:
             if length > len(request.pages) * block_size and not self._grow(request, length, draft):
                 continue
             guess = guesses.get(request, []) if guesses else []
-            if guess and states is not None and not states.has_room:
-                guess = []
-            if guess and not draft.read(request, length, self.limits):
+            stateless = states is not None and not states.has_room
+            if guess and (stateless or not draft.read(request, length, self.limits)):
                 guess = []
             if guess:
                 most = min(len(guess), budget - lacking)
@@ -421,17 +420,18 @@ class Scheduler:
 
     def _grow(self, request: Request, length: int, draft: PlanDraft) -> bool:
         """Pages for `length` tokens, if need be from less important requests not yet planned. False: all of these are
-        planned or gone, and the request sits this step out with the pages it has."""
-        pages = request.pages
-        for index in range(len(pages), -(-length // self.limits.block_size)):
+        planned or gone, and the request sits this step out with the pages it had."""
+        pages, had = request.pages, len(request.pages)
+        for _ in range(had, -(-length // self.limits.block_size)):
             while (page := self.cache.allocate()) is None:
                 victim = self._victim(draft)
                 if victim is request:
+                    self.cache.trim(request)  # where nothing is planned, no worker would be told of what it found
                     draft.held[request] = WaitsFor.PAGES
                     return False
                 self._preempt(victim, draft.now)
             pages.append(page)
-            draft.pages.append((request.row, index, page))
+        draft.pages.extend((request.row, index, pages[index]) for index in range(had, len(pages)))
         return True
 
     def _victim(self, draft: PlanDraft) -> Request:

@@ -454,6 +454,31 @@ def test_a_long_prompt_does_not_stop_decoding() -> None:
         assert len(first.tokens) == before + 1
 
 
+def test_pages_found_for_a_step_that_is_not_planned() -> None:
+    """The third finds one page of the two it needs, and the tokens in flight are the last of the others: nothing is
+    planned, so no worker is told of that page."""
+    bounds = limits(
+        num_pages=13, block_size=1, max_num_batched_tokens=4, steps_in_flight=2, enable_prefix_caching=False
+    )
+    scheduler, model = Scheduler(bounds), FakeModel(bounds)
+    asked = [request(1, 1, 3), request(2, 1, 3), request(3, 8)]
+    for one in asked:
+        scheduler.add(one)
+    for _ in range(3):
+        step(scheduler, model, 0.0)
+    plan = scheduler.schedule(0.0)
+    assert plan is None
+    assert reason(scheduler, asked[2]) is WaitsFor.PAGES
+    while scheduler.has_work:
+        if scheduler.num_in_flight:
+            scheduler.commit(model.results.popleft())
+        step(scheduler, model, 0.0)
+        scheduler.check_integrity()
+    for one in asked:
+        prompt = one.tokens[: one.num_prompt]
+        assert one.tokens[one.num_prompt :] == expected_output(one, prompt)
+
+
 def test_priorities() -> None:
     bounds = limits(by_priority=True, max_num_seqs=1)
     scheduler, model = Scheduler(bounds), FakeModel(bounds)
