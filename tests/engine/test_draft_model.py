@@ -10,7 +10,7 @@ from drafters import Everything
 from layouts import Tensors, rewritten
 from quire_engine.config import EngineConfig, SpeculativeConfig
 from quire_engine.engine import Engine
-from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.errors import InvalidParameter
 from quire_engine.execution.runner import ModelRunner
 from quire_engine.request import EngineSampling, Request
 from quire_engine.speculation.speculation import Speculation
@@ -195,7 +195,19 @@ def test_refused_when_it_is_seen(checkpoint: Make, tmp_path: Path, draft: str, s
     config = EngineConfig(
         model=str(checkpoint("llama")), device="cpu", speculative_config=json.dumps({"model": folder})
     )
-    with pytest.raises((InvalidParameter, ModelError), match=said):
+    with pytest.raises(InvalidParameter, match=said):
+        ModelRunner(config, find_model(config))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"architectures": ["FooForCausalLM"]}', None], ids=["no JSON", "unknown", "empty"]
+)
+def test_what_is_wrong_with_it_is_not_said_of_the_model(checkpoint: Make, tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    speculative = json.dumps({"model": str(tmp_path)})
+    config = EngineConfig(model=str(checkpoint("llama")), device="cpu", speculative_config=speculative)
+    with pytest.raises(InvalidParameter, match="^speculative_config: of the model '/"):
         ModelRunner(config, find_model(config))
 
 

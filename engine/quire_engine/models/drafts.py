@@ -99,21 +99,21 @@ def draft_source(
     config: EngineConfig, files: ModelFiles, spec: DecoderSpec, quantization: Quantization
 ) -> DraftSource | None:
     """What guesses beside a model by `--speculative-config`; None: no model does. Raises InvalidParameter for one that
-    cannot, and what `resolve` raises."""
+    cannot."""
     asked = config.speculation
     if asked is None or asked.method in ("suffix", "ngram"):
         return None
     if asked.model is None:
         return _mtp(asked.method, files, spec, quantization)
-    found = resolve(asked.model, revision=asked.revision, download_dir=config.download_dir)
-    eagle = asked.method.startswith("eagle") or _is_eagle(found)
-    source = _eagle(config, found, spec) if eagle else _draft_model(config, found, spec)
+    try:
+        found = resolve(asked.model, revision=asked.revision, download_dir=config.download_dir)
+        eagle = asked.method.startswith("eagle") or _is_eagle(found)
+        source = _eagle(config, found, spec) if eagle else _draft_model(config, found, spec)
+        source.spec.check_parallel(config.tensor_parallel_size, experts_apart=config.enable_expert_parallel)
+    except ModelError as error:  # which would be taken for the model's own
+        raise refused(f"of the model {asked.model!r:.80}: {error}") from error
     if asked.method not in ("auto", source.method):
         raise refused(f"method is {asked.method}, and {found.name} is for {source.method}; leave method out")
-    try:
-        source.spec.check_parallel(config.tensor_parallel_size, experts_apart=config.enable_expert_parallel)
-    except ModelError as error:
-        raise refused(f"{found.name}: {error}") from error
     _check_tokens(found, files)
     return source
 
