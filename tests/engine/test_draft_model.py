@@ -207,7 +207,7 @@ def test_what_is_wrong_with_it_is_not_said_of_the_model(checkpoint: Make, tmp_pa
         (tmp_path / "config.json").write_text(text)
     speculative = json.dumps({"model": str(tmp_path)})
     config = EngineConfig(model=str(checkpoint("llama")), device="cpu", speculative_config=speculative)
-    with pytest.raises(InvalidParameter, match="^speculative_config: of the model '/"):
+    with pytest.raises(InvalidParameter, match=r"^speculative_config: of the model '/"):
         ModelRunner(config, find_model(config))
 
 

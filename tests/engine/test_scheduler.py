@@ -3,11 +3,12 @@
 import sys
 import threading
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from drafters import Oracle, speculation
+from drafters import Constant, Everything, Oracle, speculation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from quire_engine.config import SchedulerLimits, SpeculativeConfig
@@ -16,6 +17,7 @@ from quire_engine.outcome import StepOutcome
 from quire_engine.request import EngineSampling, Request, State
 from quire_engine.scheduler import Scheduler
 from quire_engine.speculation.draft import Drafter
+from quire_engine.speculation.speculation import Speculation
 from quire_engine.speculation.workers import WorkersDrafter
 from quire_engine.step import REJECTED, TO_GUESS, StepPlan, StepResult, TokenLogprobs
 from quire_engine.waiting import WaitsFor
@@ -477,6 +479,29 @@ def test_pages_found_for_a_step_that_is_not_planned() -> None:
     for one in asked:
         prompt = one.tokens[: one.num_prompt]
         assert one.tokens[one.num_prompt :] == expected_output(one, prompt)
+
+
+class Waiting(Everything):
+    """In place of `Value`: waits for any draft."""
+
+    def worth_waiting(self, requests: Sequence[Request], *args: object, **facts: object) -> bool:
+        return bool(requests)
+
+
+def test_no_step_waits_for_drafts_that_no_token_is_left_for() -> None:
+    """The token in flight is the last but one."""
+    bounds = limits(steps_in_flight=2, speculation=SpeculativeConfig(method="suffix", num_speculative_tokens=4))
+    scheduler, model = Scheduler(bounds, Speculation(Constant(), Waiting(), 4)), FakeModel(bounds)
+    alone = request(1, 5, 2)
+    scheduler.add(alone)
+    for tokens in (5, 1):
+        plan = scheduler.schedule(0.0)
+        assert plan is not None
+        assert len(plan.token_ids) == tokens
+        model.results.append(model.execute(plan))
+    while scheduler.has_work:
+        scheduler.commit(model.results.popleft())
+    assert alone.tokens[5:] == expected_output(alone, [2] * 5)
 
 
 def test_priorities() -> None:

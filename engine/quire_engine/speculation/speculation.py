@@ -31,7 +31,7 @@ class Speculation:
         unknown = in_flight and self._drafter.reads_logs
         asked, drafts = [], []
         for request in decoding:
-            most = min(self._most, request.end_length - len(request.tokens) - 1)
+            most = min(self._most, request.end_length - len(request.tokens) - request.pending - 1)
             self._compare(request)
             if most > 0 and (draft := self._draft(request, most + unknown)).tokens:
                 asked.append(request)
