@@ -266,6 +266,17 @@ def test_what_cannot_be_planned(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("asked", "guesses"), [("{}", "suffix"), ('{"method": "ngram"}', "ngram"), (None, "")])
+def test_a_plan_says_what_guesses(
+    checkpoint: Make, asked: str | None, guesses: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `auto` comes to as well."""
+    given = [] if asked is None else ["--speculative-config", asked]
+    assert main(["plan", str(checkpoint("llama")), *given]) == 0
+    rows = [line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if "guessed ahead by" in line]
+    assert rows == ([guesses] if guesses else [])
+
+
 def test_a_plan_has_no_markup(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "[red]:smile:[_red]"
     shutil.copytree(checkpoint("llama"), folder)

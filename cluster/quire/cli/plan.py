@@ -57,12 +57,15 @@ def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
     plan = min(plans, key=lambda plan: plan.num_pages)
     limits = replace(dry_limits(config, spec, target.kind == "cpu"), max_num_seqs=1)
     whole = allocated(spec, quantization, DryGroup(), limits, chip=target.chip, dtype=dtype)
+    guesses = limits.speculation.method if limits.speculation is not None else ""
+    if draft is not None:
+        guesses = f"{draft.files.name} ({draft.method})"
     table = Table(title=Text(f"{files.name}, per worker ({config.num_workers} in all)"), show_header=False)
     for name, value in (
         ("device, dtype", f"{target.name}, {str(dtype).removeprefix('torch.')}"),
         ("quantization, cache", f"{quantization.name}, {config.kv_cache_dtype}"),
         ("parameters of the model", f"{whole.parameters / 1e6:,.1f} M"),
-        *([("guessed ahead by", f"{draft.files.name} ({draft.method})")] if draft is not None else []),
+        *([("guessed ahead by", guesses)] if guesses else []),
         ("weights", f"{plan.weight_bytes / GIB:.3f} GiB"),
         ("activations", f"{plan.activation_bytes / GIB:.3f} GiB"),
         ("cache", f"{plan.cache_bytes / GIB:.3f} GiB: {plan.num_pages:,} pages of {plan.block_size} tokens"),

@@ -213,6 +213,9 @@ class ModelRunner:
             self.capture_graphs(graph_recorder(self.device))
         if backend.name != "torch" and self.device.type != "cpu":
             self.warm_up()
+        guesses = self.limits.speculation.method if self.limits.speculation is not None else ""
+        if source is not None:
+            guesses = f"{source.files.name} ({source.method})"
         log.info(
             "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s%s%s, loaded in %.1f s",
             files.name,
@@ -224,7 +227,7 @@ class ModelRunner:
             config.block_size,
             cache_dtype,
             f", {num_states} recurrent states" if num_states else "",
-            f", guesses by {source.files.name} ({source.method})" if source is not None else "",
+            f", guesses by {guesses}" if guesses else "",
             time.monotonic() - started,
         )
 
