@@ -162,7 +162,7 @@ class SpeculativeConfig:
         if self.model is None and self.method in ("draft_model", "eagle", "eagle3"):
             raise InvalidParameter(f"method is {self.method}, and no model is given: name one", "model")
         if self.model is not None and self.method in ("suffix", "ngram", "mtp"):
-            raise InvalidParameter(f"method is {self.method}, which takes no model: leave one out", "model")
+            raise InvalidParameter(f"method is {self.method}, which takes no model: leave model out", "model")
         if self.revision is not None and self.model is None:
             raise InvalidParameter("revision is given, and no model: leave it out", "revision")
         lookup = self.prompt_lookup_min, self.prompt_lookup_max

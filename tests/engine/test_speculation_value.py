@@ -225,3 +225,18 @@ def test_what_a_disturbance_has_taught_is_soon_forgotten(machine: str, batch: in
         best = min(run(Fixed(length), made, TEXTS[text], batch, 2400)[1] for length in (0, 1, 2, 4, 8))
         took = run(Value(MOST), made, TEXTS[text], batch, 2400, disturbed=disturbed)[1]
         assert took <= best / 0.87, text
+
+
+def test_one_long_halt_between_two_steps_is_forgotten() -> None:
+    """A machine that slept, say, while a step waited for drafts."""
+    value, request = Value(MOST), a_request(1)
+    for halt in (*[0.0] * 20, 60.0, *[0.0] * 20):
+        drafts = [Draft([1] * MOST, [0.9] * MOST)]
+        counts = value.choose([request], drafts, 1, 1, MOST) if value.possible(1, 1) else [0]
+        if counts[0]:
+            value.learn(request, drafts[0], counts[0], counts[0])
+        waited = (0.001 if counts[0] else 0.0) + halt
+        value.timed(1 + counts[0], 0, 0.03 + 0.001 * counts[0] + waited, waited)
+    assert value.costs.gap < 0.03
+    assert value.possible(1, 1)
+    assert value.worth_waiting([request], [Draft([1] * MOST, [0.9] * MOST)], 1, 1, unknown=True)

@@ -188,6 +188,7 @@ class Costs:
         """A step has ended; of its tokens so many were drafts. How long it took but for what else held it up."""
         self.plain.pass_by()
         self.drafted.pass_by()
+        waited = min(waited, (self.drafted if drafts else self.plain).undisturbed(seconds, tokens))
         if waited:
             self.gap += (waited - self.gap) / _GAP_MEMORY if self.gap else waited
         else:
