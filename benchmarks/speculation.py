@@ -251,16 +251,21 @@ def main() -> None:
         found[f"other, {size}"] = compare(bench, prompts, size, args.tokens, args.turns, endless=True)
         print("other", size, found[f"other, {size}"], flush=True)
     bench.close()
-    if args.peer_python:
-        for kind, prompts in kinds.items():
-            found[f"peer, {kind}"] = peer(args.peer_python, prompts, batches, args.tokens, args.turns, threads)
-            print("peer", kind, found[f"peer, {kind}"], flush=True)
-    if args.output:
-        before = json.loads(args.output.read_text()) if args.output.exists() else {}
-        found = before | found
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+    if args.output and args.output.exists():
+        found = json.loads(args.output.read_text()) | found
+    for kind, prompts in kinds.items() if args.peer_python else ():
+        keep(found, args.output)  # a peer may fail
+        found[f"peer, {kind}"] = peer(args.peer_python, prompts, batches, args.tokens, args.turns, threads)
+        print("peer", kind, found[f"peer, {kind}"], flush=True)
+    keep(found, args.output)
     if args.plot:
         plot(found, args.plot)
+
+
+def keep(found: dict[str, Any], path: Path | None) -> None:
+    """Writes what was measured."""
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -270,6 +275,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots()
     for kind in ("editing", "summarizing", "other"):
         rows = {int(key.split(", ")[1]): value for key, value in found.items() if key.startswith(f"{kind}, ")}
+        rows = dict(sorted(rows.items()))
         for name, style in (("plain", "--"), ("drafted", "-")):
             axes.plot(list(rows), [row[name] for row in rows.values()], style, marker="o", label=f"{kind}, {name}")
     axes.set(xscale="log", yscale="log", xlabel="requests at once", ylabel="output tokens/s")
