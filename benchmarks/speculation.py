@@ -273,11 +273,12 @@ def plot(found: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots()
-    for kind in ("editing", "summarizing", "other"):
+    for number, kind in enumerate(("editing", "summarizing", "other")):
         rows = {int(key.split(", ")[1]): value for key, value in found.items() if key.startswith(f"{kind}, ")}
         rows = dict(sorted(rows.items()))
         for name, style in (("plain", "--"), ("drafted", "-")):
-            axes.plot(list(rows), [row[name] for row in rows.values()], style, marker="o", label=f"{kind}, {name}")
+            rates = [row[name] for row in rows.values()]
+            axes.plot(list(rows), rates, style, color=f"C{number}", marker="o", label=f"{kind}, {name}")
     axes.set(xscale="log", yscale="log", xlabel="requests at once", ylabel="output tokens/s")
     axes.legend()
     figure.savefig(path)
