@@ -180,6 +180,16 @@ def test_the_controller_dies_and_the_streams_go_on(two_replicas: RunningServer, 
     both_serve(server)
 
 
+def test_a_worker_is_killed_amid_drafts(checkpoint: Callable[[str], Path]) -> None:
+    """What guesses has learnt from the first streams, and the engine after the kill has not."""
+    server = RunningServer(str(checkpoint("qwen3")), "--speculative-config", "{}", "--deterministic")
+    before = asyncio.run(run_streams(server))
+    victim = processes(server, "Worker")[0]
+    assert asyncio.run(run_streams(server, lambda: os.kill(victim, signal.SIGKILL))) == before
+    assert processes(server, "Worker") != [victim]
+    assert server.stop() == 0, server.log
+
+
 @pytest.mark.parametrize("kind", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
 def test_a_dead_cluster_ends_the_server(checkpoint: Callable[[str], Path], kind: str) -> None:
     """Without Ray nothing can be started again."""

@@ -168,10 +168,20 @@ def test_all_together(llama: Model, asked: list[list[str]], wrong: float, most: 
     assert run(llama.engine(speculation(drafter, most), **limits), requests(each)) == plain
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "granite_hybrid", "gemma3"])
-def test_families(checkpoint: Make, family: str) -> None:
-    """Recurrent states and sliding windows: in chunks, from the prefix cache, and preempted."""
-    model = Model(checkpoint(family))
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [
+        ("qwen3_5", "auto"),
+        ("lfm2", "auto"),
+        ("granite_hybrid", "auto"),
+        ("gemma3", "auto"),
+        ("deepseek_v3", "auto"),
+        ("llama", "fp8"),
+    ],
+)
+def test_families(checkpoint: Make, family: str, cache: str) -> None:
+    """Recurrent states, sliding windows, latent keys, an FP8 cache: in chunks, from the prefix cache, and preempted."""
+    model = Model(checkpoint(family), kv_cache_dtype=cache)
     asked = [{"temperature": 0.0, "max_tokens": 40}, {"temperature": 0.7, "max_tokens": 40}]
     plain = [seen[:2] for seen in run(model.engine(), requests(asked))]
     for number, wrong in enumerate((0.0, 0.3)):
