@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="editing,summarizing", help="of texts that repeat")
     parser.add_argument("--batches", default="1,8", help="of texts that repeat")
     parser.add_argument("--others", default="1,2,4,8,16,32,64", help="batches of other texts")
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--peer-python")
     parser.add_argument("--output", type=Path)
