@@ -243,6 +243,8 @@ def main() -> None:
     bench.run(random_prompts(1), 1, 16, drafts=False, temperature=1.0, endless=True)
     kinds = {kind: prompts for kind, prompts in repeating(bench.tokenizer).items() if kind in args.kinds.split(",")}
     for kind, prompts in kinds.items():
+        if max(batches, default=0) > len(prompts):
+            parser.error(f"--batches is for {len(prompts)} prompts at most: as many there are of each kind")
         for size in batches:
             found[f"{kind}, {size}"] = compare(bench, prompts, size, args.tokens, args.turns, endless=False)
             print(kind, size, found[f"{kind}, {size}"], flush=True)

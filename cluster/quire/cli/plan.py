@@ -18,7 +18,7 @@ from quire_engine.memory.plan import (
     usable_bytes,
 )
 from quire_engine.models.draft_heads import with_stored_mtp
-from quire_engine.models.drafts import draft_source
+from quire_engine.models.drafts import draft_source, guesses_by
 from quire_engine.models.families import spec_of
 from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
@@ -57,9 +57,7 @@ def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
     plan = min(plans, key=lambda plan: plan.num_pages)
     limits = replace(dry_limits(config, spec, target.kind == "cpu"), max_num_seqs=1)
     whole = allocated(spec, quantization, DryGroup(), limits, chip=target.chip, dtype=dtype)
-    guesses = limits.speculation.method if limits.speculation is not None else ""
-    if draft is not None:
-        guesses = f"{draft.files.name} ({draft.method})"
+    guesses = guesses_by(limits.speculation, draft)
     table = Table(title=Text(f"{files.name}, per worker ({config.num_workers} in all)"), show_header=False)
     for name, value in (
         ("device, dtype", f"{target.name}, {str(dtype).removeprefix('torch.')}"),

@@ -43,7 +43,7 @@ from quire_engine.memory.plan import (
 from quire_engine.memory.shapes import captured_shapes
 from quire_engine.models.decoder import Decoder, Model
 from quire_engine.models.draft_heads import with_stored_mtp
-from quire_engine.models.drafts import Guesser, draft_source
+from quire_engine.models.drafts import Guesser, draft_source, guesses_by
 from quire_engine.models.families import spec_of
 from quire_engine.models.tied import as_stored
 from quire_engine.parallel import ParallelGroup
@@ -213,9 +213,7 @@ class ModelRunner:
             self.capture_graphs(graph_recorder(self.device))
         if backend.name != "torch" and self.device.type != "cpu":
             self.warm_up()
-        guesses = self.limits.speculation.method if self.limits.speculation is not None else ""
-        if source is not None:
-            guesses = f"{source.files.name} ({source.method})"
+        guesses = guesses_by(self.limits.speculation, source)
         log.info(
             "%s on %s in %s (quantization: %s), %s kernels, %d pages of %d tokens in %s%s%s, loaded in %.1f s",
             files.name,

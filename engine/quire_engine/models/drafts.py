@@ -7,7 +7,7 @@ from typing import Protocol
 from quire_kernels.backends import AttentionBatch
 from torch import Tensor
 
-from quire_engine.config import EngineConfig
+from quire_engine.config import EngineConfig, SpeculativeConfig
 from quire_engine.errors import ModelError
 from quire_engine.layers.caches import LayerCache
 from quire_engine.layers.linear import Builder
@@ -93,6 +93,13 @@ class DraftSource:
     quantization: Quantization
     names: frozenset[str]  # of its own tensors, where they are known
     build: Build  # reads the weights. The builder is of those files, and of the rank's stage
+
+
+def guesses_by(chosen: SpeculativeConfig | None, source: DraftSource | None) -> str:
+    """What guesses, for people: a model, or a way to look into texts. Empty: nothing does."""
+    if source is not None:
+        return f"{source.files.name} ({source.method})"
+    return chosen.method if chosen is not None else ""
 
 
 def draft_source(
