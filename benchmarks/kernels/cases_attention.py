@@ -184,18 +184,13 @@ def _cache_write(
     norm_last: bool = False,
     interleaved: bool = False,
     fp8_cache: bool = False,
-    axes: bool = False,
 ) -> Callable[[torch.device, torch.dtype], Built]:
     def build(device: torch.device, fp8: torch.dtype) -> Built:
         pages = -(-tokens // 64) + 1
         shape, dtype = (pages, heads.kv, 64, heads.dim), fp8 if fp8_cache else torch.bfloat16
         qkv = normal(device, tokens, (heads.query + 2 * heads.kv) * heads.dim)
         positions = torch.arange(tokens, device=device, dtype=torch.int32)
-        half = heads.dim // 2
-        rope = Rope(cos_sin=torch.randn(tokens, 2, half, device=device), interleaved=interleaved)
-        if axes:
-            rope = replace(rope, axes=torch.arange(half, device=device, dtype=torch.int32) % 3)
-            positions = positions.expand(3, -1).contiguous()
+        rope = Rope(cos_sin=torch.randn(tokens, 2, heads.dim // 2, device=device), interleaved=interleaved)
         slots = torch.randperm(pages * 64, device=device)[:tokens]
         weights = {name: normal(device, heads.dim) for name in ("q_weight", "k_weight")}
         head_norm = HeadNorm(**weights, eps=1e-6, after_rope=norm_last) if norm or norm_last else None
@@ -320,7 +315,6 @@ CASES = [
         streams=True,
     ),
     Case(name="cache write, interleaved", build=_cache_write(LLAMA_8B, 1024, interleaved=True), timed=False),
-    Case(name="cache write, M-RoPE", build=_cache_write(LLAMA_8B, 1024, axes=True), timed=False),
     Case(name="MLA cache write 8k", build=_latent_write, streams=True),
     Case(name="copy 512 pages", build=_copy_pages, streams=True),
 ]

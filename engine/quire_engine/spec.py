@@ -141,6 +141,8 @@ class Rotary:
     interleaved: bool = False  # pairs are neighbours (GPT-J), not one half's with the other's (GPT-NeoX)
     max_position: int = 0  # of the model
     scaling: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    sections: tuple[int, ...] = ()  # frequencies that read a position in time, in rows, in columns (M-RoPE, Qwen2-VL)
+    sections_interleaved: bool = False  # the three take turns; else one section follows another
 
     @property
     def kind(self) -> str:

@@ -30,7 +30,7 @@ QuantizedMatmul = Callable[[Quantized], Tensor]
 class AttentionBatch:
     """Which tokens of a flat batch belong to which request. T tokens, R requests."""
 
-    positions: Tensor  # [T] int32
+    positions: Tensor  # [T] int32, which rows of a rope's table the tokens read
     slots: Tensor  # [T] int64, page * block size + offset; -1: not written
     block_tables: Tensor  # [R, max pages] int32
     query_starts: Tensor  # [R + 1] int32
@@ -38,11 +38,13 @@ class AttentionBatch:
     context_lens: Tensor  # [R] int32, the new tokens included
     spans: Tensor | None = None  # [T, 2] int32: see AttentionOptions
     states: StateBatch | None = None  # of models with recurrent layers
+    angles: Tensor | None = None  # [3, T] int32: positions in time, rows and columns; None: all are `positions`
 
     @cached_property
     def tiles(self) -> Tensor:
-        """[tiles, 3] int32: request, first flat token, tokens (at most ATTENTION_TILE). For the C kernel."""
-        return torch.from_numpy(attention_tiles(self.query_starts.numpy()))
+        """[tiles, 4] int32: request, first flat token, tokens (at most ATTENTION_TILE), the first one's position. For
+        the C kernel."""
+        return torch.from_numpy(attention_tiles(self.query_starts.numpy(), self.context_lens.numpy()))
 
     @cached_property
     def cuts(self) -> dict[Hashable, Tensor]:
@@ -152,12 +154,13 @@ class Backend(Protocol):
     def draw(self, logits: Tensor, rows: Rows, filtered: bool) -> Tensor: ...
 
 
-def attention_tiles(query_starts: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Cuts every request's new tokens into tiles [tiles, 3] (request, first flat token, tokens) for the C kernel."""
+def attention_tiles(query_starts: NDArray[np.int32], context_lens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Cuts every request's new tokens, the last ones of its context, into tiles; see `AttentionBatch.tiles`."""
     starts, lengths = query_starts[:-1], np.diff(query_starts)
     tiles = -(-lengths // ATTENTION_TILE)
     request = np.repeat(np.arange(len(lengths), dtype=np.int32), tiles)
     first = np.cumsum(tiles) - tiles
     offset = (np.arange(len(request)) - first[request]) * ATTENTION_TILE
-    rows = (request, starts[request] + offset, np.minimum(ATTENTION_TILE, lengths[request] - offset))
+    position = (context_lens - lengths)[request] + offset
+    rows = (request, starts[request] + offset, np.minimum(ATTENTION_TILE, lengths[request] - offset), position)
     return np.ascontiguousarray(np.stack(rows, 1), np.int32)

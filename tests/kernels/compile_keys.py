@@ -120,17 +120,10 @@ def of_tokens(chip: Hardware, backend: TritonBackend) -> Iterator[tuple[str, Ope
     yield "norm of heads", lambda t: backend.norm_heads(new(t, 32, 128), new(128), None, Norm(1e-6))
     cache = new(9, 8, 16, 128)
     norm, rope = HeadNorm(q_weight=new(128), k_weight=new(128), eps=1e-6), Rope(cos_sin=floats(4096, 2, 64))
-    axes = Rope(cos_sin=floats(4096, 2, 64), axes=ints(64))
     yield (
         "cache write",
         lambda t: rope_cache_write(
             new(t, 6144), cache, cache, ints(t), new(t, dtype=torch.int64), 32, rope, norm, None
-        ),
-    )
-    yield (
-        "cache write, axes",
-        lambda t: rope_cache_write(
-            new(t, 6144), cache, cache, ints(3, t), new(t, dtype=torch.int64), 32, axes, None, None
         ),
     )
     yield "copy pages", lambda t: copy_pages(cache, new(t, 2, dtype=torch.int64))

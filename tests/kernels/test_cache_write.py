@@ -17,11 +17,10 @@ def both(
     norm: HeadNorm | None = None,
     dtype: torch.dtype = torch.float32,
     cache_dtype: torch.dtype | None = None,
-    axes: int = 0,
 ) -> None:
     batch = make_batch([tokens], [tokens + 5], SIZE, 70)
     batch.slots[::3] = -1
-    positions = torch.randint(0, 100, (axes, tokens), dtype=torch.int32) if axes else batch.positions % 100
+    positions = batch.positions % 100
     scales = None
     if cache_dtype is not None:
         scales = CacheScales(key=torch.rand(KV_HEADS) + 0.5, value=torch.rand(KV_HEADS) + 0.01)
@@ -73,12 +72,6 @@ def test_fp8_cache(cache_dtype: torch.dtype) -> None:
     both(63, 64, rope, head_norm(64, False, torch.bfloat16), torch.bfloat16, cache_dtype)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_three_axes(interleaved: bool) -> None:
-    axes = torch.tensor([0] * 8 + [1] * 12 + [2] * 12, dtype=torch.int32)
-    both(63, 64, Rope(cos_sin=torch.randn(100, 2, 32), interleaved=interleaved, axes=axes), axes=3)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
 def test_copy_pages(dtype: torch.dtype) -> None:
     cache = torch.randn(9, 3, 16, 80).to(dtype)
@@ -92,8 +85,6 @@ def test_copy_pages(dtype: torch.dtype) -> None:
 def test_the_reference_is_transformers() -> None:
     from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as neighbours
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
-    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
     angles = torch.randn(100, 32)
     table = torch.stack((angles.cos(), angles.sin()), 1)
@@ -105,12 +96,3 @@ def test_the_reference_is_transformers() -> None:
         (neighbours(batched, batched, both_halves.cos(), both_halves.sin())[0], Rope(cos_sin=table, interleaved=True)),
     ):
         assert_close(reference.rotate(q, positions, rope), expected[0].transpose(0, 1))
-    sections = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [8, 12, 12]}
-    config = Qwen2VLTextConfig(hidden_size=192, num_attention_heads=3, rope_parameters=sections)
-    positions = torch.randint(0, 100, (3, 7))
-    cosine, sine = Qwen2VLRotaryEmbedding(config)(q, positions[:, None])
-    expected = halves(batched, batched, cosine, sine)[0]
-    angles = torch.arange(100)[:, None] * 100.0 ** (-torch.arange(32) / 32)
-    table = torch.stack((angles.cos(), angles.sin()), 1)
-    axes = torch.tensor([0] * 8 + [1] * 12 + [2] * 12, dtype=torch.int32)
-    assert_close(reference.rotate(q, positions, Rope(cos_sin=table, axes=axes)), expected[0].transpose(0, 1))

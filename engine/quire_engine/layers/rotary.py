@@ -1,8 +1,11 @@
 """Rotary position embedding (Su et al. 2021): the table of cosines and sines for every position."""
 
 import math
+from dataclasses import replace
 
 import torch
+from quire_kernels.backends import AttentionBatch
+from quire_kernels.cache_write import Rope
 from torch import Tensor
 
 from quire_engine.spec import Rotary
@@ -28,6 +31,35 @@ def cos_sin_table(rotary: Rotary, max_position: int) -> Tensor:
         frequencies, magnitude = _longrope(frequencies, rotary, max_position)
     angles = torch.arange(max_position, dtype=torch.float32)[:, None] * frequencies
     return torch.stack((angles.cos() * magnitude, angles.sin() * magnitude), 1)
+
+
+def axes_of(rotary: Rotary) -> Tensor:
+    """[dim / 2]: which of a token's three positions (time, row, column) each frequency reads."""
+    half = rotary.dim // 2
+    if not rotary.sections_interleaved:
+        return torch.repeat_interleave(torch.arange(len(rotary.sections)), torch.tensor(rotary.sections))
+    axes = torch.zeros(half, dtype=torch.int64)
+    for axis, section in list(enumerate(rotary.sections))[1:]:
+        axes[axis : 3 * section : 3] = axis
+    return axes
+
+
+class RotaryTable:
+    """By which a layer turns its tokens."""
+
+    def __init__(self, rotary: Rotary, max_position: int, device: torch.device) -> None:
+        self.rope = Rope(cos_sin=cos_sin_table(rotary, max_position).to(device), interleaved=rotary.interleaved)
+        self._axes = axes_of(rotary).to(device) if rotary.sections else None
+
+    def of(self, batch: AttentionBatch) -> tuple[Rope, AttentionBatch]:
+        """What layers read. Tokens with three positions each get rows of their own in a table for this step alone, so
+        that no kernel knows of them."""
+        if batch.angles is None or self._axes is None:
+            return self.rope, batch
+        rows = batch.angles.index_select(0, self._axes).T.long()  # [T, half]
+        turned = self.rope.cos_sin.gather(0, rows[:, None].expand(-1, 2, -1))
+        own = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+        return replace(self.rope, cos_sin=turned), replace(batch, positions=own, angles=None)
 
 
 def _llama3(frequencies: Tensor, rotary: Rotary) -> Tensor:

@@ -1,5 +1,6 @@
 """Fields of a config made whole (`weights.hf_config`) as facts, where nearly every family says them the same way."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,19 @@ def rotary_of(
         raise ModelError(f"rope_scaling has rope_type {rotary.kind!r}; known are {', '.join(_ROPE_KINDS)}")
     _check(rotary, head_dim)
     return rotary
+
+
+def with_sections(rotary: Rotary, usual: tuple[int, ...], interleaved: bool) -> Rotary:
+    """Of a family whose tokens have positions in time, rows and columns. `usual`: where the config says nothing.
+    Raises ModelError for sections that are not three, or that are not of all frequencies."""
+    given = rotary.scaling.get("mrope_section", usual)
+    if not isinstance(given, list | tuple) or len(given) != 3 or not all(type(n) is int and n >= 0 for n in given):
+        raise ModelError(f"rope_parameters of config.json has mrope_section {given!r:.80}; it must be three numbers")
+    if not interleaved and sum(given) != rotary.dim // 2:  # those that take turns end where the frequencies do
+        raise ModelError(
+            f"mrope_section of config.json is {list(given)}; its numbers must add up to {rotary.dim // 2}, one a pair"
+        )
+    return dataclasses.replace(rotary, sections=tuple(given), sections_interleaved=interleaved)
 
 
 def _check(rotary: Rotary, head_dim: int) -> None:

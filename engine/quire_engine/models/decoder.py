@@ -26,7 +26,7 @@ from quire_engine.layers.linear import Builder
 from quire_engine.layers.mamba import Mamba
 from quire_engine.layers.norm import Normalization
 from quire_engine.layers.pooler import Pooler
-from quire_engine.layers.rotary import cos_sin_table
+from quire_engine.layers.rotary import RotaryTable
 from quire_engine.layers.short_conv import ShortConv
 from quire_engine.parallel import ParallelGroup
 from quire_engine.spec import DecoderSpec, DeltaNetSpec, Rotary, ShortConvSpec, joined
@@ -202,14 +202,11 @@ class Decoder:
                 assert head is not None
                 bias = head.rows_of(f"{names.head}.bias", weights) if spec.head_bias else None
                 self._head = OutputHead(build, head.table, bias, spec.vocab_size)
-        tables: dict[Rotary, Rope] = {}
-        self._ropes: list[Rope | None] = []
-        for number in layers:
-            rotary = spec.rope_of(number)
+        tables: dict[Rotary | None, RotaryTable | None] = {None: None}
+        for rotary in map(spec.rope_of, layers):
             if rotary is not None and rotary not in tables:
-                table = cos_sin_table(rotary, max_model_len).to(weights.device)
-                tables[rotary] = Rope(cos_sin=table, interleaved=rotary.interleaved)
-            self._ropes.append(None if rotary is None else tables[rotary])
+                tables[rotary] = RotaryTable(rotary, max_model_len, weights.device)
+        self._tables = [tables[spec.rope_of(number)] for number in layers]
         self._device = weights.device
         extra = tuple(f"{names.layers}.{spec.num_layers + i}." for i in range(spec.extra_layers)) + spec.extra_tensors
         mine = tuple(f"{names.layers}.{i}." for i in layers)
@@ -238,12 +235,14 @@ class Decoder:
         )
         if self.spec.bidirectional:
             batch = replace(batch, spans=_whole_texts(batch))
+        turned = {table: (None, batch) if table is None else table.of(batch) for table in dict.fromkeys(self._tables)}
         delta: Tensor | None = None
         self.tapped, tapped = None, list[Tensor]()
-        for number, layer, cache, rope in zip(self.layers, self._layers, caches, self._ropes, strict=True):
+        for number, layer, cache, table in zip(self.layers, self._layers, caches, self._tables, strict=True):
             if number in self.taps:
                 tapped.append(residual.clone() if delta is None else residual + delta)
-            residual, delta = layer(residual, delta, batch, cache, rope)
+            rope, turning = turned[table]
+            residual, delta = layer(residual, delta, turning, cache, rope)
             self.progress()
         if not self.group.last:
             self.group.send(residual if delta is None else residual.add_(delta))

@@ -20,7 +20,7 @@ from quire_engine.layers.embedding import Embedding, OutputHead
 from quire_engine.layers.feed_forward import FeedForward
 from quire_engine.layers.linear import Builder
 from quire_engine.layers.norm import Normalization
-from quire_engine.layers.rotary import cos_sin_table
+from quire_engine.layers.rotary import RotaryTable
 from quire_engine.models.decoder import Decoder, Layer
 from quire_engine.models.eagle import EagleSpec, eagle_spec, refused
 from quire_engine.quantization.config import Quantization
@@ -55,7 +55,7 @@ class DraftHead:
         body: Body,
         norm: Normalization | None,
         head: Callable[[Tensor], Tensor | None],
-        rope: Rope | None,
+        table: RotaryTable | None,
         *,
         normalized: bool = False,
         fc: Callable[[Tensor], Tensor] | None = None,
@@ -74,7 +74,7 @@ class DraftHead:
         self._normalized = normalized
         self._head = head
         self._fc = fc
-        self._rope = rope
+        self._table = table
 
     def combined(self, states: Tensor) -> Tensor:
         """What the model gives [T, taps * hidden] → states [T, H] for the first guess."""
@@ -87,7 +87,8 @@ class DraftHead:
         assert states is not None, "a head reads states"
         [cache] = caches
         embedded = self._embedding(token_ids.clamp(max=self._embedding.vocab_size - 1))
-        residual, delta = self._body(embedded, states, batch, cache, self._rope)
+        rope, batch = (None, batch) if self._table is None else self._table.of(batch)
+        residual, delta = self._body(embedded, states, batch, cache, rope)
         self.progress()
         if self._normalized:
             assert self._norm is not None
@@ -161,11 +162,9 @@ def _whole(build: Builder, name: str, outputs: int, inputs: int) -> Linear:
     return build.column_parallel([Part(name, outputs, WHOLE)], inputs, f"{name}.bias" in build.weights)
 
 
-def _rope(spec: DecoderSpec, layer: int, max_model_len: int, device: torch.device) -> Rope | None:
+def _table(spec: DecoderSpec, layer: int, max_model_len: int, device: torch.device) -> RotaryTable | None:
     rotary = spec.rope_of(layer)
-    if rotary is None:
-        return None
-    return Rope(cos_sin=cos_sin_table(rotary, max_model_len).to(device), interleaved=rotary.interleaved)
+    return None if rotary is None else RotaryTable(rotary, max_model_len, device)
 
 
 def _own_head(build: Builder, name: str, vocab_size: int, hidden: int) -> Callable[[Tensor], Tensor | None]:
@@ -233,7 +232,7 @@ def mtp_head(build: Builder, spec: DecoderSpec, model: Decoder, max_model_len: i
         body,
         norm(mtp.norm),
         _head_of_mtp(build, spec, mtp, model),
-        _rope(layer_spec, mtp.layer, max_model_len, weights.device),
+        _table(layer_spec, mtp.layer, max_model_len, weights.device),
         normalized=True,  # as the model's state is that the first guess starts from, and the layer was trained on
     )
 
@@ -316,7 +315,7 @@ def eagle_head(
         body,
         norm,
         _head_of_eagle(build, eagle, target, model),
-        _rope(spec, 0, max_model_len, weights.device),
+        _table(spec, 0, max_model_len, weights.device),
         fc=fc,
         taps=eagle.taps,
         vocabulary=vocabulary,

@@ -48,6 +48,7 @@ from quire_engine.models import (
     stablelm,
     starcoder2,
 )
+from quire_engine.models.base import with_sections
 from quire_engine.models.fallback import fallback_spec
 from quire_engine.pooling import Pooling
 from quire_engine.spec import Config, DecoderSpec
@@ -141,7 +142,11 @@ def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
     except _WRONG_VALUE as error:
         raise ModelError(f"config.json has a value that its family cannot have: {error}") from error
     if (whole := config.get("text_part_of")) is not None:
-        spec = _within(spec, TEXT_PARTS[whole])
+        part = TEXT_PARTS[whole]
+        spec = _within(spec, part)
+        if part.sections is not None and spec.rope is not None:
+            rope = with_sections(spec.rope, part.sections, part.sections_interleaved)
+            spec = dataclasses.replace(spec, rope=rope)
     if pooling is None:
         return spec
     if spec.fallback is not None:

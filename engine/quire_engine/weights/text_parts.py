@@ -10,6 +10,8 @@ class TextPart:
     architecture: str
     moved: tuple[tuple[str, str], ...]  # beginnings of its tensors' names, and what they are here
     others: tuple[str, ...]  # beginnings of the names of everything else
+    sections: tuple[int, int, int] | None = None  # of its rope, where a config has none; None: positions are numbers
+    sections_interleaved: bool = False
 
     def renamed(self, name: str) -> str:
         """A tensor's name in this checkpoint."""
@@ -25,17 +27,25 @@ def _beside(architecture: str) -> TextPart:
     return TextPart(architecture=architecture, moved=moved, others=("vision_tower.", "multi_modal_projector."))
 
 
-def _inside(architecture: str) -> TextPart:
+def _inside(architecture: str, sections: tuple[int, int, int]) -> TextPart:
     """Its layers are in the same model as the visual ones."""
     moved = (("model.", "model.language_model."),)
-    return TextPart(architecture=architecture, moved=moved, others=("model.visual.",))
+    return TextPart(
+        architecture=architecture,
+        moved=moved,
+        others=("model.visual.",),
+        sections=sections,
+        sections_interleaved=True,
+    )
 
 
 TEXT_PARTS: dict[str, TextPart] = {
     "Gemma3ForConditionalGeneration": _beside("Gemma3ForCausalLM"),
     "Mistral3ForConditionalGeneration": _beside("MistralForCausalLM"),
-    "Qwen2_5_VLForConditionalGeneration": TextPart(architecture="Qwen2ForCausalLM", moved=(), others=("visual.",)),
-    "Qwen3VLForConditionalGeneration": _inside("Qwen3ForCausalLM"),
-    "Qwen3_5ForConditionalGeneration": _inside("Qwen3_5ForCausalLM"),
-    "Qwen3_5MoeForConditionalGeneration": _inside("Qwen3_5MoeForCausalLM"),
+    "Qwen2_5_VLForConditionalGeneration": TextPart(
+        architecture="Qwen2ForCausalLM", moved=(), others=("visual.",), sections=(16, 24, 24)
+    ),
+    "Qwen3VLForConditionalGeneration": _inside("Qwen3ForCausalLM", (24, 20, 20)),
+    "Qwen3_5ForConditionalGeneration": _inside("Qwen3_5ForCausalLM", (11, 11, 10)),
+    "Qwen3_5MoeForConditionalGeneration": _inside("Qwen3_5MoeForCausalLM", (11, 11, 10)),
 }

@@ -17,7 +17,6 @@ class Rope:
 
     cos_sin: Tensor  # [positions, 2, half] fp32
     interleaved: bool = False  # pairs are neighbours (GPT-J), not one half's with the other's (GPT-NeoX)
-    axes: Tensor | None = None  # [half] int32: which row of positions [A, T] an angle reads (M-RoPE, Qwen2-VL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,13 +9,9 @@ from quire_kernels.norm.reference import normalize
 
 
 def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
-    """x [T, heads, D], positions [T] or [A, T] → fp32."""
+    """x [T, heads, D], positions [T] → fp32."""
     half = rope.cos_sin.shape[-1]
-    if rope.axes is None:
-        turn = rope.cos_sin[positions.long()]  # [T, 2, half]
-    else:
-        each = rope.cos_sin[positions.long()]  # [A, T, 2, half]
-        turn = each.gather(0, rope.axes.long().expand(1, *each.shape[1:]))[0]
+    turn = rope.cos_sin[positions.long()]  # [T, 2, half]
     cosine, sine = turn[:, None, 0], turn[:, None, 1]
     turning, rest = x[..., : 2 * half].float(), x[..., 2 * half :].float()
     pairs = turning.unflatten(-1, (half, 2)) if rope.interleaved else turning.unflatten(-1, (2, half)).mT
@@ -47,7 +43,7 @@ def rope_cache_write(
     norm: HeadNorm | None = None,
     scales: CacheScales | None = None,
 ) -> None:
-    """See the package's contract. `positions` [T], or [A, T] where the rope has axes."""
+    """See the package's contract. `positions` [T]."""
     kv_heads, _, head_dim = key_cache.shape[1:]
     heads = qkv.view(qkv.shape[0], num_heads + 2 * kv_heads, head_dim)
     q, k, v = heads.split((num_heads, kv_heads, kv_heads), 1)

@@ -12,15 +12,8 @@ from quire_kernels.hardware import hardware
 
 
 @triton.jit
-def _turn(
-    cos_sin_ptr, axes_ptr, positions_ptr, token, num_tokens, frequency, turning, HALF: tl.constexpr
-):  # fmt: skip
-    """Cosines and sines of a token for the frequencies given; 1 and 0 where not `turning`."""
-    if axes_ptr is not None:
-        axis = tl.load(axes_ptr + frequency, mask=turning, other=0)
-        position = tl.load(positions_ptr + axis * num_tokens + token, mask=turning, other=0)
-    else:
-        position = tl.load(positions_ptr + token)
+def _turn(cos_sin_ptr, position, frequency, turning, HALF: tl.constexpr):
+    """Cosines and sines of a position for the frequencies given; 1 and 0 where not `turning`."""
     at = cos_sin_ptr + position.to(tl.int64) * (2 * HALF) + frequency
     return tl.load(at, mask=turning, other=1.0), tl.load(at + HALF, mask=turning, other=0.0)
 
@@ -47,7 +40,7 @@ def _head_weight(q_weight_ptr, k_weight_ptr, dims, dims_in, is_q, UNIT_OFFSET: t
     return weight
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def _rope_cache_write(
     qkv_ptr,
     key_ptr,
@@ -55,13 +48,11 @@ def _rope_cache_write(
     positions_ptr,
     slots_ptr,
     cos_sin_ptr,
-    axes_ptr,
     q_weight_ptr,
     k_weight_ptr,
     key_scale_ptr,
     value_scale_ptr,
     qkv_stride: tl.int64,
-    num_tokens,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -90,11 +81,10 @@ def _rope_cache_write(
         shrink = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
         x *= shrink[:, None] * _head_weight(q_weight_ptr, k_weight_ptr, dims, dims < D, is_q, UNIT_OFFSET)
     if HALF > 0:
+        position = tl.load(positions_ptr + token)
         if INTERLEAVED:
             frequency = tl.arange(0, D_PADDED // 2)
-            cosine, sine = _turn(
-                cos_sin_ptr, axes_ptr, positions_ptr, token, num_tokens, frequency, frequency < HALF, HALF
-            )
+            cosine, sine = _turn(cos_sin_ptr, position, frequency, frequency < HALF, HALF)
             a, b = tl.split(tl.reshape(x, [TILE_HEADS, D_PADDED // 2, 2]))
             c, d = a * cosine[None, :] - b * sine[None, :], b * cosine[None, :] + a * sine[None, :]
             x = tl.reshape(tl.join(c, d), [TILE_HEADS, D_PADDED])
@@ -102,10 +92,7 @@ def _rope_cache_write(
             turning = dims < 2 * HALF
             first = dims < HALF
             partner = tl.where(turning, tl.where(first, dims + HALF, dims - HALF), dims)
-            cosine, sine = _turn(
-                cos_sin_ptr, axes_ptr, positions_ptr, token, num_tokens, tl.where(first, dims, dims - HALF), turning,
-                HALF,
-            )  # fmt: skip
+            cosine, sine = _turn(cos_sin_ptr, position, tl.where(first, dims, dims - HALF), turning, HALF)
             other = tl.load(base + partner[None, :], mask=turned_head & turning[None, :], other=0.0).to(tl.float32)
             if q_weight_ptr is not None and not AFTER_ROPE:
                 other *= shrink[:, None] * _head_weight(q_weight_ptr, k_weight_ptr, partner, turning, is_q, UNIT_OFFSET)
@@ -135,7 +122,7 @@ def rope_cache_write(
     norm: HeadNorm | None = None,
     scales: CacheScales | None = None,
 ) -> None:
-    """See the package's contract. `positions` [T] int32, or [A, T] where the rope has axes; `slots` [T] int64."""
+    """See the package's contract. `positions` [T] int32; `slots` [T] int64."""
     chip = hardware(qkv.device)
     kv_heads, block_size, head_dim = key_cache.shape[1:]
     padded = triton.next_power_of_2(head_dim)
@@ -149,13 +136,11 @@ def rope_cache_write(
         positions,
         slots,
         None if rope is None else rope.cos_sin,
-        None if rope is None else rope.axes,
         None if norm is None else norm.q_weight,
         None if norm is None else norm.k_weight,
         None if scales is None else scales.key,
         None if scales is None else scales.value,
         qkv.stride(0),
-        qkv.shape[0],
         0.0 if norm is None else norm.eps,
         HEADS=num_heads,
         KV_HEADS=kv_heads,

@@ -77,7 +77,6 @@ class NativeBackend(TorchBackend):
             _pointer(value_cache),
             _pointer(batch.block_tables),
             ctypes.c_int64(batch.block_tables.stride(0)),
-            _pointer(batch.positions),
             _pointer(batch.tiles),
             ctypes.c_int64(batch.tiles.shape[0]),
             kv_heads,
@@ -106,7 +105,6 @@ class NativeBackend(TorchBackend):
     ) -> None:
         kv_heads, block_size, head_dim = key_cache.shape[1:]
         assert scales is None, "kernels.c stores fp32"
-        assert rope is None or rope.axes is None, "kernels.c has one position per token"
         self._cache_write(
             _pointer(qkv),
             ctypes.c_int64(qkv.stride(0)),

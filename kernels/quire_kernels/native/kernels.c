@@ -258,20 +258,19 @@ static inline __attribute__((always_inline)) void attend_tile(
 /* out[T, H, D] = softmax(scale * q k^T) v over each request's pages, causal, optionally in a sliding window, with scores
  * soft-capped (cap > 0), with ALiBi's slopes [H], with sinks [H], and with spans [T, 2] that a token sees besides. Groups
  * of over MAX_GROUP heads are taken in parts.
- * tiles[n, 3]: request, first query token in the flat batch, tokens (1..8). positions[T]: of every flat token. */
+ * tiles[n, 4]: request, first query token in the flat batch, tokens (1..8), the first one's position. */
 void paged_attention(const float *q, int64_t q_stride, float *out, int64_t out_stride, const float *key_cache,
                      const float *value_cache, const int32_t *block_tables, int64_t table_stride,
-                     const int32_t *positions, const int32_t *tiles, int64_t n_tiles, int K, int G, int D, int B,
-                     int window, float scale, float cap, const float *sinks, const float *slopes,
-                     const int32_t *spans) {
+                     const int32_t *tiles, int64_t n_tiles, int K, int G, int D, int B, int window, float scale,
+                     float cap, const float *sinks, const float *slopes, const int32_t *spans) {
     const int64_t page_stride = (int64_t)K * B * D;
     const int whole = G, parts = (whole + MAX_GROUP - 1) / MAX_GROUP;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t item = 0; item < n_tiles * K * parts; item++) {
-        const int32_t *t = tiles + (item / parts / K) * 3;
+        const int32_t *t = tiles + (item / parts / K) * 4;
         const int head = (int)(item / parts % K), begin = (int)(item % parts) * MAX_GROUP;
         const int G = whole - begin < MAX_GROUP ? whole - begin : MAX_GROUP;
-        const int tile = t[2], first = positions[t[1]];
+        const int tile = t[2], first = t[3];
         const int64_t query = (int64_t)head * whole + begin;
         const float *qt = q + t[1] * q_stride + query * D;
         const float *s = sinks ? sinks + query : 0, *a = slopes ? slopes + query : 0;
