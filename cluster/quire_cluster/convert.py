@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 from quire_engine.errors import BY_NAME, EngineFailure, QuireError
-from quire_engine.request import EngineSampling, Request, TokenSet
+from quire_engine.request import EngineSampling, ImageSpan, Request, TokenSet
 from quire_engine.step import TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
 
@@ -81,6 +81,7 @@ def request_from_proto(message: pb.Submit, request_id: int, now: float) -> Reque
         arrival=now - message.age,
         deadline=now + message.time_left if message.time_left else 0.0,
         cache_salt=message.cache_salt,
+        images=tuple(ImageSpan(i.key, i.start, i.length, i.rows, i.columns) for i in message.images),
         resumed=message.resumed,
         waiting_since=now if message.resumed else 0.0,
     )

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+from quire_engine.cache.images import Inputs
 from quire_engine.engine import Engine
 from quire_engine.errors import EngineFailure, QuireError, Unavailable
 from quire_engine.outcome import StepOutcome
@@ -23,6 +24,7 @@ from quire_protos.v1 import engine_pb2_grpc
 
 from quire_cluster.convert import BATCH_BYTES, KEEPALIVE, MESSAGE_BYTES, logprobs_to_proto, request_from_proto
 from quire_cluster.keys import KeyInterceptor, Keys
+from quire_cluster.wire import image_from_bytes
 from quire_cluster.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class GatewaySession:
     def __init__(self) -> None:
         self.updates: asyncio.Queue[pb.SessionUpdate | None] = asyncio.Queue()
         self.by_wire_id: dict[int, int] = {}  # id in the session → id in the engine
+        self.images: dict[bytes, bytearray] = {}  # that are being received
 
     def put(self, update: pb.SessionUpdate) -> None:
         """Sends an update; a gateway that is so far behind that it cannot be reading is hung up on."""
@@ -95,7 +98,7 @@ class EngineThread:
         difference of two that are of different moments can be below 0."""
         scheduler = self._engine.scheduler
         pool, stats = scheduler.pool, scheduler.stats
-        allocated, unused = scheduler.slots()
+        allocated, unused = scheduler.cache.slots(scheduler.running)
         return pb.Load(
             running=len(scheduler.running),
             waiting=scheduler.num_waiting,
@@ -118,6 +121,8 @@ class EngineThread:
             rows=scheduler.limits.max_num_seqs,
             queued_tokens=scheduler.queued_tokens,
             prefill_rate=self._engine.prompt_rate.per_second,
+            image_queries=images.queries if (images := scheduler.images) is not None else 0,
+            image_hits=images.hits if images is not None else 0,
             waiting_for={why.value: count for why, count in scheduler.waiting_for().items()},
         )
 
@@ -155,6 +160,10 @@ class EngineThread:
         update = pb.SessionUpdate()
         update.endings.add(id=wire_id, reason="error", error_kind=type(error).__name__, error=str(error))
         self._deliver([(session, update)])
+
+    def provide(self, key: bytes, inputs: Inputs) -> None:
+        """The pixels of an image that was wanted."""
+        self._engine.scheduler.provide(key, inputs)
 
     def abort(self, session: GatewaySession, wire_id: int) -> None:
         """Ends a request early; one that is gone already is left alone."""
@@ -278,6 +287,9 @@ class EngineThread:
             session, wire_id = owners[request.id]
             found = pb.Vector(id=wire_id, values=vector.astype("<f4").tobytes())
             large.append((session, pb.SessionUpdate(vectors=[found])))
+        for request, key in outcome.wanted:
+            session, wire_id = owners[request.id]
+            update_for(session).wanted.add(id=wire_id, key=key)
         for request in outcome.finished:
             session, wire_id = owners.pop(request.id)
             del session.by_wire_id[wire_id]
@@ -353,6 +365,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                     session.put(refused)
                     continue
                 engine.put(functools.partial(engine.submit, session, submit, now))
+            for piece in message.images:
+                session.images.setdefault(piece.key, bytearray()).extend(piece.data)
+                if piece.last:
+                    inputs = await asyncio.to_thread(image_from_bytes, session.images.pop(piece.key))
+                    engine.put(functools.partial(engine.provide, piece.key, inputs))
             if message.why:
                 engine.put(functools.partial(engine.why, session, list(message.why)))
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from quire_engine.request import EngineSampling, TokenSet
-from quire_engine.step import NewRow, StepPlan, StepResult, TokenLogprobs
+from quire_engine.cache.images import Inputs
+from quire_engine.request import EngineSampling, ImageSpan, TokenSet
+from quire_engine.step import Encode, NewRow, StepImages, StepPlan, StepResult, TokenLogprobs
 
-_RECORDS = (StepPlan, NewRow, EngineSampling, TokenSet, StepResult, TokenLogprobs)
+_RECORDS = (StepPlan, NewRow, EngineSampling, TokenSet, StepResult, TokenLogprobs, ImageSpan, StepImages, Encode)
 _NAMES = {kind: [f.name for f in fields(kind)] for kind in _RECORDS}
-_ARRAYS = ("<i4", "<i8", "<f4")
+_ARRAYS = ("<i4", "<i8", "<f4", "|b1", "|u1", "<f2", "<f8")
 _TUPLE = len(_RECORDS)  # codes of MessagePack's extension types: a record's place in the list, then these
 _ARRAY = _TUPLE + 1
 
@@ -56,3 +57,16 @@ def to_bytes(message: StepPlan | StepResult) -> bytes:
 def from_bytes(data: bytes) -> Any:
     """The reverse. Raises ValueError, TypeError or IndexError for anything else."""
     return _unpack(data)
+
+
+def image_to_bytes(inputs: Inputs) -> bytes:
+    """What a vision tower reads of an image."""
+    return _pack(dict(inputs))
+
+
+def image_from_bytes(data: bytes | bytearray) -> dict[str, Any]:
+    """The reverse. Raises as `from_bytes`."""
+    found = _unpack(bytes(data))
+    if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
+        raise ValueError("this is no image")
+    return found

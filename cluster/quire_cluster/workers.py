@@ -164,7 +164,9 @@ class Workers:
     def submit(self, plan: StepPlan) -> None:
         """Hands a step to the workers, which may still be at the one before it."""
         counts = plan.counts.astype(int)
-        self._lease.submit(time.monotonic(), int(counts.sum()), int(counts @ (plan.starts + plan.counts)))
+        image_tokens = sum(image.size for image in plan.images.encode) if plan.images is not None else 0
+        pairs = int(counts @ (plan.starts + plan.counts))
+        self._lease.submit(time.monotonic(), int(counts.sum()), pairs, image_tokens)
         self._channel.send_plan(plan)
 
     def prepare(self, guidance: str) -> "Future[Any]":

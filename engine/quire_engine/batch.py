@@ -1,5 +1,6 @@
 """A step's plan as tensors. T tokens of R requests, S of which draw a token at the end."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,9 @@ from quire_kernels.sampling import Rows
 from torch import Tensor
 
 from quire_engine.config import SchedulerLimits
+from quire_engine.request import ImageSpan
 from quire_engine.sampling.sampler import Sampler
-from quire_engine.step import Places, StepPlan
+from quire_engine.step import Ints, NewRow, Places, StepPlan
 from quire_engine.upload import Array, Upload
 
 _DRAWS, _STATES = 10, 15  # where what is known of those that draw, and of states, begins in a batch's arrays
@@ -49,7 +51,10 @@ class Shape:
 class Batcher:
     """Keeps the block tables, which plans update, and turns plans into batches."""
 
-    def __init__(self, limits: SchedulerLimits, device: torch.device, sampler: Sampler) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, device: torch.device, sampler: Sampler, *, turned_apart: bool = False
+    ) -> None:
+        """`turned_apart`: the model's positions have a time, a row and a column (M-RoPE)."""
         longest = -(-limits.max_model_len // limits.block_size)
         self._block_size = limits.block_size
         self._device = device
@@ -59,6 +64,17 @@ class Batcher:
         self.upload = Upload(device)
         self._host_tables = np.zeros((limits.max_num_seqs + 1, longest), np.int32)
         self._tables = torch.from_numpy(self._host_tables).to(device)  # on a CPU the same memory
+        self._turned_apart = turned_apart
+        self._images: dict[int, Ints] = {}  # row → positions [3, n] of its tokens up to its last image
+        self._shifts = np.zeros(limits.max_num_seqs + 1, np.int32)  # of positions behind that, against places
+
+    def set_rows(self, news: Sequence[NewRow]) -> None:
+        """Requests that take a row."""
+        for new in news if self._turned_apart else ():
+            self._images.pop(new.row, None)
+            self._shifts[new.row] = 0
+            if new.images:
+                self._images[new.row], self._shifts[new.row] = image_positions(new.images)
 
     def set_pages(self, plan: StepPlan) -> None:
         """The plan's entries of the block tables, here and on the device."""
@@ -118,6 +134,8 @@ class Batcher:
                 np.append(plan.state_writes, np.full(missing, self._spare_state, np.int32)),
                 np.repeat(np.arange(len(rows), dtype=np.int32), counts),
             ]
+        if self._turned_apart:
+            states.append(self._angles(plan, positions, token_rows, query_starts))
         seeds, *parameters = self._sampler.tables(draw_rows)
         return [
             slots,
@@ -135,10 +153,22 @@ class Batcher:
             *states,
         ]
 
+    def _angles(self, plan: StepPlan, positions: Ints, token_rows: Ints, query_starts: Ints) -> Ints:
+        """[3, T] the time, row and column of each token."""
+        found = np.repeat((positions + self._shifts[token_rows])[None], 3, 0).astype(np.int32)
+        for place, row in enumerate(plan.rows.tolist()) if self._images else ():
+            known, start = self._images.get(row), int(plan.starts[place])
+            if known is not None and start < known.shape[1]:
+                seen = known[:, start : start + int(plan.counts[place])]
+                first = int(query_starts[place])
+                found[:, first : first + seen.shape[1]] = seen
+        return found
+
     def assemble(self, uploaded: list[Tensor], shape: Shape, longest_context: int) -> StepBatch:
         """What `upload` made of `arrays`, with the block tables. All on the device, so it can be captured."""
         slots, _, _, token_ids, token_rows, positions, query_starts, context_lens, rows, draw_places = uploaded[:_DRAWS]
         states = uploaded[_STATES:]
+        angles = states.pop() if self._turned_apart else None
         pages = -(-longest_context // self._block_size)
         attention = AttentionBatch(
             positions=positions,
@@ -147,6 +177,7 @@ class Batcher:
             query_starts=query_starts,
             longest_query=shape.longest_query,
             context_lens=context_lens,
+            angles=angles,
             states=StateBatch(
                 reads=states[0],
                 writes=states[1],
@@ -181,3 +212,24 @@ class Batcher:
                 positions=positions,
             ),
         )
+
+
+def image_positions(images: Sequence[ImageSpan]) -> tuple[Ints, int]:
+    """M-RoPE (Qwen2-VL, arXiv 2409.12191): of a prompt's tokens up to the end of its last image the time, row and
+    column [3, n]; and how far positions of what follows are behind places. An image is at one time; after it positions
+    go on from the larger of its sides."""
+    parts: list[Ints] = []
+    place = position = 0
+    for image in images:
+        text = np.arange(position, position + image.start - place, dtype=np.int32)
+        parts.append(np.repeat(text[None], 3, 0))
+        position += len(text)
+        if image.rows:
+            grid = np.indices((1, image.rows, image.columns), np.int32).reshape(3, -1)
+            parts.append(grid + np.int32(position))
+            position += max(image.rows, image.columns)
+        else:
+            parts.append(np.repeat(np.arange(position, position + image.length, dtype=np.int32)[None], 3, 0))
+            position += image.length
+        place = image.end
+    return np.concatenate(parts, 1), position - place

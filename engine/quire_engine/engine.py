@@ -100,6 +100,8 @@ class Engine:
             waited = begun - self._collected if self._collected and not self._begun else 0.0
             self._begun.append((begun, waited))
             self._executor.submit(plan)
+        elif scheduler.running and not scheduler.num_in_flight:  # for an image that is on its way
+            time.sleep(_PAUSE)
         self.steps += 1
         in_flight = scheduler.num_in_flight
         due = in_flight and (plan is None or in_flight >= scheduler.limits.steps_in_flight)

@@ -42,6 +42,7 @@ class StepOutcome:
     logprobs: list[tuple[Request, TokenLogprobs]] = field(default_factory=list)  # one entry per token that wants them
     prompt_logprobs: list[tuple[Request, int, TokenLogprobs]] = field(default_factory=list)  # with the first's place
     vectors: list[tuple[Request, Floats]] = field(default_factory=list)  # of models that pool
+    wanted: list[tuple[Request, bytes]] = field(default_factory=list)  # images whose pixels somebody has to bring
     num_tokens: int = 0  # computed
     num_prompt_tokens: int = 0  # of these, of prompts, and of logs that were computed again
 

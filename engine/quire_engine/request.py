@@ -118,10 +118,28 @@ class EngineSampling:
         return bool(self.edits_logits or self.guidance or self.prompt_logprobs is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where an image stands in a prompt: from the first to the last token that its embeddings replace. Where these lie
+    in rows and columns (M-RoPE), every token of the span is one of them."""
+
+    key: bytes  # of what it shows: equal for equal files alone
+    start: int
+    length: int
+    rows: int = 0  # of its embeddings; 0: positions count on as in a text
+    columns: int = 0
+
+    @property
+    def end(self) -> int:
+        """The first token behind it."""
+        return self.start + self.length
+
+
 class State(Enum):
-    """(preparing →) waiting → running → finished; running → waiting when preempted."""
+    """(preparing →) waiting (→ fetching → waiting) → running → finished; running → waiting when preempted."""
 
     PREPARING = "preparing"  # its grammar is being compiled
+    FETCHING = "fetching"  # an image of its prompt is on its way
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -139,6 +157,7 @@ class Request:
     arrival: float = 0.0  # in time.monotonic() seconds
     deadline: float = 0.0  # of the same clock; 0: none
     cache_salt: bytes = b""
+    images: tuple[ImageSpan, ...] = ()  # of the prompt, in order
     resumed: bool = False  # an engine had accepted it: no queue is too full for it
     waiting_since: float = 0.0  # of the same clock: when it came, was preempted, or was left out of a plan; 0: arrival
     state: State = State.WAITING
@@ -165,11 +184,14 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     end_length: int = 0  # len(tokens) at which it ends by length
     min_length: int = 0  # len(tokens) before which no stop token counts
+    images_end: int = 0  # the tokens before which there are images
+    image_places: list[NDArray[np.int32]] = field(default_factory=list)  # of each image the tokens it is embedded in
 
     def __post_init__(self) -> None:
         self.stop_ids = frozenset(self.params.stop_token_ids)
         self.end_length = self.num_prompt + self.params.max_tokens
         self.min_length = self.num_prompt + self.params.min_tokens
+        self.images_end = self.images[-1].end if self.images else 0
         self.waiting_since = self.waiting_since or self.arrival
 
     def check(self, vocab_size: int) -> None:
@@ -178,6 +200,13 @@ class Request:
             raise InvalidParameter("the prompt has no tokens", "prompt")
         if min(self.tokens) < 0 or max(self.tokens) >= vocab_size:
             raise InvalidParameter(f"a token id is outside 0 to {vocab_size - 1}", "prompt")
+        before = 0
+        for image in self.images:
+            if image.start < before or image.length < 1 or image.end > self.num_prompt:
+                raise InvalidParameter("images do not lie one after another within the prompt", "images")
+            if image.rows and image.rows * image.columns != image.length:
+                raise InvalidParameter("an image's rows and columns are not its tokens", "images")
+            before = image.end
         self.params.check(vocab_size)
 
     @property

@@ -17,13 +17,12 @@ given to someone else meanwhile is written by the later step. A step with drafts
 will have drawn is not known, nor what could follow a token that is not.
 """
 
-import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import numpy as np
 
+from quire_engine.cache.images import Inputs
 from quire_engine.cache.manager import CacheManager
 from quire_engine.config import SchedulerLimits
 from quire_engine.errors import DeadlineExceeded, EngineFailure, InvalidParameter, QueueFull
@@ -31,9 +30,7 @@ from quire_engine.outcome import SchedulerStats, StepOutcome
 from quire_engine.request import Request, State, check_length
 from quire_engine.speculation.speculation import Speculation
 from quire_engine.step import REJECTED, NewRow, PlanDraft, StepPlan, StepResult
-from quire_engine.waiting import Importance, Wait, WaitingQueue, WaitsFor
-
-_MOST_AGAIN = 16  # tokens of a request that are computed again beside drafts; then a step without any catches up
+from quire_engine.waiting import Deadlines, Importance, Wait, WaitingQueue, WaitsFor
 
 
 class Scheduler:
@@ -44,11 +41,11 @@ class Scheduler:
         self.limits = limits
         self.speculation = speculation
         self.cache = CacheManager(limits)
-        self.pool, self.states = self.cache.pool, self.cache.states
+        self.pool, self.states, self.images = self.cache.pool, self.cache.states, self.cache.images
         self.stats = SchedulerStats()
         self.requests: dict[int, Request] = {}
         self.running: list[Request] = []  # most important first
-        self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id)
+        self._deadlines = Deadlines()
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._in_flight: deque[tuple[list[Request], int, StepPlan]] = deque()  # oldest first; int: its prompt tokens
         self._ended: list[Request] = []  # finished outside a commit: aborted, past their deadline
@@ -58,7 +55,6 @@ class Scheduler:
         )
         self._waiting = WaitingQueue(self._importance)
         self._held: dict[Request, WaitsFor] = {}  # what the last plan left out; replaced, and never changed
-        self._preparing: dict[int, Request] = {}  # whose grammar is being compiled
 
     @property
     def context(self) -> int:
@@ -70,7 +66,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Accepted, without a row."""
-        return len(self._waiting) + len(self._preparing)
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
@@ -89,50 +85,49 @@ class Scheduler:
         assert request.id not in self.requests, f"request id {request.id} is used twice"
         request.check(limits.vocab_size)
         check_length(request.num_prompt, request.params.max_tokens, self.context)
+        self.cache.accept_images(request)
         if request.deadline and request.deadline <= request.arrival:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
         if not request.resumed and self.num_waiting >= limits.max_num_queued_reqs + len(self._rows):
             raise QueueFull(f"{self.num_waiting} requests wait already; try again later")
         self.requests[request.id] = request
-        if request.deadline:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        self._deadlines.add(request)
         done = request.num_output >= request.params.max_tokens  # resumed after its last token was emitted
         if done and (request.num_output or request.params.prompt_logprobs is None):
             self._end(request, "length")
         elif request.params.guidance:
-            request.state = State.PREPARING
-            self._preparing[request.id] = request
+            self._waiting.put_apart(request, State.PREPARING)
         else:
-            self._wait(request)
+            self._waiting.push(request)
 
     def prepared(self, request_id: int, error: Exception | None) -> None:
         """A request's grammar is compiled, or cannot be. Unknown ids are ignored: it may have been aborted."""
-        request = self._preparing.pop(request_id, None)
+        request = self._waiting.take_apart(request_id, State.PREPARING)
         if request is not None and error is None:
-            self._wait(request)
+            self._waiting.push(request)
         elif request is not None:
             self._end(request, "error", error)
+
+    def provide(self, key: bytes, inputs: Inputs) -> None:
+        """The pixels of an image that was asked for. Unknown keys are ignored: nobody may want it any more."""
+        for request in self.images.provide(key, inputs) if self.images is not None else ():
+            if self._waiting.take_apart(request.id, State.FETCHING) is not None:
+                self._waiting.push(request)
 
     def abort(self, request_id: int) -> None:
         """Ends a request early; its pages are free at once. Unknown ids are ignored: it may just have finished."""
         request = self.requests.get(request_id)
         if request is not None:
-            self._withdraw(request)
-            self._end(request, "abort")
+            self._withdraw(request, "abort")
 
-    def _wait(self, request: Request) -> None:
-        request.state = State.WAITING
-        self._waiting.push(request)
-
-    def _withdraw(self, request: Request) -> None:
-        """Out of the queue or off its row, its pages given back."""
+    def _withdraw(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        """Out of the queue or off its row, its pages given back, and ended."""
         if request.state is State.RUNNING:
             self.running.remove(request)
             self._vacate(request)
-        elif request.state is State.PREPARING:
-            del self._preparing[request.id]
         else:
             self._waiting.remove(request)
+        self._end(request, reason, error)
 
     def _vacate(self, request: Request) -> None:
         self.cache.release(request)
@@ -144,23 +139,19 @@ class Scheduler:
         self._forget(request)
         self._ended.append(request)
 
-    def _expire(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            request = self.requests.get(request_id)
-            if request is not None:
-                self._withdraw(request)
-                self._end(request, "error", DeadlineExceeded("the deadline passed before the end"))
-
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan | None:
         """Plans a step; None when there is nothing to compute (a commit may still have something to report)."""
-        self._expire(now)
+        for request in self._deadlines.passed(now):
+            if request.state is not State.FINISHED:
+                self._withdraw(request, "error", DeadlineExceeded("the deadline passed before the end"))
         guesses = self._guesses()
         if guesses is None:
             return None
         draft = PlanDraft(self.limits.max_num_batched_tokens, now)
+        if self.images is not None:
+            self.images.begin()
         prompts = self._decode(draft, guesses)
         num_decoding = len(draft.token_ids)
         self._prefill(prompts, draft)
@@ -170,11 +161,12 @@ class Scheduler:
                 request.waiting_since = now
         self._held = draft.held
         if not draft.requests:
-            assert self._in_flight or not (self.running or self._waiting), "requests are left and none can run"
+            fine = self._in_flight or not (self.running or self._waiting)
+            assert fine or WaitsFor.IMAGE in draft.held.values(), "requests are left and none can run"
             return None
         if self.states is not None:
             self.states.settle()
-        plan = draft.plan()
+        plan = draft.plan(self.images.planned() if self.images is not None else None)
         self._in_flight.append((draft.requests, len(draft.token_ids) - num_decoding, plan))
         return plan
 
@@ -185,18 +177,7 @@ class Scheduler:
             return None
         if self.speculation is None or (self._waiting.head is not None and self._rows):
             return {}
-        decoding, rows, certain = [], 0, 0
-        for request in self.running:
-            length = len(request.tokens) + request.pending
-            lacking = length - request.num_computed
-            if lacking > 1 + request.again:
-                return {}
-            if lacking > 0 and request.again <= _MOST_AGAIN and length > request.begun_at:
-                decoding.append(request)
-            rows += lacking > 0
-            certain += lacking
-        room = max(0, min(self.limits.max_num_batched_tokens - certain, self.limits.most_drafts))
-        return self.speculation.guesses(decoding, rows, certain, room, in_flight=bool(self._in_flight))
+        return self.speculation.guesses(self.running, self.limits, in_flight=bool(self._in_flight))
 
     def _decode(self, draft: PlanDraft, guesses: dict[Request, list[int]]) -> list[Request]:
         """One token, and its drafts, for each running request that lacks no more; gives the others."""
@@ -208,7 +189,7 @@ class Scheduler:
             computed, pending = request.num_computed, request.pending
             length = len(request.tokens) + pending
             lacking = length - computed
-            if lacking != 1 + request.again:
+            if lacking != 1 + request.again or computed < request.images_end:
                 others.append(request)
                 continue
             if request.state is not State.RUNNING:
@@ -278,16 +259,39 @@ class Scheduler:
             if not self.cache.has_room(waiting, prefix, spare=len(self.running)):  # one each, against thrashing
                 draft.held[waiting] = WaitsFor.PAGES
                 break
+            start = len(prefix) * self.limits.block_size
+            if waiting.images_end > start and not self._sees(waiting, start, draft):
+                if waiting.state is State.FETCHING:
+                    continue
+                draft.held[waiting] = WaitsFor.IMAGE
+                break
             self._start(waiting, prefix, draft)
             if not self._compute(waiting, draft):  # the room was counted: it cannot happen
                 raise AssertionError("an admitted request found no page")
 
+    def _sees(self, waiting: Request, start: int, draft: PlanDraft) -> bool:
+        """Whether the head of the queue finds the image that it begins with. While that is on its way others go on."""
+        assert self.images is not None
+        if self.images.reach(waiting, start, start + draft.budget) > start:
+            return True
+        if self.images.waits(waiting):
+            self._waiting.remove(waiting)
+            self._waiting.put_apart(waiting, State.FETCHING)
+        return False
+
     def _compute(self, request: Request, draft: PlanDraft) -> bool:
-        """Tokens of its log within the budget; False where it finds no pages."""
-        computed, length = request.num_computed, len(request.tokens)
-        end = computed + self.cache.chunk(request, draft.budget)
+        """Tokens of its log within the budget; False where it finds no pages, or not the image that comes next."""
+        computed, length, budget = request.num_computed, len(request.tokens), draft.budget
+        if self.images is not None and computed < request.images_end:
+            budget = self.images.reach(request, computed, computed + budget) - computed
+            if not budget:
+                draft.held[request] = WaitsFor.IMAGE
+                return False
+        end = computed + self.cache.chunk(request, budget)
         if not self._grow(request, end, draft):
             return False
+        if self.images is not None and computed < request.images_end:
+            self.images.compute(request, computed, end, len(draft.token_ids))
         draft.budget -= end - computed
         draft.rows.append(request.row)
         draft.starts.append(computed)
@@ -315,8 +319,10 @@ class Scheduler:
     def commit(self, result: StepResult | None) -> StepOutcome:
         """Appends what the oldest step in flight drew (None: there is none), frees what is finished, says what
         happened."""
-        outcome = StepOutcome(started=self.take_started())
+        outcome = StepOutcome(started=self.take_started(), wanted=self.images.take_wanted() if self.images else [])
         if result is not None:
+            for request, why in self.images.failed(result.unseen, self.requests.values()) if self.images else ():
+                self._withdraw(request, "error", EngineFailure(f"an image could not be encoded: {why}"))
             requests, outcome.num_prompt_tokens, plan = self._in_flight.popleft()
             outcome.num_tokens, drawing = len(plan.token_ids), requests
             if not plan.draws.all():
@@ -347,7 +353,9 @@ class Scheduler:
             log = request.tokens
             for token in tokens:
                 if token < 0:
-                    self._fail(request, *result.failed[int(plan.rows[plan.draws > 0][place])])
+                    why, ours = result.failed[int(plan.rows[plan.draws > 0][place])]
+                    kind = InvalidParameter if request.params.restricted and not ours else EngineFailure
+                    self._finish(request, "error", error=kind(why))
                 elif len(log) == request.end_length:  # nothing was to be generated: only the prompt's scores are wanted
                     self._finish(request, "length")
                 else:
@@ -395,11 +403,6 @@ class Scheduler:
             self.speculation.learn(request, drafts, accepted)
         return tokens
 
-    def _fail(self, request: Request, why: str, ours: bool) -> None:
-        """Ends a request for which no token could be drawn."""
-        kind = InvalidParameter if request.params.restricted and not ours else EngineFailure
-        self._finish(request, "error", error=kind(why))
-
     def _finish(
         self, request: Request, reason: str, *, stop_token_id: int | None = None, error: Exception | None = None
     ) -> None:
@@ -413,6 +416,8 @@ class Scheduler:
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.id]
+        if self.images is not None and request.images:
+            self.images.forget(request)
         if self.speculation is not None:
             self.speculation.forget(request)
 
@@ -443,7 +448,7 @@ class Scheduler:
         self.running.remove(request)
         self._vacate(request)
         request.waiting_since = now
-        self._wait(request)
+        self._waiting.push(request)
         self.stats.preemptions += 1
 
     def _start(self, request: Request, prefix: list[int], draft: PlanDraft) -> None:
@@ -460,7 +465,7 @@ class Scheduler:
             self._started.append(request)
         params = request.params
         log = np.array(request.tokens if params.needs_log else (), np.int32)
-        draft.new_rows.append(NewRow(request.row, params, request.num_prompt, log))
+        draft.new_rows.append(NewRow(request.row, params, request.num_prompt, log, request.images))
         running = self.running
         running.append(request)
         if len(running) > 1 and self._importance(running[-2]) > self._importance(request):
@@ -471,11 +476,11 @@ class Scheduler:
     def explain(self, requests: Sequence[Request]) -> list[Wait]:
         """What each of these, which have not ended, waits for as of the last plan. Looks once at all requests, however
         many are asked for."""
-        return self._waiting.explain(requests, chain(self.running, self._preparing.values()), self._held)
+        return self._waiting.explain(requests, self.running, self._held)
 
     def waiting_for(self) -> Counter[WaitsFor]:
         """How many requests wait for what, those too that run and were left out of the last plan. From any thread."""
-        return self._waiting.counts(self._held, preparing=len(self._preparing))
+        return self._waiting.counts(self._held)
 
     @property
     def queued_tokens(self) -> int:
@@ -489,12 +494,6 @@ class Scheduler:
         self.cache.check_integrity(self.running)
         rows = [request.row for request in self.running]
         assert sorted([*rows, *self._rows]) == list(range(self.limits.max_num_seqs)), "rows are lost or used twice"
-        self._waiting.check_integrity()
-        waiting, preparing = self._waiting, self._preparing.values()
-        for state, kept in ((State.WAITING, waiting), (State.RUNNING, self.running), (State.PREPARING, preparing)):
-            there = {id(request) for request in self.requests.values() if request.state is state}
-            assert {id(request) for request in kept} == there, f"the list of what is {state.name.lower()} is wrong"
-
-    def slots(self) -> tuple[int, int]:
-        """Token slots of held pages, and how many of them hold nothing (PagedAttention's only waste)."""
-        return self.cache.slots(self.running)
+        self._waiting.check_integrity(self.requests.values())
+        there = {id(request) for request in self.requests.values() if request.state is State.RUNNING}
+        assert {id(request) for request in self.running} == there, "the list of what is running is wrong"

@@ -179,6 +179,17 @@ class MtpSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagesSpec:
+    """Of a model that takes images."""
+
+    config: Config  # the whole checkpoint's, of which the vision tower is made
+    token: int  # in whose places the embeddings of images stand
+    bidirectional: bool = False  # tokens of an image that follow one another see all of them,
+    at_once: int = 1  # and are computed together: so many
+    deepstack: int = 0  # layers to whose results embeddings are added
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
     """A decoder with grouped-query attention and feed-forward layers or experts."""
 
@@ -232,6 +243,7 @@ class DecoderSpec:
     bidirectional: bool = False  # a token sees all of its text
     norm_last: bool = False  # norms are of the sums of residual and result (the original Transformer)
     pooling: Pooling | None = None  # gives vectors or scores, not tokens
+    images: ImagesSpec | None = None
     fallback: Config | None = None  # the whole config, where transformers' own code computes the model
     extra_tensors: tuple[str, ...] = ()  # beginnings of names, of tensors that serve what is not served
     ignored: tuple[str, ...] = ()  # ends of tensor names that a checkpoint may hold and nothing needs

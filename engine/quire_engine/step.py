@@ -1,12 +1,13 @@
 """What goes from the scheduler to the workers each step, and what comes back."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quire_engine.config import SchedulerLimits
-from quire_engine.request import EngineSampling, Request
+from quire_engine.request import EngineSampling, ImageSpan, Request
 from quire_engine.waiting import WaitsFor
 
 Ints = NDArray[np.int32]
@@ -24,6 +25,7 @@ class NewRow:
     params: EngineSampling
     num_prompt: int
     tokens: Ints  # the log so far; empty where neither changed logits nor prompt log-probabilities need it
+    images: tuple[ImageSpan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,27 @@ class Places:
 
 
 @dataclass(slots=True)
+class Encode:
+    """An image that becomes embeddings."""
+
+    slot: int  # under which workers keep them from now on
+    key: bytes  # of the image
+    size: int  # how many embeddings they are
+    inputs: dict[str, NDArray[Any]]  # what the vision tower reads
+
+
+@dataclass(slots=True)
+class StepImages:
+    """What a step does with images."""
+
+    forget: Ints  # slots whose embeddings are not needed any more
+    encode: list[Encode]
+    places: Ints  # [E] which of the step's tokens are embeddings of images,
+    sources: Ints  # [N, 3] of which slot, from which row to before which: one after another, E in all
+    spans: Ints  # [K, 4] from which of the step's tokens to before which one is seen from position to before position
+
+
+@dataclass(slots=True)
 class StepPlan:
     """One step. R requests compute T tokens; S of them draw a token at the end."""
 
@@ -79,6 +102,7 @@ class StepPlan:
     read_ids: Ints  # which are these
     new_rows: list[NewRow] = field(default_factory=list)
     with_prompts: bool = False  # tokens of prompts are among those computed, which a draft model reads as well
+    images: StepImages | None = None
 
     @staticmethod
     def empty() -> "StepPlan":
@@ -139,7 +163,7 @@ class PlanDraft:
             request.num_read = end
         return end == length
 
-    def plan(self) -> StepPlan:
+    def plan(self, images: StepImages | None = None) -> StepPlan:
         """Its arrays."""
         pages, states = np.array(self.pages, np.int32).reshape(-1, 3), np.array(self.states, np.int32).reshape(-1, 2)
         reads = np.array(self.reads, np.int32).reshape(-1, 3)
@@ -161,6 +185,7 @@ class PlanDraft:
             read_ids=np.array(self.read_ids, np.int32),
             new_rows=self.new_rows,
             with_prompts=self.with_prompts,
+            images=images,
         )
 
 
@@ -198,4 +223,5 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of its drawn tokens
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of this step's prompt tokens
     failed: dict[int, Failure] = field(default_factory=dict)  # by the row: why a token could not be drawn
+    unseen: dict[bytes, str] = field(default_factory=dict)  # by the key of an image: why it could not be encoded
     vectors: Floats | None = None  # [S, width] in place of tokens (which are 0), of models that pool

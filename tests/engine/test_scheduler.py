@@ -719,7 +719,7 @@ def test_waste_stays_within_the_last_page() -> None:
         scheduler.add(Request(number, [number] * 200, 200, EngineSampling(max_tokens=150)))
     for _ in range(120):
         step(scheduler, model, 0.0)
-        allocated, unused = scheduler.slots()
+        allocated, unused = scheduler.cache.slots(scheduler.running)
         running = len(scheduler.running)
         assert unused <= 15 * running
     assert running == 8

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from operator import ge, sub
 
 LEAST = 4.0  # seconds
 UNKNOWN = 60.0  # at least, for a step larger than all before: it may compile
@@ -9,7 +10,8 @@ _PATIENCE = 20  # times a usual pause
 _MARGIN = 4  # times the pause of a step larger than all before, were it to grow with the size
 _WEIGHT = 0.3  # of the latest pause in what is usual
 _FORGOTTEN = 86400.0  # seconds of service after which a lease that ran out is forgotten; no step takes a day
-_Size = tuple[int, int]  # binary digits of a step's tokens, and of the pairs of tokens that attend to each other
+_Size = tuple[int, int, int]  # binary digits of a step's tokens, of the pairs of tokens that attend to each other, and
+# of the tokens of images that are encoded
 
 
 class StepLease:
@@ -27,7 +29,7 @@ class StepLease:
     def __init__(self, patience: float = 1.0) -> None:
         self._patience = patience
         self._due: deque[tuple[_Size, float]] = deque()  # steps under way, when they were submitted
-        self._size: _Size = (0, 0)  # of the step that is waited for
+        self._size: _Size = (0, 0, 0)  # of the step that is waited for
         self._usual: dict[_Size, float] = {}  # seconds of the longest pause
         self._signs: tuple[int, ...] = ()
         self._since = 0.0
@@ -37,18 +39,19 @@ class StepLease:
     @property
     def seconds(self) -> float:
         """How long a pause may be in the step that is waited for."""
-        tokens, pairs = self._size
-        usual = self._usual.get(self._size)
+        size = self._size
+        usual = self._usual.get(size)
         if usual is None:
-            usual = min((s for (t, p), s in self._usual.items() if t >= tokens and p >= pairs), default=None)
+            usual = min((s for known, s in self._usual.items() if all(map(ge, known, size))), default=None)
         if usual is not None:
             return self._patience * max(LEAST, _PATIENCE * usual)
-        grown = (s * 2.0 ** max(tokens - t, pairs - p) for (t, p), s in self._usual.items())
+        grown = (s * 2.0 ** max(map(sub, size, known)) for known, s in self._usual.items())
         return self._patience * max(UNKNOWN, _MARGIN * min(grown, default=0.0))
 
-    def submit(self, now: float, tokens: int, pairs: int) -> None:
-        """A step is handed out: it computes `tokens` tokens, and `pairs` is the sum of what each attends to."""
-        self._due.append(((tokens.bit_length(), pairs.bit_length()), now))
+    def submit(self, now: float, tokens: int, pairs: int, image_tokens: int = 0) -> None:
+        """A step is handed out: it computes `tokens` tokens, `pairs` is the sum of what each attends to, and it encodes
+        images of `image_tokens`."""
+        self._due.append(((tokens.bit_length(), pairs.bit_length(), image_tokens.bit_length()), now))
 
     def begin(self) -> None:
         """The oldest step is waited for. Its time counts from when it was submitted, or the one before came back."""

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from quire_engine.cache.images import ImageCache
 from quire_engine.cache.pages import PagePool, block_hash
 from quire_engine.cache.states import StatePages
 from quire_engine.config import SchedulerLimits
+from quire_engine.errors import InvalidParameter
 from quire_engine.request import Request
 
 
@@ -14,10 +16,20 @@ class CacheManager:
     def __init__(self, limits: SchedulerLimits) -> None:
         self.pool = PagePool(limits.num_pages)
         self.states = StatePages(limits.num_states) if limits.num_states else None
+        self.images: ImageCache | None = None
+        if limits.images is not None:
+            self.images = ImageCache(limits.images, limits.max_num_batched_tokens)
         self._block_size = limits.block_size
         self._draft_model = limits.draft_model
         self._read: set[int] = set()  # pages all of whose tokens a draft model has read
         self._shares = limits.enable_prefix_caching
+
+    def accept_images(self, request: Request) -> None:
+        """Raises InvalidParameter for images that can never be seen."""
+        if self.images is not None:
+            self.images.accept(request)
+        elif request.images:
+            raise InvalidParameter("the model takes no images; leave them out", "images")
 
     def find_prefix(self, request: Request) -> list[int]:
         """Pages that hold the request's first blocks; at least one token is always left to compute."""
@@ -138,7 +150,8 @@ class CacheManager:
         hashes, size = request.block_hashes, self._block_size
         while (at := len(hashes) * size) < count * size:
             previous = hashes[-1] if hashes else request.cache_salt
-            hashes.append(block_hash(previous, request.tokens[at : at + size]))
+            seen = b"".join(image.key for image in request.images if image.start < at + size and image.end > at)
+            hashes.append(block_hash(previous, request.tokens[at : at + size], seen))
         return hashes
 
     def slots(self, running: Sequence[Request]) -> tuple[int, int]:
@@ -151,5 +164,7 @@ class CacheManager:
         self.pool.check_integrity(request.pages for request in running)
         if self.states is not None:
             self.states.pool.check_integrity(self.states.held(request) for request in running)
+        if self.images is not None:
+            self.images.check_integrity()
         for request in running:
             assert len(request.pages) * self._block_size >= request.num_computed, "tokens without a page"

@@ -10,9 +10,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 
-def block_hash(previous: bytes, tokens: list[int]) -> bytes:
-    """The hash of a full block and of all that precedes it. 16 bytes of BLAKE2b: two prefixes never meet by chance."""
-    return hashlib.blake2b(previous + array("I", tokens).tobytes(), digest_size=16).digest()
+def block_hash(previous: bytes, tokens: list[int], images: bytes = b"") -> bytes:
+    """The hash of a full block, of the keys of the `images` in it, and of all that precedes it. 16 bytes of BLAKE2b:
+    two prefixes never meet by chance."""
+    return hashlib.blake2b(previous + array("I", tokens).tobytes() + images, digest_size=16).digest()
 
 
 class PagePool:

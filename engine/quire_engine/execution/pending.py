@@ -20,8 +20,10 @@ class PendingStep:
         prompt_scores: dict[int, tuple[list[TokenScores], int]],
         device: torch.device,
         vectors: Tensor | None = None,
+        unseen: dict[bytes, str] | None = None,
     ) -> None:
-        """`prompt_scores`: row → its parts, and how many likeliest tokens were asked for."""
+        """`prompt_scores`: row → its parts, and how many likeliest tokens were asked for. `unseen`: see StepResult."""
+        self._unseen = unseen or {}
         self._rows = places.rows
         self._tokens = drawn.tokens.to("cpu", non_blocking=True) if drawn is not None else None
         self._scores = drawn.scores.to_host() if drawn is not None and drawn.scores is not None else None
@@ -56,7 +58,8 @@ class PendingStep:
                 valid = np.count_nonzero(tokens[places.start : places.stop] != REJECTED)
                 logprobs[row] = self._scores.read(slice(first, first + valid), width)
                 first += len(places)
-        return StepResult(tokens, logprobs, {row: _joined(*found) for row, found in self._prompt.items()}, failed)
+        prompt_logprobs = {row: _joined(*found) for row, found in self._prompt.items()}
+        return StepResult(tokens, logprobs, prompt_logprobs, failed, self._unseen)
 
 
 def _joined(parts: list[TokenScores], width: int) -> TokenLogprobs:

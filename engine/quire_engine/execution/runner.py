@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from quire_engine.execution.backend import choose_backend
 from quire_engine.execution.checks import check_served
 from quire_engine.execution.drafting import Drafting
 from quire_engine.execution.graphs import Record, StepGraphs, graph_recorder
+from quire_engine.execution.images import image_embeddings, seen_spans
 from quire_engine.execution.loading import fallback_model, opened
 from quire_engine.execution.pending import PendingStep
 from quire_engine.guidance.compiled import Guides
@@ -34,6 +35,7 @@ from quire_engine.layers.pooler import PooledStates
 from quire_engine.memory.plan import (
     Target,
     captures_steps,
+    image_limits,
     plan_memory,
     resolve_device,
     resolve_dtype,
@@ -41,7 +43,7 @@ from quire_engine.memory.plan import (
     usable_bytes,
 )
 from quire_engine.memory.shapes import captured_shapes
-from quire_engine.models.decoder import Decoder, Model
+from quire_engine.models.decoder import Decoder, Embedded, Model
 from quire_engine.models.draft_heads import with_stored_mtp
 from quire_engine.models.drafts import Guesser, draft_source, guesses_by
 from quire_engine.models.families import spec_of
@@ -49,8 +51,8 @@ from quire_engine.models.tied import as_stored
 from quire_engine.parallel import ParallelGroup
 from quire_engine.pooling import pooling_of
 from quire_engine.quantization.config import quantization_of
-from quire_engine.request import EngineSampling, TokenSet
-from quire_engine.sampling.sampler import Drawn, Sampler, TokenScores, token_scores
+from quire_engine.request import EngineSampling
+from quire_engine.sampling.sampler import EVERY_DRAW, Drawn, Sampler, TokenScores, token_scores
 from quire_engine.spec import DecoderSpec
 from quire_engine.speculation.choice import choose
 from quire_engine.step import NewRow, Places, StepPlan, StepResult
@@ -60,18 +62,6 @@ from quire_engine.weights.resolve import ModelFiles
 log = logging.getLogger(__name__)
 _PromptScores = dict[int, tuple[list[TokenScores], int]]  # row → parts, how many likeliest tokens were asked for
 _PROMPT_LOGPROB_ROWS = 128  # positions whose logits are held at once
-_EDITS: dict[str, Any] = {
-    "logit_bias": {0: 1.0},
-    "allowed_token_ids": TokenSet.of((0, 1)),
-    "bad_words": ((2,), (2, 3)),
-    "repetition_penalty": 1.1,
-}
-_EVERY_DRAW = (  # the ways in which a step draws
-    EngineSampling(temperature=0.0),
-    EngineSampling(temperature=1.0),
-    EngineSampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.1),
-    EngineSampling(temperature=0.0, logprobs=1, **_EDITS),
-)
 
 
 @dataclass(slots=True)
@@ -108,7 +98,7 @@ class ModelRunner:
         if self.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads or threads or _cores())
         pooling = pooling_of(files, config.task)
-        self.spec: DecoderSpec = spec_of(files.config, pooling)
+        self.spec: DecoderSpec = spec_of(files.config, pooling, images=config.images_per_prompt > 0)
         if config.load_format != "dummy" and self.spec.fallback is None:
             self.spec = with_stored_mtp(as_stored(self.spec, files.checkpoint()), files)
         group = self._group
@@ -124,8 +114,6 @@ class ModelRunner:
         memory = self.memory = plan_memory(
             config, self.spec, quantization, target, dtype, free, stage=group.stage, draft=source
         )
-        if group.draws and (whole := files.config.get("text_part_of")) is not None:
-            log.warning("%s: images are not served, but the text part alone", whole)
         if self.spec.latent is not None and self.device.type == "cpu":
             log.warning("latent attention runs on torch's own operators on a CPU: slow for long contexts")
         backend = choose_backend(config, self.spec, target, self.device, dtype)
@@ -146,6 +134,7 @@ class ModelRunner:
             with opened(config, files, dtype, self.device, progress_bar if group.draws else None) as weights:
                 build = Builder(weights, group, backend, quantization)
                 self._model = Decoder(build, self.spec, memory.max_model_len, quantized_cache=quantized_cache)
+        self._images = image_embeddings(self.spec, group, files, config, dtype, self.device)
         guesser: Guesser | None = None
         if source is not None and group.last:
             own = source.files is not files
@@ -187,13 +176,15 @@ class ModelRunner:
             num_states=num_states,
             steps_in_flight=2 if config.async_scheduling else 1,
             speculation=choose(config, self.spec, source.method if source is not None else None),
+            images=image_limits(config, self.spec, dtype, self.device.type == "cpu"),
         )
         self._guides: Guides | None = None
         if group.draws and pooling is None:
             size = self.spec.vocab_size
             self._guides = Guides(lambda: (tokenizer or _tokenizer(config, files)).for_grammars(files, size))
         self._sampler = Sampler(config.max_num_seqs + 1, self.spec.vocab_size, self.device, backend, self._guides)
-        self._batcher = Batcher(self.limits, self.device, self._sampler)
+        turned_apart = self.spec.rope is not None and bool(self.spec.rope.sections)
+        self._batcher = Batcher(self.limits, self.device, self._sampler, turned_apart=turned_apart)
         self._last_tokens = torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device=self.device)
         self._drafting: Drafting | None = None
         if source is not None:
@@ -252,6 +243,8 @@ class ModelRunner:
     def on_progress(self, mark: Callable[[], None]) -> None:
         """`mark` is called whenever a step has come further: at its beginning and after each layer."""
         self._mark = self._model.progress = mark
+        if self._images is not None:
+            self._images.progress = mark
         if self._drafting is not None:
             self._drafting.on_progress(mark)
 
@@ -267,9 +260,11 @@ class ModelRunner:
             plan = self._drafting.guess(plan)
         scored = any(row in self._prompt_logprobs for row in plan.rows.tolist()) if self._prompt_logprobs else False
         places = plan.places()
-        draws = self._graphs.replay(plan, places) if self._graphs is not None and not scored else None
+        embedded, unseen = self._images.take(plan.images) if self._images is not None else (None, {})
+        plain = not scored and embedded is None
+        draws = self._graphs.replay(plan, places) if self._graphs is not None and plain else None
         if draws is None:
-            step = self._launch(plan, places, scored)
+            step = self._launch(plan, places, scored, embedded)
         else:
             hidden = self._graph_hidden
             step = _Launched(draws, self._graph_logits, None if hidden is None else hidden[: len(plan.token_ids)])
@@ -280,12 +275,17 @@ class ModelRunner:
         drawn, tokens = self._draw(places, step.draws, step.logits) if len(places.rows) else (None, None)
         if self._drafting is not None and batch is not None and known is not None:
             self._drafting.follow(plan, places, batch, known, step.hidden, tokens)
-        return PendingStep(places, drawn, step.prompt_scores, self.device) if self._group.draws else None
+        if not self._group.draws:
+            return None
+        return PendingStep(places, drawn, step.prompt_scores, self.device, unseen=unseen)
 
-    def _launch(self, plan: StepPlan, places: Places, scored: bool) -> "_Launched":
+    def _launch(self, plan: StepPlan, places: Places, scored: bool, embedded: Embedded | None) -> "_Launched":
         """Kernel by kernel, up to the logits. `scored`: prompts in it want log-probabilities."""
         batch = self._eager_batch(plan, places)
-        hidden = self._hidden(batch)
+        if plan.images is not None and len(plan.images.spans):
+            spans = seen_spans(batch.attention.positions, plan.images.spans)
+            batch = replace(batch, attention=replace(batch.attention, spans=spans))
+        hidden = self._hidden(batch, embedded)
         prompt_scores = self._prompt_scores(plan, hidden) if scored else {}
         logits = self._logits(hidden, batch) if hidden is not None and plan.draws.any() else None
         return _Launched(batch.draws, logits, self._seen(hidden), prompt_scores, batch)
@@ -316,9 +316,9 @@ class ModelRunner:
         uploaded = self._batcher.upload(self._batcher.arrays(plan, places, shape))
         return self._batcher.assemble(uploaded, shape, longest_context)
 
-    def _hidden(self, batch: StepBatch) -> Tensor | None:
+    def _hidden(self, batch: StepBatch, embedded: Embedded | None = None) -> Tensor | None:
         """[T, hidden] on the last stage: of the plan's tokens or, where it leaves them open, of those drawn last."""
-        return self._model(self._known(batch), batch.attention, self._caches)
+        return self._model(self._known(batch), batch.attention, self._caches, embedded)
 
     def _known(self, batch: StepBatch) -> Tensor:
         known = batch.token_ids
@@ -405,7 +405,7 @@ class ModelRunner:
                     self._drafting.warm_up(batch, self._seen(hidden))
         if self._states is None:
             batch = self._batch_of(nothing, nothing.places(), Shape(1, 1, 1, 1), 1)
-            for params in _EVERY_DRAW:
+            for params in EVERY_DRAW:
                 if self._group.draws:
                     self._sampler.set_rows([NewRow(0, params, 1, np.zeros(2, np.int32))])
                 logits = self._logits(hidden[:1], batch) if hidden is not None else None
@@ -418,6 +418,7 @@ class ModelRunner:
         log.info("warmed up in %.1f s", time.monotonic() - started)
 
     def _take_rows(self, news: Sequence[NewRow]) -> None:
+        self._batcher.set_rows(news)
         if self._group.draws:
             self._sampler.set_rows(news)
         for new in news:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from quire_kernels.hardware import CHIPS, Hardware, hardware
 
-from quire_engine.config import EngineConfig, SchedulerLimits
+from quire_engine.config import EngineConfig, ImageLimits, SchedulerLimits
 from quire_engine.errors import InvalidParameter, OutOfMemory
 from quire_engine.layers.caches import page_bytes, state_bytes
 from quire_engine.memory.dry_run import DryGroup, allocated
@@ -29,6 +29,7 @@ _MOST_FOR_STATES = 0.5  # of the cache
 _GPU_RESERVE = 640 << 20  # matrix libraries' workspaces, kernels, what the allocator rounds up
 # 33 MB for 500 kernels, 63 for 1,000 (NVIDIA's developer forum, "Increasing memory footprint with large task graphs").
 _GRAPH_NODE_BYTES = 64 << 10
+_CPU_IMAGE_BYTES, _GPU_IMAGE_BYTES = 64 << 20, 512 << 20
 _CPU_TOKENS_PER_STEP, _GPU_TOKENS_PER_STEP = 256, 8192
 
 
@@ -124,6 +125,8 @@ def tokens_per_step(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> int:
     """The scheduler's budget. Raises InvalidParameter where a text must be computed at once and can exceed it."""
     wanted = config.max_num_batched_tokens
     least = spec.served_context(config.max_model_len) if spec.bidirectional else 1
+    if spec.images is not None and spec.images.bidirectional:  # beside all that decode
+        least = spec.images.at_once + config.max_num_seqs
     if wanted is not None and wanted < least:
         raise InvalidParameter(
             f"max_num_batched_tokens is {wanted}; this model computes a text of up to {least} tokens at once: raise "
@@ -131,6 +134,26 @@ def tokens_per_step(config: EngineConfig, spec: DecoderSpec, cpu: bool) -> int:
             "max_num_batched_tokens",
         )
     return max(least, wanted or (_CPU_TOKENS_PER_STEP if cpu else _GPU_TOKENS_PER_STEP))
+
+
+def image_limits(config: EngineConfig, spec: DecoderSpec, dtype: torch.dtype, cpu: bool) -> ImageLimits | None:
+    """How many embeddings of images are held. None: the model takes none. Raises InvalidParameter for too little."""
+    if spec.images is None:
+        return None
+    size = embedding_bytes(spec, dtype)
+    room = (config.encoder_cache_memory_bytes or (_CPU_IMAGE_BYTES if cpu else _GPU_IMAGE_BYTES)) // size
+    if room < spec.images.at_once:
+        raise InvalidParameter(
+            f"encoder_cache_memory_bytes is {config.encoder_cache_memory_bytes}; an image of this model takes "
+            f"{spec.images.at_once * size}",
+            "encoder_cache_memory_bytes",
+        )
+    return ImageLimits(token=spec.images.token, room=room, whole=spec.images.bidirectional)
+
+
+def embedding_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    """Of a token of an image."""
+    return spec.hidden_size * (1 + (spec.images.deepstack if spec.images is not None else 0)) * dtype.itemsize
 
 
 def _kernels_per_layer(spec: DecoderSpec) -> int:

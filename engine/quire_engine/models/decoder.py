@@ -5,7 +5,7 @@ Shapes: T tokens of the step, S rows that draw a token.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -36,6 +36,15 @@ Mixer = Attention | LatentAttention | ShortConv | DeltaNet | Mamba
 _LOADERS = 8  # layers that are read at once
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embedded:
+    """Tokens of a step that are embeddings of images: E of them."""
+
+    places: Tensor  # [E] int64, among the step's tokens
+    rows: Tensor  # [E, hidden]
+    deep: Sequence[Tensor] = ()  # [E, hidden] each, added to what the first layers give (Qwen3-VL's deepstack)
+
+
 class Model(Protocol):
     """What a step runs."""
 
@@ -43,7 +52,9 @@ class Model(Protocol):
     layers: Sequence[int]  # of this stage
     progress: Callable[[], None]  # called after each layer
 
-    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache]) -> Tensor | None: ...
+    def __call__(
+        self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache], embedded: Embedded | None = None
+    ) -> Tensor | None: ...
 
     def logits(self, hidden: Tensor, out: Tensor | None) -> Tensor | None: ...
 
@@ -226,10 +237,13 @@ class Decoder:
 
         weights.check_all_read(of_others)
 
-    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache]) -> Tensor | None:
-        """Token ids [T] → the last layer's normalized output [T, hidden]; None on all stages but the last."""
+    def __call__(
+        self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache], embedded: Embedded | None = None
+    ) -> Tensor | None:
+        """Token ids [T] → the last layer's normalized output [T, hidden]; None on all stages but the last. `embedded`:
+        of images, in place of their tokens."""
         residual = (
-            self._embedded(token_ids, batch)
+            self._embedded(token_ids, batch, embedded)
             if self.embedding is not None
             else self.group.receive(token_ids.shape[0], self.spec.hidden_size, self._device)
         )
@@ -243,6 +257,8 @@ class Decoder:
                 tapped.append(residual.clone() if delta is None else residual + delta)
             rope, turning = turned[table]
             residual, delta = layer(residual, delta, turning, cache, rope)
+            if embedded is not None and number < len(embedded.deep):
+                residual.index_add_(0, embedded.places, embedded.deep[number])
             self.progress()
         if not self.group.last:
             self.group.send(residual if delta is None else residual.add_(delta))
@@ -252,11 +268,13 @@ class Decoder:
         self.tapped = torch.cat(tapped, 1) if tapped and len(tapped) == len(self.taps) else None
         return unquantized(_normed(self._ops, self._norm, residual, delta, None))
 
-    def _embedded(self, token_ids: Tensor, batch: AttentionBatch) -> Tensor:
+    def _embedded(self, token_ids: Tensor, batch: AttentionBatch, embedded: Embedded | None) -> Tensor:
         assert self.embedding is not None
         x = self.embedding(token_ids)
         if self.spec.embedding_scale != 1.0:
             x *= self.spec.embedding_scale
+        if embedded is not None:
+            x.index_copy_(0, embedded.places, embedded.rows)
         if self._positions is not None:
             x += self._positions.index_select(0, batch.positions)
         if self._segments is not None:

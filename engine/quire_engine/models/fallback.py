@@ -349,8 +349,11 @@ class TransformersDecoder:
             one = torch.ones(spec.num_kv_heads // group.size, device=device)
             self._scales = CacheScales(key=one, value=one)
 
-    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache]) -> Tensor:
-        """Token ids [T] → the last layer's normalized output [T, hidden]."""
+    def __call__(
+        self, token_ids: Tensor, batch: AttentionBatch, caches: list[LayerCache], embedded: object = None
+    ) -> Tensor:
+        """Token ids [T] → the last layer's normalized output [T, hidden]. There are no images."""
+        assert embedded is None, "transformers' code computes texts alone"
         step = _Step(self._ops, batch, caches, self._windows, self._places, self._scales, self.progress)
         token = _step.set(step)
         try:

@@ -50,8 +50,10 @@ from quire_engine.models import (
 )
 from quire_engine.models.base import with_sections
 from quire_engine.models.fallback import fallback_spec
+from quire_engine.models.vision import whole_config
+from quire_engine.multimodal.processor import image_token_of
 from quire_engine.pooling import Pooling
-from quire_engine.spec import Config, DecoderSpec
+from quire_engine.spec import Config, DecoderSpec, ImagesSpec
 from quire_engine.weights.text_parts import TEXT_PARTS, TextPart
 
 FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
@@ -127,9 +129,9 @@ _HEADLESS = ("Model", "ForSequenceClassification")
 _WRONG_VALUE = (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
-def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
-    """Of a config that is made whole (`weights.hf_config.completed`), of a model that pools where `pooling` says so.
-    Raises ModelError for what is not served."""
+def spec_of(config: Config, pooling: Pooling | None = None, *, images: bool = True) -> DecoderSpec:
+    """Of a config that is made whole (`weights.hf_config.completed`), of a model that pools where `pooling` says so,
+    and takes `images` where it can. Raises ModelError for what is not served."""
     try:
         spec = _family_spec(config)
         if spec.experts is not None:
@@ -147,11 +149,30 @@ def spec_of(config: Config, pooling: Pooling | None = None) -> DecoderSpec:
         if part.sections is not None and spec.rope is not None:
             rope = with_sections(spec.rope, part.sections, part.sections_interleaved)
             spec = dataclasses.replace(spec, rope=rope)
+        if images and pooling is None:
+            spec = dataclasses.replace(spec, images=_images_of(config["whole"], part))
     if pooling is None:
         return spec
     if spec.fallback is not None:
         raise ModelError("transformers' code computes this family, which is served for generation alone")
     return dataclasses.replace(spec, pooling=pooling)
+
+
+def _images_of(whole: Config, part: TextPart) -> ImagesSpec | None:
+    """None: the checkpoint's config names no token that stands for images."""
+    token = image_token_of(whole)
+    made = whole_config(whole)
+    levels = getattr(made.vision_config, "deepstack_visual_indexes", None) or ()
+    at_once = made.mm_tokens_per_image if part.bidirectional_images else 1
+    if token is None:
+        return None
+    return ImagesSpec(
+        config=whole,
+        token=token,
+        bidirectional=part.bidirectional_images,
+        at_once=at_once,
+        deepstack=len(levels),
+    )
 
 
 def _within(spec: DecoderSpec, part: TextPart) -> DecoderSpec:

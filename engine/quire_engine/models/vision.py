@@ -38,13 +38,15 @@ class VisionTower:
         """`config`: all of config.json. Weights are read from `folder`; without it they are random (on the meta device:
         shapes alone). Raises ModelError."""
         self.device = device
-        kind, made = _class_and_config(config)
+        made = whole_config(config)
+        kind = _class_of(made)
         tower = _without_text(kind)
         if device.type == "meta":
             with torch.device(device):
                 model = tower._from_config(made, dtype=dtype, attn_implementation="sdpa")
         else:
             model = _loaded(tower, made, folder, dtype)
+        self.dtype = dtype
         self._model = model.to(device).eval().requires_grad_(False).model
         self._takes = frozenset(inspect.signature(self._model.get_image_features).parameters)
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
@@ -74,9 +76,8 @@ def _joined(features: Any) -> Tensor:
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
-def _class_and_config(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The class of the whole model, and its config."""
-    import transformers
+def whole_config(config: Mapping[str, Any]) -> Any:
+    """All of config.json as transformers has it. Raises ModelError."""
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
@@ -84,13 +85,19 @@ def _class_and_config(config: Mapping[str, Any]) -> tuple[Any, Any]:
         raise ModelError(f"config.json has model_type {kind!r:.80}, which transformers does not know")
     own = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "quantization_config"}
     try:
-        made = CONFIG_MAPPING[kind].from_dict(own)
+        return CONFIG_MAPPING[kind].from_dict(own)
     except Exception as error:  # others' code, which raises nearly anything where a value is not what it expects
         raise ModelError(f"config.json is not one of {kind} in transformers: {str(error)[:300]}") from error
+
+
+def _class_of(made: Any) -> Any:
+    """Of the whole model."""
+    import transformers
+
     mapping = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if type(made) not in mapping:
-        raise ModelError(f"transformers has no model of images and text for model_type {kind!r:.80}")
-    return mapping[type(made)], made
+        raise ModelError(f"transformers has no model of images and text for model_type {made.model_type!r:.80}")
+    return mapping[type(made)]
 
 
 def _without_text(kind: Any) -> Any:

@@ -75,7 +75,7 @@ class ImageProcessor:
                 f"the image processor of {files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); "
                 f"download its {' and '.join(_OWN)} again"
             ) from error
-        token = _image_token(raw)
+        token = image_token_of(raw)
         if token is None or not 0 <= token < len(processor.tokenizer):
             raise ModelError(
                 f"config.json of {files.name} has image_token_id {token}, which its tokenizer of "
@@ -106,8 +106,8 @@ class ImageProcessor:
         return ProcessedImage(replacement, inputs, replacement.count(self._embedded), rows, columns)
 
 
-def _image_token(raw: Mapping[str, Any]) -> int | None:
-    """As the model's own code finds it."""
+def image_token_of(raw: Mapping[str, Any]) -> int | None:
+    """The token of a config in whose places the embeddings of images stand, as the model's own code finds it."""
     from transformers import CONFIG_MAPPING
 
     kind = raw.get("model_type")

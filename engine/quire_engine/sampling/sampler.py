@@ -10,6 +10,7 @@ is what was drawn at the place before: so what a row draws at valid places is wh
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,23 @@ from torch import Tensor
 
 from quire_engine.guidance.compiled import Guides
 from quire_engine.guidance.rows import GuidedRows, Masks
+from quire_engine.request import EngineSampling, TokenSet
 from quire_engine.sampling.edits import LogitEdits
 from quire_engine.step import REJECTED, Failure, NewRow, Places, TokenLogprobs
 from quire_engine.upload import Upload
+
+_EDITS: dict[str, Any] = {
+    "logit_bias": {0: 1.0},
+    "allowed_token_ids": TokenSet.of((0, 1)),
+    "bad_words": ((2,), (2, 3)),
+    "repetition_penalty": 1.1,
+}
+EVERY_DRAW = (  # the ways in which a step draws
+    EngineSampling(temperature=0.0),
+    EngineSampling(temperature=1.0),
+    EngineSampling(temperature=1.0, top_k=2, top_p=0.9, min_p=0.1),
+    EngineSampling(temperature=0.0, logprobs=1, **_EDITS),
+)
 
 
 @dataclass(frozen=True, slots=True)

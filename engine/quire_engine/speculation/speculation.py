@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+from quire_engine.config import SchedulerLimits
 from quire_engine.request import Request
 from quire_engine.speculation.draft import Draft, Drafter
 from quire_engine.speculation.value import Value
+
+_MOST_AGAIN = 16  # tokens of a request that are computed again beside drafts; then a step without any catches up
 
 
 class Speculation:
@@ -20,11 +23,27 @@ class Speculation:
         self._seen: dict[Request, tuple[int, Draft]] = {}  # the last drafts that were only looked at, behind which log
 
     def guesses(
+        self, running: Sequence[Request], limits: SchedulerLimits, *, in_flight: bool
+    ) -> dict[Request, list[int]] | None:
+        """What to compute behind the last token of requests that lack no other; nothing where one of those that run
+        does. None: there may be something once no step is in flight, for then that token is known."""
+        decoding, rows, certain = [], 0, 0
+        for request in running:
+            length = len(request.tokens) + request.pending
+            lacking = length - request.num_computed
+            if lacking > 1 + request.again:
+                return {}
+            if lacking > 0 and request.again <= _MOST_AGAIN and length > request.begun_at:
+                decoding.append(request)
+            rows += lacking > 0
+            certain += lacking
+        room = max(0, min(limits.max_num_batched_tokens - certain, limits.most_drafts))
+        return self._choose(decoding, rows, certain, room, in_flight=in_flight)
+
+    def _choose(
         self, decoding: Sequence[Request], rows: int, certain: int, room: int, *, in_flight: bool
     ) -> dict[Request, list[int]] | None:
-        """What to compute behind the last token of these requests, which lack no other. None: there may be something
-        once no step is in flight, for then that token is known. `rows`: tokens that the step draws; `certain`: that it
-        computes without drafts; `room`: for all drafts."""
+        """`rows`: tokens that the step draws; `certain`: that it computes without drafts; `room`: for all drafts."""
         waited, self._waiting = self._waiting, False
         if not room or not decoding or not (waited or self._value.possible(rows, certain)):
             return {}

@@ -197,8 +197,17 @@ class ChatTemplate:
             found = {"thinking": reasoning} | found | {"reasoning_content": reasoning}
         if found["role"] == "developer" and not self._knows_developer:
             found["role"] = "system"
-        found["content"] = self._facts.content(message.get("content"))
+        found["content"] = self._facts.content(_without_images(message.get("content")))
         return found
+
+
+def _without_images(content: Any) -> Any:
+    """Templates are told that there is one."""
+    if not isinstance(content, list):
+        return content
+    if any(part["type"] == "image_url" for part in content):
+        raise InvalidParameter("the model takes no images; send text alone", "messages")
+    return [{"type": "image"} if part["type"] == "image" else part for part in content]
 
 
 def _check_time() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from quire_engine.errors import InvalidParameter
+from quire_engine.text.images import PromptImage
 
 MAX_TEXT = 1 << 24  # characters
 MAX_ROLE = 64  # characters
@@ -53,6 +54,8 @@ def conversation(messages: Any, *, also_read: frozenset[str] = frozenset()) -> l
     for place, message in enumerate(messages):
         turn = _without_nulls(message, place, also_read)
         if turn["role"] == "tool":
+            if isinstance(parts := turn.get("content"), list) and any(part["type"] != "text" for part in parts):
+                _refuse(f"message {place} is what a tool gave and holds an image; put images into messages of a user")
             call = _answered(turn, place, calls)
             results.append({"name": call.name} | turn)
             continue
@@ -69,30 +72,52 @@ def conversation(messages: Any, *, also_read: frozenset[str] = frozenset()) -> l
 
 
 def content_of(message: Any, place: int) -> str | list[dict[str, Any]] | None:
-    """The content of one message, which must have a role: a text, or parts that are texts. What else parts hold asks
-    for nothing here. Raises InvalidParameter."""
+    """The content of one message, which must have a role: a text, or parts that are texts and images. What else parts
+    hold asks for nothing here. Raises InvalidParameter."""
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str) or len(role) > MAX_ROLE:
         _refuse(f"message {place} has no role; give an object with role and content")
     content, what = message.get("content"), f"the content of message {place}"
     if isinstance(content, list):
-        return [_part(part, what) for part in content]
+        return [_part(part, f"part {number} of message {place}") for number, part in enumerate(content)]
     return None if content is None else _checked(content, what)
+
+
+def image_url(url: str) -> dict[str, Any]:
+    """A part that names an image."""
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def text_of(content: Any) -> str:
     """A checked content as one text."""
-    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if part["type"] == "text")
+    return content or ""
 
 
 def _part(part: Any, what: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text":
-        _refuse(f"{what}: parts of type {_short(kind)} are not supported; only 'text' is")
+    if kind == "image" and isinstance(part.get("image"), PromptImage):
+        return {"type": "image", "image": part["image"]}
+    if kind not in ("text", "image_url"):
+        _refuse(f"{what}: parts of type {_short(kind)} are not supported; 'text' and 'image_url' are")
     for name in part:
-        if name not in ("type", "text", "cache_control"):
-            _refuse(f"{what}: a part of type 'text' has no {name!s:.60}; leave it out")
-    return {"type": "text", "text": _checked(part.get("text"), what)}
+        if name not in ("type", kind, "cache_control"):
+            _refuse(f"{what}: a part of type {kind!r} has no {name!s:.60}; leave it out")
+    if kind == "text":
+        return {"type": "text", "text": _checked(part.get("text"), what)}
+    return image_url(_url(part.get("image_url"), what))
+
+
+def _url(given: Any, what: str) -> str:
+    if not isinstance(given, dict) or not isinstance(url := given.get("url"), str):
+        _refuse(f'{what}: image_url must be an object with a url: {{"url": "data:image/png;base64,..."}}')
+    for name, value in given.items():
+        if name not in ("url", "detail"):
+            _refuse(f"{what}: image_url has no {name!s:.60}; leave it out")
+        if name == "detail" and value not in (None, "auto", "low", "high"):  # the model's processor decides
+            _refuse(f"{what}: detail is {value!r:.40}; it can be auto, low or high")
+    return str(url)
 
 
 def _checked(value: Any, what: str) -> str:

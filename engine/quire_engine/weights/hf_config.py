@@ -37,7 +37,8 @@ _OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype", "bos_token_id", 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with every field of its family, of the text part where there are images too (`text_part_of` then says
-    of which architecture). A family that transformers has no class for keeps what it says itself.
+    of which architecture, and `whole` has it as it was). A family that transformers has no class for keeps what it says
+    itself.
 
     Raises ModelError for a config that transformers refuses.
     """
@@ -63,7 +64,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
     if _is_known(outer := config.get("model_type")):  # whose default goes before the text's
         whole["tie_word_embeddings"] = whole["tie_word_embeddings"] or CONFIG_MAPPING[outer].tie_word_embeddings
-    return whole | kept | {"architectures": architectures, "text_part_of": name}
+    return whole | kept | {"architectures": architectures, "text_part_of": name, "whole": config}
 
 
 def _as_falcon(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Models of images and text, of which the text part is served: one of the decoder's families under other names."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,6 +14,7 @@ class TextPart:
     others: tuple[str, ...]  # beginnings of the names of everything else
     sections: tuple[int, int, int] | None = None  # of its rope, where a config has none; None: positions are numbers
     sections_interleaved: bool = False
+    bidirectional_images: bool = False  # tokens of an image that follow one another see all of them
 
     def renamed(self, name: str) -> str:
         """A tensor's name in this checkpoint."""
@@ -40,7 +43,7 @@ def _inside(architecture: str, sections: tuple[int, int, int]) -> TextPart:
 
 
 TEXT_PARTS: dict[str, TextPart] = {
-    "Gemma3ForConditionalGeneration": _beside("Gemma3ForCausalLM"),
+    "Gemma3ForConditionalGeneration": replace(_beside("Gemma3ForCausalLM"), bidirectional_images=True),
     "Mistral3ForConditionalGeneration": _beside("MistralForCausalLM"),
     "Qwen2_5_VLForConditionalGeneration": TextPart(
         architecture="Qwen2ForCausalLM", moved=(), others=("visual.",), sections=(16, 24, 24)
@@ -49,3 +52,8 @@ TEXT_PARTS: dict[str, TextPart] = {
     "Qwen3_5ForConditionalGeneration": _inside("Qwen3_5ForCausalLM", (11, 11, 10)),
     "Qwen3_5MoeForConditionalGeneration": _inside("Qwen3_5MoeForCausalLM", (11, 11, 10)),
 }
+
+
+def takes_images(config: Mapping[str, Any]) -> bool:
+    """Whether a config that is made whole is that of a model of images and text."""
+    return "text_part_of" in config

@@ -57,8 +57,40 @@ class TokenSequence(_message.Message):
     ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class ImageSpan(_message.Message):
+    __slots__ = ("key", "start", "length", "rows", "columns")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    start: int
+    length: int
+    rows: int
+    columns: int
+    def __init__(self, key: _Optional[bytes] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ...) -> None: ...
+
+class ImagePiece(_message.Message):
+    __slots__ = ("key", "data", "last")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    data: bytes
+    last: bool
+    def __init__(self, key: _Optional[bytes] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ...) -> None: ...
+
+class WantedImage(_message.Message):
+    __slots__ = ("id", "key")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    key: bytes
+    def __init__(self, id: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
+
 class Submit(_message.Message):
-    __slots__ = ("id", "prompt", "output", "sampling", "priority", "time_left", "cache_salt", "age", "resumed")
+    __slots__ = ("id", "prompt", "output", "sampling", "priority", "time_left", "cache_salt", "age", "resumed", "images")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +100,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     AGE_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
     id: int
     prompt: _containers.RepeatedScalarFieldContainer[int]
     output: _containers.RepeatedScalarFieldContainer[int]
@@ -77,17 +110,20 @@ class Submit(_message.Message):
     cache_salt: bytes
     age: float
     resumed: bool
-    def __init__(self, id: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., output: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., priority: _Optional[int] = ..., time_left: _Optional[float] = ..., cache_salt: _Optional[bytes] = ..., age: _Optional[float] = ..., resumed: _Optional[bool] = ...) -> None: ...
+    images: _containers.RepeatedCompositeFieldContainer[ImageSpan]
+    def __init__(self, id: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., output: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., priority: _Optional[int] = ..., time_left: _Optional[float] = ..., cache_salt: _Optional[bytes] = ..., age: _Optional[float] = ..., resumed: _Optional[bool] = ..., images: _Optional[_Iterable[_Union[ImageSpan, _Mapping]]] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("submit", "abort", "why")
+    __slots__ = ("submit", "abort", "why", "images")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
     submit: _containers.RepeatedCompositeFieldContainer[Submit]
     abort: _containers.RepeatedScalarFieldContainer[int]
     why: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, submit: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., abort: _Optional[_Iterable[int]] = ..., why: _Optional[_Iterable[int]] = ...) -> None: ...
+    images: _containers.RepeatedCompositeFieldContainer[ImagePiece]
+    def __init__(self, submit: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., abort: _Optional[_Iterable[int]] = ..., why: _Optional[_Iterable[int]] = ..., images: _Optional[_Iterable[_Union[ImagePiece, _Mapping]]] = ...) -> None: ...
 
 class Waiting(_message.Message):
     __slots__ = ("id", "reason", "since", "tokens_ahead")
@@ -150,7 +186,7 @@ class TopLogprobs(_message.Message):
     def __init__(self, id: _Optional[int] = ..., prompt: _Optional[bool] = ..., first: _Optional[int] = ..., chosen: _Optional[_Iterable[int]] = ..., logprob: _Optional[_Iterable[float]] = ..., rank: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "pages_total", "pages_used", "slots_allocated", "slots_unused", "steps", "busy", "step_age", "preemptions", "prefix_queries", "prefix_hits", "block_size", "most_requests", "queued_tokens", "prefill_rate", "waiting_for", "rows", "drafts", "draft_tokens", "accepted_tokens", "accepted_per_position")
+    __slots__ = ("running", "waiting", "pages_total", "pages_used", "slots_allocated", "slots_unused", "steps", "busy", "step_age", "preemptions", "prefix_queries", "prefix_hits", "block_size", "most_requests", "queued_tokens", "prefill_rate", "waiting_for", "rows", "drafts", "draft_tokens", "accepted_tokens", "accepted_per_position", "image_queries", "image_hits")
     class WaitingForEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +216,8 @@ class Load(_message.Message):
     DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_PER_POSITION_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_HITS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     pages_total: int
@@ -202,7 +240,9 @@ class Load(_message.Message):
     draft_tokens: int
     accepted_tokens: int
     accepted_per_position: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., slots_allocated: _Optional[int] = ..., slots_unused: _Optional[int] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., block_size: _Optional[int] = ..., most_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., waiting_for: _Optional[_Mapping[str, int]] = ..., rows: _Optional[int] = ..., drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ...) -> None: ...
+    image_queries: int
+    image_hits: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., slots_allocated: _Optional[int] = ..., slots_unused: _Optional[int] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., block_size: _Optional[int] = ..., most_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., waiting_for: _Optional[_Mapping[str, int]] = ..., rows: _Optional[int] = ..., drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ..., image_queries: _Optional[int] = ..., image_hits: _Optional[int] = ...) -> None: ...
 
 class Vector(_message.Message):
     __slots__ = ("id", "values")
@@ -213,7 +253,7 @@ class Vector(_message.Message):
     def __init__(self, id: _Optional[int] = ..., values: _Optional[bytes] = ...) -> None: ...
 
 class SessionUpdate(_message.Message):
-    __slots__ = ("ids", "indexes", "tokens", "started", "logprobs", "endings", "load", "vectors", "step_tokens", "admitted", "failure", "waiting")
+    __slots__ = ("ids", "indexes", "tokens", "started", "logprobs", "endings", "load", "vectors", "step_tokens", "admitted", "failure", "waiting", "wanted")
     IDS_FIELD_NUMBER: _ClassVar[int]
     INDEXES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +266,7 @@ class SessionUpdate(_message.Message):
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[int]
     indexes: _containers.RepeatedScalarFieldContainer[int]
     tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -238,4 +279,5 @@ class SessionUpdate(_message.Message):
     admitted: _containers.RepeatedScalarFieldContainer[int]
     failure: str
     waiting: _containers.RepeatedCompositeFieldContainer[Waiting]
-    def __init__(self, ids: _Optional[_Iterable[int]] = ..., indexes: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., endings: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., vectors: _Optional[_Iterable[_Union[Vector, _Mapping]]] = ..., step_tokens: _Optional[_Iterable[int]] = ..., admitted: _Optional[_Iterable[int]] = ..., failure: _Optional[str] = ..., waiting: _Optional[_Iterable[_Union[Waiting, _Mapping]]] = ...) -> None: ...
+    wanted: _containers.RepeatedCompositeFieldContainer[WantedImage]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., indexes: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., endings: _Optional[_Iterable[_Union[Ending, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., vectors: _Optional[_Iterable[_Union[Vector, _Mapping]]] = ..., step_tokens: _Optional[_Iterable[int]] = ..., admitted: _Optional[_Iterable[int]] = ..., failure: _Optional[str] = ..., waiting: _Optional[_Iterable[_Union[Waiting, _Mapping]]] = ..., wanted: _Optional[_Iterable[_Union[WantedImage, _Mapping]]] = ...) -> None: ...

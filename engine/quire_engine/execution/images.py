@@ -1,0 +1,103 @@
+"""The images of one worker: encodes them, keeps their embeddings, and finds those that a step's tokens are."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quire_engine.config import EngineConfig
+from quire_engine.models.decoder import Embedded, layers_of
+from quire_engine.models.vision import Features, VisionTower
+from quire_engine.parallel import ParallelGroup
+from quire_engine.spec import DecoderSpec
+from quire_engine.step import Encode, Ints, StepImages
+from quire_engine.weights.resolve import ModelFiles
+
+log = logging.getLogger(__name__)
+
+
+class ImageEmbeddings:
+    """By the slots that plans name. How much is kept is the scheduler's to say."""
+
+    def __init__(self, tower: VisionTower, spec: DecoderSpec, device: torch.device, *, reports: bool) -> None:
+        """`reports`: what fails is told by this rank."""
+        self._tower = tower
+        self._hidden, self._levels = spec.hidden_size, spec.images.deepstack if spec.images is not None else 0
+        self._device = device
+        self._reports = reports
+        self._kept: dict[int, Features] = {}
+        self.progress: Callable[[], None] = lambda: None  # called after each image
+
+    def take(self, step: StepImages | None) -> tuple[Embedded | None, dict[bytes, str]]:
+        """Does what a step says. → the tokens of the step that are embeddings, and images that could not be encoded: in
+        their place there is nothing, and the requests that have them are going to end."""
+        if step is None:
+            return None, {}
+        for slot in step.forget.tolist():
+            self._kept.pop(slot, None)
+        unseen: dict[bytes, str] = {}
+        for image in step.encode:
+            try:
+                self._kept[image.slot] = self._encoded(image)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # others' code over what a client sent: it costs this image, not the worker
+                if not self._reports:
+                    raise
+                log.exception("an image could not be encoded")
+                unseen[image.key] = f"{type(error).__name__}: {error}"[:300]
+                nothing = torch.zeros((image.size, self._hidden), dtype=self._tower.dtype, device=self._device)
+                self._kept[image.slot] = Features(nothing, [nothing] * self._levels)
+            self.progress()
+        if not len(step.places):
+            return None, unseen
+        sources = step.sources.tolist()
+        rows = torch.cat([self._kept[slot].embeddings[first:last] for slot, first, last in sources])
+        deep = [
+            torch.cat([self._kept[slot].deepstack[level][first:last] for slot, first, last in sources])
+            for level in range(self._levels)
+        ]
+        places = torch.from_numpy(step.places).to(self._device, torch.int64)
+        return Embedded(places=places, rows=rows, deep=deep), unseen
+
+    def _encoded(self, image: Encode) -> Features:
+        found = self._tower.encode(image.inputs)
+        if len(found.embeddings) != image.size:
+            raise ValueError(
+                f"the vision tower makes {len(found.embeddings)} embeddings of an image, the prompt has {image.size} "
+                "tokens for it: the checkpoint's processor and its config do not belong together"
+            )
+        return found
+
+
+def image_embeddings(
+    spec: DecoderSpec,
+    group: ParallelGroup,
+    files: ModelFiles,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ImageEmbeddings | None:
+    """Of a rank that has layers which read them. Raises ModelError."""
+    if not needs_images(spec, group):
+        return None
+    assert spec.images is not None
+    folder = None if config.load_format == "dummy" else files.folder
+    tower = VisionTower(spec.images.config, folder, dtype, device)
+    return ImageEmbeddings(tower, spec, device, reports=group.draws or group.stages == 1)
+
+
+def needs_images(spec: DecoderSpec, group: ParallelGroup) -> bool:
+    """Whether a rank's layers read embeddings of images: the first stage's, and those that deepstack reaches."""
+    if spec.images is None:
+        return False
+    return group.first or layers_of(spec, group).start < spec.images.deepstack
+
+
+def seen_spans(positions: Tensor, spans: Ints) -> Tensor:
+    """[T, 2] the positions that a token sees besides those before it: of an image all, else itself."""
+    found = torch.stack((positions, positions + 1), 1)
+    for first, last, begin, end in spans.tolist():
+        found[first:last] = torch.tensor((begin, end), dtype=found.dtype, device=found.device)
+    return found
