@@ -143,8 +143,8 @@ def _loaded(tower: Any, config: Any, folder: Path | None, dtype: torch.dtype) ->
         return model
     for name, there, asked in sorted(info["mismatched_keys"]):
         raise ModelError(
-            f"tensor {name} has shape {list(there)}, the config asks for {list(asked)}; config and weights do not belong "
-            "together"
+            f"tensor {name} has shape {list(there)}, the config asks for {list(asked)}; config and weights do not "
+            "belong together"
         )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"the checkpoint has no tensor {missing[0]}; is it complete?")

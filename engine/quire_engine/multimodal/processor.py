@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quire_engine.errors import InvalidParameter, ModelError
+from quire_engine.multimodal.classes import class_of, without_others
 from quire_engine.weights.json_file import read_object
 from quire_engine.weights.resolve import ModelFiles
 
@@ -126,38 +127,14 @@ def _made(files: ModelFiles, raw: Mapping[str, Any]) -> Any:
     """The processor, with its image processor and its tokenizer."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    kind = _class_of(files, raw)
-    folder = str(files.folder)
+    folder, local = str(files.folder), {"local_files_only": True, "trust_remote_code": False}
+    there = [name for name in (*_OWN, "tokenizer_config.json") if (files.folder / name).is_file()]
+    kind = class_of([read_object(files.folder / name).get("processor_class") for name in there], raw)
     parts: dict[str, Callable[[], Any]] = {
-        "image_processor": lambda: AutoImageProcessor.from_pretrained(
-            folder, backend="pil", local_files_only=True, trust_remote_code=False
-        ),
-        "tokenizer": lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        "image_processor": lambda: AutoImageProcessor.from_pretrained(folder, backend="pil", **local),
+        "tokenizer": lambda: AutoTokenizer.from_pretrained(folder, **local),
     }
     wanted = kind.get_attributes()
-    own = {key: value for key, value in kind.get_processor_dict(folder, local_files_only=True)[0].items()}
-    for name in wanted:
-        own.pop(name, None)
-    served = _without_others(kind)
-    return served.from_args_and_dict([parts[name]() if name in parts else None for name in wanted], own)
-
-
-def _without_others(kind: Any) -> Any:
-    """The class with no other parts than those for images and text: transformers' video processors want torchvision."""
-    parts = [name for name in kind.get_attributes() if name in ("image_processor", "tokenizer")]
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts)})
-
-
-def _class_of(files: ModelFiles, raw: Mapping[str, Any]) -> Any:
-    """By the checkpoint's own word, or else by its family."""
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
-
-    for file in (*_OWN, "tokenizer_config.json"):
-        if (files.folder / file).is_file():
-            name = read_object(files.folder / file).get("processor_class")
-            if isinstance(name, str) and (found := processor_class_from_name(name)) is not None:
-                return found
-    found = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(raw.get("model_type"), ""))
-    if found is None:
-        raise ModelError(f"transformers has no processor for model_type {raw.get('model_type')!r:.80}")
-    return found
+    own, _ = kind.get_processor_dict(folder, local_files_only=True)
+    told = {key: value for key, value in own.items() if key not in wanted}
+    return without_others(kind).from_args_and_dict([parts[name]() if name in parts else None for name in wanted], told)
