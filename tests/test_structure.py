@@ -41,6 +41,7 @@ ENGINE_FLOORS = (  # lowest first; a room imports from those before it
     "pooling",
     "spec",
     "text",
+    "multimodal",
     "quantization",
     "sampling",
     "batch",
