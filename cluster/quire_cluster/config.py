@@ -2,9 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from quire_engine.config import check, option
 from quire_engine.errors import InvalidParameter
+
+from quire_cluster.hosts import Hosts
 
 _IPV6 = "[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*"
 _HOST = re.compile(rf"[\w.-]+|{_IPV6}|\[{_IPV6}\]", re.ASCII)
@@ -72,6 +75,39 @@ class GatewayConfig:
                     "with its scheme, in lower case, without a path",
                     "allowed_origins",
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaConfig:
+    """Where pictures may come from, besides the calls themselves."""
+
+    allowed_media_domains: str | None = option(
+        None,
+        "that calls may have fetched, at its public addresses and the ports 80 and 443; with another port as "
+        "example.org:8080; private addresses by themselves, as 10.0.0.0/8; *: any public host",
+        form="hosts (separated by commas)",
+        unset="none",
+    )
+    allowed_local_media_path: str | None = option(
+        None, "whose files calls may name, as file:///folder/picture.png", form="a folder of the gateway", unset="none"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        try:
+            Hosts(entries(self.allowed_media_domains))
+        except ValueError as error:
+            raise InvalidParameter(
+                f"allowed_media_domains: {error!s:.200}; give names, addresses or networks, as example.org, "
+                "example.org:8080, 10.1.2.3, 10.0.0.0/8, [fd00::/8]:8080, or * for any public host",
+                "allowed_media_domains",
+            ) from error
+        if self.allowed_local_media_path is not None and not Path(self.allowed_local_media_path).is_absolute():
+            raise InvalidParameter(
+                f"allowed_local_media_path is {self.allowed_local_media_path!r:.80}; give the folder's whole path, "
+                "from / on",
+                "allowed_local_media_path",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
