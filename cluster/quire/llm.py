@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from quire_cluster.config import MediaConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.engine import Engine, Executor
 from quire_engine.errors import ContextTooLong, EngineFailure, InvalidParameter, QuireError
@@ -31,9 +32,11 @@ from quire_engine.weights.resolve import ModelFiles, find_model
 from tqdm import tqdm
 
 from quire.interrupts import held_back
+from quire.pictures import OfflineImage, OfflineImages
 
 log = logging.getLogger(__name__)
 Prompt = str | list[int]
+PromptWithImages = Prompt | Mapping[str, Any]  # {"prompt": ..., "multi_modal_data": {"image": ...}}
 
 
 @dataclass
@@ -70,6 +73,7 @@ class RequestOutput:
     outputs: list[Completion] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
+    images: tuple[OfflineImage, ...] = ()
 
 
 @dataclass
@@ -94,8 +98,13 @@ class LLM:
         chat_template: str | None = None,
         tool_call_parser: str | None = None,
         reasoning_parser: str | None = None,
+        allowed_media_domains: str | None = None,
+        allowed_local_media_path: str | None = None,
         **options: Any,
     ) -> None:
+        media = MediaConfig(
+            allowed_media_domains=allowed_media_domains, allowed_local_media_path=allowed_local_media_path
+        )
         # Nobody waits for an answer while a batch is queued, so none of it is refused.
         config = EngineConfig(model=os.fspath(model), **(options | {"max_num_queued_reqs": sys.maxsize}))
         files = find_model(config)
@@ -103,6 +112,7 @@ class LLM:
         self.chat_format = ChatFormat(self.tokenizer, tool_parser=tool_call_parser, reasoning_parser=reasoning_parser)
         self._end_tokens = end_tokens(files, self.tokenizer)
         self._pooling = pooling_of(files, config.task)
+        self.images = OfflineImages(files, config, media)
         self._vocab_size: int = files.config["vocab_size"]
         self._executor = self._start(config, files)
         self.engine = Engine(self._executor)
@@ -136,13 +146,15 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Iterable[Prompt],
+        prompts: PromptWithImages | Iterable[PromptWithImages],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         add_special_tokens: bool = True,
     ) -> list[RequestOutput]:
-        """Completes every prompt (a text, or token ids), all in one batch; results come in the prompts' order.
+        """Completes every prompt, all in one batch; results come in the prompts' order. A prompt is a text, token ids,
+        or a text with images in the places that it has for them: `{"prompt": "<image> What is it?",
+        "multi_modal_data": {"image": picture}}`, where a picture is a PIL image, the bytes of a file, or a path.
 
         Raises InvalidParameter or ContextTooLong before anything runs if any of them cannot be served. A choice that
         fails while it is computed fails alone; see Completion.
@@ -156,10 +168,23 @@ class LLM:
         for prompt, wanted in zip(batch, each, strict=True):
             if id(wanted) not in samplings:
                 samplings[id(wanted)] = self.sampling(wanted)
+            images: tuple[OfflineImage, ...] = ()
+            if isinstance(prompt, Mapping):
+                prompt, images = self._with_images(prompt)
             tokens = self._tokens(prompt, "prompts", add_special_tokens=add_special_tokens)
-            output = RequestOutput(prompt if isinstance(prompt, str) else None, tokens)
+            output = RequestOutput(prompt if isinstance(prompt, str) else None, tokens, images=images)
             asked.append((output, samplings[id(wanted)]))
         return self.run(asked, use_tqdm=use_tqdm)
+
+    def _with_images(self, prompt: Mapping[str, Any]) -> tuple[str, tuple[OfflineImage, ...]]:
+        """Raises InvalidParameter."""
+        text, data = prompt.get("prompt"), prompt.get("multi_modal_data")
+        if not isinstance(text, str) or not isinstance(data, Mapping) or data.keys() != {"image"} or len(prompt) != 2:
+            raise InvalidParameter(
+                'a prompt with images is {"prompt": a text, "multi_modal_data": {"image": one, or a list}}', "prompts"
+            )
+        images = self.images.in_text(data["image"])
+        return (self.images.expanded(text, images) if images else text), images
 
     def sampling(self, params: SamplingParams, answer: Answer | None = None) -> TokenSampling:
         """What `run` takes; `answer`: to a conversation. Raises InvalidParameter."""
@@ -209,7 +234,8 @@ class LLM:
         parallel_tool_calls: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers one conversation or many. `tools`, `tool_choice` and `parallel_tool_calls` are OpenAI's.
+        """Answers one conversation or many. `tools`, `tool_choice` and `parallel_tool_calls` are OpenAI's, and so are
+        parts of messages; besides, `{"type": "image", "image": picture}` is one: see `generate`.
 
         Raises InvalidParameter or ContextTooLong before anything runs, as `generate` does.
         """
@@ -225,12 +251,14 @@ class LLM:
         use = ToolUse.of(tools, tool_choice, parallel_tool_calls)
         asked: list[tuple[RequestOutput, TokenSampling]] = []
         for one in many:
-            prompt = self.tokenizer.render(one, add_generation_prompt=True, continue_final_message=False, tools=tools)
+            turns = self.images.in_conversation(one)
+            prompt = self.tokenizer.render(turns, add_generation_prompt=True, continue_final_message=False, tools=tools)
+            prompt, images = self.images.rendered(prompt, turns)
             tokens = self._tokens(prompt, "messages", add_special_tokens=False)
             answer = self.chat_format.answer(
                 tokens, use, params.structured_outputs, thinking_budget=params.thinking_token_budget
             )
-            asked.append((RequestOutput(prompt, tokens), self.sampling(params, answer)))
+            asked.append((RequestOutput(prompt, tokens, images=images), self.sampling(params, answer)))
         return self.run(asked, use_tqdm=use_tqdm)
 
     @property
@@ -263,13 +291,16 @@ class LLM:
         prompt, params = output.prompt_token_ids, sampling.params
         self.check(prompt, params)
         seed = params.seed if params.seed is not None else random.getrandbits(63)
+        spans = self.images.spans(prompt, output.images)
         made = []
         for index, wanted in enumerate(sampling.choices(room=self.engine.scheduler.context - len(prompt), seed=seed)):
             completion = Completion(index, "", [], "")
             if params.logprobs is not None:
                 completion.logprobs = []
             output.outputs.append(completion)
-            request = Request(next(self._ids), list(prompt), len(prompt), wanted, arrival=time.monotonic())
+            request = Request(
+                next(self._ids), list(prompt), len(prompt), wanted, arrival=time.monotonic(), images=spans
+            )
             made.append(
                 _Choice(request, OutputText(self.tokenizer, params, prompt, sampling.answer), completion, output)
             )
@@ -309,6 +340,9 @@ class LLM:
             generated, started = 0, time.monotonic()
             while left:
                 outcome = self._step()
+                for request, key in outcome.wanted:
+                    wanted = next(image for image in choices[request.id].output.images if image.key == key)
+                    self.engine.scheduler.provide(key, self.images.inputs(wanted))
                 for request, scores in outcome.logprobs:
                     kept = choices[request.id].completion.logprobs
                     if kept is not None:
@@ -379,11 +413,11 @@ def _show(choice: _Choice) -> None:
         completion.tool_calls[part.index].arguments += part.arguments
 
 
-def _batch(prompts: Prompt | Iterable[Prompt], name: str) -> list[Prompt]:
+def _batch(prompts: Any, name: str) -> list[Any]:
     """One prompt, or several. Raises InvalidParameter for token ids among prompts, and for what is neither."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
-    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
         raise InvalidParameter(f"{name} is {prompts!r:.80}; give a text, token ids, or a list of either", name)
     given = list(prompts)
     ids = [one for one in given if isinstance(one, int)]

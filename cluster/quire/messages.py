@@ -7,8 +7,11 @@ from typing import Any
 
 from quire_engine.errors import InvalidParameter
 from quire_engine.text.formats.tools import tools_of
+from quire_engine.text.images import PromptImage
 from quire_engine.text.messages import REASONING, conversation, text_of
 from quire_protos.v1 import inference_pb2 as pb
+
+from quire.files import file_of
 
 
 @dataclass
@@ -99,7 +102,7 @@ def chat_request(
     """`messages`, `tools` and `tool_choice` are OpenAI's. Raises InvalidParameter for what is wrong or cannot be
     sent."""
     request = pb.ChatRequest(model=model)
-    for turn in conversation([dict(one) if isinstance(one, Mapping) else one for one in messages]):
+    for turn in conversation([_with_files(place, one) for place, one in enumerate(messages)]):
         request.messages.append(_message(turn))
     tools, choice = options.pop("tools", None), options.pop("tool_choice", None)
     tools_of(tools)
@@ -125,13 +128,51 @@ def chat_request(
 def _message(turn: Mapping[str, Any]) -> pb.ChatMessage:
     calls = [pb.ToolCall(id=one.id, name=one.name, arguments=one.text) for one in turn.get("tool_calls", ())]
     reasoning = next((turn[name] for name in REASONING if name in turn), None)
+    content = turn.get("content")
+    parts = content if isinstance(content, list) else []
+    seen = any(part["type"] != "text" for part in parts)
     return pb.ChatMessage(
         role=turn["role"],
-        content=text_of(turn.get("content")),
+        content="" if seen else text_of(content),
+        parts=[_part(part) for part in parts] if seen else (),
         name=turn.get("name"),
         tool_calls=calls,
         tool_call_id=turn.get("tool_call_id"),
         reasoning=reasoning,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Sent(PromptImage):
+    """An image that the server makes something of."""
+
+    file: bytes
+
+
+def _with_files(place: int, message: Any) -> Any:
+    """With the files of its images: those of parts of type image, which may be PIL images, files or paths."""
+    if not isinstance(message, Mapping):
+        return message
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    parts = []
+    for number, part in enumerate(content):
+        if isinstance(part, Mapping) and part.get("type") == "image":
+            what = f"part {number} of message {place}"
+            file = file_of(part.get("image"), what)
+            part = {"type": "image", "image": _Sent(what=what, key=b"", replacement="", num_tokens=0, file=file)}
+        parts.append(part)
+    return dict(message) | {"content": parts}
+
+
+def _part(part: Mapping[str, Any]) -> pb.ContentPart:
+    if part["type"] == "image":
+        return pb.ContentPart(image=part["image"].file)
+    return (
+        pb.ContentPart(text=part["text"])
+        if part["type"] == "text"
+        else pb.ContentPart(image_url=part["image_url"]["url"])
     )
 
 

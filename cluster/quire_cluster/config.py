@@ -15,7 +15,40 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayConfig:
+class MediaConfig:
+    """Where pictures may come from, besides the calls themselves."""
+
+    allowed_media_domains: str | None = option(
+        None,
+        "that calls may have fetched, at its public addresses and the ports 80 and 443; with another port as "
+        "example.org:8080; private addresses by themselves, as 10.0.0.0/8; *: any public host",
+        form="hosts (separated by commas)",
+        unset="none",
+    )
+    allowed_local_media_path: str | None = option(
+        None, "whose files calls may name, as file:///folder/picture.png", form="a folder of the gateway", unset="none"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        try:
+            Hosts(entries(self.allowed_media_domains))
+        except ValueError as error:
+            raise InvalidParameter(
+                f"allowed_media_domains: {error!s:.200}; give names, addresses or networks, as example.org, "
+                "example.org:8080, 10.1.2.3, 10.0.0.0/8, [fd00::/8]:8080, or * for any public host",
+                "allowed_media_domains",
+            ) from error
+        if self.allowed_local_media_path is not None and not Path(self.allowed_local_media_path).is_absolute():
+            raise InvalidParameter(
+                f"allowed_local_media_path is {self.allowed_local_media_path!r:.80}; give the folder's whole path, "
+                "from / on",
+                "allowed_local_media_path",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig(MediaConfig):
     """The gateway: what clients reach."""
 
     host: str = option(
@@ -61,7 +94,7 @@ class GatewayConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for host in entries(self.allowed_hosts):
             if not _HOST.fullmatch(host):
                 raise InvalidParameter(
@@ -75,39 +108,6 @@ class GatewayConfig:
                     "with its scheme, in lower case, without a path",
                     "allowed_origins",
                 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaConfig:
-    """Where pictures may come from, besides the calls themselves."""
-
-    allowed_media_domains: str | None = option(
-        None,
-        "that calls may have fetched, at its public addresses and the ports 80 and 443; with another port as "
-        "example.org:8080; private addresses by themselves, as 10.0.0.0/8; *: any public host",
-        form="hosts (separated by commas)",
-        unset="none",
-    )
-    allowed_local_media_path: str | None = option(
-        None, "whose files calls may name, as file:///folder/picture.png", form="a folder of the gateway", unset="none"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        try:
-            Hosts(entries(self.allowed_media_domains))
-        except ValueError as error:
-            raise InvalidParameter(
-                f"allowed_media_domains: {error!s:.200}; give names, addresses or networks, as example.org, "
-                "example.org:8080, 10.1.2.3, 10.0.0.0/8, [fd00::/8]:8080, or * for any public host",
-                "allowed_media_domains",
-            ) from error
-        if self.allowed_local_media_path is not None and not Path(self.allowed_local_media_path).is_absolute():
-            raise InvalidParameter(
-                f"allowed_local_media_path is {self.allowed_local_media_path!r:.80}; give the folder's whole path, "
-                "from / on",
-                "allowed_local_media_path",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

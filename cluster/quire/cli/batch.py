@@ -12,6 +12,7 @@ from io import FileIO
 from pathlib import Path
 
 import orjson
+from quire_cluster.config import MediaConfig
 from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, RequestError, ServerError
 
@@ -23,12 +24,12 @@ _BOM = b"\xef\xbb\xbf"
 _RESULT = b'{"id":"batch_req_'  # every result begins so; nothing else is added to, or cut
 
 
-def run_batch(config: EngineConfig, source: str, target: str) -> None:
+def run_batch(config: EngineConfig, media: MediaConfig, source: str, target: str) -> None:
     """Runs every line that can be run; a line that cannot gets its error. Raises InvalidParameter for the files."""
     lines = _read(Path(source))
     output = Path(target)
     done = _done(output)
-    given = {name: value for name, value in vars(config).items() if name != "model"}
+    given = {name: value for name, value in vars(config).items() if name != "model"} | vars(media)
     with _open(output) as file, LLM(config.model, **given) as llm:
         good = run = 0
         seen: set[str] = set()
@@ -52,7 +53,7 @@ def _run(llm: LLM, lines: list[Line]) -> None:
     runnable = [line for line in lines if line.error is None]
     try:
         if llm.pooling is None:
-            asked = [(RequestOutput(None, line.prompt), line.sampling) for line in runnable]
+            asked = [(RequestOutput(None, line.prompt, images=line.images), line.sampling) for line in runnable]
             for line, output in zip(runnable, llm.run(asked) if runnable else [], strict=True):
                 line.take(output)
         elif runnable:

@@ -21,6 +21,7 @@ from quire_engine.step import Floats
 from quire_engine.text.params import TokenSampling
 
 from quire.llm import LLM, Completion, RequestOutput
+from quire.pictures import OfflineImage
 
 _CHAT, _TEXT, _EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 _SCORE, _RERANK = "/v1/score", ("/v1/rerank", "/v2/rerank", "/rerank")
@@ -34,6 +35,7 @@ class Line:
         self.custom_id = f"line-{number}"
         self.error: QuireError | None = None
         self.prompt: list[int] = []  # of a line that generates
+        self.images: tuple[OfflineImage, ...] = ()  # of that prompt
         self.sampling: TokenSampling  # of that
         self.inputs: list[list[int]] = []  # of one that asks for vectors or scores
         self._body: dict[str, Any] = {}
@@ -79,13 +81,15 @@ class Line:
             chat = validated(ChatCompletionRequest, content)
             params, self._model = chat.sampling(), chat.model or ""
             use = chat.tool_use()
+            turns = llm.images.in_conversation([message.for_template() for message in chat.messages])
             text = tokenizer.render(
-                [message.for_template() for message in chat.messages],
+                turns,
                 add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
                 continue_final_message=chat.continue_final_message,
                 variables=chat.template_variables(tokenizer.template_variables),
                 tools=chat.tools,
             )
+            text, self.images = llm.images.rendered(text, turns)
             self.prompt = tokenizer.encode(text, add_special_tokens=False)
             with chat.structure_named():
                 answer = llm.chat_format.answer(

@@ -8,8 +8,8 @@ _UINT32 = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    """The request."""
+class TalkConfig:
+    """What both kinds of requests have."""
 
     address: str = option(
         "127.0.0.1:50051", "of servers' gRPC ports", form="addresses as localhost:50051 (separated by commas)"
@@ -29,7 +29,16 @@ class ChatConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompleteConfig(ChatConfig):
+class ChatConfig(TalkConfig):
+    """The request."""
+
+    image: str | None = option(
+        None, "that the first question is about", form="files of images (separated by commas)", unset="none"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteConfig(TalkConfig):
     """The request."""
 
     max_tokens: int | None = option(128, "of the longest text", form="tokens", least=1, most=_UINT32)

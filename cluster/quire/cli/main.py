@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from quire_cluster.addresses import with_port
-from quire_cluster.config import ServeConfig, StartConfig
+from quire_cluster.config import MediaConfig, ServeConfig, StartConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.errors import InvalidParameter, QuireError
 
@@ -93,7 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     complete.add_argument("prompt")
 
     batch = command(
-        "run-batch", _run_batch, "run a file of requests offline", "Run an OpenAI batch file offline.", EngineConfig
+        "run-batch",
+        _run_batch,
+        "run a file of requests offline",
+        "Run an OpenAI batch file offline.",
+        EngineConfig,
+        MediaConfig,
     )
     batch.add_argument("input", help="JSON lines with custom_id, url and body")
     batch.add_argument("-o", "--output", required=True, help="JSON lines, one result per request, in the input's order")
@@ -224,10 +229,10 @@ def _plan(arguments: argparse.Namespace, config: PlanConfig, engine: EngineConfi
     show_plan(engine, config)
 
 
-def _run_batch(arguments: argparse.Namespace, engine: EngineConfig) -> None:
+def _run_batch(arguments: argparse.Namespace, engine: EngineConfig, media: MediaConfig) -> None:
     from quire.cli.batch import run_batch
 
-    run_batch(engine, arguments.input, arguments.output)
+    run_batch(engine, media, arguments.input, arguments.output)
 
 
 def _chat(arguments: argparse.Namespace, config: ChatConfig) -> None:

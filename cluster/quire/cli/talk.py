@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
+from quire_cluster.config import entries
 from quire_engine.errors import ServerError
 
-from quire.cli.config import ChatConfig, CompleteConfig
+from quire.cli.config import ChatConfig, CompleteConfig, TalkConfig
 from quire.cli.terminal import ask, say
 from quire.client import Client
 from quire.messages import Output
@@ -21,21 +23,24 @@ def complete(prompt: str, config: CompleteConfig) -> None:
 
 def chat(prompt: str | None, config: ChatConfig) -> None:
     """One question, or a conversation until the end of input."""
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = [{"type": "image", "image": Path(file)} for file in entries(config.image)]
     with _client(config) as client:
         while (question := ask("you ") if prompt is None else prompt) is not None:
-            messages.append({"role": "user", "content": question})
+            asked = [*shown, {"type": "text", "text": question}] if shown else question
+            messages.append({"role": "user", "content": asked})
+            shown = []
             answer = _show(client.stream_chat(messages, **_options(config)), config.address)
             messages.append({"role": "assistant", "content": answer})
             if prompt is not None:
                 return
 
 
-def _client(config: ChatConfig) -> Client:
+def _client(config: TalkConfig) -> Client:
     return Client(config.address, api_key=config.api_key or os.environ.get("QUIRE_API_KEY"))
 
 
-def _options(config: ChatConfig) -> dict[str, Any]:
+def _options(config: TalkConfig) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in ("max_tokens", "temperature", "seed")}
     return options | {"model": config.model or ""}
 

@@ -25,15 +25,15 @@ class ChatCompletions(Endpoint):
         body = self._body
         self._use = await asyncio.to_thread(body.tool_use) if body.tools else body.tool_use()
         messages = [message.for_template() for message in body.messages]
-        return [
-            await self._service.render(
-                messages,
-                add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-                continue_final_message=body.continue_final_message,
-                variables=body.template_variables(self._service.tokenizer.template_variables),
-                tools=body.tools,
-            )
-        ]
+        prompt, self._seen = await self._service.render(
+            messages,
+            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            continue_final_message=body.continue_final_message,
+            variables=body.template_variables(self._service.tokenizer.template_variables),
+            tools=body.tools,
+            cache_salt=body.cache_salt,
+        )
+        return [prompt]
 
     async def _sampling(self, prompts: list[list[int]]) -> TokenSampling:
         continued = self._body.messages[-1].text if self._body.continue_final_message else None

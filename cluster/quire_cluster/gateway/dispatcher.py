@@ -215,7 +215,8 @@ class Dispatcher:
         if sibling is not None and not choice.output:
             prompt = sibling[1]
         else:
-            prompt = Prompt.of(facts.prompt + choice.output, facts.cache_salt, self._router.block_size)
+            tokens = facts.seen.told_apart(facts.prompt) + choice.output
+            prompt = Prompt.of(tokens, facts.cache_salt, self._router.block_size)
         chosen = None
         if not choice.losses.suspected:
             chosen = self._router.choose(prompt, sibling[2] if sibling is not None else None)

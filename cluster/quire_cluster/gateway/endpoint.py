@@ -17,6 +17,7 @@ from starlette.responses import Response
 from quire_cluster.gateway.encoding import in_pieces
 from quire_cluster.gateway.events import EventStream, stream_error, while_connected
 from quire_cluster.gateway.generation import Delta, Generation, all_admitted
+from quire_cluster.gateway.images import NO_IMAGES
 from quire_cluster.gateway.service import Service
 
 _TOKENS, _SCORED = 4096, 128  # of an answer that is written on the event loop: without and with log-probabilities
@@ -35,6 +36,7 @@ class Endpoint(ABC):
         self._created = int(time.time())
         self._model = body.model or service.names[0]
         self._params: SamplingParams
+        self._seen = NO_IMAGES  # of a conversation
         self._done = False
 
     # ---- what differs ---------------------------------------------------------------------------------------------
@@ -89,7 +91,12 @@ class Endpoint(ABC):
         if request_id is not None and number is not None:
             request_id = f"{request_id}-{number}"
         return self._service.start(
-            prompt, sampling, priority=body.priority, cache_salt=body.cache_salt, request_id=request_id
+            prompt,
+            sampling,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            request_id=request_id,
+            seen=self._seen,
         )
 
     def _end(self) -> None:
@@ -205,7 +212,8 @@ class Endpoint(ABC):
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": cached}
+            | ({"image_tokens": self._seen.num_tokens} if self._service.images is not None else {}),
         }
         return usage | self._usage_details()
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 from quire_engine.errors import InvalidParameter
-from quire_engine.text.messages import MAX_TEXT, content_of
+from quire_engine.text.messages import MAX_TEXT, content_of, text_of
 
 MAX_TOKENS = 1 << 20  # token ids of one call
 MAX_MESSAGES = 100_000
@@ -113,9 +113,7 @@ class Message:
     @property
     def text(self) -> str:
         """Its content as one text."""
-        if isinstance(self.content, list):
-            return "\n".join(part["text"] for part in self.content)
-        return self.content or ""
+        return text_of(self.content)
 
 
 def messages(value: Any) -> list[Message]:

@@ -16,6 +16,7 @@ from quire_engine.text.output import OutputText, Shown
 from quire_protos.v1 import engine_pb2 as pb
 
 from quire_cluster.convert import sampling_to_proto
+from quire_cluster.gateway.images import NO_IMAGES, SeenImages
 from quire_cluster.policies.prefixes import Prompt
 from quire_cluster.policies.quarantine import Losses
 
@@ -57,6 +58,7 @@ class RequestFacts:
     deadline: float  # in time.monotonic() seconds; 0: none
     cache_salt: bytes
     arrival: float  # in time.monotonic() seconds
+    seen: SeenImages = NO_IMAGES
 
 
 @dataclass(slots=True)
@@ -133,6 +135,10 @@ class Choice:
             cache_salt=facts.cache_salt,
             age=now - facts.arrival,
             resumed=self.admitted,
+            images=[
+                pb.ImageSpan(key=i.key, start=i.start, length=i.length, rows=i.rows, columns=i.columns)
+                for i in facts.seen.spans
+            ],
         )
 
     def admit(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
-import orjson
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from quire_engine.errors import (
     ContextTooLong,
@@ -21,7 +20,8 @@ from quire_engine.errors import (
     UnknownModel,
 )
 from quire_engine.step import TokenLogprobs
-from quire_engine.text.formats.chat import Answer, ToolUse
+from quire_engine.text.formats.chat import Answer
+from quire_engine.text.messages import text_of
 from quire_engine.text.params import SamplingParams
 from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
@@ -32,6 +32,8 @@ from quire_cluster.gateway.calls import CallGuard
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.fields import MAX_MESSAGES
 from quire_cluster.gateway.generation import Delta, Emitted, Generation
+from quire_cluster.gateway.grpc_messages import conversation, read_json
+from quire_cluster.gateway.images import NO_IMAGES, SeenImages
 from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.pooling import check_count, pooled, shortened, tokens_of
 from quire_cluster.gateway.service import Service
@@ -67,6 +69,7 @@ _SCALARS = [
     "prompt_logprobs",
     "thinking_token_budget",
 ]
+Asked = tuple[list[int], SeenImages, Answer | None]  # a prompt, its images, and how its answers are read
 _LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 
 
@@ -129,63 +132,6 @@ def _emitted(given: Sequence[pb.Emitted], most: int) -> dict[int, Emitted]:
     return found
 
 
-def _conversation(request: pb.ChatRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]], ToolUse]:
-    """Its messages and tools, as OpenAI's API has them, and what of the tools is to be called. Raises
-    InvalidParameter."""
-    tools = _tools(request)
-    parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else None
-    use = ToolUse.of(tools or None, _tool_choice(request), parallel)
-    return [_message(message) for message in request.messages], tools, use
-
-
-def _message(message: pb.ChatMessage) -> dict[str, Any]:
-    """As OpenAI's API has it."""
-    made: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.name:
-        made["name"] = message.name
-    if message.HasField("tool_call_id"):
-        made["tool_call_id"] = message.tool_call_id
-    if message.HasField("reasoning"):
-        made["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        made["tool_calls"] = [
-            {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.arguments}}
-            for one in message.tool_calls
-        ]
-    return made
-
-
-def _tools(request: pb.ChatRequest) -> list[dict[str, Any]]:
-    """As OpenAI's API has them. Raises InvalidParameter."""
-    tools = []
-    for place, tool in enumerate(request.tools):
-        function: dict[str, Any] = {"name": tool.name}
-        if tool.description:
-            function["description"] = tool.description
-        if tool.HasField("parameters"):
-            function["parameters"] = _json(tool.parameters, f"the parameters of tool {place}", "tools")
-        if tool.HasField("strict"):
-            function["strict"] = tool.strict
-        tools.append({"type": "function", "function": function})
-    return tools
-
-
-def _tool_choice(request: pb.ChatRequest) -> Any:
-    """As OpenAI's API has it. Raises InvalidParameter."""
-    if not request.HasField("tool_name"):
-        return request.tool_choice if request.HasField("tool_choice") else None
-    if request.HasField("tool_choice"):
-        raise InvalidParameter("tool_choice and tool_name exclude each other", "tool_name")
-    return {"type": "function", "function": {"name": request.tool_name}}
-
-
-def _json(text: str, what: str, parameter: str) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise InvalidParameter(f"{what} are no JSON: {error}", parameter) from error
-
-
 async def _fail(context: Any, error: QuireError) -> NoReturn:
     """With the parameter's name, which over HTTP has a field of its own."""
     name, said = error.parameter if isinstance(error, InvalidParameter) else None, str(error)
@@ -204,22 +150,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Text or token ids in, tokens out."""
 
-        async def asked(service: Service, params: SamplingParams) -> tuple[list[int], Answer | None]:
+        async def asked(service: Service, params: SamplingParams) -> Asked:
             if request.WhichOneof("prompt") == "text":
-                return await service.tokenize(request.text), None
-            return _ids(request.token_ids.ids, service.max_model_len, "prompt"), None
+                return *await service.prompt(request.text, list(request.images), request.cache_salt), None
+            if request.images:
+                raise InvalidParameter("images stand in a text; send the prompt as one", "images")
+            return _ids(request.token_ids.ids, service.max_model_len, "prompt"), NO_IMAGES, None
 
         await self._write(self._run("Generate", request, asked, 16, context), context)
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:
         """A conversation in, the answer out."""
 
-        async def asked(service: Service, params: SamplingParams) -> tuple[list[int], Answer | None]:
+        async def asked(service: Service, params: SamplingParams) -> Asked:
             if not 1 <= len(request.messages) <= MAX_MESSAGES:
                 raise InvalidParameter(
                     f"there are {len(request.messages)} messages; from 1 to {MAX_MESSAGES} are read", "messages"
                 )
-            messages, tools, use = await asyncio.to_thread(_conversation, request)
+            messages, tools, use = await asyncio.to_thread(conversation, request)
             going_on = request.continue_final_message
             opening = request.add_generation_prompt if request.HasField("add_generation_prompt") else not going_on
             if going_on and opening:
@@ -229,18 +177,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 )
             variables = {}
             if request.HasField("chat_template_kwargs"):
-                variables = _json(request.chat_template_kwargs, "chat_template_kwargs", "chat_template_kwargs")
+                variables = read_json(request.chat_template_kwargs, "chat_template_kwargs", "chat_template_kwargs")
                 if not isinstance(variables, dict):
                     raise InvalidParameter("chat_template_kwargs are no JSON object", "chat_template_kwargs")
-            prompt = await service.render(
+            prompt, seen = await service.render(
                 messages,
                 add_generation_prompt=opening,
                 continue_final_message=going_on,
                 variables=variables,
                 tools=tools or None,
+                cache_salt=request.cache_salt,
             )
-            continued = request.messages[-1].content if going_on else None
-            return prompt, await service.answer(prompt, use, params, continued=continued)
+            continued = text_of(messages[-1]["content"]) if going_on else None
+            return prompt, seen, await service.answer(prompt, use, params, continued=continued)
 
         await self._write(self._run("Chat", request, asked, None, context), context)
 
@@ -261,7 +210,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self,
         route: str,
         request: Any,
-        asked: Callable[[Service, SamplingParams], Awaitable[tuple[list[int], Answer | None]]],
+        asked: Callable[[Service, SamplingParams], Awaitable[Asked]],
         max_tokens: int | None,
         context: Any,
     ) -> AsyncGenerator[pb.GenerateResponse]:
@@ -272,13 +221,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             service.check_generates()
             params = sampling_from_proto(request.sampling, max_tokens=max_tokens)
             left = context.time_remaining()
-            tokens, answer = await asked(service, params)
+            tokens, seen, answer = await asked(service, params)
             sampling = await service.sampling(params, answer)
             emitted = _emitted(request.resume, service.max_model_len)
             options = {
                 "priority": request.priority,
                 "deadline": time.monotonic() + left if left is not None and left < 1e8 else 0.0,
                 "cache_salt": request.cache_salt or None,
+                "seen": seen,
             }
             if emitted:
                 generation = await service.resume(tokens, sampling, emitted, **options)
@@ -348,7 +298,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """What is served."""
         described = [self._models.described(name) for name in self._models.names]
         return pb.ListModelsResponse(
-            models=[pb.Model(id=one["id"], max_model_len=one["max_model_len"], state=one["state"]) for one in described]
+            models=[
+                pb.Model(**{name: one[name] for name in ("id", "max_model_len", "state", "input_modalities")})
+                for one in described
+            ]
         )
 
 
@@ -388,6 +341,7 @@ async def _last(service: Service, generation: Generation) -> AsyncGenerator[pb.G
     response.usage.completion_tokens = generation.num_output_tokens
     response.usage.cached_tokens = generation.cached_tokens
     response.usage.reasoning_tokens = generation.num_reasoning_tokens
+    response.usage.image_tokens = generation.facts.seen.num_tokens
     yield response
 
 

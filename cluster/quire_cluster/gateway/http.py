@@ -196,7 +196,7 @@ class Api:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidParameter("give either prompt or messages", "prompt")
         if body.messages is not None:
-            tokens = await service.render(
+            tokens, _ = await service.render(
                 [message.for_template() for message in body.messages],
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=False,

@@ -18,6 +18,8 @@ from quire_engine.errors import QuireError, Unavailable, UnknownModel
 from quire_engine.weights.resolve import find_model
 
 from quire_cluster.deployment import Deployment, listed
+from quire_cluster.gateway.bodies import MAX_BODY
+from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.service import Service, access_log
 from quire_cluster.observability.metrics import Metrics
 from quire_cluster.reports import ModelReport, WaitingRequest
@@ -70,12 +72,15 @@ class Models:
     def __init__(
         self,
         metrics: Metrics,
+        media: Media | None = None,
         *,
         on_silence: Callable[[str, Key], None] = lambda name, key: None,
         on_wait: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """`on_silence`: a replica of a deployment says nothing. `on_wait`: a request waits for one to start."""
+        """`media`: fetches images. `on_silence`: a replica of a deployment says nothing. `on_wait`: a request waits for
+        one to start."""
         self.metrics = metrics
+        self._media = media
         self.draining = False
         self._on_silence = on_silence
         self._on_wait = on_wait
@@ -133,11 +138,14 @@ class Models:
             "owned_by": "quire",
             "max_model_len": service.max_model_len if service is not None else entry.served.table.max_model_len,
             "state": entry.state,
+            "input_modalities": ["text", "image"] if service is not None and service.images is not None else ["text"],
             "replicas": len(service.dispatcher.sessions) if service is not None else 0,
         }
 
     def largest_body(self, prompts: int) -> int:
         """Bytes that a body with so many prompts can have, for whichever model it names."""
+        if any(service.images is not None for service in self._services):
+            return MAX_BODY
         return max((s.texts.bytes_of(s.max_model_len, prompts) for s in self._services), default=1 << 20)
 
     def refused(self, error: QuireError, *, route: str, model: str | None) -> None:
@@ -258,6 +266,7 @@ class Models:
             chat_template=deployment.chat_template,
             parsers=deployment.config,
             metrics=self.metrics,
+            media=self._media,
         )
 
     def _take(self, entry: _Entry, deployment: Deployment, service: Service) -> None:
@@ -297,6 +306,8 @@ class Models:
                 self._close(service)
 
     def _close(self, service: Service) -> None:
+        if service.images is not None:
+            service.images.close()
         task = asyncio.ensure_future(service.dispatcher.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

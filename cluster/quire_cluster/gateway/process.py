@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from quire_engine.errors import EngineFailure, InvalidParameter, ServerError
+from quire_engine.multimodal.pictures import PictureLimits
 
 from quire_cluster.addresses import with_port
 from quire_cluster.config import GatewayConfig, entries
@@ -17,6 +18,7 @@ from quire_cluster.gateway.connection import BACKLOG, HttpConfig, HttpServer, Li
 from quire_cluster.gateway.doors import Doors
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
+from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.models import Models
 from quire_cluster.keys import Keys
 from quire_cluster.liveness import LivenessProbe, while_alive
@@ -60,7 +62,8 @@ class Gateway:
         self.http_port = 0
         self.grpc_port = 0
         self.failed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
-        self.models = Models(Metrics(), on_silence=self._report_silence, on_wait=self._report_wait)
+        self._media = Media(config, PictureLimits())
+        self.models = Models(Metrics(), self._media, on_silence=self._report_silence, on_wait=self._report_wait)
         self._config = config
         self._keys = keys
         self._shared = shared_ports
@@ -148,6 +151,7 @@ class Gateway:
         for part in self._parts:
             part.cancel()
         await self.models.close()
+        await self._media.close()
         if self._listener is not None:
             self._listener.close()
 

@@ -16,22 +16,28 @@ from quire_engine.errors import (
     ContextTooLong,
     DeadlineExceeded,
     InvalidParameter,
+    ModelError,
     QueueFull,
     Unavailable,
 )
+from quire_engine.multimodal.processor import ImageProcessor
 from quire_engine.pooling import Pooling, pooling_of
 from quire_engine.request import check_length
 from quire_engine.text.formats.chat import Answer, ChatFormat, ToolUse
+from quire_engine.text.images import expand, parts_of, spans_of
 from quire_engine.text.output import OutputText
 from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import LARGE_TEXT, Tokenizer, end_tokens
 from quire_engine.waiting import WaitsFor
 from quire_engine.weights.resolve import ModelFiles
+from quire_engine.weights.text_parts import takes_images
 
 from quire_cluster.config import ParserConfig
 from quire_cluster.deployment import Deployment
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Emitted, Generation, RequestFacts
+from quire_cluster.gateway.images import NO_IMAGES, Images, SeenImages
+from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.texts import Texts
 from quire_cluster.observability.metrics import Metrics, ModelMetrics
@@ -58,9 +64,10 @@ class Service:
         max_waiting: int,
         metrics: Metrics,
         pooling: Pooling | None = None,
+        images: Images | None = None,
     ) -> None:
         """`max_model_len`: until a table says it. `max_waiting`: requests that wait while there is no replica.
-        `pooling`: of a model that gives vectors or scores instead of tokens."""
+        `pooling`: of a model that gives vectors or scores instead of tokens. `images`: of one that takes some."""
         self.tokenizer = tokenizer
         self.texts = Texts(tokenizer)
         parsers = parsers or ParserConfig()
@@ -72,6 +79,7 @@ class Service:
         )
         log.info("%s: calls and reasoning are read as %s", names[0], self.chat_format.name)
         self.pooling = pooling
+        self.images = images
         self.names = names
         self.max_model_len = max_model_len
         self.vocab_size: int = files.config["vocab_size"]
@@ -95,9 +103,17 @@ class Service:
         names: list[str],
         chat_template: str | None,
         metrics: Metrics,
+        media: Media | None = None,
         parsers: ParserConfig | None = None,
     ) -> "Service":
-        """Raises ModelError for a tokenizer that cannot be loaded."""
+        """`media`: fetches what images are named by; without it none are taken. Raises ModelError for a tokenizer that
+        cannot be loaded."""
+        images, pooling = None, pooling_of(files, config.task)
+        if media is not None and pooling is None and takes_images(files.config) and config.images_per_prompt:
+            try:
+                images = Images(ImageProcessor.load(files), media, config.images_per_prompt)
+            except ModelError as error:
+                log.warning("%s takes no images: %s", names[0], error)
         tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)
         return Service(
             files,
@@ -106,7 +122,8 @@ class Service:
             parsers=parsers,
             max_waiting=config.max_num_queued_reqs,
             metrics=metrics,
-            pooling=pooling_of(files, config.task),
+            pooling=pooling,
+            images=images,
         )
 
     @property
@@ -212,6 +229,19 @@ class Service:
             texts, context=self.max_model_len, add_special_tokens=add_special_tokens, parameter=parameter
         )
 
+    async def prompt(self, text: str, files: list[bytes], cache_salt: str) -> tuple[list[int], SeenImages]:
+        """A text's token ids, with images in its places for them. Raises InvalidParameter, ContextTooLong."""
+        if not files:
+            return await self.tokenize(text), NO_IMAGES
+        if self.images is None:
+            raise InvalidParameter("the model takes no images; leave them out", "images")
+        processor = self.images.processor
+        parts = [{"type": "image", "image": file} for file in files]
+        [message] = await self.images.found([{"role": "user", "content": parts}], _salt(cache_salt))
+        seen = tuple(part["image"] for part in message["content"])
+        tokens = await self.tokenize(expand(text, seen, processor.placeholder))
+        return tokens, SeenImages(spans_of(tokens, seen, processor.image_token_id), seen)
+
     async def render(
         self,
         messages: list[dict[str, Any]],
@@ -220,16 +250,25 @@ class Service:
         continue_final_message: bool,
         variables: Mapping[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
-    ) -> list[int]:
-        """A conversation's prompt."""
-        return await self.texts.conversation(
+        cache_salt: str | None = None,
+    ) -> tuple[list[int], SeenImages]:
+        """A conversation's prompt, and the images in it."""
+        images = self.images
+        if images is not None:
+            messages = await images.found(messages, _salt(cache_salt))
+        seen = [part["image"] for _, part in parts_of(messages)] if images is not None else []
+        tokens = await self.texts.conversation(
             messages,
             context=self.max_model_len,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables or {},
             tools=tools,
+            placeholder=images.processor.placeholder if images is not None and seen else "",
         )
+        if images is None or not seen:
+            return tokens, NO_IMAGES
+        return tokens, SeenImages(spans_of(tokens, seen, images.processor.image_token_id), tuple(seen))
 
     async def sampling(self, params: SamplingParams, answer: Answer | None = None) -> TokenSampling:
         """What `start` takes: made once for a call, however many prompts it has. `answer`: to a conversation. Raises
@@ -257,10 +296,11 @@ class Service:
         deadline: float = 0.0,
         cache_salt: str | None = None,
         request_id: str | None = None,
+        seen: SeenImages = NO_IMAGES,
     ) -> Generation:
         """Checks what is left to check and sends it off. Raises RequestError or Unavailable."""
         check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
-        return self._send(self._made(prompt, sampling, priority, deadline, cache_salt, request_id))
+        return self._send(self._made(prompt, sampling, priority, deadline, cache_salt, request_id, seen))
 
     async def resume(
         self,
@@ -271,6 +311,7 @@ class Service:
         priority: int = 0,
         deadline: float = 0.0,
         cache_salt: str | None = None,
+        seen: SeenImages = NO_IMAGES,
     ) -> Generation:
         """`start`, where the client holds a part of the answer, which another gateway began: by choice, `emitted`."""
         check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
@@ -282,7 +323,7 @@ class Service:
             )
         for one in emitted.values():
             self._check_tokens(one.tokens, "resume")
-        generation = self._made(prompt, sampling, priority, deadline, cache_salt, None)
+        generation = self._made(prompt, sampling, priority, deadline, cache_salt, None, seen)
         await asyncio.to_thread(generation.resume, emitted)
         return self._send(generation)
 
@@ -309,6 +350,7 @@ class Service:
         deadline: float,
         cache_salt: str | None,
         request_id: str | None,
+        seen: SeenImages = NO_IMAGES,
     ) -> Generation:
         if self.draining:
             raise Unavailable("this server is shutting down; try another one")
@@ -318,14 +360,14 @@ class Service:
         params = sampling.params
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         samplings = sampling.choices(room=max(1, self.max_model_len - len(prompt)), seed=seed)
-        salt = hashlib.sha256(cache_salt.encode()).digest() if cache_salt else b""
         facts = RequestFacts(
             request_id=request_id or uuid.uuid4().hex,
             prompt=prompt,
             priority=priority,
             deadline=deadline,
-            cache_salt=salt,
+            cache_salt=_salt(cache_salt),
             arrival=time.monotonic(),
+            seen=seen,
         )
         return Generation(
             facts, samplings, [OutputText(self.tokenizer, params, prompt, sampling.answer) for _ in samplings]
@@ -394,6 +436,10 @@ class Service:
         if error is not None:
             line["error"] = str(error)[:200]
         access_log.info(json.dumps(line))
+
+
+def _salt(given: str | None) -> bytes:
+    return hashlib.sha256(given.encode()).digest() if given else b""
 
 
 def _reported(session: ReplicaSession) -> ReplicaReport:

@@ -27,6 +27,7 @@ _PAUSES = (0.05, 2.0)  # seconds before it is opened again: the first, and the l
 _LARGEST_SUBMIT = MESSAGE_BYTES // 2
 _BATCH_BYTES = 1 << 18  # from which on nothing more is put into a message: the event loop waits while it is built
 _MOST_SUBMITS = 32  # likewise
+_PIECE = 1 << 20  # bytes of an image in a message
 _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -74,6 +75,8 @@ class ReplicaSession:
         self._listener = listener
         self._submits: deque[int] = deque()
         self._aborts: list[int] = []
+        self._pieces: deque[pb.ImagePiece] = deque()  # of images that the replica wants
+        self._bringing: set[asyncio.Task[None]] = set()
         self._questions: list[int] = []  # wire ids whose wait is to be asked for
         self._asked: dict[int, asyncio.Future[pb.Waiting | None]] = {}  # those without an answer
         self._work = asyncio.Event()
@@ -185,6 +188,11 @@ class ReplicaSession:
         self.begun.update(started.id for started in update.started if started.id in self.live)
         for waiting in update.waiting:
             self._answer(waiting.id, waiting)
+        for wanted in update.wanted:
+            if (choice := self.live.get(wanted.id)) is not None:
+                task = asyncio.ensure_future(self._bring(wanted.id, choice, wanted.key))
+                self._bringing.add(task)
+                task.add_done_callback(self._bringing.discard)
         self._failure = update.failure
         self._listener.updated(self, update)
         for wire_id in update.admitted:
@@ -194,7 +202,27 @@ class ReplicaSession:
             self.load, self._own_at_report = update.load, len(self.live)
             self._listener.reported(self)
 
+    async def _bring(self, wire_id: int, choice: Choice, key: bytes) -> None:
+        """Sends an image's pixels, in pieces. A choice whose image cannot be brought ends."""
+        try:
+            image = choice.facts.seen.of(key)
+            if image is None:
+                raise EngineFailure("a replica wants an image that the request does not have")
+            pixels = memoryview(await image.pixels())
+        except QuireError as error:
+            self._aborts.append(wire_id)
+            self._refuse(wire_id, error)
+            self._work.set()
+            return
+        for at in range(0, len(pixels), _PIECE):
+            last = at + _PIECE >= len(pixels)
+            self._pieces.append(pb.ImagePiece(key=key, data=bytes(pixels[at : at + _PIECE]), last=last))
+        self._work.set()
+
     def _lose(self) -> None:
+        for task in self._bringing:
+            task.cancel()
+        self._pieces.clear()
         choices = [(choice, wire_id in self.begun) for wire_id, choice in self.live.items()]
         failure = self._failure
         self.live, self.begun, self.suspect = {}, set(), None
@@ -211,7 +239,7 @@ class ReplicaSession:
         """What waits, in messages of bounded size. Ends with its stream, after which gRPC goes on asking for more."""
         work = self._work
         while self._work is work:
-            if self._submits or self._aborts or self._questions:
+            if self._submits or self._aborts or self._questions or self._pieces:
                 yield self._message()
             else:
                 work.clear()
@@ -238,6 +266,8 @@ class ReplicaSession:
             else:
                 why = f"the request takes {submit.ByteSize()} bytes; at most {_LARGEST_SUBMIT} reach a replica"
                 self._refuse(wire_id, InvalidParameter(why))
+        if self._pieces:
+            message.images.append(self._pieces.popleft())
         if not self._submits:  # a replica is asked about what it has
             message.why.extend(self._questions)
             self._questions.clear()

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from quire_engine.errors import ContextTooLong
 from quire_engine.text.formats.chat import Answer
+from quire_engine.text.images import check_conversation, expand, first_lost, parts_of
 from quire_engine.text.params import SamplingParams, TokenSampling
 from quire_engine.text.tokenizer import LARGE_TEXT, Tokenizer
 
@@ -114,16 +115,28 @@ class Texts:
         continue_final_message: bool,
         variables: Mapping[str, Any],
         tools: list[dict[str, Any]] | None,
+        placeholder: str = "",
     ) -> list[int]:
-        """A conversation's prompt. Raises InvalidParameter for what the chat template does not take."""
-        rendered = await _off_loop(
-            lambda: self._tokenizer.render(
+        """A conversation's prompt. `placeholder`: what the template writes for each of its images; "": there are none.
+        Raises InvalidParameter for what the chat template does not take."""
+
+        def work() -> str:
+            rendered = self._tokenizer.render(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
                 tools=tools,
-            ),
+            )
+            if not placeholder:
+                return rendered
+            check_conversation(messages, placeholder)
+            return expand(
+                rendered, [part["image"] for _, part in parts_of(messages)], placeholder, first_lost(messages)
+            )
+
+        rendered = await _off_loop(
+            work,
             large=bool(tools) or not _is_small(messages, variables),
         )
         found = await self.prompts([rendered], context=context, add_special_tokens=False, parameter="messages")

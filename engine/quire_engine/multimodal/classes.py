@@ -37,7 +37,7 @@ def _found(name: str) -> Any:
         return _pixtral()
     found = processor_class_from_name(name)
     if name == "SmolVLMProcessor":
-        module = importlib.import_module(_SMOLVLM)
+        module: Any = importlib.import_module(_SMOLVLM)
         module.num2words = module.num2words or _spelled
     return found
 

@@ -1,0 +1,172 @@
+"""The images of requests to one model: fetched, checked, and made into what a prompt and a vision tower need.
+
+The log of a request keeps an image's file. Its pixels are sent where a replica wants them: one that holds the image's
+embeddings, or its part of the prompt, never does.
+"""
+
+import asyncio
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from quire_engine.errors import InvalidParameter, QueueFull
+from quire_engine.multimodal.library import ImageFacts, ImageLibrary, key_of
+from quire_engine.multimodal.processor import ImageProcessor
+from quire_engine.request import ImageSpan
+from quire_engine.text.images import PromptImage
+
+from quire_cluster.gateway.media import Media
+from quire_cluster.wire import image_to_bytes
+
+_THREADS = 2  # that decode and scale
+_FILES = 1 << 30  # bytes of files that requests under way may have, of all models together
+_SECONDS = 30.0  # that an image may take to become pixels
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GatewayImage(PromptImage):
+    """An image of a request under way."""
+
+    file: bytes
+    maker: "Images"
+
+    async def pixels(self) -> bytes:
+        """What the vision tower reads, for a session. Raises InvalidParameter."""
+        return await self.maker.pixels(self)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenImages:
+    """Of a prompt: where they stand, and what they are."""
+
+    spans: tuple[ImageSpan, ...] = ()
+    images: tuple[GatewayImage, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, embeddings of images."""
+        return sum(image.num_tokens for image in self.images)
+
+    def of(self, key: bytes) -> GatewayImage | None:
+        """The one that a replica wants."""
+        return next((image for image in self.images if image.key == key), None)
+
+    def told_apart(self, prompt: list[int]) -> list[int]:
+        """The prompt with tokens in which other images are other numbers, for routing by prefixes."""
+        if not self.spans:
+            return prompt
+        told = list(prompt)
+        for span in self.spans:
+            told[span.start : span.end] = [int.from_bytes(span.key[:4])] * span.length
+        return told
+
+
+NO_IMAGES = SeenImages()
+
+
+class Images:
+    """Of one model."""
+
+    _held = 0  # bytes of files, of all models
+
+    def __init__(self, processor: ImageProcessor, media: Media, most: int) -> None:
+        """`most`: images of a request."""
+        self.processor = processor
+        self._library = ImageLibrary(processor)
+        self._media = media
+        self._most = most
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
+        self._under_way: dict[bytes, asyncio.Future[ImageFacts]] = {}
+
+    def close(self) -> None:
+        """No image is taken any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def found(self, messages: Sequence[dict[str, Any]], salt: bytes) -> list[dict[str, Any]]:
+        """A conversation with the images that its parts name. Raises InvalidParameter for the first that is none;
+        QueueFull where requests under way hold too much."""
+        parts = [
+            (place, number, part)
+            for place, message in enumerate(messages)
+            for number, part in enumerate(message["content"] if isinstance(message.get("content"), list) else ())
+            if part["type"] != "text"
+        ]
+        if len(parts) > self._most:
+            raise InvalidParameter(
+                f"there are {len(parts)} images; at most {self._most} are taken: send fewer, or start the server with "
+                "a larger --limit-mm-per-prompt",
+                "messages",
+            )
+        tasks = [
+            asyncio.ensure_future(self._image(part, f"part {number} of message {place}", salt))
+            for place, number, part in parts
+        ]
+        try:
+            made = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        found = [dict(message) for message in messages]
+        for place in {place for place, _, _ in parts}:
+            found[place]["content"] = list(found[place]["content"])
+        for (place, number, _), image in zip(parts, made, strict=True):
+            found[place]["content"][number] = {"type": "image", "image": image}
+        return found
+
+    async def _image(self, part: dict[str, Any], what: str, salt: bytes) -> GatewayImage:
+        if Images._held > _FILES:
+            raise QueueFull("requests under way hold as many images as there is room for; try again later")
+        if part["type"] == "image":
+            file = part["image"]
+        else:
+            file = await self._media.read(part["image_url"]["url"], what)
+        key = await asyncio.to_thread(key_of, file, salt)
+        facts = self._library.known(key) or await self._read(key, file, what)
+        image = GatewayImage(
+            what=what,
+            key=key,
+            replacement=facts.replacement,
+            num_tokens=facts.num_tokens,
+            rows=facts.rows,
+            columns=facts.columns,
+            file=file,
+            maker=self,
+        )
+        Images._held += len(file)
+        weakref.finalize(image, _let_go, len(file))
+        return image
+
+    async def _read(self, key: bytes, file: bytes, what: str) -> ImageFacts:
+        """Whoever sends an image that is being read waits for it; it is read on where others leave."""
+        reading = self._under_way.get(key)
+        if reading is None:
+            reading = self._under_way[key] = self._in_pool(lambda: self._library.facts(key, file, what))
+            reading.add_done_callback(lambda _: self._under_way.pop(key))
+        return await _in_time(asyncio.shield(reading), what)
+
+    async def pixels(self, image: GatewayImage) -> bytes:
+        """See `GatewayImage.pixels`."""
+
+        def work() -> bytes:
+            return image_to_bytes(self._library.made(image.key, image.file, image.what).inputs)
+
+        return await _in_time(self._in_pool(work), image.what)
+
+    def _in_pool(self, work: Callable[[], Result]) -> "asyncio.Future[Result]":
+        return asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+async def _in_time(work: "asyncio.Future[Result]", what: str) -> Result:
+    try:
+        return await asyncio.wait_for(work, _SECONDS)
+    except TimeoutError:
+        raise InvalidParameter(
+            f"{what}: it could not be read within {_SECONDS:.0f} s; send a smaller image, or try again", "messages"
+        ) from None
+
+
+def _let_go(size: int) -> None:
+    Images._held -= size
