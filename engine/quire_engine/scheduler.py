@@ -270,14 +270,15 @@ class Scheduler:
                 raise AssertionError("an admitted request found no page")
 
     def _sees(self, waiting: Request, start: int, draft: PlanDraft) -> bool:
-        """Whether the head of the queue finds the image that it begins with. While that is on its way others go on."""
+        """Whether the head of the queue finds images to begin with. While one is on its way others go on."""
         assert self.images is not None
-        if self.images.reach(waiting, start, start + draft.budget) > start:
-            return True
-        if self.images.waits(waiting):
+        end = min(start + draft.budget, len(waiting.tokens))
+        reach = self.images.reach(waiting, start, end)
+        if reach < end and self.images.waits(waiting):
             self._waiting.remove(waiting)
             self._waiting.put_apart(waiting, State.FETCHING)
-        return False
+            return False
+        return reach > start
 
     def _compute(self, request: Request, draft: PlanDraft) -> bool:
         """Tokens of its log within the budget; False where it finds no pages, or not the image that comes next."""
@@ -322,6 +323,7 @@ class Scheduler:
         outcome = StepOutcome(started=self.take_started(), wanted=self.images.take_wanted() if self.images else [])
         if result is not None:
             for request, why in self.images.failed(result.unseen, self.requests.values()) if self.images else ():
+                self.cache.disown(request)
                 self._withdraw(request, "error", EngineFailure(f"an image could not be encoded: {why}"))
             requests, outcome.num_prompt_tokens, plan = self._in_flight.popleft()
             outcome.num_tokens, drawing = len(plan.token_ids), requests

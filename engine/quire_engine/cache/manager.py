@@ -137,6 +137,13 @@ class CacheManager:
             self.pool.release(reversed(request.pages[needed:]))
             del request.pages[needed:]
 
+    def disown(self, request: Request) -> None:
+        """What was computed of it from its first image on is wrong: nobody is to find it."""
+        for hash_ in request.block_hashes[request.images[0].start // self._block_size :]:
+            self.pool.disown(hash_)
+            if self.states is not None:
+                self.states.pool.disown(hash_)
+
     def release(self, request: Request) -> None:
         """The request gives everything back, and has nothing computed."""
         self._keep_read(request, 0)

@@ -91,6 +91,15 @@ class PagePool:
             del self._page_of[hash_], self._hash_of[page], self._cached[page]
             self._blank.append(page)
 
+    def disown(self, hash_: bytes) -> None:
+        """A block whose content is wrong is not found any more."""
+        page = self._page_of.pop(hash_, None)
+        if page is not None:
+            del self._hash_of[page]
+            if self._references[page] == 0:
+                del self._cached[page]
+                self._blank.append(page)
+
     def is_idle(self, page: int) -> bool:
         """Whether no request holds it: taking it makes one fewer free."""
         return self._references[page] == 0
