@@ -5,8 +5,9 @@ Each rank has a whole one; what it makes of an image takes the place of the imag
 
 import copy
 import inspect
-import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,8 @@ import torch
 from torch import Tensor
 
 from quire_engine.errors import ModelError
+from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.tensors import SafetensorsCheckpoint
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,36 +38,80 @@ class VisionTower:
         """`config`: all of config.json. Weights are read from `folder`; without it they are random (on the meta device:
         shapes alone). Raises ModelError."""
         self.device = device
-        made = whole_config(config)
-        kind = _class_of(made)
-        tower = _without_text(kind)
-        if device.type == "meta":
-            with torch.device(device):
-                model = tower._from_config(made, dtype=dtype, attn_implementation="sdpa")
-        else:
-            model = _loaded(tower, made, folder, dtype)
         self.dtype = dtype
+        self._config = whole_config(config)
+        tower = _without_text(_class_of(self._config))
+        with torch.device("meta"):
+            model = tower._from_config(copy.deepcopy(self._config), dtype=dtype, attn_implementation="sdpa")
+        if device.type != "meta":
+            stored = _random(model, dtype) if folder is None else _stored(model, folder)
+            model = _loaded(tower, self._config, stored, dtype)
         self._model = model.to(device).eval().requires_grad_(False).model
         self._takes = frozenset(inspect.signature(self._model.get_image_features).parameters)
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        self.bytes = sum(
+        self.weight_bytes = sum(
             tensor.numel() * tensor.element_size() for tensor in (*self._model.parameters(), *self._model.buffers())
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, inputs: Mapping[str, np.ndarray]) -> Features:
         """One image, as its processor gives it."""
         tensors = {name: self._tensor(value) for name, value in inputs.items() if name in self._takes}
         out = self._model.get_image_features(**tensors, return_dict=True)
-        return Features(
-            _joined(out.pooler_output), [_joined(one) for one in getattr(out, "deepstack_features", None) or ()]
+        deepstack = getattr(out, "deepstack_features", None) or ()
+        return Features(_joined(out.pooler_output), [_joined(one) for one in deepstack])
+
+    def activation_bytes(self, tokens: int) -> int:
+        """About what encoding an image of so many tokens takes beside the weights, rather more than less."""
+        vision = self._config.vision_config
+        hidden = _first(vision, "embed_dim", "hidden_size")
+        inner = _first(vision, "intermediate_size") or int(hidden * vision.mlp_ratio)
+        pixels = (
+            _first(vision, "num_channels", "in_channels")
+            * getattr(vision, "temporal_patch_size", 1)
+            * _side(vision.patch_size) ** 2
         )
+        # Queries and keys are rotated in fp32; some releases of transformers keep what each layer gives.
+        kept = vision.num_hidden_layers if hasattr(self._config, "vision_feature_layer") else 0
+        patches = _patches(self._config, tokens)
+        total = patches * (3 * pixels + (14 + kept) * hidden + 3 * inner)
+        if vision.model_type == "pixtral":  # a mask of each patch with each
+            total += 2 * patches**2
+        return self._model.dtype.itemsize * total
 
     def _tensor(self, value: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(value))
         if tensor.is_floating_point():
             return tensor.to(self.device, self._model.dtype)
         return tensor.to(self.device)
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The field that a config has of several names; None where it has none."""
+    return next((found for name in names if (found := getattr(config, name, None))), None)
+
+
+def _side(size: int | Sequence[int]) -> int:
+    """Of what is square, and given by one side or by both."""
+    return size if isinstance(size, int) else size[0]
+
+
+def _patches(config: Any, tokens: int) -> int:
+    """At most so many are seen for an image of so many tokens."""
+    vision = config.vision_config
+    if merge := _first(vision, "spatial_merge_size") or _first(config, "spatial_merge_size"):
+        return tokens * merge**2
+    if scale := _first(config, "scale_factor"):
+        return tokens * scale**2
+    if ratio := _first(config, "downsample_ratio"):
+        return math.ceil(tokens / ratio**2)
+    if vision.model_type == "pixtral":
+        return tokens
+    tile = (_side(vision.image_size) // _side(vision.patch_size)) ** 2 + 1
+    if pinpoints := _first(config, "image_grid_pinpoints"):  # of a tile's edges some are cut off afterwards
+        return tile * (1 + max(height * width for height, width in pinpoints) // _side(vision.image_size) ** 2)
+    each = _first(config, "mm_tokens_per_image") or tokens
+    return tile * math.ceil(tokens / each)
 
 
 def _joined(features: Any) -> Tensor:
@@ -116,31 +160,41 @@ def _without_text(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"__init__": build, "_tied_weights_keys": None, "__module__": kind.__module__})
 
 
-def _loaded(tower: Any, config: Any, folder: Path | None, dtype: torch.dtype) -> Any:
-    """On the CPU, by transformers, which knows the names that older checkpoints have."""
-    with torch.device("meta"):
-        parts = tuple(
-            dict.fromkeys(name.split(".")[1] for name in tower._from_config(copy.deepcopy(config)).state_dict())
+def _random(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same on every rank."""
+    weights = RandomWeights(dtype, torch.device("cpu"))
+    return {name: weights.take(name, tuple(there.shape)) for name, there in model.state_dict().items()}
+
+
+def _stored(model: Any, folder: Path) -> dict[str, Tensor]:
+    """The tower's tensors in a checkpoint, under whatever names, still in the mapped files. Raises ModelError where
+    they are quantized."""
+    parts = tuple({name.split(".")[1] for name in model.state_dict()})
+    checkpoint = SafetensorsCheckpoint(folder)
+    found: dict[str, Tensor] = {}
+    for name in checkpoint.names():
+        if name.removeprefix("model.").startswith(parts):
+            found[name] = tensor = checkpoint.tensor(name).read()
+            if tensor.dtype.itemsize == 1 or tensor.dtype == torch.int32:
+                raise ModelError(
+                    f"tensor {name} is in {tensor.dtype}: the vision tower of this checkpoint is quantized, which is "
+                    "not served; take one whose tower is in bf16"
+                )
+    return found
+
+
+def _loaded(tower: Any, config: Any, stored: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """On the CPU, by transformers, which knows the names that other checkpoints have."""
+    with _quiet():
+        model, info = tower.from_pretrained(
+            None,
+            config=config,
+            state_dict=stored,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    stored: dict[str, Tensor] = {}
-    if folder is not None:
-        checkpoint = SafetensorsCheckpoint(folder)
-        stored = {
-            name: checkpoint.tensor(name).read()
-            for name in checkpoint.names()
-            if name.removeprefix("model.").startswith(parts)
-        }
-    model, info = tower.from_pretrained(
-        None,
-        config=config,
-        state_dict=stored,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    if folder is None:
-        return model
     for name, there, asked in sorted(info["mismatched_keys"]):
         raise ModelError(
             f"tensor {name} has shape {list(there)}, the config asks for {list(asked)}; config and weights do not "
@@ -148,9 +202,20 @@ def _loaded(tower: Any, config: Any, folder: Path | None, dtype: torch.dtype) ->
         )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"the checkpoint has no tensor {missing[0]}; is it complete?")
-    if strange := sorted(info["unexpected_keys"]):
-        raise ModelError(
-            f"the checkpoint has a tensor {strange[0]}, which the vision tower lacks: is the tower quantized? Take a "
-            "checkpoint whose tower is not"
-        )
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar, and its table of what it found wrong, which becomes an error here."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

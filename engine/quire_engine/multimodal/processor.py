@@ -71,6 +71,10 @@ class ImageProcessor:
                 processor = _made(files, raw)
         except ModelError:
             raise
+        except ImportError as error:
+            raise ModelError(
+                f"the image processor of {files.name} needs what is not installed: {' '.join(str(error).split())[:300]}"
+            ) from error
         except Exception as error:  # transformers raises nearly anything here
             raise ModelError(
                 f"the image processor of {files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); "
@@ -125,7 +129,8 @@ def image_token_of(raw: Mapping[str, Any]) -> int | None:
 
 def _made(files: ModelFiles, raw: Mapping[str, Any]) -> Any:
     """The processor, with its image processor and its tokenizer."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # where no torchvision is asked for
 
     folder, local = str(files.folder), {"local_files_only": True, "trust_remote_code": False}
     there = [name for name in (*_OWN, "tokenizer_config.json") if (files.folder / name).is_file()]
