@@ -144,13 +144,9 @@ def spec_of(config: Config, pooling: Pooling | None = None, *, images: bool = Tr
     except _WRONG_VALUE as error:
         raise ModelError(f"config.json has a value that its family cannot have: {error}") from error
     if (whole := config.get("text_part_of")) is not None:
-        part = TEXT_PARTS[whole]
-        spec = _within(spec, part)
-        if part.sections is not None and spec.rope is not None:
-            rope = with_sections(spec.rope, part.sections, part.sections_interleaved)
-            spec = dataclasses.replace(spec, rope=rope)
+        spec = _within(spec, whole)
         if images and pooling is None:
-            spec = dataclasses.replace(spec, images=_images_of(config["whole"], part))
+            spec = dataclasses.replace(spec, images=_images_of(config["whole"], TEXT_PARTS[whole]))
     if pooling is None:
         return spec
     if spec.fallback is not None:
@@ -175,23 +171,23 @@ def _images_of(whole: Config, part: TextPart) -> ImagesSpec | None:
     )
 
 
-def _within(spec: DecoderSpec, part: TextPart) -> DecoderSpec:
-    """The same decoder under the names that a checkpoint with more in it has."""
-    names = spec.names
-    names = dataclasses.replace(
-        names,
-        embedding=part.renamed(names.embedding),
-        layers=part.renamed(names.layers),
-        norm=part.renamed(names.norm),
-        head=part.renamed(names.head),
-    )
-    return dataclasses.replace(spec, names=names, extra_tensors=spec.extra_tensors + part.others)
+def _within(spec: DecoderSpec, whole: str) -> DecoderSpec:
+    """The same decoder in a checkpoint with more in it. Where in it, `models.tied.as_stored` finds out."""
+    part, rope = TEXT_PARTS[whole], spec.rope
+    scaled = spec.embedding_scale != 1.0 or spec.logits_scale != 1.0 or spec.logits_soft_cap
+    if part.family is None and scaled:  # of images too, or not; and transformers' heads of the whole do neither
+        raise ModelError(f"the text of {whole} scales its embeddings or its logits; served is text that does not")
+    if part.sections is not None and rope is not None:
+        rope = with_sections(rope, part.sections, part.sections_interleaved)
+    return dataclasses.replace(spec, rope=rope, extra_tensors=spec.extra_tensors + part.others)
 
 
 def _family_spec(config: Config) -> DecoderSpec:
     """Of a family of the decoder's or, where it knows none, of transformers' own code. Raises ModelError for what
     neither serves."""
     architectures = config.get("architectures") or []
+    if (whole := config.get("text_part_of")) is not None and not FAMILIES.keys() & set(architectures):
+        raise ModelError(f"the text of {whole} is of {architectures[0]}; served is that of {', '.join(FAMILIES)}")
     for name in architectures:
         if name in FAMILIES:
             return FAMILIES[name](config)

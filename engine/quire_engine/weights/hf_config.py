@@ -42,8 +42,6 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ModelError for a config that transformers refuses.
     """
-    from transformers import CONFIG_MAPPING
-
     _check_names(config)
     config = _as_falcon(config) if config.get("model_type") in _REFINED_WEB else config
     config = {**config, "architectures": _architectures(config)}
@@ -52,19 +50,37 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         kind = _kind_of(config["architectures"]) or config.get("model_type")
         kind = _LIKE.get(kind, kind) if isinstance(kind, str) else kind
         return _filled(config, kind) if _is_known(kind) else config
-    text = config.get("text_config") or config  # Qwen2.5-VL's published configs have no part of their own
+    return _text_part(config, name)
+
+
+def _text_part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Of the text part of an architecture, as its family says it by itself."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    part, whole_kind = TEXT_PARTS[name], _kind_of_whole(config, name)
+    text = config.get("text_config") or config  # Qwen2-VL's published configs have no part of their own
     if not isinstance(text, Mapping):
         raise ModelError(f"text_config is {text!r:.80}; it must be an object")
     _check_names(text)
-    architectures = [TEXT_PARTS[name].architecture]
-    if not _is_known(kind := text.get("model_type") or _kind_of(architectures)):
+    kind = text.get("model_type") or CONFIG_MAPPING[whole_kind]().text_config.model_type
+    if not _is_known(kind):
         raise ModelError(f"text_config has model_type {kind!r}, which transformers does not know")
-    whole = _filled(text, kind)
-    whole = _filled(whole.get("text_config") or whole, _kind_of(architectures))
+    own = _filled(text, kind)
+    if "text_config" in own:
+        kind = own["text_config"]["model_type"]
+        own = _filled(own["text_config"], kind)
+    family = part.family or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if family is None:
+        raise ModelError(f"text_config has model_type {kind!r}, which transformers has no language model of")
+    usual = _filled(own, _kind_of([family])) if part.family else own
+    found = usual | own | {"head_dim": own.get("head_dim"), **part.fixed}
     kept = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
-    if _is_known(outer := config.get("model_type")):  # whose default goes before the text's
-        whole["tie_word_embeddings"] = whole["tie_word_embeddings"] or CONFIG_MAPPING[outer].tie_word_embeddings
-    return whole | kept | {"architectures": architectures, "text_part_of": name, "whole": config}
+    of_text, of_whole = ({key: of[key] for key in ("tie_word_embeddings",) if key in of} for of in (text, config))
+    tied = CONFIG_MAPPING[whole_kind](text_config={"model_type": kind} | of_text, **of_whole).tie_word_embeddings
+    return (
+        found | kept | {"tie_word_embeddings": tied, "architectures": [family], "text_part_of": name, "whole": config}
+    )
 
 
 def _as_falcon(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +136,15 @@ def _is_known(kind: Any) -> bool:
     from transformers import CONFIG_MAPPING
 
     return isinstance(kind, str) and kind in CONFIG_MAPPING
+
+
+def _kind_of_whole(config: Mapping[str, Any], name: str) -> str:
+    """The model type of an architecture with a text part."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    if _is_known(kind := config.get("model_type")) and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return str(kind)
+    return {whole: kind for kind, whole in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()}[name]
 
 
 def _kind_of(architectures: list[str]) -> str | None:

@@ -1,57 +1,76 @@
-"""Models of images and text, of which the text part is served: one of the decoder's families under other names."""
+"""Models of images and text: which family of the decoder's their text part is, and what else a checkpoint holds."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+# Where a text part may lie: its model, and its output head. The first one is also that of a text model by itself.
+PLACES = (
+    ("model", "lm_head"),
+    ("model.language_model", "lm_head"),
+    ("language_model.model", "language_model.lm_head"),
+    ("model.text_model", "lm_head"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextPart:
-    """Where it lies in a checkpoint."""
+    """What is known of an architecture."""
 
-    architecture: str
-    moved: tuple[tuple[str, str], ...]  # beginnings of its tensors' names, and what they are here
-    others: tuple[str, ...]  # beginnings of the names of everything else
-    sections: tuple[int, int, int] | None = None  # of its rope, where a config has none; None: positions are numbers
+    family: str | None = None  # its text's architecture; None: what the text's model type has for language models
+    vision: tuple[str, ...]  # how names of all other tensors begin; newer checkpoints have "model." before it
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of the family that this one's code does not read
+    sections: tuple[int, int, int] | None = None  # of M-RoPE, where a config has none; None: positions are numbers
     sections_interleaved: bool = False
-    bidirectional_images: bool = False  # tokens of an image that follow one another see all of them
+    bidirectional_images: bool = False  # tokens of an image see all of it
 
-    def renamed(self, name: str) -> str:
-        """A tensor's name in this checkpoint."""
-        for usual, here in self.moved:
-            if name.startswith(usual):
-                return here + name.removeprefix(usual)
-        return name
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Beginnings of the names of all tensors that are not the text's."""
+        return (*self.vision, *(f"model.{name}" for name in self.vision))
 
 
-def _beside(architecture: str) -> TextPart:
-    """A whole language model beside a vision tower."""
-    moved = (("model.", "language_model.model."), ("lm_head", "language_model.lm_head"))
-    return TextPart(architecture=architecture, moved=moved, others=("vision_tower.", "multi_modal_projector."))
+_LLAVA = ("vision_tower.", "multi_modal_projector.")
+_IDEFICS = TextPart(vision=("vision_model.", "connector."))
+_QWEN2_VL = TextPart(family="Qwen2ForCausalLM", vision=("visual.",), sections=(16, 24, 24))
 
 
-def _inside(architecture: str, sections: tuple[int, int, int]) -> TextPart:
-    """Its layers are in the same model as the visual ones."""
-    moved = (("model.", "model.language_model."),)
-    return TextPart(
-        architecture=architecture,
-        moved=moved,
-        others=("model.visual.",),
-        sections=sections,
-        sections_interleaved=True,
-    )
+def _qwen3(family: str, sections: tuple[int, int, int], **fixed: Any) -> TextPart:
+    return TextPart(family=family, vision=("visual.",), fixed=fixed, sections=sections, sections_interleaved=True)
+
+
+def _glm(family: str, **fixed: Any) -> TextPart:
+    return TextPart(family=family, vision=("visual.",), fixed=fixed, sections=(8, 12, 12))
 
 
 TEXT_PARTS: dict[str, TextPart] = {
-    "Gemma3ForConditionalGeneration": replace(_beside("Gemma3ForCausalLM"), bidirectional_images=True),
-    "Mistral3ForConditionalGeneration": _beside("MistralForCausalLM"),
-    "Qwen2_5_VLForConditionalGeneration": TextPart(
-        architecture="Qwen2ForCausalLM", moved=(), others=("visual.",), sections=(16, 24, 24)
+    "Gemma3ForConditionalGeneration": TextPart(
+        family="Gemma3ForCausalLM", vision=_LLAVA, fixed={"final_logit_softcapping": None}, bidirectional_images=True
     ),
-    "Qwen3VLForConditionalGeneration": _inside("Qwen3ForCausalLM", (24, 20, 20)),
-    "Qwen3_5ForConditionalGeneration": _inside("Qwen3_5ForCausalLM", (11, 11, 10)),
-    "Qwen3_5MoeForConditionalGeneration": _inside("Qwen3_5MoeForCausalLM", (11, 11, 10)),
+    "Glm4vForConditionalGeneration": _glm("Glm4ForCausalLM", attention_bias=True),
+    "Glm4vMoeForConditionalGeneration": _glm("Glm4MoeForCausalLM", use_qk_norm=False),
+    "Idefics3ForConditionalGeneration": _IDEFICS,
+    "InternVLForConditionalGeneration": TextPart(vision=_LLAVA),
+    "LlavaForConditionalGeneration": TextPart(vision=_LLAVA),
+    "LlavaNextForConditionalGeneration": TextPart(vision=(*_LLAVA, "image_newline")),
+    "LlavaOnevisionForConditionalGeneration": TextPart(vision=(*_LLAVA, "image_newline")),
+    "Mistral3ForConditionalGeneration": TextPart(vision=_LLAVA),
+    "Qwen2VLForConditionalGeneration": _QWEN2_VL,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
+    "Qwen3VLForConditionalGeneration": _qwen3("Qwen3ForCausalLM", (24, 20, 20)),
+    "Qwen3VLMoeForConditionalGeneration": _qwen3("Qwen3MoeForCausalLM", (24, 20, 20), norm_topk_prob=True),
+    "Qwen3_5ForConditionalGeneration": _qwen3("Qwen3_5ForCausalLM", (11, 11, 10)),
+    "Qwen3_5MoeForConditionalGeneration": _qwen3("Qwen3_5MoeForCausalLM", (11, 11, 10)),
+    "SmolVLMForConditionalGeneration": _IDEFICS,
 }
+
+
+def place_of(names: Collection[str]) -> tuple[str, str] | None:
+    """Where a checkpoint with tensors of these names has its layers; None: in none of the places."""
+    for model, head in PLACES:
+        if any(name.startswith(f"{model}.layers.") for name in names):
+            return model, head
+    return None
 
 
 def takes_images(config: Mapping[str, Any]) -> bool:
