@@ -36,7 +36,9 @@ class OfflineImages:
     def __init__(self, files: ModelFiles, config: EngineConfig, media: MediaConfig) -> None:
         """`media`: which URLs are read. Raises ModelError where the model takes images and its processor is not
         there."""
-        self._most = config.images_per_prompt if takes_images(files.config) and pooling_of(files, config.task) is None else 0
+        self._most = (
+            config.images_per_prompt if takes_images(files.config) and pooling_of(files, config.task) is None else 0
+        )
         self._library = ImageLibrary(ImageProcessor.load(files)) if self._most else None
         self._media = media
 

@@ -266,7 +266,7 @@ class EngineConfig:
         None,
         "of embeddings of images that a worker keeps",
         form="bytes",
-        unset="64 MiB on a CPU, 512 MiB on a GPU",
+        unset="those of 4096 tokens on a CPU, of 16384 on a GPU",
         least=1,
     )
     deterministic: bool = option(

@@ -10,7 +10,7 @@ from greedy import engine_for, prompts, run
 from quire_engine.engine import Engine
 from quire_engine.errors import InvalidParameter
 from quire_engine.request import Request
-from shown import Parts, Shower, Shown, finish, logits_of, request_of, run_shown, truth
+from shown import NEW_TOKENS, Parts, Shower, Shown, finish, logits_of, request_of, run_shown, truth
 from vlms import VLMS, make_vlm, picture
 
 WIDE, TALL, SMALL = picture(1, 96, 60), picture(2, 50, 120), picture(3, 64, 64)
@@ -89,13 +89,18 @@ def test_cut_up(name: str, family_of: Any) -> None:
 def test_preempted(name: str, family_of: Any) -> None:
     """There are not pages enough for all: some lose theirs, and compute their images' tokens again."""
     family = family_of(name)
-    longest = max(len(shown.ids) for shown in family.shown.values()) + 24
-    probe = engine_for(family.folder, max_model_len=longest)
-    page = probe._executor.memory.page_bytes  # type: ignore[attr-defined]
-    engine = engine_for(family.folder, max_model_len=longest, kv_cache_memory_bytes=page * -(-longest * 5 // 4 // 16))
-    batch = [family.shown["several"], family.shown["middle"], family.shown["several"], family.shown["first"]]
+    batch = [family.shown[kind] for kind in ("several", "middle", "several", "first")]
+    probe: Any = engine_for(family.folder)._executor
+    pages = sum(-(-len(shown.ids) // 16) for shown in batch) + len(batch)
+    engine = engine_for(
+        family.folder,
+        max_model_len=min(16 * pages, 512),
+        kv_cache_memory_bytes=pages * probe.memory.page_bytes,
+        enable_prefix_caching=False,
+    )
     wanted = family.tokens(["several", "middle", "several", "first"])
-    assert run_shown(engine, batch) == wanted
+    found = run_shown(engine, batch, max_tokens=60)
+    assert [tokens[:NEW_TOKENS] for tokens in found] == wanted
     assert engine.scheduler.stats.preemptions
 
 

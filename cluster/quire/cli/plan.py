@@ -34,7 +34,8 @@ from quire.cli.terminal import say
 def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
     """Prints the plan. Raises OutOfMemory when the model does not fit, InvalidParameter for an unknown GPU."""
     files = find_model(config)
-    spec = with_stored_mtp(spec_of(files.config, pooling_of(files, config.task)), files)
+    spec = spec_of(files.config, pooling_of(files, config.task), images=config.images_per_prompt > 0)
+    spec = with_stored_mtp(spec, files)
     spec.check_parallel(
         config.tensor_parallel_size, config.pipeline_parallel_size, experts_apart=config.enable_expert_parallel
     )
@@ -66,6 +67,14 @@ def show_plan(config: EngineConfig, wanted: PlanConfig) -> None:
         *([("guessed ahead by", guesses)] if guesses else []),
         ("weights", f"{plan.weight_bytes / GIB:.3f} GiB"),
         ("activations", f"{plan.activation_bytes / GIB:.3f} GiB"),
+        *(
+            [
+                ("of these the vision tower", f"{images.weights / GIB:.3f} GiB"),
+                ("of these for images", f"{(images.step + images.embeddings) / GIB:.3f} GiB"),
+            ]
+            if (images := max((one.images for one in plans), key=lambda one: one.weights)).weights
+            else []
+        ),
         ("cache", f"{plan.cache_bytes / GIB:.3f} GiB: {plan.num_pages:,} pages of {plan.block_size} tokens"),
         *(
             [("recurrent states", f"{plan.num_states:,} of {plan.state_bytes / 2**20:.1f} MiB, one per request")]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from quire_engine.config import EngineConfig
-from quire_engine.models.decoder import Embedded, layers_of
+from quire_engine.memory.plan import needs_images
+from quire_engine.models.decoder import Embedded
 from quire_engine.models.vision import Features, VisionTower
 from quire_engine.parallel import ParallelGroup
 from quire_engine.spec import DecoderSpec
@@ -86,13 +87,6 @@ def image_embeddings(
     folder = None if config.load_format == "dummy" else files.folder
     tower = VisionTower(spec.images.config, folder, dtype, device)
     return ImageEmbeddings(tower, spec, device, reports=group.draws or group.stages == 1)
-
-
-def needs_images(spec: DecoderSpec, group: ParallelGroup) -> bool:
-    """Whether a rank's layers read embeddings of images: the first stage's, and those that deepstack reaches."""
-    if spec.images is None:
-        return False
-    return group.first or layers_of(spec, group).start < spec.images.deepstack
 
 
 def seen_spans(positions: Tensor, spans: Ints) -> Tensor:

@@ -17,7 +17,8 @@ from quire_engine.memory.dry_run import DryGroup, allocated
 from quire_engine.memory.shapes import captured_shapes
 from quire_engine.models.decoder import layers_of
 from quire_engine.models.drafts import DraftSource
-from quire_engine.parallel import group_bytes
+from quire_engine.models.vision import VisionTower
+from quire_engine.parallel import ParallelGroup, group_bytes
 from quire_engine.quantization.config import Quantization
 from quire_engine.spec import DecoderSpec
 from quire_engine.speculation.choice import choose
@@ -29,7 +30,7 @@ _MOST_FOR_STATES = 0.5  # of the cache
 _GPU_RESERVE = 640 << 20  # matrix libraries' workspaces, kernels, what the allocator rounds up
 # 33 MB for 500 kernels, 63 for 1,000 (NVIDIA's developer forum, "Increasing memory footprint with large task graphs").
 _GRAPH_NODE_BYTES = 64 << 10
-_CPU_IMAGE_BYTES, _GPU_IMAGE_BYTES = 64 << 20, 512 << 20
+_CPU_IMAGE_TOKENS, _GPU_IMAGE_TOKENS = 4096, 16384  # in most families of an image of 3 and 12 million pixels
 _CPU_TOKENS_PER_STEP, _GPU_TOKENS_PER_STEP = 256, 8192
 
 
@@ -75,6 +76,15 @@ def gpu_target(name: str) -> tuple[Target, int]:
     return Target("cuda", found, CHIPS[chip]), mebibytes << 20
 
 
+@dataclass(frozen=True, slots=True)
+class ImagesMemory:
+    """Of a worker, in bytes: the vision tower, and what encoding the largest image and the embeddings take."""
+
+    weights: int = 0
+    step: int = 0
+    embeddings: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """Per worker, in bytes."""
@@ -87,6 +97,7 @@ class MemoryPlan:
     max_model_len: int
     state_bytes: int = 0  # of one request
     num_states: int = 0
+    images: ImagesMemory = ImagesMemory()  # within weights and activations
 
     @property
     def cache_bytes(self) -> int:
@@ -141,7 +152,9 @@ def image_limits(config: EngineConfig, spec: DecoderSpec, dtype: torch.dtype, cp
     if spec.images is None:
         return None
     size = embedding_bytes(spec, dtype)
-    room = (config.encoder_cache_memory_bytes or (_CPU_IMAGE_BYTES if cpu else _GPU_IMAGE_BYTES)) // size
+    room = _CPU_IMAGE_TOKENS if cpu else _GPU_IMAGE_TOKENS
+    if config.encoder_cache_memory_bytes is not None:
+        room = config.encoder_cache_memory_bytes // size
     if room < spec.images.at_once:
         raise InvalidParameter(
             f"encoder_cache_memory_bytes is {config.encoder_cache_memory_bytes}; an image of this model takes "
@@ -149,6 +162,25 @@ def image_limits(config: EngineConfig, spec: DecoderSpec, dtype: torch.dtype, cp
             "encoder_cache_memory_bytes",
         )
     return ImageLimits(token=spec.images.token, room=room, whole=spec.images.bidirectional)
+
+
+def images_memory(
+    config: EngineConfig, spec: DecoderSpec, group: ParallelGroup, dtype: torch.dtype, cpu: bool
+) -> ImagesMemory:
+    """Nothing on a rank that has none. Raises InvalidParameter as `image_limits`, ModelError for what is no tower."""
+    limits = image_limits(config, spec, dtype, cpu)
+    if limits is None or spec.images is None or not needs_images(spec, group):
+        return ImagesMemory()
+    tower = VisionTower(spec.images.config, None, dtype, torch.device("meta"))
+    largest = min(limits.room, spec.served_context(config.max_model_len))
+    return ImagesMemory(tower.weight_bytes, tower.activation_bytes(largest), limits.room * embedding_bytes(spec, dtype))
+
+
+def needs_images(spec: DecoderSpec, group: ParallelGroup) -> bool:
+    """Whether a rank's layers read embeddings of images: the first stage's, and those that deepstack reaches."""
+    if spec.images is None:
+        return False
+    return group.first or layers_of(spec, group).start < spec.images.deepstack
 
 
 def embedding_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
@@ -240,6 +272,9 @@ def plan_memory(
         page += page_bytes(draft.spec, group, draft.layers, config.block_size, cache_dtype)
     state = state_bytes(spec, group, layers, dtype)
     one_request = -(-max_model_len // config.block_size)
+    images = images_memory(config, spec, group, dtype, cpu)
+    weights += images.weights
+    activations += images.step + images.embeddings
     left = free_bytes - weights - activations - reserved
     if left <= 0:
         smaller = "lower --max-num-batched-tokens or --max-num-seqs, " if weights < free_bytes else ""
@@ -274,6 +309,7 @@ def plan_memory(
         max_model_len=max_model_len,
         state_bytes=state,
         num_states=num_states,
+        images=images,
     )
 
 

@@ -20,7 +20,7 @@ class CheckedModel:
 def check_model(config: EngineConfig) -> CheckedModel:
     """The files are there, whole, and of a family that is served and can be split as wanted. Raises QuireError."""
     files = find_model(config)
-    spec = spec_of(files.config, pooling_of(files, config.task))
+    spec = spec_of(files.config, pooling_of(files, config.task), images=config.images_per_prompt > 0)
     max_model_len = spec.served_context(config.max_model_len) + (spec.pooling is not None)  # one place that stays empty
     spec.check_parallel(
         config.tensor_parallel_size, config.pipeline_parallel_size, experts_apart=config.enable_expert_parallel

@@ -183,7 +183,7 @@ def _eagle(config: EngineConfig, files: ModelFiles, spec: DecoderSpec) -> DraftS
 
 
 def _draft_model(config: EngineConfig, files: ModelFiles, spec: DecoderSpec) -> DraftSource:
-    found = spec_of(files.config)
+    found = spec_of(files.config, images=False)
     if found.fallback is None and files.has_weights:
         found = as_stored(found, files.checkpoint())
     if found.pooling is not None or found.bidirectional:
