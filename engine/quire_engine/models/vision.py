@@ -125,7 +125,7 @@ def whole_config(config: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"config.json has model_type {kind!r:.80}, which transformers does not know")
     own = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "quantization_config"}
     try:
