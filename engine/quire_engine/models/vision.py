@@ -4,7 +4,6 @@ Each rank has a whole one; what it makes of an image takes the place of the imag
 """
 
 import copy
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,7 +46,6 @@ class VisionTower:
             stored = _random(model, dtype) if folder is None else _stored(model, folder)
             model = _loaded(tower, self._config, stored, dtype)
         self._model = model.to(device).eval().requires_grad_(False).model
-        self._takes = frozenset(inspect.signature(self._model.get_image_features).parameters)
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
         self.weight_bytes = sum(
             tensor.numel() * tensor.element_size() for tensor in (*self._model.parameters(), *self._model.buffers())
@@ -56,7 +54,7 @@ class VisionTower:
     @torch.no_grad()
     def encode(self, inputs: Mapping[str, np.ndarray]) -> Features:
         """One image, as its processor gives it."""
-        tensors = {name: self._tensor(value) for name, value in inputs.items() if name in self._takes}
+        tensors = {name: self._tensor(value) for name, value in inputs.items()}
         out = self._model.get_image_features(**tensors, return_dict=True)
         deepstack = getattr(out, "deepstack_features", None) or ()
         return Features(_joined(out.pooler_output), [_joined(one) for one in deepstack])

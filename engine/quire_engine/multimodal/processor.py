@@ -78,7 +78,7 @@ class ImageProcessor:
         except Exception as error:  # transformers raises nearly anything here
             raise ModelError(
                 f"the image processor of {files.name} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); "
-                f"download its {' and '.join(_OWN)} again"
+                f"check its {' and '.join(_OWN)}, or take a newer release of transformers"
             ) from error
         token = image_token_of(raw)
         if token is None or not 0 <= token < len(processor.tokenizer):
