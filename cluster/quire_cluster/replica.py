@@ -121,6 +121,8 @@ class EngineThread:
             rows=scheduler.limits.max_num_seqs,
             queued_tokens=scheduler.queued_tokens,
             prefill_rate=self._engine.prompt_rate.per_second,
+            images_encoded=stats.images_encoded,
+            encoder_seconds=stats.encoder_seconds,
             image_queries=images.queries if (images := scheduler.images) is not None else 0,
             image_hits=images.hits if images is not None else 0,
             waiting_for={why.value: count for why, count in scheduler.waiting_for().items()},

@@ -14,10 +14,18 @@ class SchedulerStats:
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found
+    images_encoded: int = 0
+    encoder_seconds: float = 0.0  # that it took
     drafts: int = 0  # requests of a step that had some
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_per_position: list[int] = field(default_factory=list)  # of these, by their place in their draft
+
+    def saw(self, plan: StepPlan, result: StepResult) -> None:
+        """A step's images."""
+        if plan.images is not None:
+            self.images_encoded += len(plan.images.encode)
+            self.encoder_seconds += result.encoder_seconds
 
     def judged(self, drafts: int, accepted: int) -> None:
         """Of a request's drafts in a step, so many were drawn."""

@@ -1,20 +1,18 @@
 """Who computes how many tokens this step. Pure bookkeeping: no torch, no model, no clock of its own.
 
-There is no prefill phase and no decode phase: each step every request may advance `num_computed` towards the length
-of its token log, within a budget of tokens. Requests with one token left (decoding) come first, so a long prompt
-never stops them; then unfinished prompts; then waiting requests, as pages allow. When pages run out the least
-important running request gives its pages back and waits again: its log is kept and recomputed (preemption by
-recomputation).
+There is no prefill phase and no decode phase: each step every request may advance `num_computed` towards the length of
+its token log, within a budget of tokens. Requests with one token left (decoding) come first, so a long prompt never
+stops them; then unfinished prompts; then waiting requests, as pages allow. When pages run out the least important
+running request gives its pages back and waits again: its log is kept and recomputed (preemption).
 
 Drafts (speculation/) are computed behind a request's last token, and a token is drawn behind each as if those before it
 had been. Where they prove wrong, what was computed of them is dropped with its pages. A recurrent state has no end that
 could be cut off: the one before is kept, and the tokens since are computed again together with the next.
 
 Steps may overlap: `schedule` plans step n + 1 while step n is in flight, whose tokens nobody knows yet. A request then
-counts as one token longer, and the plan says -1 for that token: the device has it. Where it turns out to have been the
-last one, what was computed past it is dropped. Whatever a step writes is safe, because steps run in their order: a page
-given to someone else meanwhile is written by the later step. A step with drafts overlaps with none: how many tokens it
-will have drawn is not known, nor what could follow a token that is not.
+counts as one token longer, and the plan says -1 for that token: the device has it. Where it was the last one, what was
+computed past it is dropped. What a step writes is safe, because steps run in their order: a page given to someone else
+meanwhile is written by the later one. A step with drafts overlaps with none: how many it will have drawn is not known.
 """
 
 from collections import Counter, deque
@@ -161,8 +159,8 @@ class Scheduler:
                 request.waiting_since = now
         self._held = draft.held
         if not draft.requests:
-            fine = self._in_flight or not (self.running or self._waiting)
-            assert fine or WaitsFor.IMAGE in draft.held.values(), "requests are left and none can run"
+            fine = self._in_flight or WaitsFor.IMAGE in draft.held.values()
+            assert fine or not (self.running or self._waiting), "requests are left and none can run"
             return None
         if self.states is not None:
             self.states.settle()
@@ -326,6 +324,7 @@ class Scheduler:
                 self.cache.disown(request)
                 self._withdraw(request, "error", EngineFailure(f"an image could not be encoded: {why}"))
             requests, outcome.num_prompt_tokens, plan = self._in_flight.popleft()
+            self.stats.saw(plan, result)
             outcome.num_tokens, drawing = len(plan.token_ids), requests
             if not plan.draws.all():
                 drawing = [request for request, draws in zip(requests, plan.draws.tolist(), strict=True) if draws]

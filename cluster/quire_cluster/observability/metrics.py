@@ -113,6 +113,13 @@ class Metrics:
             ("accepted_tokens", "accepted_tokens", "Tokens of drafts that were drawn"),
         ):
             self.engine_counters[field] = Counter(f"quire:spec_decode_num_{name}", text, labels, registry=self.registry)
+        for field, name, text in (
+            ("image_queries", "mm_cache_queries", "Images that requests came to"),
+            ("image_hits", "mm_cache_hits", "Of these, images whose embeddings were held"),
+            ("images_encoded", "encoder_images", "Images that were encoded"),
+            ("encoder_seconds", "encoder_seconds", "Seconds that this took"),
+        ):
+            self.engine_counters[field] = Counter(f"quire:{name}", text, labels, registry=self.registry)
         self.accepted_per_position = Counter(
             "quire:spec_decode_num_accepted_tokens_per_pos",
             "Tokens of drafts that were drawn, by their place in their draft",
@@ -150,7 +157,7 @@ class ModelMetrics:
     def __init__(self, metrics: Metrics, model_name: str) -> None:
         self.all = metrics
         self._model = model_name
-        self._last: dict[tuple[str, str], int] = {}
+        self._last: dict[tuple[str, str], float] = {}
         self._cache: dict[str, tuple[str, ...]] = {}  # by engine: the labels of its cache's series
         self.prompt_tokens = metrics.prompt_tokens.labels(model_name)
         self.prompt_tokens_cached = metrics.prompt_tokens_cached.labels(model_name)
@@ -195,12 +202,12 @@ class ModelMetrics:
         self._cache[engine] = cache
         series_of.info.labels(*cache).set(1)
         for name, series in series_of.engine_counters.items():
-            self._count(series.labels(*at), engine, name, int(getattr(load, name)))
+            self._count(series.labels(*at), engine, name, getattr(load, name))
         for place, count in enumerate(load.accepted_per_position):
             series = series_of.accepted_per_position.labels(*at, str(place))
             self._count(series, engine, f"accepted at {place}", count)
 
-    def _count(self, series: Counter, engine: str, name: str, value: int) -> None:
+    def _count(self, series: Counter, engine: str, name: str, value: float) -> None:
         last = self._last.get((engine, name), 0)
         series.inc(value - last if value >= last else value)  # a rebuilt replica counts from 0
         self._last[engine, name] = value

@@ -1,7 +1,9 @@
 """The images of one worker: encodes them, keeps their embeddings, and finds those that a step's tokens are."""
 
 import logging
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +20,15 @@ from quire_engine.weights.resolve import ModelFiles
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a step has of images."""
+
+    embedded: Embedded | None  # tokens of the step that are embeddings
+    unseen: dict[bytes, str]  # images that could not be encoded, and why
+    seconds: Callable[[], float]  # that encoding took, once the device is through with it
+
+
 class ImageEmbeddings:
     """By the slots that plans name. How much is kept is the scheduler's to say."""
 
@@ -30,14 +41,15 @@ class ImageEmbeddings:
         self._kept: dict[int, Features] = {}
         self.progress: Callable[[], None] = lambda: None  # called after each image
 
-    def take(self, step: StepImages | None) -> tuple[Embedded | None, dict[bytes, str]]:
-        """Does what a step says. → the tokens of the step that are embeddings, and images that could not be encoded: in
-        their place there is nothing, and the requests that have them are going to end."""
+    def take(self, step: StepImages | None) -> Seen | None:
+        """Does what a step says. In place of images that could not be encoded there is nothing: the requests that have
+        them are going to end."""
         if step is None:
-            return None, {}
+            return None
         for slot in step.forget.tolist():
             self._kept.pop(slot, None)
         unseen: dict[bytes, str] = {}
+        clock = _Clock(self._device)
         for image in step.encode:
             try:
                 self._kept[image.slot] = self._encoded(image)
@@ -51,8 +63,9 @@ class ImageEmbeddings:
                 nothing = torch.zeros((image.size, self._hidden), dtype=self._tower.dtype, device=self._device)
                 self._kept[image.slot] = Features(nothing, [nothing] * self._levels)
             self.progress()
+        clock.stop()
         if not len(step.places):
-            return None, unseen
+            return Seen(None, unseen, clock.seconds)
         sources = step.sources.tolist()
         rows = torch.cat([self._kept[slot].embeddings[first:last] for slot, first, last in sources])
         deep = [
@@ -60,7 +73,7 @@ class ImageEmbeddings:
             for level in range(self._levels)
         ]
         places = torch.from_numpy(step.places).to(self._device, torch.int64)
-        return Embedded(places=places, rows=rows, deep=deep), unseen
+        return Seen(Embedded(places=places, rows=rows, deep=deep), unseen, clock.seconds)
 
     def _encoded(self, image: Encode) -> Features:
         found = self._tower.encode(image.inputs)
@@ -70,6 +83,34 @@ class ImageEmbeddings:
                 "tokens for it: the checkpoint's processor and its config do not belong together"
             )
         return found
+
+
+class _Clock:
+    """Runs on a GPU as the work does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks = [self._mark()]
+
+    def _mark(self) -> torch.cuda.Event | float:
+        if self._device.type == "cpu":
+            return time.monotonic()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def stop(self) -> None:
+        """The work is launched."""
+        self._marks.append(self._mark())
+
+    def seconds(self) -> float:
+        """How long it took; the device is through with it."""
+        begin, end = self._marks
+        if isinstance(begin, float) and isinstance(end, float):
+            return end - begin
+        assert isinstance(begin, torch.cuda.Event)
+        assert isinstance(end, torch.cuda.Event)
+        return float(begin.elapsed_time(end)) / 1e3
 
 
 def image_embeddings(

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire_engine.execution.images import Seen
 from quire_engine.sampling.sampler import Drawn, TokenScores
 from quire_engine.step import REJECTED, Failure, Places, StepResult, TokenLogprobs
 
@@ -20,10 +21,10 @@ class PendingStep:
         prompt_scores: dict[int, tuple[list[TokenScores], int]],
         device: torch.device,
         vectors: Tensor | None = None,
-        unseen: dict[bytes, str] | None = None,
+        seen: Seen | None = None,
     ) -> None:
-        """`prompt_scores`: row → its parts, and how many likeliest tokens were asked for. `unseen`: see StepResult."""
-        self._unseen = unseen or {}
+        """`prompt_scores`: row → its parts, and how many likeliest tokens were asked for. `seen`: of images."""
+        self._seen = seen
         self._rows = places.rows
         self._tokens = drawn.tokens.to("cpu", non_blocking=True) if drawn is not None else None
         self._scores = drawn.scores.to_host() if drawn is not None and drawn.scores is not None else None
@@ -59,7 +60,10 @@ class PendingStep:
                 logprobs[row] = self._scores.read(slice(first, first + valid), width)
                 first += len(places)
         prompt_logprobs = {row: _joined(*found) for row, found in self._prompt.items()}
-        return StepResult(tokens, logprobs, prompt_logprobs, failed, self._unseen)
+        found = StepResult(tokens, logprobs, prompt_logprobs, failed)
+        if self._seen is not None:
+            found.encoder_seconds, found.unseen = self._seen.seconds(), self._seen.unseen
+        return found
 
 
 def _joined(parts: list[TokenScores], width: int) -> TokenLogprobs:

@@ -260,7 +260,8 @@ class ModelRunner:
             plan = self._drafting.guess(plan)
         scored = any(row in self._prompt_logprobs for row in plan.rows.tolist()) if self._prompt_logprobs else False
         places = plan.places()
-        embedded, unseen = self._images.take(plan.images) if self._images is not None else (None, {})
+        seen = self._images.take(plan.images) if self._images is not None else None
+        embedded = seen.embedded if seen is not None else None
         plain = not scored and embedded is None
         draws = self._graphs.replay(plan, places) if self._graphs is not None and plain else None
         if draws is None:
@@ -277,7 +278,7 @@ class ModelRunner:
             self._drafting.follow(plan, places, batch, known, step.hidden, tokens)
         if not self._group.draws:
             return None
-        return PendingStep(places, drawn, step.prompt_scores, self.device, unseen=unseen)
+        return PendingStep(places, drawn, step.prompt_scores, self.device, seen=seen)
 
     def _launch(self, plan: StepPlan, places: Places, scored: bool, embedded: Embedded | None) -> "_Launched":
         """Kernel by kernel, up to the logits. `scored`: prompts in it want log-probabilities."""

@@ -186,7 +186,7 @@ class TopLogprobs(_message.Message):
     def __init__(self, id: _Optional[int] = ..., prompt: _Optional[bool] = ..., first: _Optional[int] = ..., chosen: _Optional[_Iterable[int]] = ..., logprob: _Optional[_Iterable[float]] = ..., rank: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "pages_total", "pages_used", "slots_allocated", "slots_unused", "steps", "busy", "step_age", "preemptions", "prefix_queries", "prefix_hits", "block_size", "most_requests", "queued_tokens", "prefill_rate", "waiting_for", "rows", "drafts", "draft_tokens", "accepted_tokens", "accepted_per_position", "image_queries", "image_hits")
+    __slots__ = ("running", "waiting", "pages_total", "pages_used", "slots_allocated", "slots_unused", "steps", "busy", "step_age", "preemptions", "prefix_queries", "prefix_hits", "block_size", "most_requests", "queued_tokens", "prefill_rate", "waiting_for", "rows", "drafts", "draft_tokens", "accepted_tokens", "accepted_per_position", "image_queries", "image_hits", "images_encoded", "encoder_seconds")
     class WaitingForEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -218,6 +218,8 @@ class Load(_message.Message):
     ACCEPTED_PER_POSITION_FIELD_NUMBER: _ClassVar[int]
     IMAGE_QUERIES_FIELD_NUMBER: _ClassVar[int]
     IMAGE_HITS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_ENCODED_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     pages_total: int
@@ -242,7 +244,9 @@ class Load(_message.Message):
     accepted_per_position: _containers.RepeatedScalarFieldContainer[int]
     image_queries: int
     image_hits: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., slots_allocated: _Optional[int] = ..., slots_unused: _Optional[int] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., block_size: _Optional[int] = ..., most_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., waiting_for: _Optional[_Mapping[str, int]] = ..., rows: _Optional[int] = ..., drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ..., image_queries: _Optional[int] = ..., image_hits: _Optional[int] = ...) -> None: ...
+    images_encoded: int
+    encoder_seconds: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., slots_allocated: _Optional[int] = ..., slots_unused: _Optional[int] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., block_size: _Optional[int] = ..., most_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., waiting_for: _Optional[_Mapping[str, int]] = ..., rows: _Optional[int] = ..., drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., accepted_per_position: _Optional[_Iterable[int]] = ..., image_queries: _Optional[int] = ..., image_hits: _Optional[int] = ..., images_encoded: _Optional[int] = ..., encoder_seconds: _Optional[float] = ...) -> None: ...
 
 class Vector(_message.Message):
     __slots__ = ("id", "values")
