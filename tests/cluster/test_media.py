@@ -564,16 +564,21 @@ def test_who_leaves_is_not_waited_for_and_closing_ends_all() -> None:
             media = Media(
                 MediaConfig(allowed_media_domains=f"127.0.0.1:{site.port}"), LIMITS, timeout=50, read_timeout=50
             )
-            leaving, staying = (asyncio.create_task(media.read(f"{site.url}/x", WHAT)) for _ in range(2))
-            while site.open < 2:
+            leaving, *staying = (asyncio.create_task(media.read(f"{site.url}/x", WHAT)) for _ in range(10))
+            while site.open < 10:
                 await asyncio.sleep(0.01)
             leaving.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await leaving
             assert await media.read(f"{site.url}/y", WHAT) == PICTURE
+            waiting = [asyncio.create_task(media.read(f"{site.url}/x", WHAT)) for _ in range(20)]
+            while site.connections < 18:  # all that run at a time, and two that are done
+                await asyncio.sleep(0.01)
             await media.close()
-            with pytest.raises(InvalidParameter):
-                await staying
+            for task in (*staying, *waiting):
+                with pytest.raises(InvalidParameter):
+                    await task
+            assert site.paths.count("/x") == 17
 
     asyncio.run(run())
 

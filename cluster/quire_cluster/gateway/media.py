@@ -43,7 +43,7 @@ class Media:
     """Where `config` lets them be read. `resolve`: a name's addresses, as texts; None: the system's.
 
     `timeout` bounds a fetch from first to last, redirections included; `read_timeout` each wait for more of it: both
-    in seconds. It belongs to one event loop.
+    in seconds. Some are fetched at a time; others wait for their turn. It belongs to one event loop.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Media:
         self._resolve = resolve or self._ask_system
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     async def read(self, url: str, what: str) -> bytes:
         """What a `data:`, `http:`, `https:` or `file:` URL names.
@@ -89,10 +90,11 @@ class Media:
             return await self._fetch(url, what)
 
     async def close(self) -> None:
-        """Fetches that still run fail."""
-        self._names.shutdown(wait=False, cancel_futures=True)
+        """Fetches that still run or wait fail."""
+        self._closed = True
         if self._session is not None:
             await self._session.close()
+        self._names.shutdown(wait=False)
 
     async def _fetch(self, url: str, what: str) -> bytes:
         """With an end to all that may go wrong on the way."""
@@ -109,10 +111,9 @@ class Media:
             raise wrong(what, f"its server's answer broke off or is no HTTP; try again, {_INSTEAD}") from error
 
     async def _follow(self, text: str, what: str) -> bytes:
-        session = self._connected()
         url = self._checked(text, what)
         for _ in range(1 + _MOST_REDIRECTIONS):
-            async with session.get(url, allow_redirects=False) as response:
+            async with self._connected().get(url, allow_redirects=False) as response:
                 try:
                     if response.status == 200:
                         return await self._body(response, what)
@@ -125,6 +126,8 @@ class Media:
 
     def _connected(self) -> aiohttp.ClientSession:
         """Made when the first URL comes. Each fetch has its connection, and keeps none."""
+        if self._closed:
+            raise aiohttp.ClientConnectionError("closed")
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(

@@ -244,11 +244,16 @@ def _in_exif(exif: bytes) -> int | None:
     [count] = struct.unpack_from(f"{order}H", exif, at)
     entries = exif[at + 2 : at + 2 + 12 * count]
     entries = entries[: len(entries) // 12 * 12]
-    said = None
     for tag, kind, length, value in struct.iter_unpack(f"{order}HHI4s", entries):
-        if tag == _IN_EXIF and kind in _NUMBERS:
-            said = struct.unpack_from(f"{order}{_NUMBERS[kind]}", value)[0] if length == 1 else 1
-    return said
+        if tag != _IN_EXIF or kind not in _NUMBERS:
+            continue
+        form = f"{order}{_NUMBERS[kind]}"
+        size = length * struct.calcsize(form)
+        if length == 1:
+            return int(struct.unpack_from(form, value)[0])
+        if 0 < size <= 4 or 4 < size <= len(exif) - struct.unpack(f"{order}I", value)[0]:
+            return 1  # several numbers, which are there
+    return None
 
 
 def _other_kind(data: bytes) -> str:
