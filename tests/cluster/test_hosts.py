@@ -6,7 +6,9 @@ from ipaddress import ip_address
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from quire_cluster.config import MediaConfig
 from quire_cluster.hosts import Hosts, canonical, is_public
+from quire_engine.errors import InvalidParameter
 
 PUBLIC = [
     "1.1.1.1",
@@ -145,3 +147,33 @@ def test_entries_have_their_ports() -> None:
     assert hosts.may_lead_to("example.org", ip_address("192.168.0.1"), 443)
     assert not hosts.may_lead_to("example.org", ip_address("192.168.0.2"), 443)
     assert not Hosts([]) and hosts
+
+
+@pytest.mark.parametrize(
+    "domains",
+    [
+        "http://example.org",
+        "example.org/pictures",
+        "*.example.org",
+        "10.0.0.1/8",
+        "10.0.0.0/33",
+        "example.org:0",
+        "example.org:65536",
+        "example.org:x",
+        "[::1]8",
+        "[::1",
+        "127.1",
+        "exa mple.org",
+        "user@example.org",
+        ":80",
+        "fe80::1%eth0",
+    ],
+)
+def test_a_list_that_means_nothing_is_refused(domains: str) -> None:
+    with pytest.raises(InvalidParameter, match="allowed_media_domains"):
+        MediaConfig(allowed_media_domains=f"example.org, {domains}")
+
+
+def test_a_folder_is_given_whole() -> None:
+    with pytest.raises(InvalidParameter, match="whole path"):
+        MediaConfig(allowed_local_media_path="media")

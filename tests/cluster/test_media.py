@@ -2,130 +2,20 @@
 
 import asyncio
 import base64
-import os
 import random
 import re
 import shutil
-import ssl
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pictures import mutated, noise, saved
+from pictures import mutated
 from quire_cluster.config import MediaConfig
 from quire_cluster.gateway.media import Media
 from quire_engine.errors import InvalidParameter
-from quire_engine.multimodal.pictures import PictureLimits, read_picture
-
-WHAT = "image_url of part 1 of message 0"
-PICTURE = saved(noise(40, 30), "PNG")
-LIMITS = PictureLimits(max_bytes=100_000)
-METADATA = "http://169.254.169.254/latest/meta-data/"
-
-Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
-
-
-def answer(status: str, *headers: str, body: bytes = b"") -> bytes:
-    lines = [f"HTTP/1.1 {status}", *headers, "Connection: close", "", ""]
-    return "\r\n".join(lines).encode() + body
-
-
-def ok(*headers: str, body: bytes = PICTURE) -> bytes:
-    return answer("200 OK", f"Content-Length: {len(body)}", *headers, body=body)
-
-
-def to(location: str, status: str = "302 Found") -> bytes:
-    return answer(status, f"Location: {location}", "Content-Length: 5", body=b"there")
-
-
-class Site:
-    """A server on 127.0.0.1 that answers each path as it is told."""
-
-    def __init__(self, answers: dict[str, bytes | Answer], tls: ssl.SSLContext | None = None) -> None:
-        self.answers = answers
-        self.requests: list[str] = []
-        self.connections = self.open = 0
-        self._tls = tls
-
-    async def __aenter__(self) -> "Site":
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        self.open += 1
-        try:
-            request = (await reader.readuntil(b"\r\n\r\n")).decode()
-            self.requests.append(request)
-            said = self.answers[request.split(" ")[1]]
-            if isinstance(said, bytes):
-                writer.write(said)
-                await writer.drain()
-            else:
-                await said(writer)
-            await asyncio.sleep(0.01)
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client left, or the test ends
-        finally:
-            self.open -= 1
-            writer.close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def paths(self) -> list[str]:
-        return [request.split(" ")[1] for request in self.requests]
-
-
-def names(known: dict[str, list[str]], asked: list[str] | None = None) -> Callable[[str, int], Awaitable[list[str]]]:
-    """A resolver."""
-
-    async def resolve(name: str, port: int) -> list[str]:
-        if asked is not None:
-            asked.append(name)
-        if name not in known:
-            raise OSError("no such name")
-        return known[name]
-
-    return resolve
-
-
-async def fetched(
-    site: Site, url: str, *, domains: str | None = None, limits: PictureLimits = LIMITS, **options: Any
-) -> bytes:
-    """From `url`, where PORT is the site's. The site's address is allowed unless `domains` says otherwise."""
-    domains = "127.0.0.1:PORT" if domains is None else domains
-    config = MediaConfig(allowed_media_domains=domains.replace("PORT", str(site.port)) or None)
-    media = Media(config, limits, **options)
-    try:
-        return await media.read(url.replace("PORT", str(site.port)), WHAT)
-    finally:
-        await media.close()
-
-
-def refusal(answers: dict[str, bytes | Answer], url: str, **options: Any) -> tuple[str, Site]:
-    """What is said, and the site afterwards."""
-
-    async def run() -> tuple[str, Site]:
-        async with Site(answers) as site:
-            with pytest.raises(InvalidParameter) as refused:
-                await fetched(site, url, **options)
-            assert refused.value.parameter == "messages"
-            return str(refused.value), site
-
-    said, site = asyncio.run(run())
-    assert said.startswith(f"{WHAT}: ")
-    assert len(said) < 400
-    return said, site
+from quire_engine.multimodal.pictures import read_picture
+from sites import LIMITS, PICTURE, WHAT, Answer, Site, answer, fetched, names, ok, refusal, to
 
 
 def test_data_urls() -> None:
@@ -356,7 +246,7 @@ def test_redirections_are_followed(status: str) -> None:
 
 
 ELSEWHERE = [
-    METADATA,
+    "http://169.254.169.254/latest/meta-data/",
     "http://127.0.0.1/secret",
     "http://127.0.0.1:1/secret",
     "https://127.0.0.1:PORT1/secret",
@@ -397,42 +287,13 @@ def test_redirections_elsewhere_are_not_followed(location: str) -> None:
 
 
 SPELLINGS = [
-    "127.0.0.1",
-    "127.1",
-    "127.0.1",
-    "2130706433",
-    "0x7f000001",
-    "0x7f.0.0.1",
-    "0177.0.0.1",
-    "017700000001",
-    "127.0.0.1.",
-    "0",
-    "0.0.0.0",
-    "１２７.0.0.1",
-    "127。0。0。1",
-    "[::1]",
-    "[::]",
-    "[::ffff:127.0.0.1]",
-    "[::ffff:7f00:1]",
-    "[::127.0.0.1]",
-    "[64:ff9b::7f00:1]",
-    "[64:ff9b:1::7f00:1]",
-    "[2002:7f00:1::]",
-    "[fe80::1%25lo]",
-    "localhost",
-    "LOCALHOST.",
-    "loopback.example",
-    "mapped.example",
-    "nat64.example",
-    "every.example",
-    "127.0.0.1.nip.example",
-    "user@127.0.0.1",
-    "example.org@127.0.0.1",
-    "%31%32%37.0.0.1",
-    "a" * 64 + ".example",
-    "a..example",
-    "-",
-    "",
+    *("127.0.0.1", "127.1", "127.0.1", "2130706433", "0x7f000001", "0x7f.0.0.1", "0177.0.0.1", "017700000001"),
+    *("127.0.0.1.", "0", "0.0.0.0", "１２７.0.0.1", "127。0。0。1", "%31%32%37.0.0.1"),
+    *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[fe80::1%25lo]"),
+    *("[64:ff9b::7f00:1]", "[64:ff9b:1::7f00:1]", "[2002:7f00:1::]"),
+    *("localhost", "LOCALHOST.", "loopback.example", "mapped.example", "nat64.example", "every.example"),
+    *("127.0.0.1.nip.example", "user@127.0.0.1", "example.org@127.0.0.1"),
+    *("a" * 64 + ".example", "a..example", "-", ""),
 ]
 LEADING_INSIDE = {
     "localhost": ["127.0.0.1", "::1"],
@@ -594,7 +455,7 @@ def test_https_trusts_the_certificate_of_the_name_alone(name: str, tmp_path: Pat
     subprocess.run(command, check=True, capture_output=True)
     code = (
         "import asyncio, ssl\n"
-        "from test_media import *\n"
+        "from sites import *\n"
         "async def run():\n"
         "    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n"
         f"    tls.load_cert_chain({str(certificate)!r}, {str(key)!r})\n"
@@ -607,7 +468,7 @@ def test_https_trusts_the_certificate_of_the_name_alone(name: str, tmp_path: Pat
         "except InvalidParameter as error:\n"
         "    print(error)\n"
     )
-    environment = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
+    environment = {"PYTHONPATH": ":".join(sys.path)}
     for trusted, expected in (
         ({"SSL_CERT_FILE": str(certificate)}, "True" if name == "pictures.example" else "no connection"),
         ({}, "no connection"),
@@ -617,146 +478,3 @@ def test_https_trusts_the_certificate_of_the_name_alone(name: str, tmp_path: Pat
         )
         assert expected in done.stdout
         assert done.stderr == ""
-
-
-async def from_file(folder: Path, url: str) -> bytes:
-    media = Media(MediaConfig(allowed_local_media_path=str(folder)), LIMITS)
-    try:
-        return await media.read(url, WHAT)
-    finally:
-        await media.close()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """With what is to be read in it, and a secret beside it."""
-    inside = tmp_path / "media"
-    (inside / "deep" / "er").mkdir(parents=True)
-    (inside / "a.png").write_bytes(PICTURE)
-    (inside / "deep" / "er" / "ä b%.png").write_bytes(PICTURE)
-    (inside / "large").write_bytes(bytes(100_001))
-    (inside / "link.png").symlink_to("deep/er/ä b%.png")
-    (inside / "loop").symlink_to("loop")
-    os.mkfifo(inside / "pipe")
-    (tmp_path / "secret").write_bytes(PICTURE)
-    (tmp_path / "media-too").mkdir()
-    (tmp_path / "media-too" / "secret").write_bytes(PICTURE)
-    (inside / "out").symlink_to(tmp_path / "secret")
-    (inside / "outside").symlink_to(tmp_path)
-    (inside / "null").symlink_to("/dev/null")
-    (tmp_path / "alias").symlink_to(inside)
-    return inside
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "file://MEDIA/a.png",
-        "FILE://MEDIA/a.png",
-        "file://localhostMEDIA/a.png",
-        "file://MEDIA/deep/../a.png",
-        "file://MEDIA//./a.png",
-        "file://MEDIA/deep/er/%C3%A4%20b%25.png",
-        "file://MEDIA/link.png",
-        "file://ALIAS/a.png",
-    ],
-)
-def test_files_of_the_folder(folder: Path, url: str) -> None:
-    alias = folder.parent / "alias"
-    url = url.replace("MEDIA", str(folder)).replace("ALIAS", str(alias))
-    assert asyncio.run(from_file(alias if "alias" in url else folder, url)) == PICTURE
-    if "alias" not in url:
-        assert asyncio.run(from_file(alias, url)) == PICTURE
-
-
-@pytest.mark.parametrize(
-    ("url", "why"),
-    [
-        ("file:///etc/hostname", "no such file"),
-        ("file://MEDIA/../secret", "no such file"),
-        ("file://MEDIA/%2e%2e/secret", "no such file"),
-        ("file://MEDIA/%2E%2E%2Fsecret", "no such file"),
-        ("file://MEDIA-too/secret", "no such file"),
-        ("file://MEDIA/out", "no such file"),
-        ("file://MEDIA/outside/secret", "no such file"),
-        ("file://MEDIA/outside/media/../secret", "no such file"),
-        ("file://MEDIA/null", "no such file"),
-        ("file://MEDIA/pipe", "no such file"),
-        ("file://MEDIA/loop", "no such file"),
-        ("file://MEDIA/deep", "no such file"),
-        ("file://MEDIA", "no such file"),
-        ("file://MEDIA/", "no such file"),
-        ("file://MEDIA/a.png/b", "no such file"),
-        ("file://MEDIA/absent", "no such file"),
-        ("file://MEDIA/%00", "no such file"),
-        ("file://MEDIA/a.png%00", "no such file"),
-        ("file://MEDIA/" + "a" * 300, "no such file"),
-        ("file://MEDIA/%ff", "no such file"),
-        ("file:///proc/self/environ", "no such file"),
-        ("file://MEDIA/large", "has 100001 bytes"),
-        ("file://example.org/MEDIA/a.png", "is written as"),
-        ("file:MEDIA/a.png", "is written as"),
-        ("file:a.png", "is written as"),
-        ("file://", "is written as"),
-        ("file://MEDIA/a.png?x", "is written as"),
-    ],
-)
-def test_no_other_files(folder: Path, url: str, why: str) -> None:
-    with pytest.raises(InvalidParameter, match=why) as refused:
-        asyncio.run(from_file(folder, url.replace("MEDIA", str(folder))))
-    assert str(refused.value).startswith(f"{WHAT}: ")
-    assert str(folder) not in str(refused.value)
-
-
-@pytest.mark.parametrize("swapped", ["deep", "deep/er"])
-def test_a_link_that_comes_meanwhile_leads_nowhere(folder: Path, swapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is swapped for a link once the path was looked at, before it is opened."""
-    url = f"file://{folder}/deep/er/secret"
-    (folder / "deep" / "er" / "secret").write_bytes(PICTURE)
-    secrets = folder.parent / "secrets"
-    (secrets / "er").mkdir(parents=True)
-    for place in (secrets, secrets / "er"):
-        (place / "secret").write_bytes(b"another")
-    assert asyncio.run(from_file(folder, url)) == PICTURE
-    real = os.path.realpath
-
-    def realpath(path: str, **options: Any) -> str:
-        found = real(path, **options)
-        if found.endswith("secret"):
-            (folder / swapped).rename(folder.parent / "moved")
-            (folder / swapped).symlink_to(secrets)
-        return found
-
-    monkeypatch.setattr(os.path, "realpath", realpath)
-    with pytest.raises(InvalidParameter, match="no such file"):
-        asyncio.run(from_file(folder, url))
-
-
-@pytest.mark.parametrize(
-    "domains",
-    [
-        "http://example.org",
-        "example.org/pictures",
-        "*.example.org",
-        "10.0.0.1/8",
-        "10.0.0.0/33",
-        "example.org:0",
-        "example.org:65536",
-        "example.org:x",
-        "[::1]8",
-        "[::1",
-        "127.1",
-        "exa mple.org",
-        "user@example.org",
-        ":80",
-        "fe80::1%eth0",
-    ],
-)
-def test_a_list_that_means_nothing_is_refused(domains: str) -> None:
-    with pytest.raises(InvalidParameter, match="allowed_media_domains"):
-        MediaConfig(allowed_media_domains=f"example.org, {domains}")
-
-
-def test_a_folder_is_given_whole() -> None:
-    with pytest.raises(InvalidParameter, match="whole path"):
-        MediaConfig(allowed_local_media_path="media")
