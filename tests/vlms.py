@@ -34,8 +34,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MROPE = {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}
 _INTERLEAVED = {"head_dim": 32, "rope_parameters": _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}}
 _PARTIAL = {
-    "rope_parameters": _ROPE
-    | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25, "rope_theta": 1e4}
+    "rope_parameters": _ROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
 }
 _GLM_ROPE = {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True}
@@ -64,7 +63,8 @@ _DONE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_f
 
 
 def _template(before: str, image: str, after: str, end: str, *, first: str = "") -> str:
-    """Of one form: what stands before a turn (of `role`), in an image's place, after the turn, before an answer."""
+    """Of one form: what stands before a turn (of `role`), in an image's place, after the turn, before an answer;
+    `before`, `after` and `first` in Jinja."""
     return (
         first
         + "{%- for message in messages %}{% set role = message.role %}"
@@ -75,9 +75,9 @@ def _template(before: str, image: str, after: str, end: str, *, first: str = "")
         + repr(image)
         + " }}"
         + "{%- elif part.type == 'text' %}{{ part.text }}{% endif %}"
-        + "{%- endfor %}{% endif %}{{ "
-        + repr(after)
-        + " }}{% endfor %}"
+        + "{%- endfor %}{% endif %}"
+        + after
+        + "{% endfor %}"
         + "{%- if add_generation_prompt %}{{ "
         + repr(end)
         + " }}{% endif %}"
@@ -85,15 +85,21 @@ def _template(before: str, image: str, after: str, end: str, *, first: str = "")
 
 
 def _chatml(image: str) -> str:
-    return _template("{{ '<|im_start|>' + role + '\\n' }}", image, "<|im_end|>\n", "<|im_start|>assistant\n")
+    return _template("{{ '<|im_start|>' + role + '\\n' }}", image, "{{ '<|im_end|>\\n' }}", "<|im_start|>assistant\n")
 
 
 _QWEN_TEMPLATE = _chatml("<|vision_start|><|image_pad|><|vision_end|>")
-_INST = _template("{{ '[INST]' if role == 'user' else '' }}", "[IMG]", "[/INST]", "", first="{{ bos_token }}")
+_INST = _template(
+    "{{ '[INST]' if role == 'user' else '' }}",
+    "[IMG]",
+    "{{ '[/INST]' if role == 'user' else eos_token }}",
+    "",
+    first="{{ bos_token }}",
+)
 _IDEFICS = _template(
     "{{ role | capitalize }}{{ ':' if message.content[0].type == 'image' else ': ' }}",
     "<image>",
-    "<end_of_utterance>\n",
+    "{{ '<end_of_utterance>\\n' }}",
     "Assistant:",
     first="<|im_start|>",
 )
@@ -137,6 +143,18 @@ def _qwen_files(processor: str, patch: int, kind: str = "Qwen2VLImageProcessor",
         | (pixels if processor == "Qwen2VLProcessor" else {"size": size})
         | more
     }
+
+
+def _qwen3(config: str, text: dict[str, Any], **of_vision: Any) -> Vlm:
+    return Vlm(
+        config,
+        text=text,
+        vision=_QWEN3 | of_vision,
+        tokens=_QWEN_TOKENS,
+        files=_qwen_files("Qwen3VLProcessor", 16, "Qwen2VLImageProcessorFast", **_IMAGENET),
+        template=_QWEN_TEMPLATE,
+        added=_CHATML,
+    )
 
 
 def _files(processor: str, of_images: dict[str, Any], **of_both: Any) -> dict[str, dict[str, Any]]:
@@ -204,42 +222,10 @@ VLMS: dict[str, Vlm] = {
         template=_QWEN_TEMPLATE,
         added=_CHATML,
     ),
-    "qwen3_vl": Vlm(
-        "Qwen3VLConfig",
-        text=_INTERLEAVED,
-        vision=_QWEN3 | {"deepstack_visual_indexes": [0, 2]},
-        tokens=_QWEN_TOKENS,
-        files=_qwen_files("Qwen3VLProcessor", 16, "Qwen2VLImageProcessorFast", **_IMAGENET),
-        template=_QWEN_TEMPLATE,
-        added=_CHATML,
-    ),
-    "qwen3_vl_moe": Vlm(
-        "Qwen3VLMoeConfig",
-        text=_INTERLEAVED | _EXPERTS,
-        vision=_QWEN3 | {"deepstack_visual_indexes": [0, 2]},
-        tokens=_QWEN_TOKENS,
-        files=_qwen_files("Qwen3VLProcessor", 16, "Qwen2VLImageProcessorFast", **_IMAGENET),
-        template=_QWEN_TEMPLATE,
-        added=_CHATML,
-    ),
-    "qwen3_5": Vlm(
-        "Qwen3_5Config",
-        text=FAMILIES["qwen3_5"].facts | _PARTIAL,
-        vision=_QWEN3,
-        tokens=_QWEN_TOKENS,
-        files=_qwen_files("Qwen3VLProcessor", 16, "Qwen2VLImageProcessorFast", **_IMAGENET),
-        template=_QWEN_TEMPLATE,
-        added=_CHATML,
-    ),
-    "qwen3_5_moe": Vlm(
-        "Qwen3_5MoeConfig",
-        text=FAMILIES["qwen3_5_moe"].facts | _PARTIAL,
-        vision=_QWEN3,
-        tokens=_QWEN_TOKENS,
-        files=_qwen_files("Qwen3VLProcessor", 16, "Qwen2VLImageProcessorFast", **_IMAGENET),
-        template=_QWEN_TEMPLATE,
-        added=_CHATML,
-    ),
+    "qwen3_vl": _qwen3("Qwen3VLConfig", _INTERLEAVED, deepstack_visual_indexes=[0, 2]),
+    "qwen3_vl_moe": _qwen3("Qwen3VLMoeConfig", _INTERLEAVED | _EXPERTS, deepstack_visual_indexes=[0, 2]),
+    "qwen3_5": _qwen3("Qwen3_5Config", FAMILIES["qwen3_5"].facts | _PARTIAL),
+    "qwen3_5_moe": _qwen3("Qwen3_5MoeConfig", FAMILIES["qwen3_5_moe"].facts | _PARTIAL),
     "gemma3": Vlm(
         "Gemma3Config",
         text=FAMILIES["gemma3"].facts,
@@ -269,7 +255,7 @@ VLMS: dict[str, Vlm] = {
         template=_template(
             "{{ '<start_of_turn>' + ('model' if role == 'assistant' else role) + '\\n' }}",
             "<start_of_image>",
-            "<end_of_turn>\n",
+            "{{ '<end_of_turn>\\n' }}",
             "<start_of_turn>model\n",
             first="{{ bos_token }}",
         ),
@@ -308,7 +294,7 @@ VLMS: dict[str, Vlm] = {
             patch_size=8,
             num_additional_image_tokens=1,
         ),
-        template=_template("{{ role | upper + ': ' }}", "<image>\n", " ", "ASSISTANT:"),
+        template=_template("{{ role | upper + ': ' }}", "<image>\n", "{{ ' ' }}", "ASSISTANT:"),
         whole={"image_seq_length": 16},
     ),
     "llava_next": Vlm(
@@ -328,7 +314,9 @@ VLMS: dict[str, Vlm] = {
             patch_size=8,
             num_additional_image_tokens=1,
         ),
-        template=_template("{{ '[INST] ' if role == 'user' else '' }}", "<image>\n", " [/INST]", ""),
+        template=_template(
+            "{{ '[INST] ' if role == 'user' else '' }}", "<image>\n", "{{ ' [/INST]' if role == 'user' }}", ""
+        ),
         whole={"image_grid_pinpoints": _PINPOINTS, "image_seq_length": 16},
     ),
     "llava_onevision": Vlm(
