@@ -1,5 +1,6 @@
 """docs/limits.md says what the code does, and for each of its rows there is a test that meets the limit."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from quire_cluster.gateway import (
     doors,
     fields,
     grpc_api,
+    images,
+    media,
     models,
     pooling,
     service,
@@ -23,6 +26,8 @@ from quire_cluster.policies.admission import rebuild_wait
 from quire_cluster.policies.suspicion import Patience
 from quire_engine.config import EngineConfig
 from quire_engine.guidance import schemas, structure
+from quire_engine.memory import plan
+from quire_engine.multimodal.pictures import PictureLimits
 from quire_engine.request import MAX_LOGPROBS
 from quire_engine.text import chat_template, messages, params
 from quire_engine.text.formats import chat, tools
@@ -35,7 +40,8 @@ ROWS = {
     for line in CALLERS.splitlines()
     if len(cells := [c.strip() for c in line.split("|")]) > 3 and cells[1] not in ("limit", "---")
 }
-SERVE, ENGINE = ServeConfig(), EngineConfig(model="any")
+SERVE, ENGINE, PICTURE = ServeConfig(), EngineConfig(model="any"), PictureLimits()
+FETCHED = inspect.signature(media.Media).parameters["timeout"].default
 SAID = {
     "connections at a time": f"`--max-connections` {SERVE.max_connections} ",
     "calls of one connection": f"1 ({connection._PIPELINED} more wait in line) ",
@@ -61,6 +67,14 @@ SAID = {
     "tags of a `structural_tag`": f"{structure.MAX_TAGS}",
     "rendering a chat template": f"{chat_template.RENDER_SECONDS:g} s, "
     f"2^{chat_template.MAX_RENDERED.bit_length() - 1} characters",
+    "images of a request": f"`--limit-mm-per-prompt` {ENGINE.images_per_prompt} ",
+    "an image: its file, its pixels, its longer side": f"{PICTURE.max_bytes >> 20} MiB, "
+    f"2^{PICTURE.max_pixels.bit_length() - 1}, {PICTURE.max_aspect} times the shorter one",
+    "tokens of an image": f"what `--encoder-cache-memory-bytes` holds: {plan._CPU_IMAGE_TOKENS} on a CPU, "
+    f"{plan._GPU_IMAGE_TOKENS} on a GPU",
+    "reading an image": f"{images._SECONDS:g} s, {images._THREADS} of a model at a time",
+    "fetching an image": f"{FETCHED:g} s, {media._MOST_REDIRECTIONS} redirections, {media._AT_ONCE} at a time",
+    "files of images of requests under way, together": f"{images._FILES >> 20} MiB",
     "prompts of a call, answers of a call (prompts times `n`)": f"{completions.MAX_PROMPTS}, {completions.MAX_ANSWERS}",
     "`n`": f"{params.MAX_CHOICES}",
     "texts of `/v1/embeddings`, `/v1/score`, `/v1/rerank`": f"{pooling.MAX_INPUTS}",
@@ -89,6 +103,7 @@ SAID = {
 CALL = "cluster/test_call_limits.py"
 WIRE = "end_to_end/test_connections.py"
 DOORS = "end_to_end/test_doors.py"
+IMAGES = "end_to_end/test_images.py"
 LIVENESS = "cluster/test_liveness.py"
 ERRORS = "end_to_end/test_tool_errors.py"
 STRUCTURED = [
@@ -163,6 +178,21 @@ MET: dict[str, list[str]] = {
     "rendering a chat template": [
         "engine/test_chat_template.py::test_rendering_ends",
         "engine/test_chat_template.py::test_what_is_rendered_is_bounded",
+    ],
+    "images of a request": [f"{IMAGES}::test_bad_images_cost_their_requests_alone"],
+    "an image: its file, its pixels, its longer side": [
+        f"{IMAGES}::test_bad_images_cost_their_requests_alone",
+        "engine/test_pictures.py::test_limits_hold_just_there",
+    ],
+    "tokens of an image": ["engine/test_images.py::test_what_never_can_be_seen_is_refused"],
+    "reading an image": ["cluster/test_gateway_images.py::test_an_image_that_takes_too_long_is_refused"],
+    "fetching an image": [
+        "cluster/test_media.py::test_hostile_servers",
+        "cluster/test_media.py::test_redirections_elsewhere_are_not_followed",
+        "cluster/test_media.py::test_so_many_are_fetched_at_a_time",
+    ],
+    "files of images of requests under way, together": [
+        "cluster/test_gateway_images.py::test_files_of_requests_under_way_are_bounded"
     ],
     "vectors of one answer": [f"{CALL}::test_vectors_of_one_answer"],
     "prompts of a call, answers of a call (prompts times `n`)": [f"{CALL}::test_what_a_body_holds"],

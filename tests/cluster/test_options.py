@@ -13,7 +13,7 @@ import pytest
 from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, LoadBalancerConfig, PlanConfig
 from quire.cli.main import _parser, read
 from quire.cli.options import shown_default
-from quire_cluster.config import ServeConfig, StartConfig
+from quire_cluster.config import MediaConfig, ServeConfig, StartConfig
 from quire_cluster.deployment import DeploymentConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig, allowed, kind_of
 from quire_engine.errors import InvalidParameter
@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "load-balancer": (LoadBalancerConfig,),
     **dict.fromkeys(("deploy", "status", "scale", "drain", "delete", "why", "shutdown"), (AdminConfig,)),
     "plan": (PlanConfig, EngineConfig),
-    "run-batch": (EngineConfig,),
+    "run-batch": (EngineConfig, MediaConfig),
     "chat": (ChatConfig,),
     "complete": (CompleteConfig,),
 }
@@ -138,6 +138,8 @@ def test_every_option_of_a_deployment_is_in_the_table(request: pytest.FixtureReq
 
 GOOD = {  # which not any text is
     "allowed_origins": "https://example.org",
+    "allowed_local_media_path": "/text",
+    "limit_mm_per_prompt": '{"image": 2}',
     "speculative_config": '{"method": "ngram", "num_speculative_tokens": 5}',
 }
 
