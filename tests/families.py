@@ -81,6 +81,11 @@ FAMILIES: dict[str, Family] = {
     "llama": _family("LlamaConfig", rope_parameters=_LLAMA3_ROPE, attention_bias=True, mlp_bias=True),
     "mistral": _family("MistralConfig", sliding_window=24, head_dim=32),
     "ministral": _family("MinistralConfig", sliding_window=24, head_dim=32, layer_types=_SLIDING),
+    "ministral3": _family(
+        "Ministral3Config",
+        head_dim=32,
+        rope_parameters=_YARN | {"original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.5},
+    ),
     "mixtral": _family("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=24),
     "qwen2": _family(
         "Qwen2Config", use_sliding_window=True, sliding_window=24, max_window_layers=1, tie_word_embeddings=True
@@ -292,7 +297,6 @@ FALLBACK: dict[str, Family] = {  # that the decoder does not know
     "hyperclovax": _family("HyperCLOVAXConfig"),
     "jais2": _family("Jais2Config"),
     "mellum": _family("MellumConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-    "ministral3": _family("Ministral3Config"),
     "modernbert_decoder": _family("ModernBertDecoderConfig"),
     "nanochat": _family("NanoChatConfig"),
     "persimmon": _family("PersimmonConfig"),

@@ -26,7 +26,8 @@ _QWEN3 = _QWEN | {"deepstack_visual_indexes": [0]}
 
 @dataclass(frozen=True)
 class Whole:
-    """What the configs of its text and of the rest say, the text's beyond TINY and its family's."""
+    """What the configs of its text and of the rest say, the text's beyond TINY and its family's; with fields that the
+    family reads and the whole's code does not."""
 
     architecture: str
     config: str
@@ -58,8 +59,8 @@ WHOLE: dict[str, Whole] = {
     "gemma3": Whole(
         "Gemma3ForConditionalGeneration", "Gemma3Config", "gemma3", {"final_logit_softcapping": 3.0}, _TOWER
     ),
-    "glm4v": _three("Glm4v", "glm4", _QWEN, (1, 1, 2), 0.5, head_dim=16),
-    "glm4v_moe": _three("Glm4vMoe", "glm4_moe", _QWEN, (2, 3, 3), 0.5, num_nextn_predict_layers=0),
+    "glm4v": _three("Glm4v", "glm4", _QWEN, (1, 1, 2), 0.5, head_dim=16, attention_bias=False),
+    "glm4v_moe": _three("Glm4vMoe", "glm4_moe", _QWEN, (2, 3, 3), 0.5, use_qk_norm=True),
     "idefics3": _llava("Idefics3", "llama", ""),
     "internvl": _llava("InternVL", "qwen2", ""),
     "internvl_qwen3": _llava("InternVL", "qwen3", ""),
@@ -70,11 +71,12 @@ WHOLE: dict[str, Whole] = {
     "llava_onevision": _llava("LlavaOnevision", "qwen2", "siglip_vision_model"),
     "llava_qwen2": _llava("Llava", "qwen2", "siglip_vision_model"),
     "mistral3": _llava("Mistral3", "mistral", "pixtral", head_dim=16),
+    "mistral3_ministral3": _llava("Mistral3", "ministral3", "pixtral"),
     "pixtral": _llava("Llava", "mistral", "pixtral", head_dim=16),
     "qwen2_vl": _three("Qwen2VL", "qwen2", _QWEN2, (2, 3, 3), use_sliding_window=False),
     "qwen2_5_vl": _three("Qwen2_5_VL", "qwen2", _QWEN, (2, 3, 3)),
     "qwen3_vl": _three("Qwen3VL", "qwen3", _QWEN3, (3, 3, 2), head_dim=16),
-    "qwen3_vl_moe": _three("Qwen3VLMoe", "qwen3_moe", _QWEN3, (6, 5, 5)),
+    "qwen3_vl_moe": _three("Qwen3VLMoe", "qwen3_moe", _QWEN3, (6, 5, 5), norm_topk_prob=False),
     "qwen3_5": _three("Qwen3_5", "qwen3_5", _QWEN, (2, 1, 1), 0.25),
     "qwen3_5_moe": _three("Qwen3_5Moe", "qwen3_5_moe", _QWEN, (2, 1, 1), 0.25),
     "smolvlm": _llava("SmolVLM", "llama", ""),

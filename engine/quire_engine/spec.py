@@ -221,6 +221,7 @@ class DecoderSpec:
     clip_qkv: float | None = None
     qk_norm: QKNorm | None = None
     attention_scale: float | None = None  # default: head_dim ** -0.5
+    query_growth: tuple[float, int] | None = None  # (b, n): queries are times 1 + b log(1 + their position // n)
     soft_cap: float = 0.0
     sinks: bool = False
     alibi: float = 0.0  # the factor of ALiBi's slopes; 0: none

@@ -1,8 +1,10 @@
 """The text parts of models of images and text: equal to transformers' whole models, given text alone."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from greedy import NEW_TOKENS, engine_for, prompt_logits, prompts, run
 from image_text import WHOLE, whole_model
 from quire_engine.errors import ModelError
 from quire_engine.models.families import spec_of
+from quire_engine.models.tied import as_stored
 from quire_engine.weights.hf_config import completed
 from quire_engine.weights.resolve import resolve
+from quire_engine.weights.tensors import LazyTensor
 from quire_engine.weights.text_parts import TEXT_PARTS
 from transformers import AutoModelForImageTextToText
 
@@ -97,3 +101,69 @@ def test_what_a_text_part_leaves_out_is_of_its_own_class(name: str, tmp_path: Pa
     known = theirs.to_dict() | {"vocab_size": 300}
     names = {"max_position_embeddings", "hidden_size", "num_key_value_heads", "intermediate_size", "rope_parameters"}
     assert {name: found[name] for name in names & known.keys()} == {name: known[name] for name in names & known.keys()}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        (
+            "llava",
+            {"model_type": "clip_text_model"},
+            "has model_type 'clip_text_model', which transformers has no lang",
+        ),
+        ("llava", {"model_type": "unheard_of"}, "has model_type 'unheard_of', which transformers does not know"),
+        ("llava", {"model_type": "apertus"}, "the text of LlavaForConditionalGeneration is of ApertusForCausalLM"),
+        ("llava_next", {"model_type": "granite", "embedding_multiplier": 12.0}, "scales its embeddings or its logits"),
+        ("llava_next", {"model_type": "granite", "logits_scaling": 8.0}, "scales its embeddings or its logits"),
+        ("internvl", {"model_type": "gemma2"}, "scales its embeddings or its logits"),
+    ],
+)
+def test_texts_that_are_refused(name: str, text: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelError, match=named):
+        spec_of(completed({"architectures": [WHOLE[name].architecture], "text_config": text}))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_config_without_a_part_for_the_text(name: str) -> None:
+    """As those of Qwen2-VL and 2.5-VL were published first, with RoPE's first name too."""
+    kind = getattr(transformers, WHOLE[name].config).model_type
+    facts = {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}
+    rope = {"rope_theta": 5e5, "rope_scaling": {"type": "mrope", "mrope_section": [20, 22, 22]}}
+    whole = {"architectures": [WHOLE[name].architecture], "model_type": kind, "tie_word_embeddings": True}
+    flat = spec_of(completed(whole | facts | rope))
+    text = {"model_type": f"{kind}_text"} | facts
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [20, 22, 22]}
+    assert flat == dataclasses.replace(spec_of(completed(whole | {"text_config": text})), rope=flat.rope)
+    assert flat.tie_embeddings
+    assert flat.rope is not None
+    assert (flat.rope.sections, flat.rope.theta, flat.rope.dim) == ((20, 22, 22), 5e5, 128)
+
+
+class Names:
+    """A checkpoint of which the names alone are looked at."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def tensor(self, name: str) -> LazyTensor:
+        raise AssertionError(f"{name} is read")
+
+
+@pytest.mark.parametrize("at", ["model", "model.language_model", "language_model.model", "model.text_model"])
+def test_the_layer_behind_the_last_one_lies_with_the_others(at: str) -> None:
+    text = {"model_type": "glm4v_moe_text", "head_dim": 128, "num_nextn_predict_layers": 1}
+    config = {"architectures": ["Glm4vMoeForConditionalGeneration"], "text_config": text}
+    spec = as_stored(spec_of(completed(config)), Names("model.visual.blocks.0.weight", f"{at}.layers.0.weight"))
+    assert spec.mtp is not None
+    assert (spec.names.layers, spec.mtp.layers, spec.mtp.at) == (f"{at}.layers", f"{at}.layers", f"{at}.layers.46")
+    assert (spec.names.embedding, spec.names.norm) == (f"{at}.embed_tokens", f"{at}.norm")
+
+
+def test_a_text_model_is_looked_for_where_it_is() -> None:
+    """Families by themselves keep their names, whatever a checkpoint of theirs is called."""
+    spec = spec_of(completed({"architectures": ["GPTNeoXForCausalLM"]}))
+    assert as_stored(spec, Names("gpt_neox.layers.0.weight")) == spec
+    assert as_stored(spec, Names("model.language_model.layers.0.weight")) == spec

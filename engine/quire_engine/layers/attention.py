@@ -41,6 +41,7 @@ class Attention:
         self._num_heads = spec.num_heads // group.size
         self._scale = spec.attention_scale if spec.attention_scale is not None else spec.head_dim**-0.5
         self._clip = spec.clip_qkv
+        self._growth = spec.query_growth
         heads, kv_heads = shard(spec.num_heads, group), kv_heads_of(spec, group)
         self._kv_heads = kv_heads.stop - kv_heads.start
         self._cache_scales = cache_scales(build, at, self._kv_heads) if quantized_cache else None
@@ -89,6 +90,9 @@ class Attention:
             at += norm.heads
         if self._clip is not None:
             qkv.clamp_(-self._clip, self._clip)
+        if self._growth is not None:
+            by, length = self._growth
+            heads[:, : self._num_heads] *= (1 + by * torch.log1p(batch.positions // length))[:, None, None]
         keys, values = cache
         ops.rope_cache_write(qkv, keys, values, batch, self._num_heads, rope, self._head_norm, self._cache_scales)
         options = self._options if batch.spans is None else replace(self._options, spans=batch.spans)

@@ -95,6 +95,7 @@ FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
     "MiMoForCausalLM": mimo.spec,
     "MiniMaxM2ForCausalLM": minimax_m2.spec,
     "MinistralForCausalLM": mistral.spec,
+    "Ministral3ForCausalLM": mistral.ministral3,
     "MistralForCausalLM": mistral.spec,
     "MixtralForCausalLM": mixtral.spec,
     "MptForCausalLM": mpt.spec,

@@ -77,10 +77,9 @@ def _text_part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = usual | own | {"head_dim": own.get("head_dim"), **part.fixed}
     kept = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
     of_text, of_whole = ({key: of[key] for key in ("tie_word_embeddings",) if key in of} for of in (text, config))
-    tied = CONFIG_MAPPING[whole_kind](text_config={"model_type": kind} | of_text, **of_whole).tie_word_embeddings
-    return (
-        found | kept | {"tie_word_embeddings": tied, "architectures": [family], "text_part_of": name, "whole": config}
-    )
+    tied = _filled({"text_config": {"model_type": kind} | of_text} | of_whole, whole_kind)["tie_word_embeddings"]
+    parts = {"tie_word_embeddings": tied, "architectures": [family], "text_part_of": name, "whole": config}
+    return found | kept | parts
 
 
 def _as_falcon(config: Mapping[str, Any]) -> dict[str, Any]:
