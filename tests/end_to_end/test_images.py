@@ -105,7 +105,8 @@ def test_openai_client(seeing: RunningServer, model: tuple[Path, list[int]]) -> 
     details = whole.usage.prompt_tokens_details.model_dump()
     assert details["image_tokens"] == _image_tokens(model[0], whole.choices[0].prompt_token_ids) > 0
     stream = client.chat.completions.create(**options, stream=True)
-    streamed = [token for chunk in stream if chunk.choices for token in chunk.choices[0].model_dump()["token_ids"]]
+    choices = [choice.model_dump() for chunk in stream for choice in chunk.choices]
+    streamed = [token for choice in choices for token in choice.get("token_ids") or ()]
     assert streamed == wanted
     [listed] = client.models.list().data
     assert listed.model_dump()["input_modalities"] == ["text", "image"]

@@ -5,9 +5,11 @@ embeddings, or its part of the prompt, never does.
 """
 
 import asyncio
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -65,6 +67,21 @@ class SeenImages:
 
 
 NO_IMAGES = SeenImages()
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Where transformers' processors are imported, torch looks for Triton: 70 MB that a gateway has no use for, and
+    which say at the process's end that they leak."""
+    hidden: dict[str, Any] = sys.modules  # None in it: an import fails
+    if "triton" in hidden:
+        yield
+        return
+    hidden["triton"] = None
+    try:
+        yield
+    finally:
+        del hidden["triton"]
 
 
 class Images:

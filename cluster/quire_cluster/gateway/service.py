@@ -36,7 +36,7 @@ from quire_cluster.config import ParserConfig
 from quire_cluster.deployment import Deployment
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Emitted, Generation, RequestFacts
-from quire_cluster.gateway.images import NO_IMAGES, Images, SeenImages
+from quire_cluster.gateway.images import NO_IMAGES, Images, SeenImages, without_triton
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.texts import Texts
@@ -111,7 +111,8 @@ class Service:
         images, pooling = None, pooling_of(files, config.task)
         if media is not None and pooling is None and takes_images(files.config) and config.images_per_prompt:
             try:
-                images = Images(ImageProcessor.load(files), media, config.images_per_prompt)
+                with without_triton():
+                    images = Images(ImageProcessor.load(files), media, config.images_per_prompt)
             except ModelError as error:
                 log.warning("%s takes no images: %s", names[0], error)
         tokenizer = Tokenizer.load(files, other=config.tokenizer, chat_template=chat_template)

@@ -58,6 +58,7 @@ def _text_part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    logging.getLogger("transformers.modeling_rope_utils").addFilter(_tells_news)
     part, whole_kind = TEXT_PARTS[name], _kind_of_whole(config, name)
     text = config.get("text_config") or config  # Qwen2-VL's published configs have no part of their own
     if not isinstance(text, Mapping):
@@ -80,6 +81,11 @@ def _text_part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     tied = _filled({"text_config": {"model_type": kind} | of_text} | of_whole, whole_kind)["tie_word_embeddings"]
     parts = {"tie_word_embeddings": tied, "architectures": [family], "text_part_of": name, "whole": config}
     return found | kept | parts
+
+
+def _tells_news(record: logging.LogRecord) -> bool:
+    """transformers warns of M-RoPE's sections in the rope of a text part, which is where they belong."""
+    return "mrope_" not in record.getMessage()
 
 
 def _as_falcon(config: Mapping[str, Any]) -> dict[str, Any]:
