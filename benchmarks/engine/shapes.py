@@ -158,6 +158,25 @@ SHAPES |= {
         "moe_intermediate_size": 128,
         "mlp_only_layers": [1],
     },
+    "tiny images": {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": _TINY
+        | {
+            "model_type": "qwen3_vl_text",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]},
+        },
+        "vision_config": {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "depth": 3,
+            "num_heads": 4,
+            "out_hidden_size": _TINY["hidden_size"],
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        "image_token_id": 3,
+    },
     "tiny latent": _TINY
     | {
         "architectures": ["DeepseekV2ForCausalLM"],

@@ -60,7 +60,7 @@ class Sizes:
 FP8 = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
 GPU = Sizes(
     device="cuda",
-    small=("tiny dense", "tiny experts", "tiny latent", "tiny delta rule", "tiny Mamba"),
+    small=("tiny dense", "tiny experts", "tiny latent", "tiny delta rule", "tiny Mamba", "tiny images"),
     backends=("triton", "torch"),
     dtypes=("float32", "bfloat16", "float16"),
     small_load={"requests": 12, "new_tokens": 40},
@@ -80,7 +80,7 @@ GPU = Sizes(
 )
 REHEARSAL = Sizes(
     device="cpu",
-    small=("tiny dense",),
+    small=("tiny dense", "tiny images"),
     backends=("torch",),
     dtypes=("float32", "bfloat16"),
     small_load={"requests": 2, "new_tokens": 6},

@@ -10,7 +10,7 @@ import numpy as np
 from quire_engine.config import EngineConfig
 from quire_engine.engine import Engine
 from quire_engine.execution.runner import ModelRunner
-from quire_engine.request import EngineSampling, Request
+from quire_engine.request import EngineSampling, ImageSpan, Request
 from quire_engine.weights.resolve import find_model
 from shapes import SHAPES
 
@@ -30,10 +30,31 @@ def prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> list[lis
     return [generator.integers(0, vocabulary, length).tolist() for _ in range(count)]
 
 
-def add(engine: Engine, logs: list[list[int]], max_tokens: int, **params: Any) -> list[Request]:
+def shown(shape: str, logs: list[list[int]]) -> dict[int, tuple[ImageSpan, dict[str, np.ndarray]]]:
+    """By the prompt, where it has an image from its ninth token on, and the image; of shapes without images nothing."""
+    vision = SHAPES[shape].get("vision_config")
+    if vision is None:
+        return {}
+    generator, found = np.random.default_rng(0), {}
+    rows, columns, patch, channels = 2, 4, 16, 3 * 2
+    for number, log in enumerate(logs):
+        log[8 : 8 + rows * columns] = [SHAPES[shape]["image_token_id"]] * (rows * columns)
+        pixels = generator.standard_normal((4 * rows * columns, channels * patch**2), np.float32)
+        grid = np.array([[1, 2 * rows, 2 * columns]])
+        span = ImageSpan(number.to_bytes(4), 8, rows * columns, rows, columns)
+        found[number] = span, {"pixel_values": pixels, "image_grid_thw": grid}
+    return found
+
+
+def add(
+    engine: Engine, logs: list[list[int]], max_tokens: int, spans: dict[int, ImageSpan] | None = None, **params: Any
+) -> list[Request]:
     """Greedy requests."""
-    sampling = EngineSampling(temperature=0.0, max_tokens=max_tokens, **params)
-    requests = [Request(number, list(log), len(log), sampling) for number, log in enumerate(logs)]
+    sampling, spans = EngineSampling(temperature=0.0, max_tokens=max_tokens, **params), spans or {}
+    requests = [
+        Request(number, list(log), len(log), sampling, images=(spans[number],) if number in spans else ())
+        for number, log in enumerate(logs)
+    ]
     for request in requests:
         engine.add(request)
     return requests

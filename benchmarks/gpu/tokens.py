@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from findings import tell
-from models import add, prompts, runner_of
+from models import add, prompts, runner_of, shown
 from quire_engine.engine import Engine
 from quire_engine.models.families import spec_of
 from quire_engine.weights.hf_config import completed
@@ -45,11 +45,17 @@ class Load:
 def generate(load: Load, device: str, **options: Any) -> Scored:
     """In chunks, eight at a time, with too few pages for all."""
     engine = Engine(_runner(load.shape, device, **options))
-    logs = prompts(load.requests, PROMPT, SHAPES[load.shape]["vocab_size"])
-    requests = add(engine, logs, load.new_tokens, logprobs=1)
+    vocabulary: int = completed(SHAPES[load.shape])["vocab_size"]
+    logs = prompts(load.requests, PROMPT, vocabulary)
+    images = shown(load.shape, logs)
+    spans = {number: span for number, (span, _) in images.items()}
+    requests = add(engine, logs, load.new_tokens, spans, logprobs=1)
     found: list[list[float]] = [[] for _ in requests]
-    while engine.has_work:
-        for request, logprobs in engine.step().logprobs:
+    while engine.scheduler.requests:
+        outcome = engine.step()
+        for request, key in outcome.wanted:
+            engine.scheduler.provide(key, images[request.id][1])
+        for request, logprobs in outcome.logprobs:
             found[request.id].append(float(logprobs.logprobs[0]))
         engine.scheduler.check_integrity()
     return [request.tokens for request in requests], torch.tensor(found)
@@ -58,11 +64,15 @@ def generate(load: Load, device: str, **options: Any) -> Scored:
 def score(shape: str, logs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the CPU thinks of the new tokens in float32: their log-probabilities, and how far the best is above."""
     engine = Engine(_runner(shape, "cpu", dtype="float32", enable_prefix_caching=False))
-    add(engine, logs, 1, prompt_logprobs=1)
+    images = shown(shape, logs)
+    add(engine, logs, 1, {number: span for number, (span, _) in images.items()}, prompt_logprobs=1)
     found = torch.zeros(len(logs), len(logs[0]))
     best = torch.zeros_like(found)
-    while engine.has_work:
-        for request, first, logprobs in engine.step().prompt_logprobs:
+    while engine.scheduler.requests:
+        outcome = engine.step()
+        for request, key in outcome.wanted:
+            engine.scheduler.provide(key, images[request.id][1])
+        for request, first, logprobs in outcome.prompt_logprobs:
             places = slice(first + 1, first + 1 + len(logprobs.logprobs))  # the first token has none
             found[request.id, places] = torch.from_numpy(logprobs.logprobs)
             best[request.id, places] = torch.from_numpy(logprobs.top_logprobs[:, 0])

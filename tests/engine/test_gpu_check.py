@@ -37,7 +37,8 @@ def test_engine_stages(tmp_path: Path) -> None:
     expected = {("-", "machine"): {"card", "driver", "torch", "triton", "transformers"}, ("-", "rates"): {"bytes"}}
     for dtype in ("float32", "bfloat16"):
         for way in ("kernel by kernel", "overlapped"):
-            expected["a", f"tiny dense, torch, {dtype}, {way}"] = {"same_tokens"}
+            for shape in ("tiny dense", "tiny images"):
+                expected["a", f"{shape}, torch, {dtype}, {way}"] = {"same_tokens"}
     for stage, model in (("b", "tiny dense"), ("d", "tiny latent"), ("d", "tiny MXFP4")):
         expected |= {(stage, f"{model}, {what}"): figures for what, figures in speeds.items()}
     expected |= {

@@ -386,7 +386,8 @@ class _Steps:
         ops, group, dtype = build.ops, build.group, build.weights.dtype
         self._model = model
         self._sampler = Sampler(limits.max_num_seqs + 1, spec.vocab_size, META, ops)
-        self._batcher = Batcher(limits, META, self._sampler)
+        turned_apart = spec.rope is not None and bool(spec.rope.sections)
+        self._batcher = Batcher(limits, META, self._sampler, turned_apart=turned_apart)
         self._longest = limits.max_model_len
         params = _EVERYTHING if everything else EngineSampling(temperature=1.0, top_p=0.9)
         if group.draws and spec.pooling is None:
