@@ -76,7 +76,7 @@ def test_logits_and_tokens(name: str, family_of: Any) -> None:
     assert run(engine, texts, 600, max_tokens=24) == alone
 
 
-@pytest.mark.parametrize("name", VLMS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in VLMS])
 def test_cut_up(name: str, family_of: Any) -> None:
     """A prompt is computed in pieces that end amid images, beside others, without a prefix cache."""
     family = family_of(name)

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import Table
 from families import FALLBACK, FAMILIES
 from quire_engine.models.families import FAMILIES as SERVED
+from quire_engine.weights.text_parts import TEXT_PARTS
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from vlms import VLMS
 
 pytestmark = pytest.mark.xdist_group("families")  # their table is one process's
 
@@ -29,6 +33,38 @@ What the tests show of each family, on tiny random checkpoints from its own conf
 """
 
 
+IMAGES = """
+## Images beside text
+
+Of each of these the tests have a tiny checkpoint with its own processor, and pictures of several sizes, alone and
+several, first, amid and last in a text: fp32 logits within 1e-4 of transformers' whole model given the same messages
+through its own processor, and 24 greedy tokens equal: alone, beside texts, in chunks that end amid an image, from the
+prefix cache (`tests/engine/test_images.py`); of some after preemption, on two ranks and on two stages, and after a worker
+was killed.
+
+- **text**: the family that computes it, in the table above.
+- **positions**: a token of an image has a time, a row and a column (M-RoPE), or stands in a row with the text.
+- **vision**: what computes embeddings from pixels.
+
+| `architectures` | tiny model | text | positions | vision |
+|---|---|---|---|---|
+"""
+
+
+def image_rows() -> list[str]:
+    rows = []
+    for name, vlm in VLMS.items():
+        kind = getattr(transformers, vlm.config).model_type
+        architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
+        part = TEXT_PARTS[architecture]
+        text = f"`{part.family}`" if part.family else "what `text_config` names"
+        positions = "time, row and column" if part.sections else "in a row"
+        if part.bidirectional_images:
+            positions += "; tokens of an image see all of it"
+        rows.append(f"| `{architecture}` | {name} | {text} | {positions} | transformers' code |")
+    return sorted(rows)
+
+
 def test_the_table_is_what_was_seen(table: Table, request: pytest.FixtureRequest) -> None:
     lines = table.lines()
     selected = {item.name for item in request.session.items}
@@ -37,8 +73,9 @@ def test_the_table_is_what_was_seen(table: Table, request: pytest.FixtureRequest
     assert set(lines) == run, "tests of families failed, or ran in other processes"
     if request.config.getoption("--write-tables"):
         assert set(lines) == set(FAMILIES | FALLBACK), "the table is written after all of its tests"
-        DOCUMENT.write_text(INTRODUCTION + "".join(f"{line}\n" for line in lines.values()))
-    written = DOCUMENT.read_text()
+        images = IMAGES + "".join(f"{row}\n" for row in image_rows())
+        DOCUMENT.write_text(INTRODUCTION + "".join(f"{line}\n" for line in lines.values()) + images)
+    written, _, _ = DOCUMENT.read_text().partition(IMAGES)
     assert written.startswith(INTRODUCTION)
     rows = written.removeprefix(INTRODUCTION).splitlines()
     assert [row.split(" | ")[1] for row in rows] == sorted(FAMILIES | FALLBACK)
@@ -49,3 +86,9 @@ def test_every_served_architecture_has_a_row() -> None:
     """But those that transformers has no class for, which test_layouts.py and test_draft_heads.py have."""
     rows = DOCUMENT.read_text()
     assert [name for name in SERVED if f"| `{name}` |" not in rows] == ["InternLM2ForCausalLM", "MiMoForCausalLM"]
+
+
+def test_every_architecture_that_takes_images_has_a_row() -> None:
+    _, _, written = DOCUMENT.read_text().partition(IMAGES)
+    assert written.splitlines() == image_rows(), "run make families-table"
+    assert [name for name in TEXT_PARTS if f"| `{name}` |" not in written] == []
