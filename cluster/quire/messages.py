@@ -8,7 +8,7 @@ from typing import Any
 from quire_engine.errors import InvalidParameter
 from quire_engine.text.formats.tools import tools_of
 from quire_engine.text.images import PromptImage
-from quire_engine.text.messages import REASONING, conversation, text_of
+from quire_engine.text.messages import REASONING, conversation, has_images, text_of
 from quire_protos.v1 import inference_pb2 as pb
 
 from quire.files import file_of
@@ -129,12 +129,11 @@ def _message(turn: Mapping[str, Any]) -> pb.ChatMessage:
     calls = [pb.ToolCall(id=one.id, name=one.name, arguments=one.text) for one in turn.get("tool_calls", ())]
     reasoning = next((turn[name] for name in REASONING if name in turn), None)
     content = turn.get("content")
-    parts = content if isinstance(content, list) else []
-    seen = any(part["type"] != "text" for part in parts)
+    seen = has_images(content)
     return pb.ChatMessage(
         role=turn["role"],
         content="" if seen else text_of(content),
-        parts=[_part(part) for part in parts] if seen else (),
+        parts=map(_part, content or ()) if seen else (),
         name=turn.get("name"),
         tool_calls=calls,
         tool_call_id=turn.get("tool_call_id"),

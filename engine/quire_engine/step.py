@@ -223,6 +223,6 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of its drawn tokens
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row → of this step's prompt tokens
     failed: dict[int, Failure] = field(default_factory=dict)  # by the row: why a token could not be drawn
+    vectors: Floats | None = None  # [S, width] in place of tokens (which are 0), of models that pool
     encoder_seconds: float = 0.0  # that images took
     unseen: dict[bytes, str] = field(default_factory=dict)  # by the key of an image: why it could not be encoded
-    vectors: Floats | None = None  # [S, width] in place of tokens (which are 0), of models that pool

@@ -16,7 +16,7 @@ from quire_cluster.gateway import images as module
 from quire_cluster.gateway.images import Images
 from quire_cluster.gateway.media import Media
 from quire_cluster.wire import image_from_bytes
-from quire_engine.errors import InvalidParameter, QueueFull
+from quire_engine.errors import InvalidParameter, QueueFull, Unavailable
 from quire_engine.multimodal.pictures import PictureLimits
 from quire_engine.multimodal.processor import ProcessedImage
 
@@ -116,7 +116,7 @@ def test_an_image_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch
 
     async def run() -> None:
         images = images_for(processor)
-        with pytest.raises(InvalidParameter, match="part 0 of message 0: it could not be read within"):
+        with pytest.raises(Unavailable, match="part 0 of message 0: it was not read within"):
             await images.found(message(png(8)), b"")
         processor.may_go_on.set()
         monkeypatch.setattr(module, "_SECONDS", 300.0)

@@ -28,12 +28,12 @@ from quire_cluster.convert import (
 from quire_cluster.gateway.doors import BodyCheck
 from quire_cluster.keys import read_keys
 from quire_cluster.policies.lease import LEAST, UNKNOWN, StepLease, more_patience
-from quire_cluster.wire import from_bytes, to_bytes
+from quire_cluster.wire import from_bytes, image_from_bytes, image_to_bytes, to_bytes
 from quire_cluster.workers import first_failure
 from quire_engine.errors import InvalidParameter, OutOfMemory, QuireError, Unavailable
 from quire_engine.guidance.spec import GuidanceSpec
-from quire_engine.request import EngineSampling, TokenSet
-from quire_engine.step import NewRow, StepPlan, StepResult, TokenLogprobs
+from quire_engine.request import EngineSampling, ImageSpan, TokenSet
+from quire_engine.step import Encode, NewRow, StepImages, StepPlan, StepResult, TokenLogprobs
 from quire_protos.v1 import engine_pb2 as pb
 from ray.exceptions import ActorDiedError
 
@@ -208,13 +208,20 @@ def test_steps_survive_the_way_between_hosts() -> None:
         top_p=0.1,
         guidance=GuidanceSpec(content='{"é": 1}').to_json(),
     )
-    rows = [NewRow(3, params, 7, ints(3)), NewRow(0, EngineSampling(), 1, ints(0))]
-    plan = StepPlan(ints(3), ints(3), ints(3), ints(9), ints(3), *(ints(4) for _ in range(10)), new_rows=rows)
+    image = ImageSpan(b"\x00\xff", 2, 6, 2, 3)
+    rows = [NewRow(3, params, 7, ints(3), (image,)), NewRow(0, EngineSampling(), 1, ints(0))]
+    kinds = (np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)
+    inputs = {np.dtype(kind).name: np.ones((2, 3), kind) for kind in kinds}
+    images = StepImages(ints(2), [Encode(4, b"\xfe", 6, inputs)], ints(6), ints(3)[None], ints(4)[None])
+    arrays = (ints(4) for _ in range(10))
+    plan = StepPlan(ints(3), ints(3), ints(3), ints(9), ints(3), *arrays, new_rows=rows, images=images)
     none = np.zeros((2, 0), np.float32)
     scores = TokenLogprobs(ints(2), generator.random(2, np.float32), ints(2), none.astype(np.int32), none)
     vectors = generator.random((3, 2), np.float32)
     result = StepResult(ints(3), {5: scores}, {0: scores}, {7: "no token is left"}, vectors)
-    for message in (plan, StepPlan.empty(), result, StepResult(ints(1))):
+    unseen = StepResult(ints(1), encoder_seconds=0.5, unseen={b"\xfe": "it broke"})
+    assert same(image_from_bytes(image_to_bytes(inputs)), inputs)
+    for message in (plan, StepPlan.empty(), result, unseen):
         assert same(from_bytes(to_bytes(message)), message)
         with pytest.raises(ValueError):
             from_bytes(to_bytes(message)[:-1])
@@ -229,7 +236,7 @@ RELAY = """
 import sys, torch.distributed as dist
 from quire_cluster.channel import ChannelClosed, StepChannel
 from quire_cluster.relay import RelayingChannel, RemoteChannel
-from quire_engine.step import StepPlan, StepResult
+from quire_engine.step import Encode, StepImages, StepPlan, StepResult
 import numpy as np
 rank, file = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)

@@ -166,7 +166,7 @@ def test_what_cannot_be_sent_is_refused_by_name(client: Client, options: dict[st
     "messages",
     [
         [{"content": "x"}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
         [{"role": "user", "content": "x", "tool_calls": [{}]}],
         [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}],
         [{"role": "tool", "tool_call_id": "1", "content": "x"}],

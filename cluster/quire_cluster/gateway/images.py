@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from quire_engine.errors import InvalidParameter, QueueFull
+from quire_engine.errors import InvalidParameter, QueueFull, Unavailable
 from quire_engine.multimodal.library import ImageFacts, ImageLibrary, key_of
 from quire_engine.multimodal.processor import ImageProcessor
 from quire_engine.request import ImageSpan
@@ -180,8 +180,8 @@ async def _in_time(work: "asyncio.Future[Result]", what: str) -> Result:
     try:
         return await asyncio.wait_for(work, _SECONDS)
     except TimeoutError:
-        raise InvalidParameter(
-            f"{what}: it could not be read within {_SECONDS:.0f} s; send a smaller image, or try again", "messages"
+        raise Unavailable(
+            f"{what}: it was not read within {_SECONDS:.0f} s, so many images come; try again later", 1.0
         ) from None
 
 

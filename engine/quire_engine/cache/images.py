@@ -79,7 +79,7 @@ class ImageCache:
         that is not here. Has the images before that encoded, and asks for those that it lacks, one ahead."""
         end = min(end, len(request.tokens))
         for image, places in zip(request.images, request.image_places, strict=True):
-            if image.end <= computed:
+            if places[-1] < computed:
                 continue
             first = int(places[np.searchsorted(places, computed)])
             if first >= end:

@@ -54,7 +54,7 @@ def conversation(messages: Any, *, also_read: frozenset[str] = frozenset()) -> l
     for place, message in enumerate(messages):
         turn = _without_nulls(message, place, also_read)
         if turn["role"] == "tool":
-            if isinstance(parts := turn.get("content"), list) and any(part["type"] != "text" for part in parts):
+            if has_images(turn.get("content")):
                 _refuse(f"message {place} is what a tool gave and holds an image; put images into messages of a user")
             call = _answered(turn, place, calls)
             results.append({"name": call.name} | turn)
@@ -86,6 +86,11 @@ def content_of(message: Any, place: int) -> str | list[dict[str, Any]] | None:
 def image_url(url: str) -> dict[str, Any]:
     """A part that names an image."""
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def has_images(content: Any) -> bool:
+    """Whether a checked content has some."""
+    return isinstance(content, list) and any(part["type"] != "text" for part in content)
 
 
 def text_of(content: Any) -> str:

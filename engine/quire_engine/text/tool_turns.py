@@ -8,7 +8,7 @@ import string
 from dataclasses import replace
 from typing import Any
 
-from quire_engine.text.messages import REASONING, Call, text_of
+from quire_engine.text.messages import REASONING, Call, has_images, text_of
 from quire_engine.text.tool_facts import ToolFacts
 
 Turns = list[dict[str, Any]]
@@ -41,7 +41,7 @@ def for_template(turns: Turns, facts: ToolFacts, described: list[dict[str, Any]]
     answered = False  # whether the last turn is a user's, made of results
     for turn, results in _exchanges(turns, facts, native=native):
         if answered and turn["role"] == "user":
-            fitted[-1] = _longer(fitted[-1], text_of(turn.get("content")))
+            fitted[-1] = turn | {"content": _joined("\n", fitted[-1]["content"], turn.get("content"))}
         else:
             fitted.append(turn)
         answered = False
@@ -58,7 +58,17 @@ def for_template(turns: Turns, facts: ToolFacts, described: list[dict[str, Any]]
 
 
 def _longer(turn: dict[str, Any], text: str) -> dict[str, Any]:
-    return turn | {"content": f"{text_of(turn.get('content'))}\n{text}"}
+    return turn | {"content": _joined("\n", turn.get("content"), text)}
+
+
+def _joined(between: str, first: Any, second: Any) -> Any:
+    """Two contents as one: a text, or parts where there are images."""
+    if not (has_images(first) or has_images(second)):
+        return f"{text_of(first)}{between}{text_of(second)}"
+    parts: list[dict[str, Any]] = []
+    for content in (first, [{"type": "text", "text": between}], second):
+        parts += content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    return parts
 
 
 def _exchanges(turns: Turns, facts: ToolFacts, *, native: bool) -> list[tuple[dict[str, Any], Turns]]:
@@ -139,7 +149,8 @@ def _with_description(turns: Turns, tools: list[dict[str, Any]], facts: ToolFact
     roles = ("system", "developer") if facts.writes_system else ("user",)
     for place, turn in enumerate(turns):
         if turn["role"] in roles:
-            given = text_of(turn.get("content"))
-            texts = (given, text) if facts.writes_system else (text, given)
-            return [*turns[:place], turn | {"content": "\n\n".join(filter(None, texts))}, *turns[place + 1 :]]
+            given = turn.get("content")
+            pair = (given, text) if facts.writes_system else (text, given)
+            content = _joined("\n\n", *pair) if given else text
+            return [*turns[:place], turn | {"content": content}, *turns[place + 1 :]]
     return [{"role": roles[0], "content": text}, *turns]
