@@ -17,6 +17,7 @@ meanwhile is written by the later one. A step with drafts overlaps with none: ho
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -108,9 +109,7 @@ class Scheduler:
 
     def provide(self, key: bytes, inputs: Inputs) -> None:
         """The pixels of an image that was asked for. Unknown keys are ignored: nobody may want it any more."""
-        for request in self.images.provide(key, inputs) if self.images is not None else ():
-            if self._waiting.take_apart(request.id, State.FETCHING) is not None:
-                self._waiting.push(request)
+        self._waiting.fetched(self.images.provide(key, inputs) if self.images is not None else ())
 
     def abort(self, request_id: int) -> None:
         """Ends a request early; its pages are free at once. Unknown ids are ignored: it may just have finished."""
@@ -320,9 +319,10 @@ class Scheduler:
         happened."""
         outcome = StepOutcome(started=self.take_started(), wanted=self.images.take_wanted() if self.images else [])
         if result is not None:
-            for request, why in self.images.failed(result.unseen, self.requests.values()) if self.images else ():
-                self.cache.disown(request)
-                self._withdraw(request, "error", EngineFailure(f"an image could not be encoded: {why}"))
+            there = chain(self.requests.values(), *(requests for requests, _, _ in self._in_flight))
+            for request, why in self.cache.lose_images(result.unseen, there):
+                if request.state is not State.FINISHED:  # it ended while the step was in flight
+                    self._withdraw(request, "error", EngineFailure(f"an image could not be encoded: {why}"))
             requests, outcome.num_prompt_tokens, plan = self._in_flight.popleft()
             self.stats.saw(plan, result)
             outcome.num_tokens, drawing = len(plan.token_ids), requests

@@ -86,6 +86,12 @@ class WaitingQueue:
         """It need not be apart any more; None: it was not."""
         return self._apart[state].pop(request_id, None)
 
+    def fetched(self, requests: Iterable[Request]) -> None:
+        """Those of them that were FETCHING wait in the queue again."""
+        for request in requests:
+            if self.take_apart(request.id, State.FETCHING) is not None:
+                self.push(request)
+
     def remove(self, request: Request) -> None:
         """It has its row now, or its ending."""
         if request.state is not State.WAITING:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from quire_engine.config import ImageLimits
 from quire_engine.errors import InvalidParameter
-from quire_engine.request import ImageSpan, Request, State
+from quire_engine.request import ImageSpan, Request
 from quire_engine.step import Encode, Ints, StepImages
 
 Inputs = Mapping[str, NDArray[Any]]  # what a vision tower reads of one image
@@ -139,7 +139,8 @@ class ImageCache:
     def take_wanted(self) -> list[tuple[Request, bytes]]:
         """Images whose pixels are wanted, each from the client of a request, since this was last asked."""
         wanted, self._wanted = self._wanted, []
-        return [(request, key) for request, key in wanted if request.state is not State.FINISHED]
+        asked = {(image.asking[0], image.key) for image in self._images.values() if image.asking} if wanted else ()
+        return [one for one in dict.fromkeys(wanted) if one in asked]  # others have come since, or nobody waits
 
     def provide(self, key: bytes, inputs: Inputs) -> list[Request]:
         """Pixels have come. → the requests that waited for them. What nobody waits for any more is dropped."""

@@ -1,6 +1,7 @@
 """What requests hold of the cache: pages, recurrent states, and the hashes under which others find them."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 
 from quire_engine.cache.images import ImageCache
 from quire_engine.cache.pages import PagePool, block_hash
@@ -137,12 +138,16 @@ class CacheManager:
             self.pool.release(reversed(request.pages[needed:]))
             del request.pages[needed:]
 
-    def disown(self, request: Request) -> None:
-        """What was computed of it from its first image on is wrong: nobody is to find it."""
-        for hash_ in request.block_hashes[request.images[0].start // self._block_size :]:
-            self.pool.disown(hash_)
-            if self.states is not None:
-                self.states.pool.disown(hash_)
+    def lose_images(self, unseen: Mapping[bytes, str], requests: Iterable[Request]) -> list[tuple[Request, str]]:
+        """Images could not be encoded: of requests that have one nobody is to find what was computed from their first
+        image on. → these requests, and why."""
+        lost = self.images.failed(unseen, requests) if self.images is not None else []
+        for request, _ in lost:
+            for hash_ in request.block_hashes[request.images[0].start // self._block_size :]:
+                self.pool.disown(hash_)
+                if self.states is not None:
+                    self.states.pool.disown(hash_)
+        return lost
 
     def release(self, request: Request) -> None:
         """The request gives everything back, and has nothing computed."""
@@ -157,8 +162,9 @@ class CacheManager:
         hashes, size = request.block_hashes, self._block_size
         while (at := len(hashes) * size) < count * size:
             previous = hashes[-1] if hashes else request.cache_salt
-            seen = b"".join(image.key for image in request.images if image.start < at + size and image.end > at)
-            hashes.append(block_hash(previous, request.tokens[at : at + size], seen))
+            seen = [image for image in request.images if image.start < at + size and image.end > at]
+            shown = b"".join(image.key + array("i", (image.start - at, image.length)).tobytes() for image in seen)
+            hashes.append(block_hash(previous, request.tokens[at : at + size], shown))
         return hashes
 
     def slots(self, running: Sequence[Request]) -> tuple[int, int]:

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 
 def block_hash(previous: bytes, tokens: list[int], images: bytes = b"") -> bytes:
-    """The hash of a full block, of the keys of the `images` in it, and of all that precedes it. 16 bytes of BLAKE2b:
-    two prefixes never meet by chance."""
+    """The hash of a full block, of the `images` in it (which, and where), and of all that precedes it. 16 bytes of
+    BLAKE2b: two prefixes never meet by chance."""
     return hashlib.blake2b(previous + array("I", tokens).tobytes() + images, digest_size=16).digest()
 
 
