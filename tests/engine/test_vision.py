@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.models.vision import VisionTower
+from quire_engine.models.vision import VisionTower, vision_tower
 from quire_engine.multimodal.processor import ImageProcessor, ProcessedImage
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import ModelFiles, resolve
@@ -44,7 +44,7 @@ class Made:
         return json.loads((self.files.folder / "config.json").read_text())
 
     def tower(self, folder: Path | None, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> VisionTower:
-        return VisionTower(self.config, folder, dtype, device)
+        return vision_tower(self.config, folder, dtype, device)
 
     @property
     def transformers_s(self) -> Any:
@@ -146,7 +146,7 @@ def test_the_tower_alone_is_built(made: Callable[[str], Made], name: str, tmp_pa
     assert 0 < len(seen) < len(stored)
     save_file(seen, tmp_path / "model.safetensors")
     quantized = one.config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    tower = VisionTower(quantized, tmp_path, torch.float32, CPU)
+    tower = vision_tower(quantized, tmp_path, torch.float32, CPU)
     assert tower.encode(image.inputs).embeddings.equal(expected)
     assert tower.num_parameters == sum(value.numel() for value in seen.values())
 
@@ -240,7 +240,7 @@ def test_broken_towers(
 )
 def test_strange_configs(made: Callable[[str], Made], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        VisionTower(made("qwen3_vl").config | change, None, torch.float32, torch.device("meta"))
+        vision_tower(made("qwen3_vl").config | change, None, torch.float32, torch.device("meta"))
 
 
 class _Bytes(TorchDispatchMode):

@@ -11,7 +11,8 @@ from torch import Tensor
 from quire_engine.config import EngineConfig
 from quire_engine.memory.plan import needs_images
 from quire_engine.models.decoder import Embedded
-from quire_engine.models.vision import Features, VisionTower
+from quire_engine.models.vision import TransformersTower, VisionTower, vision_tower
+from quire_engine.models.vit import Features
 from quire_engine.parallel import ParallelGroup
 from quire_engine.spec import DecoderSpec
 from quire_engine.step import Encode, Ints, StepImages
@@ -126,7 +127,12 @@ def image_embeddings(
         return None
     assert spec.images is not None
     folder = None if config.load_format == "dummy" else files.folder
-    tower = VisionTower(spec.images.config, folder, dtype, device)
+    tower = vision_tower(spec.images.config, folder, dtype, device)
+    if isinstance(tower, TransformersTower) and group.rank == 0:
+        log.info(
+            "images of %s are encoded by transformers' code: Quire's own vision transformer does not know them",
+            spec.images.config["architectures"][0],
+        )
     return ImageEmbeddings(tower, spec, device, reports=group.draws or group.stages == 1)
 
 

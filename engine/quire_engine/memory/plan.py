@@ -17,7 +17,7 @@ from quire_engine.memory.dry_run import DryGroup, allocated
 from quire_engine.memory.shapes import captured_shapes
 from quire_engine.models.decoder import layers_of
 from quire_engine.models.drafts import DraftSource
-from quire_engine.models.vision import VisionTower
+from quire_engine.models.vision import vision_tower
 from quire_engine.parallel import ParallelGroup, group_bytes
 from quire_engine.quantization.config import Quantization
 from quire_engine.spec import DecoderSpec
@@ -171,7 +171,7 @@ def images_memory(
     limits = image_limits(config, spec, dtype, cpu)
     if limits is None or spec.images is None or not needs_images(spec, group):
         return ImagesMemory()
-    tower = VisionTower(spec.images.config, None, dtype, torch.device("meta"))
+    tower = vision_tower(spec.images.config, None, dtype, torch.device("meta"))
     largest = min(limits.room, spec.served_context(config.max_model_len))
     return ImagesMemory(tower.weight_bytes, tower.activation_bytes(largest), limits.room * embedding_bytes(spec, dtype))
 

@@ -1,4 +1,5 @@
-"""The visual half of a model of images and text: transformers' own tower and projector, without its language model.
+"""The visual half of a model of images and text: the towers of vit.py, or else transformers' own tower and projector,
+without its language model.
 
 Each rank has a whole one; what it makes of an image takes the place of the image's tokens in the decoder's input.
 """
@@ -7,38 +8,93 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quire_engine.errors import ModelError
+from quire_engine.models.vit import Features, Vit
+from quire_engine.models.vit_facts import vit_spec
 from quire_engine.weights.random import RandomWeights
-from quire_engine.weights.tensors import SafetensorsCheckpoint
+from quire_engine.weights.tensors import LazyTensor, SafetensorsCheckpoint, TensorReader, Weights
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
-    """What is seen of an image."""
-
-    embeddings: Tensor  # [n, hidden], one for each of its tokens
-    deepstack: list[Tensor]  # each [n, hidden], added to what the first layers of the decoder give
-
-
-class VisionTower:
+class VisionTower(Protocol):
     """Pixels to embeddings."""
 
-    def __init__(
-        self, config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """`config`: all of config.json. Weights are read from `folder`; without it they are random (on the meta device:
-        shapes alone). Raises ModelError."""
+    dtype: torch.dtype
+    num_parameters: int
+    weight_bytes: int
+
+    def encode(self, inputs: Mapping[str, np.ndarray]) -> Features:
+        """One image, as its processor gives it."""
+
+    def activation_bytes(self, tokens: int) -> int:
+        """About what encoding an image of so many tokens takes beside the weights, rather more than less."""
+
+
+def vision_tower(
+    config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype, device: torch.device
+) -> VisionTower:
+    """`config`: all of config.json. Weights are read from `folder`; without it they are random (on the meta device:
+    shapes alone). Raises ModelError."""
+    made = whole_config(config)
+    spec = vit_spec(made)
+    if spec is None:
+        return TransformersTower(made, folder, dtype, device)
+    weights: Weights = RandomWeights(dtype, device)
+    if folder is not None:
+        weights = TensorReader(_TowerCheckpoint(SafetensorsCheckpoint(folder)), dtype, device)
+    return Vit(spec, weights, partial(_patches, made))
+
+
+class _TowerCheckpoint:
+    """A checkpoint's tensors under the names that they have in transformers now. Raises ModelError for quantized ones
+    of a tower."""
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._old = {f"model.{_now(name.removeprefix('model.'))}": name for name in checkpoint.names()}
+
+    def names(self) -> list[str]:
+        return list(self._old)
+
+    def tensor(self, name: str) -> LazyTensor:
+        lazy = self._checkpoint.tensor(self._old.get(name, name))
+
+        def part(slices: tuple[slice, ...]) -> Tensor:
+            found = lazy.part(slices)
+            _refuse_quantized(lazy.name, found)
+            return found
+
+        return LazyTensor(name, lazy.shape, part)
+
+
+def _now(name: str) -> str:
+    old = "vision_tower.vision_model."
+    return f"vision_tower.{name.removeprefix(old)}" if name.startswith(old) else name
+
+
+def _refuse_quantized(name: str, tensor: Tensor) -> None:
+    if tensor.dtype.itemsize == 1 or tensor.dtype == torch.int32:
+        raise ModelError(
+            f"tensor {name} is in {tensor.dtype}: the vision tower of this checkpoint is quantized, which is not "
+            "served; take one whose tower is in bf16"
+        )
+
+
+class TransformersTower:
+    """By transformers' code."""
+
+    def __init__(self, config: Any, folder: Path | None, dtype: torch.dtype, device: torch.device) -> None:
+        """`config`: the whole one, as transformers has it."""
         self.device = device
         self.dtype = dtype
-        self._config = whole_config(config)
+        self._config = config
         tower = _without_text(_class_of(self._config))
         with torch.device("meta"):
             model = tower._from_config(copy.deepcopy(self._config), dtype=dtype, attn_implementation="sdpa")
@@ -172,12 +228,8 @@ def _stored(model: Any, folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in checkpoint.names():
         if name.removeprefix("model.").startswith(parts):
-            found[name] = tensor = checkpoint.tensor(name).read()
-            if tensor.dtype.itemsize == 1 or tensor.dtype == torch.int32:
-                raise ModelError(
-                    f"tensor {name} is in {tensor.dtype}: the vision tower of this checkpoint is quantized, which is "
-                    "not served; take one whose tower is in bf16"
-                )
+            found[name] = checkpoint.tensor(name).read()
+            _refuse_quantized(name, found[name])
     return found
 
 
