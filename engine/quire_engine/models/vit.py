@@ -3,7 +3,6 @@
 Shapes: B pieces of an image (frames, tiles), N tokens of each, R = B * N rows; h and w patches down and across a piece.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire_engine.models import vit_facts as facts
-from quire_engine.models.vit_facts import Merge, Step, Tiles, VitSpec
+from quire_engine.models import vit_spec as facts
+from quire_engine.models.vit_grid import Grid, blocks_of, fractions_of, frequencies_of, put_together, rows_of, taps_of
+from quire_engine.models.vit_spec import Merge, Positions, Step, VitSpec
 from quire_engine.weights.tensors import Weights
-
-Ints = np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +24,6 @@ class Features:
 
     embeddings: Tensor  # [n, hidden], one for each of its tokens
     deepstack: list[Tensor]  # each [n, hidden], added to what the first layers of the decoder give
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """How the patches of an image lie."""
-
-    pieces: int
-    height: int
-    width: int
-    rows: Ints  # [N] of each patch
-    columns: Ints
-    order: Ints | None = None  # of blocks, where they do not follow each other as in the image
-    windows: Sequence[tuple[int, int]] = ()  # how many of how many patches, one after another
 
 
 class _Taken:
@@ -228,7 +213,7 @@ class Vit:
         self._newline = taken.take(spec.tiles.newline, (spec.tiles.size,)) if spec.tiles is not None else None
         self._frequencies: list[Tensor] = []
         if spec.rope is not None:
-            self._frequencies = [one.to(self._device) for one in _frequencies(spec.rope, spec.hidden // spec.heads)]
+            self._frequencies = [one.to(self._device) for one in frequencies_of(spec.rope, spec.hidden // spec.heads)]
         self.num_parameters = sum(tensor.numel() for tensor in taken.tensors)
         self.weight_bytes = sum(tensor.nbytes for tensor in taken.tensors)
 
@@ -236,9 +221,12 @@ class Vit:
     def encode(self, inputs: Mapping[str, np.ndarray]) -> Features:
         """One image, as its processor gives it."""
         spec = self._spec
-        x, grid = self._embedded(inputs)
+        x, grid = self._of_patches(inputs) if spec.block else self._of_images(inputs)
+        if self._embedded_norm is not None:
+            x = self._embedded_norm(x)
         mask = None
-        x = x if self._embedded_norm is None else self._embedded_norm(x)
+        if grid.seen is not None:
+            mask = torch.from_numpy(grid.seen.reshape(grid.pieces, 1, 1, -1)).to(self._device)
         angles = self._angles(grid)
         room = x.new_empty(len(x) * max(3 * spec.hidden, spec.inner * (len(spec.names.mlp) - 1)))
         kept: dict[int, Tensor] = {0: x.clone()} if 0 in spec.features and self._layers else {}
@@ -252,7 +240,13 @@ class Vit:
         del room
         kept[len(self._layers)] = x
         seen = torch.cat([kept[number] for number in spec.features], -1) if len(spec.features) > 1 else x
-        return Features(self._projected(seen, grid, self._projector), deepstack)
+        embeddings = self._projected(seen, grid, self._projector)
+        if spec.tiles is not None:
+            assert self._newline is not None
+            [(height, width)] = inputs["image_sizes"].tolist()
+            pieces = embeddings.view(grid.pieces, -1, spec.tiles.size)
+            embeddings = put_together(pieces, self._newline, (height, width), spec.tiles)
+        return Features(embeddings, deepstack)
 
     def activation_bytes(self, tokens: int) -> int:
         """About what encoding an image of so many tokens takes beside the weights, rather more than less."""
@@ -262,8 +256,8 @@ class Vit:
         kept = 2 * len(spec.features) + 2
         return self.dtype.itemsize * patches * (2 * spec.patch.inner + wide + rotated + (4 + kept) * spec.hidden)
 
-    def _embedded(self, inputs: Mapping[str, np.ndarray]) -> tuple[Tensor, Grid]:
-        """Patches, with their positions where those are learned."""
+    def _of_patches(self, inputs: Mapping[str, np.ndarray]) -> tuple[Tensor, Grid]:
+        """Embedded, with their positions where those are learned: [R, hidden]."""
         spec, pixels = self._spec, inputs["pixel_values"]
         [(pieces, height, width)] = inputs["image_grid_thw"].tolist()
         if len(pixels) != pieces * height * width:
@@ -276,21 +270,47 @@ class Vit:
             place = torch.from_numpy(grid.order).to(self._device)
             x = x.view(pieces, -1, spec.block**2, spec.hidden)[:, place].view(len(x), -1)
         if spec.positions is not None:
-            table = self._interpolated(height, width, spec.positions.kind)
+            table = self._interpolated(height, width, spec.positions)
             x.view(pieces, height * width, -1).add_(_blocks(table[None], spec.block).view(-1, spec.hidden))
+        return x, grid
+
+    def _of_images(self, inputs: Mapping[str, np.ndarray]) -> tuple[Tensor, Grid]:
+        """Their patches, row by row, each image's after its class token."""
+        spec, side, pixels = self._spec, self._spec.patch_side, inputs["pixel_values"]
+        images = self._tensor(pixels.reshape(-1, *pixels.shape[-3:]))
+        pieces, colours, tall, broad = images.shape
+        if spec.sized and "image_sizes" in inputs:
+            [(tall, broad)] = inputs["image_sizes"].tolist()
+        height, width = tall // side, broad // side
+        images = images[:, :, : height * side, : width * side].reshape(pieces, colours, height, side, width, side)
+        x = self._patch(images.permute(0, 2, 4, 1, 3, 5).reshape(-1, spec.patch.inner))
+        del images
+        if self._patch_norm is not None:
+            x = self._patch_norm(x)
+        grid = rows_of(pieces, height, width, side, inputs.get("pixel_attention_mask"))
+        if self._class is not None:
+            tokens = self._class.view(1, 1, -1).expand(pieces, 1, -1)
+            x = torch.cat((tokens, x.view(pieces, -1, spec.hidden)), 1).view(-1, spec.hidden)
+        if (place := spec.positions) is not None:
+            assert self._table is not None
+            table = self._table
+            if place.kind == "fractions":
+                seen = np.ones((1, height, width), bool) if grid.seen is None else grid.seen
+                table = table[torch.from_numpy(fractions_of(seen, place.side)).to(self._device)]
+            elif (height, width) != (place.side, place.side):
+                raise ValueError(f"an image of {height} x {width} patches, where the tower sees {place.side} each way")
+            x.view(pieces, -1, spec.hidden).add_(table)
         return x, grid
 
     def _tensor(self, value: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(value)).to(self._device, self.dtype)
 
-    def _interpolated(self, height: int, width: int, kind: str) -> Tensor:
+    def _interpolated(self, height: int, width: int, place: Positions) -> Tensor:
         """The table as one of height x width rows: [height, width, hidden]."""
         assert self._table is not None
-        assert self._spec.positions is not None
-        side = self._spec.positions.side
-        table = self._table.view(side, side, -1)
+        table = self._table.view(place.side, place.side, -1)
         for axis, count in enumerate((height, width)):
-            places, shares = (one.to(self._device) for one in _taps(count, side, kind))
+            places, shares = (one.to(self._device) for one in taps_of(count, place.side, place.kind))
             shape = (-1, 1, 1) if axis == 0 else (-1, 1)
             parts = [
                 table.index_select(axis, place) * share.view(shape) for place, share in zip(places, shares, strict=True)
@@ -352,52 +372,3 @@ def _blocks(x: Tensor, side: int) -> Tensor:
     down, across = height // side, width // side
     x = x[:, : down * side, : across * side].reshape(pieces, down, side, across, side, hidden)
     return x.transpose(2, 3).contiguous()
-
-
-def blocks_of(pieces: int, height: int, width: int, side: int, window: int) -> Grid:
-    """Patches that come in blocks of side x side; with windows of so many blocks down and across, those of a window
-    follow each other, and windows of one size."""
-    down, across = height // side, width // side
-    places = np.arange(height * width).reshape(down, side, across, side).swapaxes(1, 2).reshape(-1, side**2)
-    order, windows = None, []
-    if window:
-        blocks = np.arange(down * across).reshape(down, across)
-        cut = [
-            blocks[i : i + window, j : j + window].ravel()
-            for i, j in itertools.product(range(0, down, window), range(0, across, window))
-        ]
-        cut.sort(key=len, reverse=True)
-        windows = [(len(list(same)), size * side**2) for size, same in itertools.groupby(map(len, cut))]
-        order = np.concatenate(cut)
-        places = places[order]
-    rows, columns = np.divmod(places.ravel(), width)
-    return Grid(pieces, height, width, rows, columns, order, windows)
-
-
-def _frequencies(rope: facts.Rope, size: int) -> tuple[Tensor, Tensor]:
-    """Of rows and of columns: [size / 4] each."""
-    wide = size if rope.alternating else size // 2
-    each = 1.0 / (rope.theta ** (torch.arange(0, wide, 2, dtype=torch.float32) / wide))
-    return (each[0::2], each[1::2]) if rope.alternating else (each, each)
-
-
-def _taps(count: int, side: int, kind: str) -> tuple[Tensor, Tensor]:
-    """What `count` places along an axis are made of, of a table's `side`: [taps, count] places, and shares in fp32.
-    Bilinear, with corners on corners; else bicubic (Keys, a = -0.75), pixels being squares."""
-    index = np.arange(count, dtype=np.float32)
-    if kind == "bilinear":
-        source = index * (side - 1) / np.float32(max(count - 1, 1))
-        offsets = np.arange(2)[:, None]
-    else:
-        source = (index + np.float32(0.5)) * side / np.float32(count) - np.float32(0.5)
-        offsets = np.arange(-1, 3)[:, None]
-    floor = np.floor(source)
-    away = np.abs(source - floor - offsets.astype(np.float32))
-    if kind == "bilinear":
-        shares = (1 - away).clip(0)
-    else:
-        near = ((1.25 * away - 2.25) * away) * away + 1
-        far = ((-0.75 * away + 3.75) * away - 6.0) * away + 3.0
-        shares = np.where(away <= 1, near, far)
-    places = (floor.astype(np.int64) + offsets).clip(0, side - 1)
-    return torch.from_numpy(places), torch.from_numpy(shares.astype(np.float32))

@@ -1,154 +1,28 @@
-"""Facts of vision towers: what one vision transformer (vit.py) has to know of each family that it computes.
+"""Facts of the families whose images the vision transformer (vit.py) computes.
 
 Tensors are named as transformers names them now.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """LayerNorm, or RMSNorm, which has no bias."""
-
-    name: str
-    size: int
-    eps: float
-    rms: bool = False
-    less_one: bool = False  # what is stored is the weight - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A product, with a bias or without."""
-
-    name: str
-    inner: int
-    outer: int
-    bias: bool = True
-    kernel: tuple[int, ...] = ()  # a convolution's, which is stored as [outer, inner / kernel, *kernel]
-    turned: str = ""  # the tensor's name where it is stored as [inner, outer]
-
-
-@dataclass(frozen=True, slots=True)
-class Activate:
-    """An activation by itself."""
-
-    kind: str
-
-
-@dataclass(frozen=True, slots=True)
-class Gated:
-    """down(f(gate(x)) * up(x))."""
-
-    name: str
-    size: int
-    inner: int
-    kind: str
-    bias: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """Squares of patches become one row each: their features side by side, feature by feature, or their mean."""
-
-    side: int
-    how: Literal["joined", "by feature", "mean"] = "joined"
-    blocks: bool = False  # a square's patches follow each other already; else they lie in rows of the image
-
-
-@dataclass(frozen=True, slots=True)
-class DropFirst:
-    """Without the class token."""
-
-
-Step = Norm | Linear | Activate | Gated | Merge | DropFirst
-
-
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """A learned table of [side * side] rows, with one before them for a class token."""
-
-    name: str
-    side: int
-    kind: Literal["table", "fractions", "bilinear", "bicubic"] = "table"
-    leading: tuple[int, ...] = ()  # dimensions that its tensor has before
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Half of a head's frequencies are of a patch's row, half of its column."""
-
-    theta: float
-    alternating: bool = False  # of the frequencies of a whole head, every other one; else the same of half a head
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """Patches see those of their window, but in layers where they see all."""
-
-    side: int  # in merged patches
-    all_in: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """An image is seen whole and in pieces, whose rows are put together again; each row ends with `newline`."""
-
-    newline: str
-    size: int  # of an embedding
-    pinpoints: tuple[tuple[int, int], ...]  # heights and widths
-    pixels: int  # of a piece's side
-    side: int  # in patches
-    most: int | None = None  # so many pieces' patches: an image of more is made smaller
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Of a layer's tensors."""
-
-    layers: str
-    attention_norm: str
-    qkv: tuple[str, ...]  # one tensor, or three
-    out: str
-    mlp_norm: str
-    mlp: tuple[str, ...]  # up and down, or gate, up and down
-    scales: tuple[str, ...] = ()  # of what attention and MLP add
-    qk_norm: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class VitSpec:
-    """A tower, and what makes a decoder's embeddings of its features."""
-
-    hidden: int
-    inner: int
-    heads: int
-    activation: str
-    eps: float
-    rms: bool = False
-    names: Names
-    qkv_bias: bool = True
-    out_bias: bool = True
-    mlp_bias: bool = True
-    patch: Linear
-    patch_side: int
-    block: int = 0  # pixels come as patches, in squares of so many; 0: as images
-    patch_norm: Norm | None = None
-    class_token: str = ""
-    class_shape: tuple[int, ...] = ()
-    positions: Positions | None = None
-    rope: Rope | None = None
-    embedded_norm: Norm | None = None
-    windows: Windows | None = None
-    features: tuple[int, ...]  # after so many layers they are taken
-    projector: tuple[Step, ...]
-    deepstack: tuple[tuple[int, tuple[Step, ...]], ...] = ()  # after so many layers, and by what
-    tiles: Tiles | None = None
-
+from quire_engine.models.vit_spec import (
+    ACTIVATIONS,
+    Activate,
+    DropFirst,
+    Gated,
+    Linear,
+    Merge,
+    Names,
+    Norm,
+    Positions,
+    Rope,
+    Step,
+    Tiles,
+    VitSpec,
+    Windows,
+)
 
 _VISUAL = "model.visual"
 _TOWER = "model.vision_tower"
@@ -165,8 +39,8 @@ def _siglip_names(at: str) -> Names:
 
 def _qwen(config: Any, hidden: int, inner: int, out: int, *, rms: bool, patch_bias: bool, **more: Any) -> VitSpec:
     """What towers have in common whose pixels come as patches."""
-    vision = config.vision_config
-    kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    vision, side = config.vision_config, _side(config.vision_config.patch_size)
+    kernel = (_side(vision.temporal_patch_size), side, side)
     pixels = vision.in_channels * kernel[0] * kernel[1] * kernel[2]
     facts: dict[str, Any] = {
         "hidden": hidden,
@@ -177,7 +51,7 @@ def _qwen(config: Any, hidden: int, inner: int, out: int, *, rms: bool, patch_bi
         "rms": rms,
         "names": _QWEN,
         "patch": Linear(f"{_VISUAL}.patch_embed.proj", pixels, hidden, patch_bias, kernel),
-        "patch_side": vision.patch_size,
+        "patch_side": side,
         "block": vision.spatial_merge_size,
         "rope": Rope(vision.rope_parameters["rope_theta"]),
         "features": (vision.depth,),
@@ -205,7 +79,7 @@ def _qwen2_vl(config: Any) -> VitSpec:
 
 def _qwen2_5_vl(config: Any) -> VitSpec:
     vision = config.vision_config
-    side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+    side = vision.window_size // vision.spatial_merge_size // _side(vision.patch_size)
     return _qwen(
         config,
         vision.hidden_size,
@@ -239,13 +113,246 @@ def _qwen3(config: Any) -> VitSpec:
     )
 
 
+def _glm(config: Any) -> VitSpec | None:
+    vision, hidden, out = config.vision_config, config.vision_config.hidden_size, config.vision_config.out_hidden_size
+    if not isinstance(vision.image_size, int):
+        return None
+    eps, side = vision.rms_norm_eps, vision.spatial_merge_size
+    table = f"{_VISUAL}.embeddings.position_embedding.weight"
+    return _qwen(
+        config,
+        hidden,
+        out,
+        out,
+        rms=True,
+        patch_bias=True,
+        eps=eps,
+        names=replace(_QWEN, mlp=_GATED),
+        qkv_bias=vision.attention_bias,
+        out_bias=False,
+        mlp_bias=False,
+        patch_norm=Norm(f"{_VISUAL}.post_conv_layernorm", hidden, eps, rms=True),
+        positions=Positions(table, vision.image_size // _side(vision.patch_size), "bicubic"),
+        projector=(
+            Norm(f"{_VISUAL}.post_layernorm", hidden, eps, rms=True),
+            Merge(side, "by feature", blocks=True),
+            Linear(f"{_VISUAL}.downsample", hidden * side**2, out, kernel=(side, side)),
+            Linear(f"{_VISUAL}.merger.proj", out, out, bias=False),
+            Norm(f"{_VISUAL}.merger.post_projection_norm", out, 1e-5),
+            Activate("gelu"),
+            Gated(f"{_VISUAL}.merger", out, vision.intermediate_size, vision.hidden_act),
+        ),
+    )
+
+
+def _images(vision: Any, patch: str, *, bias: bool, **more: Any) -> VitSpec:
+    """What towers have in common whose pixels come as images."""
+    side, hidden = _side(vision.patch_size), vision.hidden_size
+    facts: dict[str, Any] = {
+        "hidden": hidden,
+        "inner": vision.intermediate_size,
+        "heads": vision.num_attention_heads,
+        "activation": vision.hidden_act,
+        "eps": getattr(vision, "layer_norm_eps", 1e-5),
+        "patch": Linear(patch, vision.num_channels * side**2, hidden, bias, (side, side)),
+        "patch_side": side,
+        "features": (vision.num_hidden_layers,),
+        "projector": (),
+    }
+    return VitSpec(**(facts | more))
+
+
+def _siglip(vision: Any, at: str = _TOWER, kind: Literal["table", "fractions"] = "table") -> VitSpec | None:
+    """Without what follows its layers."""
+    if not isinstance(vision.image_size, int):
+        return None
+    table = f"{at}.embeddings.position_embedding.weight"
+    return _images(
+        vision,
+        f"{at}.embeddings.patch_embedding",
+        bias=True,
+        names=_siglip_names(at),
+        positions=Positions(table, vision.image_size // _side(vision.patch_size), kind),
+    )
+
+
+def _clip(vision: Any) -> VitSpec | None:
+    side = _side(vision.patch_size)
+    if not isinstance(vision.image_size, int):
+        return None
+    return _images(
+        vision,
+        f"{_TOWER}.embeddings.patch_embedding",
+        bias=False,
+        names=_siglip_names(_TOWER),
+        class_token=f"{_TOWER}.embeddings.class_embedding",
+        positions=Positions(f"{_TOWER}.embeddings.position_embedding.weight", vision.image_size // side),
+        embedded_norm=Norm(f"{_TOWER}.pre_layrnorm", vision.hidden_size, vision.layer_norm_eps),
+    )
+
+
+def _pixtral(vision: Any) -> VitSpec:
+    feed, layers = "feed_forward.", f"{_TOWER}.transformer.layers"
+    qkv = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+    mlp = (f"{feed}gate_proj", f"{feed}up_proj", f"{feed}down_proj")
+    return _images(
+        vision,
+        f"{_TOWER}.patch_conv",
+        bias=False,
+        rms=True,
+        names=Names(layers, "attention_norm", qkv, "attention.o_proj", "ffn_norm", mlp),
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        sized=True,
+        patch_norm=Norm(f"{_TOWER}.ln_pre", vision.hidden_size, 1e-5, rms=True),
+        rope=Rope(vision.rope_parameters["rope_theta"], alternating=True),
+    )
+
+
+_TOWERS: dict[str, Callable[[Any], VitSpec | None]] = {
+    "clip_vision_model": _clip,
+    "siglip_vision_model": _siglip,
+    "pixtral": _pixtral,
+}
+
+
+def _projector(config: Any, inner: int) -> tuple[Step, ...]:
+    out, bias = config.text_config.hidden_size, getattr(config, "multimodal_projector_bias", True)
+    first, second = Linear(f"{_PROJECTOR}.linear_1", inner, out, bias), Linear(f"{_PROJECTOR}.linear_2", out, out, bias)
+    return first, Activate(config.projector_hidden_act), second
+
+
+def _llava(config: Any, merger: tuple[Step, ...] = ()) -> VitSpec | None:
+    """One of several towers, and features of a layer amid it, or of several; `merger`: what comes before the
+    projector."""
+    vision, layer = config.vision_config, config.vision_feature_layer
+    tower = _TOWERS[vision.model_type](vision) if vision.model_type in _TOWERS else None
+    layers = vision.num_hidden_layers
+    features = tuple(n if n >= 0 else layers + 1 + n for n in ([layer] if isinstance(layer, int) else layer))
+    if tower is None or not all(0 <= n <= layers for n in features) or (merger and len(features) > 1):
+        return None
+    drop = getattr(config, "vision_feature_select_strategy", "full") == "default"
+    projector = _projector(config, vision.hidden_size * len(features))
+    return replace(tower, features=features, projector=(*((DropFirst(),) if drop else ()), *merger, *projector))
+
+
+def _mistral3(config: Any) -> VitSpec | None:
+    hidden, side = config.vision_config.hidden_size, config.spatial_merge_size
+    merger = (
+        Norm(f"{_PROJECTOR}.norm", hidden, config.text_config.rms_norm_eps, rms=True),
+        Merge(side, "by feature"),
+        Linear(f"{_PROJECTOR}.patch_merger.merging_layer", hidden * side**2, hidden, bias=False),
+    )
+    return _llava(config, merger)
+
+
+def _gemma3(config: Any) -> VitSpec | None:
+    vision, hidden = config.vision_config, config.vision_config.hidden_size
+    tower = _siglip(vision) if vision.model_type == "siglip_vision_model" else None
+    if tower is None or tower.positions is None:
+        return None
+    projection = f"{_PROJECTOR}.mm_input_projection_weight"
+    projector = (
+        Norm(f"{_TOWER}.post_layernorm", hidden, vision.layer_norm_eps),
+        Merge(tower.positions.side // int(config.mm_tokens_per_image**0.5), "mean"),
+        Norm(f"{_PROJECTOR}.mm_soft_emb_norm", hidden, vision.layer_norm_eps, rms=True, less_one=True),
+        Linear("", hidden, config.text_config.hidden_size, bias=False, turned=projection),
+    )
+    return replace(tower, projector=projector)
+
+
+def _idefics3(config: Any) -> VitSpec | None:
+    vision, at, side = config.vision_config, "model.vision_model", config.scale_factor
+    tower = _siglip(vision, at, "fractions")
+    projection = Linear(
+        "model.connector.modality_projection.proj",
+        vision.hidden_size * side**2,
+        config.text_config.hidden_size,
+        bias=False,
+    )
+    norm = Norm(f"{at}.post_layernorm", vision.hidden_size, vision.layer_norm_eps)
+    return None if tower is None else replace(tower, projector=(norm, Merge(side), projection))
+
+
+def _internvl(config: Any) -> VitSpec | None:
+    vision, hidden, layer = config.vision_config, config.vision_config.hidden_size, config.vision_feature_layer
+    image, side = _side(vision.image_size), int(1 / config.downsample_ratio)
+    known = vision.model_type == "internvl_vision" and vision.use_absolute_position_embeddings and image
+    if not known or not isinstance(layer, int) or config.vision_feature_select_strategy != "default":
+        return None
+    qkv = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+    names = Names(
+        f"{_TOWER}.encoder.layer",
+        "layernorm_before",
+        qkv,
+        "attention.projection_layer",
+        "layernorm_after",
+        ("mlp.fc1", "mlp.fc2"),
+        scales=("lambda_1", "lambda_2"),
+        qk_norm=("attention.q_norm", "attention.k_norm") if vision.use_qk_norm else (),
+    )
+    norm = Norm(f"{_TOWER}.layernorm", hidden, vision.layer_norm_eps)
+    joined = hidden * side**2
+    embeddings = f"{_TOWER}.embeddings."
+    return _images(
+        vision,
+        f"{embeddings}patch_embeddings.projection",
+        bias=True,
+        rms=vision.norm_type == "rms_norm",
+        names=names,
+        qkv_bias=vision.attention_bias,
+        class_token=f"{embeddings}cls_token",
+        class_shape=(1, 1),
+        positions=Positions(f"{embeddings}position_embeddings", image // _side(vision.patch_size), leading=(1,)),
+        features=(layer if layer >= 0 else vision.num_hidden_layers + 1 + layer,),
+        projector=(
+            *((norm,) if layer == -1 and not vision.use_mean_pooling else ()),
+            DropFirst(),
+            Merge(side),
+            Norm(f"{_PROJECTOR}.layer_norm", joined, 1e-5),
+            *_projector(config, joined),
+        ),
+    )
+
+
+def _llava_next(config: Any) -> VitSpec | None:
+    """With tiles."""
+    tower, vision = _llava(config), config.vision_config
+    if tower is None or tower.positions is None:
+        return None
+    ratio = getattr(config, "vision_aspect_ratio", "")
+    most = ratio.removeprefix("anyres_max_")
+    if ratio and not most.isdecimal():
+        return None
+    tiles = Tiles(
+        "model.image_newline",
+        config.text_config.hidden_size,
+        tuple((height, width) for height, width in config.image_grid_pinpoints),
+        vision.image_size,
+        tower.positions.side,
+        int(most) if ratio else None,
+    )
+    return replace(tower, tiles=tiles)
+
+
 NATIVE: dict[str, Callable[[Any], VitSpec | None]] = {  # by the whole config's model_type
-    "qwen2_vl": _qwen2_vl,
+    "gemma3": _gemma3,
+    "glm4v": _glm,
+    "glm4v_moe": _glm,
+    "idefics3": _idefics3,
+    "internvl": _internvl,
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_next,
+    "mistral3": _mistral3,
     "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_vl": _qwen3,
-    "qwen3_vl_moe": _qwen3,
+    "qwen2_vl": _qwen2_vl,
     "qwen3_5": _qwen3,
     "qwen3_5_moe": _qwen3,
+    "qwen3_vl": _qwen3,
+    "qwen3_vl_moe": _qwen3,
+    "smolvlm": _idefics3,
 }
 
 
@@ -258,7 +365,10 @@ def vit_spec(config: Any) -> VitSpec | None:
     if vision.hidden_act not in ACTIVATIONS or not _plain(vision):
         return None
     spec = made(config)
-    return None if spec is None or spec.hidden % spec.heads or (spec.rope and spec.hidden // spec.heads % 4) else spec
+    if spec is None or spec.hidden % spec.heads or (spec.rope is not None and spec.hidden // spec.heads % 4):
+        return None
+    kinds = {step.kind for step in spec.projector if isinstance(step, Activate | Gated)}
+    return spec if kinds <= set(ACTIVATIONS) else None
 
 
 def _plain(vision: Any) -> bool:
