@@ -271,7 +271,7 @@ class Scheduler:
         assert self.images is not None
         end = min(start + draft.budget, len(waiting.tokens))
         reach = self.images.reach(waiting, start, end)
-        if reach < end and self.images.waits(waiting):
+        if reach < end and self.images.park(waiting):
             self._waiting.remove(waiting)
             self._waiting.put_apart(waiting, State.FETCHING)
             return False
@@ -418,7 +418,7 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         del self.requests[request.id]
         if self.images is not None and request.images:
-            self.images.forget(request)
+            self._waiting.fetched(self.images.forget(request))
         if self.speculation is not None:
             self.speculation.forget(request)
 

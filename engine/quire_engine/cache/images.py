@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from quire_engine.config import ImageLimits
 from quire_engine.errors import InvalidParameter
-from quire_engine.request import ImageSpan, Request
+from quire_engine.request import ImageSpan, Request, State
 from quire_engine.step import Encode, Ints, StepImages
 
 Inputs = Mapping[str, NDArray[Any]]  # what a vision tower reads of one image
@@ -47,6 +47,10 @@ class ImageCache:
         self._budget = most_tokens
         self._evicted: list[int] = []  # slots that workers still hold
         self._wanted: list[tuple[Request, bytes]] = []
+        self._reached: list[_Key] = []  # what the last request that looked has claimed,
+        self._full = False  # and whether it found no room for another
+        self._parked: dict[Request, list[_Key]] = {}  # what those that wait for pixels have claimed
+        self._crowded: list[Request] = []  # those that wait for room, which is taken by what others wait for
         self._next_slot = 0
         self._at: list[Ints] = []
         self._sources: list[tuple[int, int, int]] = []
@@ -70,14 +74,15 @@ class ImageCache:
 
     def begin(self) -> None:
         """A step is going to be planned. Nothing is claimed yet."""
-        self._claimed.clear()
+        self._claimed = {key for keys in self._parked.values() for key in keys}
         self._encoding, self._budget = [], self._most_tokens
         self._at, self._sources, self._spans = [], [], []
 
     def reach(self, request: Request, computed: int, end: int) -> int:
         """How far, at most to `end`, the request can be computed in this step from `computed` on: up to the first image
-        that is not here. Has the images before that encoded, and asks for those that it lacks, one ahead."""
-        end = min(end, len(request.tokens))
+        that is not here. Has the others before `end` encoded, and asks for those that it lacks and for the next one."""
+        end, missing = min(end, len(request.tokens)), None
+        self._reached, self._full = [], False
         for image, places in zip(request.images, request.image_places, strict=True):
             if places[-1] < computed:
                 continue
@@ -85,11 +90,23 @@ class ImageCache:
             if first >= end:
                 self._claim(request, image, len(places))
                 break
-            if not self._usable(request, image, len(places)):
-                return first
-            if self._limits.whole:
+            usable = self._usable(request, image, len(places))
+            if missing is None and not usable:
+                missing = first
+            elif missing is None and self._limits.whole:
                 end = _whole_runs(places, computed, end)
-        return end
+        return end if missing is None else missing
+
+    def park(self, request: Request) -> bool:
+        """Whether the request that looked last has to wait for pixels, of its own images or of others that take the
+        room: until `provide` or `forget` gives it back. What it has claimed is kept for it."""
+        if any(request in self._images[key].asking for key in self._reached):
+            self._parked[request] = self._reached
+            return True
+        if self._full and any(image.asking for image in self._images.values()):
+            self._crowded.append(request)
+            return True
+        return False
 
     def _usable(self, request: Request, image: ImageSpan, size: int) -> bool:
         found = self._claim(request, image, size)
@@ -112,11 +129,8 @@ class ImageCache:
         key = (image.key, size)
         found = self._images.get(key)
         if found is None:
-            for other in [key for key, one in self._images.items() if not one.asking and key not in self._claimed]:
-                if self._free >= size:
-                    break
-                self._evict(other)
-            if self._free < size:
+            if not self._make_room(size, fair=request.state is State.RUNNING):
+                self._full = True
                 return None
             found = self._images[key] = _Image(image.key, size, self._next_slot, [request])
             self._next_slot += 1
@@ -124,17 +138,27 @@ class ImageCache:
             self._wanted.append((request, image.key))
         self._images.move_to_end(key)
         self._claimed.add(key)
+        self._reached.append(key)
         return found
+
+    def _make_room(self, size: int, *, fair: bool) -> bool:
+        """By evicting what nobody claims. Not for those behind one that waits for room, unless it is `fair`."""
+        if self._crowded and not fair:
+            return False
+        idle = [key for key, one in self._images.items() if not one.asking and key not in self._claimed]
+        if self._free + sum(self._images[key].size for key in idle) < size:
+            return False
+        for key in idle:
+            if self._free >= size:
+                break
+            self._evict(key)
+        return True
 
     def _evict(self, key: _Key) -> None:
         image = self._images.pop(key)
         self._free += image.size
         if image.held:
             self._evicted.append(image.slot)
-
-    def waits(self, request: Request) -> bool:
-        """Whether pixels that are on their way are what it waits for."""
-        return any(request in image.asking for image in self._images.values() if image.inputs is None)
 
     def take_wanted(self) -> list[tuple[Request, bytes]]:
         """Images whose pixels are wanted, each from the client of a request, since this was last asked."""
@@ -143,17 +167,23 @@ class ImageCache:
         return [one for one in dict.fromkeys(wanted) if one in asked]  # others have come since, or nobody waits
 
     def provide(self, key: bytes, inputs: Inputs) -> list[Request]:
-        """Pixels have come. → the requests that waited for them. What nobody waits for any more is dropped."""
-        waited: list[Request] = []
+        """Pixels have come. → parked requests that may look again. What nobody waits for any more is dropped."""
         for (known, _), image in self._images.items():
             if known == key and image.asking:
-                image.inputs = inputs
-                waited += image.asking
-                image.asking = []
-        return waited
+                image.inputs, image.asking = inputs, []
+        return self._unparked()
 
-    def forget(self, request: Request) -> None:
-        """It has ended: whoever else waits for an image that it was to bring is asked instead."""
+    def _unparked(self) -> list[Request]:
+        asking = {request for image in self._images.values() for request in image.asking}
+        found = [request for request in self._parked if request not in asking] + self._crowded
+        self._crowded = []
+        for request in found:
+            self._parked.pop(request, None)
+        return found
+
+    def forget(self, request: Request) -> list[Request]:
+        """It has ended: whoever else waits for an image that it was to bring is asked instead. → as `provide`."""
+        self._parked.pop(request, None)
         for key, image in list(self._images.items()):
             if request in image.asking:
                 asked = image.asking[0] is request
@@ -162,6 +192,7 @@ class ImageCache:
                     self._evict(key)
                 elif asked:
                     self._wanted.append((image.asking[0], key[0]))
+        return [other for other in self._unparked() if other is not request]
 
     def compute(self, request: Request, start: int, end: int, flat: int) -> None:
         """The step computes these tokens of a request, the first of them at `flat` among the step's."""
