@@ -1,6 +1,8 @@
 """Images as models see them: prompts, pixels and embeddings as transformers makes them of a whole conversation."""
 
+import dataclasses
 import json
+import logging
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -10,10 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from greedy import engine_for
 from quire_engine.errors import InvalidParameter, ModelError
-from quire_engine.models.vision import VisionTower, vision_tower
+from quire_engine.models import vision
+from quire_engine.models.vision import TransformersTower, VisionTower, vision_tower
+from quire_engine.models.vit import Vit
 from quire_engine.multimodal.processor import ImageProcessor, ProcessedImage
 from quire_engine.text.tokenizer import Tokenizer
 from quire_engine.weights.resolve import ModelFiles, resolve
@@ -73,6 +79,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     return make
 
 
+@pytest.fixture(params=["ours", "transformers"])
+def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose computes the images."""
+    if request.param == "transformers":
+        monkeypatch.setattr(vision, "vit_spec", lambda config: None)
+    return str(request.param)
+
+
 def pictures(count: int = 4) -> list[Any]:
     return [picture(seed, *size) for seed, size in enumerate(SIZES[:count])]
 
@@ -89,8 +103,10 @@ def prompt(text: str, placeholder: str, images: Sequence[ProcessedImage]) -> str
 
 
 @pytest.mark.parametrize("name", VLMS)
+@pytest.mark.usefixtures("code")
 def test_as_transformers_makes_of_a_whole_conversation(made: Callable[[str], Made], name: str) -> None:
-    """Prompt, pixels, embeddings and what goes to later layers; image by image, and all at once there."""
+    """Prompt, pixels, embeddings and what goes to later layers; image by image, and all at once there. Embeddings are
+    numbers about 1: equal within 1e-5 of that, and of their own size."""
     one = made(name)
     own = one.transformers_s
     images = [one.processor.process(image) for image in pictures()]
@@ -134,6 +150,7 @@ def test_a_picture_is_seen(made: Callable[[str], Made], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VLMS)
+@pytest.mark.usefixtures("code")
 def test_the_tower_alone_is_built(made: Callable[[str], Made], name: str, tmp_path: Path) -> None:
     """And read: a checkpoint without any text will do. What is to be quantized is the text. Without numbers it is as
     large, and without a checkpoint the same wherever it is made."""
@@ -148,7 +165,9 @@ def test_the_tower_alone_is_built(made: Callable[[str], Made], name: str, tmp_pa
     quantized = one.config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     tower = vision_tower(quantized, tmp_path, torch.float32, CPU)
     assert tower.encode(image.inputs).embeddings.equal(expected)
-    assert tower.num_parameters == sum(value.numel() for value in seen.values())
+    count = sum(value.numel() for value in seen.values())
+    assert tower.num_parameters == (count if isinstance(tower, TransformersTower) else read_by(one, image))
+    assert tower.num_parameters <= count
 
     shapes = one.tower(None, torch.bfloat16, torch.device("meta"))
     first, second = (one.tower(None, torch.bfloat16) for _ in range(2))
@@ -158,6 +177,131 @@ def test_the_tower_alone_is_built(made: Callable[[str], Made], name: str, tmp_pa
     assert drawn.isfinite().all()
     assert drawn.std() > 0
     assert drawn.equal(second.encode(image.inputs).embeddings)
+
+
+def read_by(one: Made, image: ProcessedImage) -> int:
+    """Parameters on which what is made of an image depends."""
+    tensors = {name: torch.from_numpy(value) for name, value in image.inputs.items()}
+    out = one.whole.model.get_image_features(**tensors)
+    sum(joined(one).sum() for one in (out.pooler_output, *getattr(out, "deepstack_features", []))).backward()
+    count = sum(parameter.numel() for parameter in one.whole.parameters() if parameter.grad is not None)
+    one.whole.zero_grad(set_to_none=True)
+    return count
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_all_families_are_computed_by_the_vision_transformer(made: Callable[[str], Made], name: str) -> None:
+    assert isinstance(made(name).tower(None, device=torch.device("meta")), Vit)
+
+
+GRIDS = [(1, 4, 4), (1, 2, 14), (1, 10, 18), (3, 6, 10)]
+
+
+def patches(grid: tuple[int, int, int], size: int) -> dict[str, np.ndarray]:
+    numbers = np.random.default_rng(0).normal(size=(int(np.prod(grid)), size))
+    return {"pixel_values": numbers.astype(np.float32), "image_grid_thw": np.array([grid])}
+
+
+def images(*shape: int, **more: Any) -> dict[str, np.ndarray]:
+    found = {"pixel_values": np.random.default_rng(0).normal(size=shape).astype(np.float32)}
+    return found | {name: np.array(value) for name, value in more.items()}
+
+
+def padded() -> np.ndarray:
+    mask = np.ones((1, 3, 32, 32), np.int64)
+    mask[0, 1, 20:] = 0
+    mask[0, 2, :, 9:] = 0
+    return mask
+
+
+def changed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, of_vision: Any, whole: Any) -> Made:
+    vlm = VLMS[name]
+    other = dataclasses.replace(vlm, vision=vlm.vision | of_vision, whole=vlm.whole | whole)
+    monkeypatch.setitem(VLMS, name, other)
+    model = make_vlm(name, folder)
+    files = resolve(str(folder))
+    return Made(model, files, ImageProcessor.load(files))
+
+
+@pytest.mark.parametrize(
+    ("name", "of_vision", "whole", "inputs"),
+    [
+        *(("qwen2_vl", {}, {}, patches(grid, 1176)) for grid in GRIDS),
+        *(("qwen2_5_vl", {}, {}, patches(grid, 1176)) for grid in GRIDS),
+        ("qwen2_5_vl", {"window_size": 112, "num_heads": 4}, {}, patches((1, 10, 18), 1176)),
+        *(("qwen3_vl", {"deepstack_visual_indexes": [1]}, {}, patches(grid, 1536)) for grid in GRIDS),
+        *(("glm4v", {"attention_bias": True}, {}, patches(grid, 1176)) for grid in GRIDS[:3]),
+        ("gemma3", {"vision_use_head": True}, {"mm_tokens_per_image": 4}, images(1, 3, 64, 64)),
+        ("gemma3", {"image_size": 60}, {"mm_tokens_per_image": 9}, images(1, 3, 60, 60)),
+        ("llava", {}, {"vision_feature_layer": [0, -2, 2]}, images(2, 3, 32, 32)),
+        ("llava", {}, {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}, images(1, 3, 32, 32)),
+        ("llava", {}, {"multimodal_projector_bias": False, "projector_hidden_act": "silu"}, images(1, 3, 32, 32)),
+        (
+            "llava",
+            {"model_type": "siglip_vision_model"},
+            {"vision_feature_select_strategy": "full"},
+            images(2, 3, 32, 32),
+        ),
+        ("pixtral", {"num_attention_heads": 4, "head_dim": 8}, {}, images(1, 3, 48, 64, image_sizes=[[40, 56]])),
+        ("pixtral", {}, {"vision_feature_layer": [1, 2]}, images(1, 3, 48, 64)),
+        ("mistral3", {}, {"spatial_merge_size": 3}, images(1, 3, 48, 72, image_sizes=[[48, 72]])),
+        ("idefics3", {}, {}, images(1, 3, 3, 32, 32, pixel_attention_mask=padded())),
+        ("smolvlm", {"image_size": 104}, {"scale_factor": 4}, images(1, 2, 3, 96, 96)),
+        ("internvl", {"use_qk_norm": True, "attention_bias": True, "norm_type": "rms_norm"}, {}, images(2, 3, 32, 32)),
+        ("internvl", {"use_mean_pooling": False}, {}, images(1, 3, 32, 32)),
+        ("internvl", {}, {"vision_feature_layer": 1, "downsample_ratio": 0.25}, images(1, 3, 32, 32)),
+        ("llava_next", {}, {}, images(1, 5, 3, 32, 32, image_sizes=[[50, 47]])),
+        ("llava_next", {}, {}, images(1, 3, 3, 32, 32, image_sizes=[[97, 31]])),
+        (
+            "llava_onevision",
+            {},
+            {"vision_aspect_ratio": "anyres_max_2"},
+            images(1, 5, 3, 32, 32, image_sizes=[[90, 83]]),
+        ),
+    ],
+)
+def test_other_configs(
+    name: str, of_vision: Any, whole: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same families, and images that processors would not make of them."""
+    one = changed(name, tmp_path, monkeypatch, of_vision, whole)
+    tower = one.tower(one.files.folder)
+    assert isinstance(tower, Vit)
+    seen = tower.encode(inputs)
+    theirs = one.features({key: torch.from_numpy(value) for key, value in inputs.items()})
+    expected = joined(theirs.pooler_output)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(seen.embeddings, expected, atol=1e-5, rtol=1e-5)
+    for got, deep in zip(seen.deepstack, getattr(theirs, "deepstack_features", []), strict=True):
+        torch.testing.assert_close(got, joined(deep), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "of_vision", "whole"),
+    [
+        ("qwen3_vl", {"hidden_act": "gelu_new"}, {}),
+        ("llava", {}, {"projector_hidden_act": "relu"}),
+        ("internvl", {"use_absolute_position_embeddings": False}, {}),
+    ],
+)
+def test_configs_left_to_transformers(
+    name: str,
+    of_vision: Any,
+    whole: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Which is said once."""
+    one = changed(name, tmp_path, monkeypatch, of_vision, whole)
+    tower = one.tower(one.files.folder)
+    assert isinstance(tower, TransformersTower)
+    image = one.processor.process(picture(5, 96, 64))
+    assert len(tower.encode(image.inputs).embeddings) == image.num_tokens
+    with caplog.at_level(logging.INFO):
+        engine_for(tmp_path)
+    [told] = [record.message for record in caplog.records if "by transformers' code" in record.message]
+    assert one.config["architectures"][0] in told
 
 
 @pytest.mark.parametrize(
@@ -172,6 +316,7 @@ def test_the_tower_alone_is_built(made: Callable[[str], Made], name: str, tmp_pa
         ("llava_onevision", r"^vision_tower\.", "vision_tower.vision_model."),
     ],
 )
+@pytest.mark.usefixtures("code")
 def test_names_of_other_times(made: Callable[[str], Made], name: str, old: str, new: str, tmp_path: Path) -> None:
     """In which published checkpoints are; some hold beside it what towers have no use for."""
     one = made(name)
@@ -187,6 +332,7 @@ def test_names_of_other_times(made: Callable[[str], Made], name: str, old: str, 
     assert one.tower(tmp_path).encode(image.inputs).embeddings.equal(expected)
 
 
+@pytest.mark.usefixtures("code")
 def test_several_files(made: Callable[[str], Made], tmp_path: Path) -> None:
     one = made("qwen3_vl")
     one.whole.save_pretrained(tmp_path, max_shard_size="200KB")
@@ -208,9 +354,14 @@ def _quantized(dtype: torch.dtype, key: str, stored: dict[str, Tensor]) -> None:
     stored[key] = stored[key].to(dtype)
 
 
+def _packed(key: str, stored: dict[str, Tensor]) -> None:
+    stored[key.removesuffix("weight") + "qweight"] = stored.pop(key).to(torch.int32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_packed, "int32: the vision tower of this checkpoint is quantized"),
         (_lacking, r"has no tensor model\.visual\.blocks\.1\.attn\.qkv\.weight"),
         (_cut, r"model\.visual\.blocks\.1\.attn\.qkv\.weight has shape \[95, 32\], the config asks for \[96, 32\]"),
         (partial(_quantized, torch.float8_e4m3fn), "float8_e4m3fn: the vision tower of this checkpoint is quantized"),
@@ -218,6 +369,7 @@ def _quantized(dtype: torch.dtype, key: str, stored: dict[str, Tensor]) -> None:
         (partial(_quantized, torch.int32), "int32: the vision tower of this checkpoint is quantized"),
     ],
 )
+@pytest.mark.usefixtures("code")
 def test_broken_towers(
     made: Callable[[str], Made], change: Callable[[str, dict[str, Tensor]], None], message: str, tmp_path: Path
 ) -> None:
@@ -276,6 +428,7 @@ class _Bytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", VLMS)
+@pytest.mark.usefixtures("code")
 def test_what_encoding_takes(made: Callable[[str], Made], name: str, dtype: torch.dtype) -> None:
     one = made(name)
     tower = one.tower(one.files.folder, dtype)
@@ -284,6 +437,14 @@ def test_what_encoding_takes(made: Callable[[str], Made], name: str, dtype: torc
         tower.encode(image.inputs)
     held = sum(value.nbytes for value in image.inputs.values())  # which devices have a copy of
     assert counted.most <= tower.activation_bytes(image.num_tokens) <= 5 * (counted.most + held)
+
+
+def test_pixels_that_are_no_image_of_the_model(made: Callable[[str], Made]) -> None:
+    qwen, llava = (made(name).tower(None) for name in ("qwen2_vl", "llava"))
+    with pytest.raises(ValueError, match="an image of 1 x 4 x 4 patches has 8"):
+        qwen.encode(patches((1, 4, 4), 1176) | {"pixel_values": np.zeros((8, 1176), np.float32)})
+    with pytest.raises(ValueError, match="an image of 5 x 4 patches, where the tower sees 4 each way"):
+        llava.encode(images(1, 3, 40, 32))
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "mistral3", "smolvlm", "internvl"])

@@ -64,14 +64,13 @@ class _TowerCheckpoint:
         return list(self._old)
 
     def tensor(self, name: str) -> LazyTensor:
-        lazy = self._checkpoint.tensor(self._old.get(name, name))
-
-        def part(slices: tuple[slice, ...]) -> Tensor:
-            found = lazy.part(slices)
-            _refuse_quantized(lazy.name, found)
-            return found
-
-        return LazyTensor(name, lazy.shape, part)
+        there = [name]
+        if name not in self._old:  # packed weights have names of their own
+            there = [other for other in self._old if other.startswith(name.removesuffix("weight"))]
+        for one in there:
+            lazy = self._checkpoint.tensor(self._old[one])
+            _refuse_quantized(lazy.name, lazy.read(slice(0, 0)))
+        return self._checkpoint.tensor(self._old.get(name, name))
 
 
 def _now(name: str) -> str:

@@ -61,6 +61,13 @@ class _Product:
             return torch.mm(x, self._weight, out=out)
         return torch.addmm(self._bias, x, self._weight, out=out)
 
+    def of_squares(self, images: Tensor, side: int) -> Tensor:
+        """[B, colours, tall, broad] → [R, outer], of each square of pixels. A convolution: the sums are in the order of
+        transformers' own, to which some small models' logits are sensitive."""
+        kernel = self._weight.t().unflatten(1, (-1, side, side))
+        x = F.conv2d(images, kernel, self._bias, stride=side)
+        return x.flatten(2).transpose(1, 2).reshape(-1, x.shape[1])
+
 
 def _products(taken: _Taken, names: Sequence[str], inner: int, outer: int, bias: bool) -> _Product:
     """Several in one."""
@@ -278,12 +285,11 @@ class Vit:
         """Their patches, row by row, each image's after its class token."""
         spec, side, pixels = self._spec, self._spec.patch_side, inputs["pixel_values"]
         images = self._tensor(pixels.reshape(-1, *pixels.shape[-3:]))
-        pieces, colours, tall, broad = images.shape
         if spec.sized and "image_sizes" in inputs:
             [(tall, broad)] = inputs["image_sizes"].tolist()
-        height, width = tall // side, broad // side
-        images = images[:, :, : height * side, : width * side].reshape(pieces, colours, height, side, width, side)
-        x = self._patch(images.permute(0, 2, 4, 1, 3, 5).reshape(-1, spec.patch.inner))
+            images = images[:, :, :tall, :broad]
+        pieces, height, width = len(images), images.shape[2] // side, images.shape[3] // side
+        x = self._patch.of_squares(images, side)
         del images
         if self._patch_norm is not None:
             x = self._patch_norm(x)
@@ -312,12 +318,14 @@ class Vit:
         for axis, count in enumerate((height, width)):
             places, shares = (one.to(self._device) for one in taps_of(count, place.side, place.kind))
             shape = (-1, 1, 1) if axis == 0 else (-1, 1)
-            parts = [
-                table.index_select(axis, place) * share.view(shape) for place, share in zip(places, shares, strict=True)
-            ]
-            table = parts[0]
-            for part in parts[1:]:
-                table += part
+            parts = (
+                table.index_select(axis, place).float().mul_(share.view(shape))
+                for place, share in zip(places, shares, strict=True)
+            )
+            total = next(parts)
+            for part in parts:
+                total += part
+            table = total
         return table.to(self.dtype)
 
     def _angles(self, grid: Grid) -> tuple[Tensor, Tensor] | None:
@@ -359,10 +367,11 @@ def _step(taken: _Taken, fact: Step) -> Callable[[Tensor, Grid], Tensor]:
 
 def _merged(x: Tensor, grid: Grid, fact: Merge) -> Tensor:
     if not fact.blocks:
-        x = _blocks(x.view(grid.pieces, grid.height, grid.width, -1), fact.side)
+        x = x.view(grid.pieces, grid.height, grid.width, -1)
+        if fact.how == "mean":
+            return F.avg_pool2d(x.permute(0, 3, 1, 2), fact.side).flatten(2).transpose(1, 2).flatten(0, 1)
+        x = _blocks(x, fact.side)
     x = x.view(-1, fact.side**2, x.shape[-1])
-    if fact.how == "mean":
-        return x.mean(1)
     return (x.transpose(1, 2) if fact.how == "by feature" else x).flatten(1)
 
 
