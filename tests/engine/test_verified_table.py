@@ -7,6 +7,7 @@ import transformers
 from conftest import Table
 from families import FALLBACK, FAMILIES
 from quire_engine.models.families import FAMILIES as SERVED
+from quire_engine.models.vit_facts import NATIVE
 from quire_engine.weights.text_parts import TEXT_PARTS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from vlms import VLMS
@@ -44,7 +45,8 @@ was killed.
 
 - **text**: the family that computes it, in the table above.
 - **positions**: a token of an image has a time, a row and a column (M-RoPE), or stands in a row with the text.
-- **vision**: what computes embeddings from pixels.
+- **vision**: what computes embeddings from pixels: Quire's vision transformer, of which a family is a page of facts; or
+  transformers' own code, which also computes towers that depart from their family's published ones, and says so.
 
 | `architectures` | tiny model | text | positions | vision |
 |---|---|---|---|---|
@@ -61,7 +63,8 @@ def image_rows() -> list[str]:
         positions = "time, row and column" if part.sections else "in a row"
         if part.bidirectional_images:
             positions += "; tokens of an image see all of it"
-        rows.append(f"| `{architecture}` | {name} | {text} | {positions} | transformers' code |")
+        vision = "Quire's tower" if kind in NATIVE else "transformers' code"
+        rows.append(f"| `{architecture}` | {name} | {text} | {positions} | {vision} |")
     return sorted(rows)
 
 
