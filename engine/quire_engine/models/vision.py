@@ -5,7 +5,6 @@ Each rank has a whole one; what it makes of an image takes the place of the imag
 """
 
 import copy
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from quire_engine.models.vit import Features, Vit
 from quire_engine.models.vit_facts import vit_spec
 from quire_engine.weights.random import RandomWeights
 from quire_engine.weights.tensors import LazyTensor, SafetensorsCheckpoint, TensorReader, Weights
-
-log = logging.getLogger(__name__)
 
 
 class VisionTower(Protocol):
@@ -48,8 +45,6 @@ def vision_tower(
     made = whole_config(config)
     spec = vit_spec(made)
     if spec is None:
-        if device.type != "meta":
-            log.warning("%s: images are computed by transformers' own vision code", made.model_type)
         return TransformersTower(made, folder, dtype, device)
     weights: Weights = RandomWeights(dtype, device)
     if folder is not None:
