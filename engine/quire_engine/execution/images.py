@@ -129,7 +129,7 @@ def image_embeddings(
     folder = None if config.load_format == "dummy" else files.folder
     tower = vision_tower(spec.images.config, folder, dtype, device)
     if isinstance(tower, TransformersTower) and group.rank == 0:
-        log.info(
+        log.warning(
             "images of %s are encoded by transformers' code: Quire's own vision transformer does not know them",
             spec.images.config["architectures"][0],
         )
