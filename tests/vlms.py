@@ -391,7 +391,7 @@ VLMS: dict[str, Vlm] = {
     ),
     "glm4v": Vlm(
         "Glm4vConfig",
-        text=_GLM_ROPE,
+        text=_GLM_ROPE | {"initializer_range": 0.15},
         vision=_GLM,
         tokens=_GLM_TOKENS,
         files=_qwen_files("Glm4vProcessor", 14, "Glm4vImageProcessor"),

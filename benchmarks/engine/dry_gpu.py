@@ -36,7 +36,7 @@ class _Pending:
 
     ready = True
 
-    def __init__(self, places: Places, *rest: Any) -> None:
+    def __init__(self, places: Places, *rest: Any, **named: Any) -> None:
         self._count = len(places.rows)
         self._seed = int(places.positions.sum())
 

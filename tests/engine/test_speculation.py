@@ -295,7 +295,7 @@ def test_ended_amid_drafts(llama: Model) -> None:
     while not (engine.scheduler.num_in_flight and engine.scheduler._in_flight[-1][2].drafted):
         engine.step()
     engine.abort(0)
-    engine.scheduler._deadlines[0] = (0.0, 1)
+    engine.scheduler._deadlines._heap[0] = (0.0, 1, made[1])
     while engine.has_work:
         engine.step()
         engine.scheduler.check_integrity()

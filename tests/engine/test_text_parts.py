@@ -131,7 +131,8 @@ def test_a_config_without_a_part_for_the_text(name: str) -> None:
     flat = spec_of(completed(whole | facts | rope))
     text = {"model_type": f"{kind}_text"} | facts
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [20, 22, 22]}
-    assert flat == dataclasses.replace(spec_of(completed(whole | {"text_config": text})), rope=flat.rope)
+    nested = spec_of(completed(whole | {"text_config": text}))
+    assert flat == dataclasses.replace(nested, rope=flat.rope, images=flat.images)
     assert flat.tie_embeddings
     assert flat.rope is not None
     assert (flat.rope.sections, flat.rope.theta, flat.rope.dim) == ((20, 22, 22), 5e5, 128)

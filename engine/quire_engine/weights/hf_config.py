@@ -79,7 +79,8 @@ def _text_part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     kept = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
     of_text, of_whole = ({key: of[key] for key in ("tie_word_embeddings",) if key in of} for of in (text, config))
     tied = _filled({"text_config": {"model_type": kind} | of_text} | of_whole, whole_kind)["tie_word_embeddings"]
-    parts = {"tie_word_embeddings": tied, "architectures": [family], "text_part_of": name, "whole": config}
+    whole = {**config, "model_type": whole_kind}
+    parts = {"tie_word_embeddings": tied, "architectures": [family], "text_part_of": name, "whole": whole}
     return found | kept | parts
 
 
