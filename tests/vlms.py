@@ -224,8 +224,8 @@ VLMS: dict[str, Vlm] = {
     ),
     "qwen3_vl": _qwen3("Qwen3VLConfig", _INTERLEAVED, deepstack_visual_indexes=[0, 2]),
     "qwen3_vl_moe": _qwen3("Qwen3VLMoeConfig", _INTERLEAVED | _EXPERTS, deepstack_visual_indexes=[0, 2]),
-    "qwen3_5": _qwen3("Qwen3_5Config", FAMILIES["qwen3_5"].facts | _PARTIAL),
-    "qwen3_5_moe": _qwen3("Qwen3_5MoeConfig", FAMILIES["qwen3_5_moe"].facts | _PARTIAL),
+    "qwen3_5": _qwen3("Qwen3_5Config", FAMILIES["qwen3_5"].facts | _PARTIAL | {"initializer_range": 0.045}),
+    "qwen3_5_moe": _qwen3("Qwen3_5MoeConfig", FAMILIES["qwen3_5_moe"].facts | _PARTIAL | {"initializer_range": 0.045}),
     "gemma3": Vlm(
         "Gemma3Config",
         text=FAMILIES["gemma3"].facts,
@@ -400,7 +400,7 @@ VLMS: dict[str, Vlm] = {
     ),
     "glm4v_moe": Vlm(
         "Glm4vMoeConfig",
-        text=FAMILIES["glm4_moe"].facts | {"head_dim": 16} | _GLM_ROPE,
+        text=FAMILIES["glm4_moe"].facts | {"head_dim": 16, "initializer_range": 0.15} | _GLM_ROPE,
         vision=_GLM,
         tokens=_GLM_TOKENS,
         files=_qwen_files("Glm4vProcessor", 14, "Glm4vImageProcessor"),

@@ -4,21 +4,29 @@ import asyncio
 import base64
 import gc
 import threading
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gateways import TOKENS, expected, gateway, tokens, until
 from PIL import Image
 from quire_cluster.config import MediaConfig
 from quire_cluster.gateway import images as module
-from quire_cluster.gateway.images import Images
+from quire_cluster.gateway.generation import Generation, RequestFacts
+from quire_cluster.gateway.images import GatewayImage, Images, SeenImages
 from quire_cluster.gateway.media import Media
 from quire_cluster.wire import image_from_bytes
-from quire_engine.errors import InvalidParameter, QueueFull, Unavailable
+from quire_engine.errors import EngineFailure, InvalidParameter, QueueFull, Unavailable
 from quire_engine.multimodal.pictures import PictureLimits
 from quire_engine.multimodal.processor import ProcessedImage
+from quire_engine.request import EngineSampling, ImageSpan
+from quire_engine.text.output import OutputText
+from quire_engine.text.params import SamplingParams
+from quire_engine.text.tokenizer import Tokenizer
+from quire_protos.v1 import engine_pb2 as pb
 
 
 class Processor:
@@ -121,7 +129,7 @@ def test_an_image_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch
         processor.may_go_on.set()
         monkeypatch.setattr(module, "_SECONDS", 300.0)
         await images.found(message(png(8)), b"")
-        assert len(processor.seen) == 1  # it was read on meanwhile
+        assert len(processor.seen) == 1  # it was begun, and read on meanwhile
 
     asyncio.run(run())
 
@@ -130,12 +138,65 @@ def test_files_of_requests_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch
     async def run() -> None:
         gc.collect()  # what other tests have left
         images = images_for(Processor())
-        monkeypatch.setattr(module, "_FILES", Images._held)
         kept = await images.found(message(png(8)), b"")
+        monkeypatch.setattr(module, "_FILES", module._File.held)
         with pytest.raises(QueueFull):
             await images.found(message(png(9)), b"")
         del kept
         gc.collect()
         await images.found(message(png(9)), b"")
+
+    asyncio.run(run())
+
+
+def test_what_nobody_waits_for_any_more_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = Processor()
+    processor.may_go_on.clear()
+    monkeypatch.setattr(module, "_THREADS", 1)
+
+    async def run() -> None:
+        images = images_for(processor)
+        first = asyncio.ensure_future(images.found(message(png(8)), b""))
+        left = asyncio.ensure_future(images.found(message(png(9)), b""))
+        while len(images._under_way) < 2:
+            await asyncio.sleep(0)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        processor.may_go_on.set()
+        await first
+        await images.found(message(png(10)), b"")
+        assert [width for width, _ in processor.seen] == [8, 10]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [Unavailable("so many images come"), MemoryError()])
+def test_pixels_that_cannot_be_brought_cost_their_request_alone(tokenizer: Tokenizer, error: Exception) -> None:
+    """Whatever kept them, the replica that wants them serves on."""
+
+    class Lost(GatewayImage):
+        async def pixels(self) -> bytes:
+            raise error
+
+    async def run() -> None:
+        async with gateway(tokenizer, 1) as g:
+            [replica] = g.replicas
+            replica.holds = lambda submit: bool(submit.images)
+            nothing: Any = None
+            image = Lost(what="part 0", key=b"k", replacement="", num_tokens=1, file=nothing, maker=nothing)
+            seen = SeenImages((ImageSpan(b"k", 0, 1),), (image,))
+            facts = RequestFacts("request", [5, 6], 0, 0.0, b"", time.monotonic(), seen)
+            texts = [OutputText(tokenizer, SamplingParams(), [5, 6])]
+            generation = Generation(facts, [EngineSampling(max_tokens=TOKENS)], texts)
+            g.dispatcher.submit(generation)
+            await until(lambda: len(replica.submitted) == 1)
+            [wire_id] = [submit.id for submit in replica.submitted]
+            replica._sessions[0].put_nowait(pb.SessionUpdate(wanted=[pb.WantedImage(id=wire_id, key=b"k")]))
+            while await generation.deltas():
+                pass
+            assert isinstance(generation.choices[0].error, Unavailable | EngineFailure)
+            await until(lambda: replica.aborted == [wire_id])
+            assert await tokens(g.start([7, 8])) == expected([7, 8])
 
     asyncio.run(run())

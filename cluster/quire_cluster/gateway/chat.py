@@ -33,6 +33,8 @@ class ChatCompletions(Endpoint):
             tools=body.tools,
             cache_salt=body.cache_salt,
         )
+        for message in body.messages:
+            message.forget_images()
         return [prompt]
 
     async def _sampling(self, prompts: list[list[int]]) -> TokenSampling:

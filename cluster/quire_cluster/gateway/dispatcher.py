@@ -305,6 +305,10 @@ class Dispatcher:
         self._on_load(session)
         self._place_waiting()
 
+    def failed(self, session: ReplicaSession, wire_id: int, error: QuireError) -> None:
+        """A choice ends, for the gateway's own reasons: the replica is told, and is as good as before."""
+        self._tell(session, wire_id, lambda choice: choice.end("error", error=error))
+
     def lost(self, session: ReplicaSession, choices: list[tuple[Choice, bool]], failure: str) -> None:
         """A replica is gone: its choices go on elsewhere, from their logs, unless one is to blame."""
         now = time.monotonic()

@@ -110,6 +110,11 @@ class Message:
         """As the chat template gets it."""
         return {"role": self.role, "content": self.content} | self.more
 
+    def forget_images(self) -> None:
+        """Their data URLs, which are long, once the images are made."""
+        if isinstance(self.content, list):
+            self.content[:] = [part for part in self.content if part["type"] == "text"]
+
     @property
     def text(self) -> str:
         """Its content as one text."""

@@ -7,11 +7,11 @@ embeddings, or its part of the prompt, never does.
 import asyncio
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from quire_engine.errors import InvalidParameter, QueueFull, Unavailable
 from quire_engine.multimodal.library import ImageFacts, ImageLibrary, key_of
@@ -25,14 +25,13 @@ from quire_cluster.wire import image_to_bytes
 _THREADS = 2  # that decode and scale
 _FILES = 1 << 30  # bytes of files that requests under way may have, of all models together
 _SECONDS = 30.0  # that an image may take to become pixels
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GatewayImage(PromptImage):
     """An image of a request under way."""
 
-    file: bytes
+    file: "_File"
     maker: "Images"
 
     async def pixels(self) -> bytes:
@@ -87,8 +86,6 @@ def without_triton() -> Iterator[None]:
 class Images:
     """Of one model."""
 
-    _held = 0  # bytes of files, of all models
-
     def __init__(self, processor: ImageProcessor, media: Media, most: int) -> None:
         """`most`: images of a request."""
         self.processor = processor
@@ -96,7 +93,7 @@ class Images:
         self._media = media
         self._most = most
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
-        self._under_way: dict[bytes, asyncio.Future[ImageFacts]] = {}
+        self._under_way: dict[bytes, _Reading] = {}
 
     def close(self) -> None:
         """No image is taken any more."""
@@ -117,15 +114,16 @@ class Images:
                 "a larger --limit-mm-per-prompt",
                 "messages",
             )
-        tasks = [
-            asyncio.ensure_future(self._image(part, f"part {number} of message {place}", salt))
-            for place, number, part in parts
-        ]
+        named = [self._file(part, f"part {number} of message {place}") for place, number, part in parts]
+        tasks = [asyncio.ensure_future(one) for one in named]
         try:
-            made = await asyncio.gather(*tasks)
+            files = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
+        made = []  # one after the other: the images of one request keep no other's waiting for more than one of them
+        for (place, number, _), file in zip(parts, files, strict=True):
+            made.append(await self._image(file, f"part {number} of message {place}", salt))
         found = [dict(message) for message in messages]
         for place in {place for place, _, _ in parts}:
             found[place]["content"] = list(found[place]["content"])
@@ -133,16 +131,15 @@ class Images:
             found[place]["content"][number] = {"type": "image", "image": image}
         return found
 
-    async def _image(self, part: dict[str, Any], what: str, salt: bytes) -> GatewayImage:
-        if Images._held > _FILES:
-            raise QueueFull("requests under way hold as many images as there is room for; try again later")
+    async def _file(self, part: dict[str, Any], what: str) -> "_File":
         if part["type"] == "image":
-            file = part["image"]
-        else:
-            file = await self._media.read(part["image_url"]["url"], what)
-        key = await asyncio.to_thread(key_of, file, salt)
-        facts = self._library.known(key) or await self._read(key, file, what)
-        image = GatewayImage(
+            return _File(part["image"])
+        return _File(await self._media.read(part["image_url"]["url"], what))
+
+    async def _image(self, file: "_File", what: str, salt: bytes) -> GatewayImage:
+        key = await asyncio.to_thread(key_of, file.content, salt)
+        facts = self._library.known(key) or await self._read(key, file.content, what)
+        return GatewayImage(
             what=what,
             key=key,
             replacement=facts.replacement,
@@ -152,38 +149,61 @@ class Images:
             file=file,
             maker=self,
         )
-        Images._held += len(file)
-        weakref.finalize(image, _let_go, len(file))
-        return image
 
-    async def _read(self, key: bytes, file: bytes, what: str) -> ImageFacts:
-        """Whoever sends an image that is being read waits for it; it is read on where others leave."""
+    async def _read(self, key: bytes, content: bytes, what: str) -> ImageFacts:
+        """Whoever sends an image that is being read waits for it. One that nobody waits for any more is not begun."""
         reading = self._under_way.get(key)
         if reading is None:
-            reading = self._under_way[key] = self._in_pool(lambda: self._library.facts(key, file, what))
-            reading.add_done_callback(lambda _: self._under_way.pop(key))
-        return await _in_time(asyncio.shield(reading), what)
+            work = self._pool.submit(self._library.facts, key, content, what)
+            reading = self._under_way[key] = _Reading(work, asyncio.wrap_future(work))
+            reading.done.add_done_callback(lambda done: self._ended(key, done))
+        reading.waiting += 1
+        try:
+            return await asyncio.wait_for(asyncio.shield(reading.done), _SECONDS)
+        except TimeoutError:
+            raise Unavailable(
+                f"{what}: it was not read within {_SECONDS:.0f} s, so many images come; try again later", 1.0
+            ) from None
+        finally:
+            reading.waiting -= 1
+            if not reading.waiting:
+                reading.work.cancel()
+
+    def _ended(self, key: bytes, done: "asyncio.Future[ImageFacts]") -> None:
+        del self._under_way[key]
+        if not done.cancelled():
+            done.exception()  # it may be that nobody waits to hear of it
 
     async def pixels(self, image: GatewayImage) -> bytes:
-        """See `GatewayImage.pixels`."""
-
-        def work() -> bytes:
-            return image_to_bytes(self._library.made(image.key, image.file, image.what).inputs)
-
-        return await _in_time(self._in_pool(work), image.what)
-
-    def _in_pool(self, work: Callable[[], Result]) -> "asyncio.Future[Result]":
-        return asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """See `GatewayImage.pixels`. Not in the queue of those that are read for the first time."""
+        content = image.file.content
+        return await asyncio.to_thread(
+            lambda: image_to_bytes(self._library.made(image.key, content, image.what).inputs)
+        )
 
 
-async def _in_time(work: "asyncio.Future[Result]", what: str) -> Result:
-    try:
-        return await asyncio.wait_for(work, _SECONDS)
-    except TimeoutError:
-        raise Unavailable(
-            f"{what}: it was not read within {_SECONDS:.0f} s, so many images come; try again later", 1.0
-        ) from None
+class _File:
+    """A file of a request under way, which counts as long as anybody holds it. Raises QueueFull where there are too
+    many."""
+
+    held = 0  # bytes of all of them, of all models
+
+    def __init__(self, content: bytes) -> None:
+        if _File.held + len(content) > _FILES:
+            raise QueueFull("requests under way hold as many images as there is room for; try again later")
+        self.content = content
+        _File.held += len(content)
+        weakref.finalize(self, _let_go, len(content))
+
+
+@dataclass(slots=True)
+class _Reading:
+    """An image that is read, or is going to be."""
+
+    work: Future[ImageFacts]
+    done: "asyncio.Future[ImageFacts]"
+    waiting: int = 0
 
 
 def _let_go(size: int) -> None:
-    Images._held -= size
+    _File.held -= size

@@ -47,6 +47,9 @@ class SessionListener(Protocol):
     def reported(self, session: "ReplicaSession") -> None:
         """Its load is a new one."""
 
+    def failed(self, session: "ReplicaSession", wire_id: int, error: QuireError) -> None:
+        """Something that a choice needs cannot be brought to the replica."""
+
     def lost(self, session: "ReplicaSession", choices: list[tuple[Choice, bool]], failure: str) -> None:
         """It broke: the choices that were there, and whether the replica had taken them into a step. `failure`: what
         the replica said of it, if it did."""
@@ -209,10 +212,11 @@ class ReplicaSession:
             if image is None:
                 raise EngineFailure("a replica wants an image that the request does not have")
             pixels = memoryview(await image.pixels())
-        except QuireError as error:
-            self._aborts.append(wire_id)
-            self._refuse(wire_id, error)
-            self._work.set()
+        except Exception as error:  # whatever it is, the request would wait for ever
+            if not isinstance(error, QuireError):
+                log.exception("an image of request %s cannot be brought", choice.facts.request_id)
+                error = EngineFailure(f"an image could not be read again: {type(error).__name__}")
+            self._listener.failed(self, wire_id, error)
             return
         for at in range(0, len(pixels), _PIECE):
             last = at + _PIECE >= len(pixels)
