@@ -3,6 +3,7 @@
 import pickle
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from quire_engine.speculation.suffix import SuffixDrafter
 from quire_engine.speculation.workers import WorkersDrafter
 from quire_engine.step import StepPlan, StepResult
 from quire_engine.weights.resolve import find_model
+from shown import Shower, run_shown
+from vlms import picture
 
 BATCH = prompts()[1:4]
 STOP = b""
+SEEN = "images"  # what is asked is about PARTS
+PARTS = ["One: ", picture(1, 96, 60), " two: ", picture(2, 50, 120), " differ in?"]
 
 
 class TwoRanks:
@@ -47,26 +52,31 @@ def tell(rank: int, message: bytes | None = None) -> bytes:
 
 
 def serve(rank: int, port: int, orders: Connection, stages: int = 1) -> None:
-    """Order after order (a folder, and a model that guesses): the rank that draws answers with the tokens and how many
-    drafts were accepted of how many, or with what went wrong."""
+    """Order after order (a folder, and a model that guesses, or SEEN): the rank that draws answers with the tokens and
+    how many drafts were accepted of how many, or with what went wrong."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
     group = ParallelGroup.join(rank, 2 // stages, stages, "127.0.0.1", port, device, dtype=torch.float32)
     drawing = group.drawing_rank
     while (order := orders.recv()) is not None:
         folder, speculative = order
+        seeing = speculative == SEEN
         try:
             config = EngineConfig(
                 model=folder,
                 device="cpu",
                 kv_cache_memory_bytes=4 << 20,
-                max_num_batched_tokens=24,
+                max_num_batched_tokens=None if seeing else 24,
                 tensor_parallel_size=2 // stages,
                 pipeline_parallel_size=stages,
-                speculative_config=speculative or '{"num_speculative_tokens": 4}',
+                speculative_config=None if seeing else speculative or '{"num_speculative_tokens": 4}',
             )
             runner = ModelRunner(config, find_model(config), group)
-            if rank == drawing:
+            if rank == drawing and seeing:
+                tokens = run_shown(Engine(TwoRanks(runner, rank)), [Shower(Path(folder)).show(PARTS)])
+                tell(rank, STOP)
+                orders.send((tokens, 0, 0))
+            elif rank == drawing:
                 drafter: Drafter = WorkersDrafter() if speculative else SuffixDrafter()
                 engine = Engine(TwoRanks(runner, rank), speculation(drafter))
                 tokens = run(engine, BATCH, max_tokens=16)

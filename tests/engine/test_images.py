@@ -21,6 +21,7 @@ CONVERSATIONS: dict[str, Parts] = {
     "several": ["One: ", WIDE, " two: ", TALL, " and three: ", WIDE, " differ in?"],
 }
 FEW = "qwen2_5_vl", "gemma3", "idefics3"  # one with M-RoPE, one that sees its images both ways, one in pieces
+EACH = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in VLMS]
 
 
 class Family:
@@ -76,7 +77,7 @@ def test_logits_and_tokens(name: str, family_of: Any) -> None:
     assert run(engine, texts, 600, max_tokens=24) == alone
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in VLMS])
+@pytest.mark.parametrize("name", EACH)
 def test_cut_up(name: str, family_of: Any) -> None:
     """A prompt is computed in pieces that end amid images, beside others, without a prefix cache."""
     family = family_of(name)
@@ -85,7 +86,7 @@ def test_cut_up(name: str, family_of: Any) -> None:
     assert run_shown(engine, list(family.shown.values())) == family.tokens(kinds)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", EACH)
 def test_preempted(name: str, family_of: Any) -> None:
     """There are not pages enough for all: some lose theirs, and compute their images' tokens again."""
     family = family_of(name)
@@ -95,7 +96,8 @@ def test_preempted(name: str, family_of: Any) -> None:
     engine = engine_for(
         family.folder,
         max_model_len=min(16 * pages, 512),
-        kv_cache_memory_bytes=pages * probe.memory.page_bytes,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=pages * probe.memory.page_bytes + 9 * probe.memory.state_bytes,
         enable_prefix_caching=False,
     )
     wanted = family.tokens(["several", "middle", "several", "first"])
@@ -169,7 +171,7 @@ def test_other_images_under_the_same_text_share_no_page(name: str, family_of: An
             assert request.num_cached <= shown.spans[0].start
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", EACH)
 def test_resumed(name: str, family_of: Any) -> None:
     """Another engine goes on from the log."""
     family = family_of(name)

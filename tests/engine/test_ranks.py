@@ -20,7 +20,10 @@ from quire_engine.execution.runner import ModelRunner
 from quire_engine.parallel import ParallelGroup
 from quire_engine.speculation.workers import WorkersDrafter
 from quire_engine.weights.resolve import find_model
-from two_ranks import BATCH, serve
+from shown import Shower
+from shown import truth as seen_truth
+from two_ranks import BATCH, PARTS, SEEN, serve
+from vlms import VLMS, make_vlm
 
 pytestmark = pytest.mark.xdist_group("families")  # their table is one process's
 
@@ -78,6 +81,21 @@ def test_two_ranks(checkpoint: Callable[[str], Path], ranks: Ask, table: Table, 
         return
     assert answer[0] == [tokens[:16] for tokens in truth(folder, BATCH)]
     table.row(family, folder)["TP 2"] = "yes"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "ranks") for name in VLMS),
+        *(pytest.param(name, "stages", marks=() if name == "qwen3_vl" else pytest.mark.slow) for name in VLMS),
+    ],
+)
+def test_images_on_two(request: pytest.FixtureRequest, tmp_path: Path, kind: str, name: str) -> None:
+    """Every rank has the tower; of stages the first one, and with deepstack whichever it reaches."""
+    model = make_vlm(name, tmp_path)
+    answer = request.getfixturevalue(kind)(tmp_path, SEEN)
+    assert not isinstance(answer, str), answer
+    assert answer[0] == [seen_truth(model, Shower(tmp_path).show(PARTS))[1]]
 
 
 @pytest.mark.parametrize("kind", ["ranks", "stages"])
