@@ -19,13 +19,15 @@ from quire_engine.errors import InvalidParameter, RequestError, ServerError
 from quire.cli.batch_lines import Line, line_of
 from quire.llm import LLM, RequestOutput
 
+NOTHING_OPEN = MediaConfig()  # images come in data URLs alone
 _SHARE = 1024  # lines that run together, and are written together
 _BOM = b"\xef\xbb\xbf"
 _RESULT = b'{"id":"batch_req_'  # every result begins so; nothing else is added to, or cut
 
 
-def run_batch(config: EngineConfig, media: MediaConfig, source: str, target: str) -> None:
-    """Runs every line that can be run; a line that cannot gets its error. Raises InvalidParameter for the files."""
+def run_batch(config: EngineConfig, source: str, target: str, media: MediaConfig = NOTHING_OPEN) -> None:
+    """Runs every line that can be run; a line that cannot gets its error. `media`: where URLs of images may lead.
+    Raises InvalidParameter for the files."""
     lines = _read(Path(source))
     output = Path(target)
     done = _done(output)

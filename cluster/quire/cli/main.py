@@ -232,7 +232,7 @@ def _plan(arguments: argparse.Namespace, config: PlanConfig, engine: EngineConfi
 def _run_batch(arguments: argparse.Namespace, engine: EngineConfig, media: MediaConfig) -> None:
     from quire.cli.batch import run_batch
 
-    run_batch(engine, media, arguments.input, arguments.output)
+    run_batch(engine, arguments.input, arguments.output, media)
 
 
 def _chat(arguments: argparse.Namespace, config: ChatConfig) -> None:
