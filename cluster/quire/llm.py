@@ -181,7 +181,9 @@ class LLM:
         text, data = prompt.get("prompt"), prompt.get("multi_modal_data")
         if not isinstance(text, str) or not isinstance(data, Mapping) or data.keys() != {"image"} or len(prompt) != 2:
             raise InvalidParameter(
-                'a prompt with images is {"prompt": a text, "multi_modal_data": {"image": one, or a list}}', "prompts"
+                f"prompts holds {prompt!r:.80}, which is no text and no list of token ids; a text with images is "
+                '{"prompt": a text, "multi_modal_data": {"image": one, or a list}}',
+                "prompts",
             )
         images = self.images.in_text(data["image"])
         return (self.images.expanded(text, images) if images else text), images

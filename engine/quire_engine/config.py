@@ -148,7 +148,7 @@ class SpeculativeConfig:
                 "speculative_config",
             )
         known = [f.name for f in fields(SpeculativeConfig)]
-        for name in given:
+        for name in sorted(given):
             if name not in known:
                 raise InvalidParameter(
                     f"speculative_config has {name!r:.80}; known are {', '.join(known)}", "speculative_config"

@@ -177,7 +177,8 @@ def another(f: Any, config: Any) -> Any:
     if kind is bool:
         return not now
     if kind is str:
-        other = "{}" if f.metadata.get("form") == "a JSON object" else "other"
+        other = '{"image": 2}' if f.name == "limit_mm_per_prompt" else "other"
+        other = "{}" if f.name == "speculative_config" else other
         return next((one for one in f.metadata.get("choices") or () if one != now), other)
     candidates: list[float] = [f.metadata["least"], f.metadata["most"], 1, 2, 0.5, 64]
     for one in candidates:

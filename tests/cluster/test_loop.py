@@ -281,7 +281,7 @@ def test_messages_of_grpc_are_read_in_threads(tokenizer: Tokenizer, monkeypatch:
             raise grpc.aio.AbortError
 
     async def run() -> None:
-        seen = watch(monkeypatch, grpc_api, "_conversation")
+        seen = watch(monkeypatch, grpc_api, "conversation")
         messages = [pb.ChatMessage(role="user", content="hello")] * 1000
         request = pb.ChatRequest(messages=messages, sampling=pb.SamplingParams(max_tokens=9000))
         with pytest.raises(grpc.aio.AbortError):

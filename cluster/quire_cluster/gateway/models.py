@@ -26,8 +26,9 @@ from quire_cluster.reports import ModelReport, WaitingRequest
 from quire_cluster.routing_table import ClusterTable, Key, RoutingTable, Served
 
 log = logging.getLogger(__name__)
-# What a service is made of: the model's revision, the chat template, the parsers, and whether tools may be called.
-_Text = tuple[str, str | None, str | None, str | None, bool]
+# What a service is made of: the model's revision, the chat template, the parsers, whether tools may be called, and how
+# many images there may be.
+_Text = tuple[str, str | None, str | None, str | None, bool, int]
 _RETRY = 10.0  # seconds until a model that could not be read is tried again
 _READ = 60.0  # seconds that a request waits for one that is being read
 
@@ -40,6 +41,7 @@ def _text_of(deployment: Deployment) -> _Text:
         config.tool_call_parser,
         config.reasoning_parser,
         config.enable_auto_tool_choice,
+        deployment.engine.images_per_prompt,
     )
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from quire_engine.errors import InvalidParameter
-from quire_engine.request import ImageSpan
+
+if TYPE_CHECKING:
+    from quire_engine.request import ImageSpan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,14 +55,16 @@ def first_lost(messages: Iterable[Mapping[str, Any]]) -> PromptImage | None:
     return next((part["image"] for message, part in parts_of(messages) if message["role"] != "user"), None)
 
 
-def spans_of(tokens: Sequence[int], images: Sequence[PromptImage], image_token: int) -> tuple[ImageSpan, ...]:
+def spans_of(tokens: Sequence[int], images: Sequence[PromptImage], image_token: int) -> "tuple[ImageSpan, ...]":
     """Where the images of a prompt stand. Raises InvalidParameter where its text has tokens of images besides."""
-    places = np.flatnonzero(np.asarray(tokens) == image_token)
+    from quire_engine.request import ImageSpan  # who only names images goes without numpy
+
+    places = [place for place, token in enumerate(tokens) if token == image_token]
     if len(places) != sum(image.num_tokens for image in images):
         _refuse("the text holds the token that stands for a piece of an image; leave it out")
     spans, at = [], 0
     for image in images:
-        first, last = int(places[at]), int(places[at + image.num_tokens - 1])
+        first, last = places[at], places[at + image.num_tokens - 1]
         spans.append(ImageSpan(image.key, first, last + 1 - first, image.rows, image.columns))
         at += image.num_tokens
     return tuple(spans)
