@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from quire_cluster.config import MediaConfig
@@ -98,15 +98,7 @@ class OfflineImages:
         file = self._file(given, what)
         key = key_of(file)
         facts = library.facts(key, file, what)
-        return OfflineImage(
-            what=what,
-            key=key,
-            replacement=facts.replacement,
-            num_tokens=facts.num_tokens,
-            rows=facts.rows,
-            columns=facts.columns,
-            file=file,
-        )
+        return OfflineImage(what=what, key=key, file=file, **asdict(facts))
 
     def _file(self, given: Any, what: str) -> bytes:
         if isinstance(given, Mapping) and isinstance(url := given.get("url"), str):

@@ -163,10 +163,13 @@ def test_what_nobody_waits_for_any_more_is_not_begun(monkeypatch: pytest.MonkeyP
         left.cancel()
         with pytest.raises(asyncio.CancelledError):
             await left
+        assert len(images._under_way) == 1
+        again = asyncio.ensure_future(images.found(message(png(9)), b""))  # whoever comes at once after has it read
         processor.may_go_on.set()
         await first
+        await again
         await images.found(message(png(10)), b"")
-        assert [width for width, _ in processor.seen] == [8, 10]
+        assert [width for width, _ in processor.seen] == [8, 9, 10]
 
     asyncio.run(run())
 

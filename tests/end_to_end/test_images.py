@@ -101,7 +101,7 @@ def test_openai_client(seeing: RunningServer, model: tuple[Path, list[int]]) -> 
         "extra_body": {"ignore_eos": True, "return_token_ids": True},
     }
     whole = client.chat.completions.create(**options)
-    assert whole.choices[0].token_ids == wanted  # type: ignore[attr-defined]
+    assert whole.choices[0].model_dump()["token_ids"] == wanted
     details = whole.usage.prompt_tokens_details.model_dump()
     assert details["image_tokens"] == _image_tokens(model[0], whole.choices[0].prompt_token_ids) > 0
     stream = client.chat.completions.create(**options, stream=True)

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from quire_engine.errors import InvalidParameter, QueueFull, Unavailable
@@ -142,12 +142,9 @@ class Images:
         return GatewayImage(
             what=what,
             key=key,
-            replacement=facts.replacement,
-            num_tokens=facts.num_tokens,
-            rows=facts.rows,
-            columns=facts.columns,
             file=file,
             maker=self,
+            **asdict(facts),
         )
 
     async def _read(self, key: bytes, content: bytes, what: str) -> ImageFacts:
@@ -156,7 +153,7 @@ class Images:
         if reading is None:
             work = self._pool.submit(self._library.facts, key, content, what)
             reading = self._under_way[key] = _Reading(work, asyncio.wrap_future(work))
-            reading.done.add_done_callback(lambda done: self._ended(key, done))
+            reading.done.add_done_callback(lambda done: self._forget(key, done))
         reading.waiting += 1
         try:
             return await asyncio.wait_for(asyncio.shield(reading.done), _SECONDS)
@@ -166,12 +163,14 @@ class Images:
             ) from None
         finally:
             reading.waiting -= 1
-            if not reading.waiting:
-                reading.work.cancel()
+            if not reading.waiting and reading.work.cancel():  # who comes next has it read anew
+                self._forget(key, reading.done)
 
-    def _ended(self, key: bytes, done: "asyncio.Future[ImageFacts]") -> None:
-        del self._under_way[key]
-        if not done.cancelled():
+    def _forget(self, key: bytes, done: "asyncio.Future[ImageFacts]") -> None:
+        reading = self._under_way.get(key)
+        if reading is not None and reading.done is done:
+            del self._under_way[key]
+        if done.done() and not done.cancelled():
             done.exception()  # it may be that nobody waits to hear of it
 
     async def pixels(self, image: GatewayImage) -> bytes:

@@ -237,11 +237,6 @@ class ImageCache:
         told = {request: [unseen[image.key] for image in request.images if image.key in unseen] for request in requests}
         return [(request, why[0]) for request, why in told.items() if why]
 
-    @property
-    def num_held(self) -> int:
-        """Tokens of embeddings that workers hold or are going to."""
-        return self._limits.room - self._free
-
     def check_integrity(self) -> None:
         """Raises AssertionError unless the room adds up."""
         assert self._free + sum(image.size for image in self._images.values()) == self._limits.room, "room is lost"

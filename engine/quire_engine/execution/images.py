@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,6 +140,7 @@ def image_embeddings(
 def seen_spans(positions: Tensor, spans: Ints) -> Tensor:
     """[T, 2] the positions that a token sees besides those before it: of an image all, else itself."""
     found = torch.stack((positions, positions + 1), 1)
-    for first, last, begin, end in spans.tolist():
-        found[first:last] = torch.tensor((begin, end), dtype=found.dtype, device=found.device)
-    return found
+    firsts, lasts = spans[:, 0], spans[:, 1]
+    places = np.concatenate([np.arange(first, last) for first, last in zip(firsts, lasts, strict=True)])
+    seen = torch.from_numpy(np.repeat(spans[:, 2:], lasts - firsts, 0)).to(found)
+    return found.index_copy_(0, torch.from_numpy(places).to(found.device, torch.int64), seen)

@@ -53,6 +53,7 @@ def _pixtral() -> Any:
 
 
 def _spelled(number: int) -> str:
+    """In place of num2words, with which SmolVLM's processor tells how long a video is: never called for an image."""
     raise NotImplementedError("videos are not served")
 
 
