@@ -84,6 +84,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": _family(
         "Ministral3Config",
         head_dim=32,
+        initializer_range=0.15,
         rope_parameters=_YARN | {"original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.5},
     ),
     "mixtral": _family("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=24),

@@ -56,6 +56,10 @@ def _three(
 
 
 WHOLE: dict[str, Whole] = {
+    "deepseek_vl": _llava("DeepseekVL", "llama", "siglip_vision_model"),
+    "exaone4_5": Whole(
+        "Exaone4_5_ForConditionalGeneration", "Exaone4_5_Config", "exaone4", {"model_type": "exaone4"}, _QWEN
+    ),
     "gemma3": Whole(
         "Gemma3ForConditionalGeneration", "Gemma3Config", "gemma3", {"final_logit_softcapping": 3.0}, _TOWER
     ),
@@ -66,6 +70,7 @@ WHOLE: dict[str, Whole] = {
     "internvl_qwen3": _llava("InternVL", "qwen3", ""),
     "internvl_qwen3_moe": _llava("InternVL", "qwen3_moe", ""),
     "internvl_gpt_oss": _llava("InternVL", "gpt_oss", ""),
+    "lighton_ocr": _llava("LightOnOcr", "qwen3", "pixtral"),
     "llava": _llava("Llava", "llama", "clip_vision_model"),
     "llava_next": _llava("LlavaNext", "mistral", "clip_vision_model"),
     "llava_onevision": _llava("LlavaOnevision", "qwen2", "siglip_vision_model"),
@@ -80,6 +85,8 @@ WHOLE: dict[str, Whole] = {
     "qwen3_5": _three("Qwen3_5", "qwen3_5", _QWEN, (2, 1, 1), 0.25),
     "qwen3_5_moe": _three("Qwen3_5Moe", "qwen3_5_moe", _QWEN, (2, 1, 1), 0.25),
     "smolvlm": _llava("SmolVLM", "llama", ""),
+    "video_llama_3": _llava("VideoLlama3", "qwen2", ""),
+    "vipllava": _llava("VipLlava", "llama", "clip_vision_model"),
 }
 
 

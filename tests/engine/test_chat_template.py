@@ -9,6 +9,7 @@ import pytest
 from quire_engine.errors import InvalidParameter, ModelError
 from quire_engine.text import chat_template
 from quire_engine.text.chat_template import ChatTemplate
+from quire_engine.text.images import PromptImage
 from templates import SPECIAL, TEMPLATES, read, transformers_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -117,6 +118,14 @@ def test_parts_for_templates_that_know_only_parts() -> None:
     for source, expected in ((loops, "[hello]"), (indexes, "hello")):
         assert ours(ChatTemplate(source, {}), [{"role": "user", "content": "hello"}]) == expected
     assert ours(ChatTemplate(loops, {}), [{"role": "assistant", "content": None}]) == ""
+
+
+def test_an_image_at_the_end_is_not_continued() -> None:
+    image = {"type": "image", "image": PromptImage(what="image", key=b"", replacement="", num_tokens=1)}
+    content = [{"type": "text", "text": "It shows "}, image]
+    template = ChatTemplate("{% for part in messages[0].content %}{{ part.type }}{% endfor %}", {})
+    with pytest.raises(InvalidParameter, match="ends with a text"):
+        ours(template, [{"role": "user", "content": content}], opening=False)
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,10 @@ def plan_memory(
     activations += images.step + images.embeddings
     left = free_bytes - weights - activations - reserved
     if left <= 0:
-        smaller = "lower --max-num-batched-tokens or --max-num-seqs, " if weights < free_bytes else ""
+        options = ["--max-num-batched-tokens", "--max-num-seqs"]
+        if images.embeddings:
+            options.append("--encoder-cache-memory-bytes")
+        smaller = f"lower {' or '.join(options)}, " if weights < free_bytes else ""
         raise OutOfMemory(
             f"the weights take {weights / GIB:.2f} GiB and a step's buffers {(activations + reserved) / GIB:.2f} GiB "
             f"of the {free_bytes / GIB:.2f} GiB there are; {smaller}use more ranks (-tp), --quantization fp8 or a "

@@ -95,8 +95,14 @@ class TransformersTower:
         self.dtype = dtype
         self._config = config
         tower = _without_text(_class_of(self._config))
-        with torch.device("meta"):
-            model = tower._from_config(copy.deepcopy(self._config), dtype=dtype, attn_implementation="sdpa")
+        try:
+            with torch.device("meta"):
+                model = tower._from_config(copy.deepcopy(self._config), dtype=dtype, attn_implementation="sdpa")
+        except Exception as error:  # others' code, which raises nearly anything where a value is not what it expects
+            raise ModelError(
+                f"transformers makes no vision tower of vision_config ({type(error).__name__}: {str(error)[:300]}); "
+                "correct it"
+            ) from error
         if device.type != "meta":
             stored = _random(model, dtype) if folder is None else _stored(model, folder)
             model = _loaded(tower, self._config, stored, dtype)
@@ -158,7 +164,7 @@ def _patches(config: Any, tokens: int) -> int:
         return tokens * scale**2
     if ratio := _first(config, "downsample_ratio"):
         return math.ceil(tokens / ratio**2)
-    if vision.model_type == "pixtral":
+    if not hasattr(vision, "image_size") or vision.model_type == "pixtral":
         return tokens
     tile = (_side(vision.image_size) // _side(vision.patch_size)) ** 2 + 1
     if pinpoints := _first(config, "image_grid_pinpoints"):  # of a tile's edges some are cut off afterwards

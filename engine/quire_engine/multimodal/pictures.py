@@ -152,13 +152,14 @@ def _stray_percent(what: str) -> InvalidParameter:
 
 
 def _from_base64(text: bytes, what: str) -> bytes:
+    if any(byte in text for byte in b" \n\r\t"):
+        raise wrong(what, "its base64 holds white space; send it in one line")
     if len(text) % 4:
         raise wrong(what, "its base64 is no multiple of four characters: it was cut off, or lacks = at its end")
     try:
         pieces = [binascii.a2b_base64(text[at : at + _PIECE], strict_mode=True) for at in range(0, len(text), _PIECE)]
     except binascii.Error as error:
-        why = "white space" if any(byte in text for byte in b" \n\r\t") else "what is no base64"
-        raise wrong(what, f"its base64 holds {why}; send A-Z a-z 0-9 + / and = at the end, in one line") from error
+        raise wrong(what, "its base64 holds what is no base64; send A-Z a-z 0-9 + / and = at the end") from error
     if text.endswith(b"===") or any(text[at - 1 : at] == b"=" for at in range(_PIECE, len(text), _PIECE)):
         raise wrong(what, "its base64 has = before its end; send one file in one piece")
     return b"".join(pieces)

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _OWN = ("processor_config.json", "preprocessor_config.json")
-_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")  # what vision towers read
+_INPUTS = (  # what vision towers read
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_sizes",
+    "image_grid_thw",
+    "image_merge_sizes",
+)
 _loading = threading.Lock()
 
 

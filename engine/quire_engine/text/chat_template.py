@@ -287,16 +287,14 @@ def _mark_end(messages: list[dict[str, Any]]) -> str:
     last = messages[-1] if messages else {}
     content = last.get("content")
     if isinstance(content, list):
-        texts = [place for place, part in enumerate(content) if "text" in part]
-        if texts:
-            text = str(content[texts[-1]]["text"])
-            last["content"] = [dict(part) for part in content]
-            last["content"][texts[-1]]["text"] = text + _MARK
+        if content and "text" in content[-1]:
+            text = str(content[-1]["text"])
+            last["content"] = [*content[:-1], {**content[-1], "text": text + _MARK}]
             return text
     elif isinstance(content, str):
         last["content"] = content + _MARK
         return content
-    raise InvalidParameter("continue_final_message needs a last message with a text to continue", "messages")
+    raise InvalidParameter("continue_final_message needs a last message that ends with a text to continue", "messages")
 
 
 def _cut_at_mark(text: str, continued: str) -> str:

@@ -40,13 +40,13 @@ def check_conversation(messages: Sequence[Mapping[str, Any]], placeholder: str) 
 
 def expand(text: str, images: Sequence[PromptImage], placeholder: str, lost: PromptImage | None = None) -> str:
     """A prompt with what stands for each image in place of its `placeholder`. Raises InvalidParameter where there are
-    not as many; it is then said of the `lost` one (default: the first)."""
+    not as many; where there are fewer it is said of the `lost` one (default: the first)."""
     pieces = text.split(placeholder)
-    if len(pieces) != len(images) + 1:
-        _refuse(
-            f"{(lost or images[0]).what}: there are {len(images)} images, and the prompt has {len(pieces) - 1} places "
-            f"for them ({placeholder}); the chat template writes those of messages of role 'user'"
-        )
+    counts = f"there are {len(images)} images, and the prompt has {len(pieces) - 1} places for them ({placeholder})"
+    if len(pieces) > len(images) + 1:
+        _refuse(f"{counts}; leave it out of what else is told, tools among it")
+    if len(pieces) <= len(images):
+        _refuse(f"{(lost or images[0]).what}: {counts}; chat templates write those of messages of role 'user'")
     return pieces[0] + "".join(image.replacement + after for image, after in zip(images, pieces[1:], strict=True))
 
 

@@ -44,6 +44,8 @@ def _glm(family: str, **fixed: Any) -> TextPart:
 
 
 TEXT_PARTS: dict[str, TextPart] = {
+    "DeepseekVLForConditionalGeneration": TextPart(vision=("vision_model.", "aligner.")),
+    "Exaone4_5_ForConditionalGeneration": TextPart(vision=("visual.",)),
     "Gemma3ForConditionalGeneration": TextPart(
         family="Gemma3ForCausalLM", vision=_LLAVA, fixed={"final_logit_softcapping": None}, bidirectional_images=True
     ),
@@ -51,6 +53,7 @@ TEXT_PARTS: dict[str, TextPart] = {
     "Glm4vMoeForConditionalGeneration": _glm("Glm4MoeForCausalLM", use_qk_norm=False),
     "Idefics3ForConditionalGeneration": _IDEFICS,
     "InternVLForConditionalGeneration": TextPart(vision=_LLAVA),
+    "LightOnOcrForConditionalGeneration": TextPart(vision=("vision_encoder.", "vision_projection.")),
     "LlavaForConditionalGeneration": TextPart(vision=_LLAVA),
     "LlavaNextForConditionalGeneration": TextPart(vision=(*_LLAVA, "image_newline")),
     "LlavaOnevisionForConditionalGeneration": TextPart(vision=(*_LLAVA, "image_newline")),
@@ -62,6 +65,8 @@ TEXT_PARTS: dict[str, TextPart] = {
     "Qwen3_5ForConditionalGeneration": _qwen3("Qwen3_5ForCausalLM", (11, 11, 10)),
     "Qwen3_5MoeForConditionalGeneration": _qwen3("Qwen3_5MoeForCausalLM", (11, 11, 10)),
     "SmolVLMForConditionalGeneration": _IDEFICS,
+    "VideoLlama3ForConditionalGeneration": TextPart(vision=("vision_model.", "projector.")),
+    "VipLlavaForConditionalGeneration": TextPart(vision=_LLAVA),
 }
 
 
