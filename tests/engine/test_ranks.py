@@ -23,6 +23,7 @@ from quire_engine.weights.resolve import find_model
 from shown import Shower
 from shown import truth as seen_truth
 from two_ranks import BATCH, PARTS, SEEN, serve
+from vlm_families import NATIVE
 from vlms import VLMS, make_vlm
 
 pytestmark = pytest.mark.xdist_group("families")  # their table is one process's
@@ -86,7 +87,7 @@ def test_two_ranks(checkpoint: Callable[[str], Path], ranks: Ask, table: Table, 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *((name, "ranks") for name in VLMS),
+        *(pytest.param(name, "ranks", marks=() if name in NATIVE else pytest.mark.slow) for name in VLMS),
         *(pytest.param(name, "stages", marks=() if name == "qwen3_vl" else pytest.mark.slow) for name in VLMS),
     ],
 )

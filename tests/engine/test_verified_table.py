@@ -41,7 +41,7 @@ Of each of these the tests have a tiny checkpoint with its own processor, and pi
 several, first, amid and last in a text: fp32 logits within 1e-4 of transformers' whole model given the same messages
 through its own processor, and 24 greedy tokens equal: alone, beside texts, in chunks that end amid an image, from the
 prefix cache, after preemption, resumed by another engine (`tests/engine/test_images.py`), on two ranks and on two
-stages (`test_ranks.py`); of one after a worker was killed amid streams (`tests/end_to_end/test_images.py`).
+stages (`test_ranks.py`), and after a worker was killed amid streams (`tests/end_to_end/test_images.py`).
 
 - **text**: the family that computes it, in the table above.
 - **positions**: a token of an image has a time, a row and a column (M-RoPE), or stands in a row with the text.
