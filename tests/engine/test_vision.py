@@ -538,3 +538,24 @@ def test_an_image_token_that_is_none(made: Callable[[str], Made], token: Any, tm
     (tmp_path / "config.json").write_text(json.dumps(one.config | {"image_token_id": token}))
     with pytest.raises(ModelError, match=r"has image_token_id .*, which its tokenizer of 265 tokens lacks|cannot be"):
         ImageProcessor.load(resolve(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "llava"])
+def test_an_image_token_that_is_another(made: Callable[[str], Made], name: str, tmp_path: Path) -> None:
+    """A token of the tokenizer, but none that the processor writes for an image."""
+    one = made(name)
+    for file in one.files.folder.glob("*.json*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    [field] = {"image_token_id", "image_token_index"} & one.config.keys()
+    (tmp_path / "config.json").write_text(json.dumps(one.config | {field: 20}))
+    with pytest.raises(ModelError, match=r"has image_token_id 20, which is .*; its processor does not write that"):
+        ImageProcessor.load(resolve(str(tmp_path)))
+
+
+def test_a_processor_that_lacks_what_it_counts_with(made: Callable[[str], Made], tmp_path: Path) -> None:
+    """LLaVA's counts patches by what its processor_config.json says."""
+    for file in made("llava").files.folder.glob("*.json*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "processor_config.json").unlink()
+    with pytest.raises(ModelError, match=r"shows no picture .*; check its processor_config\.json"):
+        ImageProcessor.load(resolve(str(tmp_path)))

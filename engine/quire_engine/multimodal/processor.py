@@ -27,6 +27,7 @@ _INPUTS = (  # what vision towers read
     "image_grid_thw",
     "image_merge_sizes",
 )
+_TRIED = 64  # pixels each way, of the picture that a processor is tried with
 _loading = threading.Lock()
 
 
@@ -92,7 +93,9 @@ class ImageProcessor:
                 f"config.json of {files.name} has image_token_id {token}, which its tokenizer of "
                 f"{len(processor.tokenizer)} tokens lacks; correct it"
             )
-        return ImageProcessor(processor, token)
+        made = ImageProcessor(processor, token)
+        made._try(files.name)
+        return made
 
     def process(self, image: "Image") -> ProcessedImage:
         """Raises InvalidParameter for a picture that the model's processor refuses."""
@@ -115,6 +118,24 @@ class ImageProcessor:
             side = self._processor.image_processor.merge_size
             rows, columns = (int(length) // side for length in inputs["image_grid_thw"][0, 1:])
         return ProcessedImage(replacement, inputs, replacement.count(self._embedded), rows, columns)
+
+    def _try(self, name: str) -> None:
+        """Shows the model `name` a picture: what does not fit together is told before a request comes. Raises
+        ModelError."""
+        from PIL import Image
+
+        try:
+            tried = self.process(Image.new("RGB", (_TRIED, _TRIED)))
+        except InvalidParameter as error:
+            raise ModelError(
+                f"the image processor of {name} shows no picture ({error.__cause__}); check its {' and '.join(_OWN)}: "
+                "download it again with all its *.json files"
+            ) from error
+        if not tried.num_tokens:
+            raise ModelError(
+                f"config.json of {name} has image_token_id {self.image_token_id}, which is {self._embedded!r}; its "
+                "processor does not write that for an image: correct one of them"
+            )
 
 
 def image_token_of(raw: Mapping[str, Any]) -> int | None:
