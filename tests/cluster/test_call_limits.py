@@ -16,7 +16,7 @@ from gateways import models_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.doors import BodyCheck
-from quire_cluster.gateway.grpc_api import GrpcServer, status_code
+from quire_cluster.gateway.grpc_api import GrpcServer, InferenceService, status_code
 from quire_cluster.gateway.http import Api, error_response
 from quire_cluster.gateway.service import Service
 from quire_cluster.keys import Keys
@@ -419,3 +419,17 @@ def test_more_connections_are_not_accepted(tokenizer: Tokenizer) -> None:
             writer.close()
 
     run_with_grpc(service(tokenizer), work)
+
+
+class Ended:
+    """A call that is over for its client, as gRPC's contexts are then."""
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        raise grpc.aio.InternalError
+
+
+def test_who_has_left_is_refused_nothing(tokenizer: Tokenizer) -> None:
+    """The call ends as gRPC ends those that run when their client leaves: it is no failure of ours."""
+    methods = InferenceService(models_of(service(tokenizer)), 60.0)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(methods.Tokenize(pb.TokenizeRequest(text="a", model="another"), Ended()))

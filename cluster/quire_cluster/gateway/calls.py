@@ -35,10 +35,10 @@ class CallGuard(grpc.aio.ServerInterceptor):
                     return await anext(requests)
             except TimeoutError:
                 why = f"the request's message took more than {self._first_message:g} s"
-                await _refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, why)
+                await refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, why)
             except StopAsyncIteration:  # the client has left, sent what is too large, or nothing
                 why = f"{details.method} takes a message; send one"
-                await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, why)
+                await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, why)
 
         async def read_all(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             yield read(await first(requests, context))
@@ -62,7 +62,8 @@ class CallGuard(grpc.aio.ServerInterceptor):
         return grpc.stream_unary_rpc_method_handler(answer, None, write)
 
 
-async def _refuse(context: Any, code: grpc.StatusCode, why: str) -> NoReturn:
+async def refuse(context: Any, code: grpc.StatusCode, why: str) -> NoReturn:
+    """The call's end, if it has none yet."""
     try:
         await context.abort(code, why)
     except grpc.aio.InternalError:  # the call has ended already: so this ends as gRPC ends what runs then

@@ -28,7 +28,7 @@ from quire_protos.v1 import inference_pb2_grpc
 
 from quire_cluster.addresses import with_port
 from quire_cluster.gateway import reflection
-from quire_cluster.gateway.calls import CallGuard
+from quire_cluster.gateway.calls import CallGuard, refuse
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.fields import MAX_MESSAGES
 from quire_cluster.gateway.generation import Delta, Emitted, Generation
@@ -135,8 +135,7 @@ def _emitted(given: Sequence[pb.Emitted], most: int) -> dict[int, Emitted]:
 async def _fail(context: Any, error: QuireError) -> NoReturn:
     """With the parameter's name, which over HTTP has a field of its own."""
     name, said = error.parameter if isinstance(error, InvalidParameter) else None, str(error)
-    await context.abort(status_code(error), said if name is None or name in said else f"{name}: {said}")
-    raise AssertionError("abort() raises")
+    await refuse(context, status_code(error), said if name is None or name in said else f"{name}: {said}")
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
