@@ -13,8 +13,11 @@ def file_of(given: Any, what: str) -> bytes:
     if isinstance(given, bytes):
         return given
     if isinstance(given, str | os.PathLike):
+        path = Path(given)
         try:
-            return Path(given).read_bytes()
+            if path.exists() and not path.is_file():  # devices and pipes may never end
+                raise InvalidParameter(f"{what}: {given} is no file; give the path of one", "messages")
+            return path.read_bytes()
         except OSError as error:
             raise InvalidParameter(f"{what}: {given} cannot be read ({error.strerror})", "messages") from error
     if hasattr(given, "save") and hasattr(given, "mode"):

@@ -22,6 +22,7 @@ from conftest import RunningServer, processes, wait_until
 from openai import OpenAI
 from PIL import Image
 from quire import LLM, AsyncClient, Client, SamplingParams
+from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import inference_pb2 as pb
 from shown import NEW_TOKENS, Shower, truth
 from vlms import VLMS, make_vlm, picture
@@ -171,6 +172,9 @@ def test_offline(model: tuple[Path, list[int]], tmp_path: Path) -> None:
         prompt = {"prompt": text, "multi_modal_data": {"image": list(PICTURES)}}
         [generated] = llm.generate(prompt, params, use_tqdm=False)
         assert generated.outputs[0].token_ids == wanted
+        for path, why in ((tmp_path, "is no file"), ("/dev/zero", "is no file"), (tmp_path / "none.png", "No such")):
+            with pytest.raises(InvalidParameter, match=why):
+                llm.generate(prompt | {"multi_modal_data": {"image": path}}, params, use_tqdm=False)
         said = chatted.outputs[0].text
     command = [sys.executable, "-m", "quire.cli.main", "run-batch", str(source), "-o", str(target)]
     subprocess.run([*command, "--model", str(folder), "--device", "cpu"], check=True, timeout=LIMIT)
