@@ -226,6 +226,8 @@ static inline __attribute__((always_inline)) void attend_tile(
     else ADD(VECS, 4);
             if (D % (4 * W) == 0) {
                 ADD_ROWS(4)
+            } else if (D % (2 * W) == 0) {
+                ADD_ROWS(2)
             } else if (D % W == 0) {
                 ADD_ROWS(1)
             } else {
