@@ -87,7 +87,9 @@ FAMILIES: dict[str, Family] = {
         initializer_range=0.15,
         rope_parameters=_YARN | {"original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.5},
     ),
-    "mixtral": _family("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=24),
+    "mixtral": _family(
+        "MixtralConfig", initializer_range=0.2, num_local_experts=4, num_experts_per_tok=2, sliding_window=24
+    ),
     "qwen2": _family(
         "Qwen2Config", use_sliding_window=True, sliding_window=24, max_window_layers=1, tie_word_embeddings=True
     ),
@@ -98,6 +100,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _family(
         "Gemma2Config",
         head_dim=32,
+        initializer_range=0.2,
         sliding_window=24,
         query_pre_attn_scalar=8,
         attn_logit_softcapping=2.0,
@@ -106,8 +109,9 @@ FAMILIES: dict[str, Family] = {
     "gemma3": _family(
         "Gemma3TextConfig",
         head_dim=32,
+        initializer_range=0.15,
         sliding_window=24,
-        query_pre_attn_scalar=8,
+        query_pre_attn_scalar=16,
         layer_types=_SLIDING,
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -132,7 +136,11 @@ FAMILIES: dict[str, Family] = {
         initializer_range=0.15,
     ),
     "granite_moe_shared": _family(
-        "GraniteMoeSharedConfig", num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=48
+        "GraniteMoeSharedConfig",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=48,
+        initializer_range=0.15,
     ),
     "glm": _family("GlmConfig", head_dim=32, attention_bias=True),
     "glm4": _family("Glm4Config", head_dim=32),
@@ -193,7 +201,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "hunyuan": _family("HunYuanDenseV1Config", head_dim=32),
     "seed_oss": _family("SeedOssConfig", head_dim=32, attention_bias=True, attention_out_bias=True),
-    "nemotron": _family("NemotronConfig"),
+    "nemotron": _family("NemotronConfig", initializer_range=0.2),
     "arcee": _family("ArceeConfig"),
     "qwen3_next": _family(
         "Qwen3NextConfig", **_EXPERTS, **_LINEAR, shared_expert_intermediate_size=48, decoder_sparse_step=1

@@ -201,8 +201,8 @@ def test_logprobs_of_a_row_are_the_same_bits_beside_others(vocabulary: int) -> N
     chosen = torch.arange(8)
     together = token_scores(logits, chosen, 2)
     exact = logits.double().log_softmax(-1)
-    torch.testing.assert_close(together.logprobs.double(), exact[chosen, chosen], rtol=0, atol=1e-5)
-    torch.testing.assert_close(together.top_logprobs.double(), exact.topk(2).values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.logprobs.double(), exact[chosen, chosen], rtol=0, atol=3e-5)
+    torch.testing.assert_close(together.top_logprobs.double(), exact.topk(2).values, rtol=0, atol=3e-5)
     for row in range(8):
         alone = token_scores(logits[row : row + 1], chosen[row : row + 1], 2)
         for name in ("logprobs", "ranks", "top_ids", "top_logprobs"):
