@@ -30,7 +30,7 @@ from quire_protos.v1 import inference_pb2 as pb
 from quire_protos.v1 import inference_pb2_grpc
 
 LIMITS = Limits(connections=16, head=60.0, body=60.0, write=60.0)
-_LONGEST_GAP, _TRIES = 0.25, 5  # seconds; on slow machines single steps take half of it
+_LONGEST_GAP, _TRIES = 0.1, 5  # seconds
 WORDS = "the quick brown fox jumps over the lazy dog and runs away "
 
 
@@ -131,7 +131,7 @@ def test_what_holds_the_loop_up_is_seen(blocks: bool) -> None:
 
 
 @pytest.mark.parametrize("name", SENT)
-def test_over_http(name: str, tokenizer: Tokenizer) -> None:
+def test_over_http(name: str, tokenizer: Tokenizer, frozen: None) -> None:
     route, content, status = SENT[name]
     body = orjson.dumps(content())
 
@@ -176,7 +176,7 @@ CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_over_grpc(name: str, tokenizer: Tokenizer) -> None:
+def test_over_grpc(name: str, tokenizer: Tokenizer, frozen: None) -> None:
     method, make = CALLS[name]
     request = make()
 
