@@ -1,0 +1,104 @@
+"""The governance database: SQLite in a file (WAL), or a PostgreSQL server."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import alembic.command
+import alembic.config
+from quire_engine.errors import InvalidParameter, Unavailable
+from sqlalchemy import Connection, event, make_url
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.pool import NullPool
+
+_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_BUSY = 10.0  # seconds that another process may hold SQLite's file
+_CALL = 10.0  # seconds that PostgreSQL may take to answer
+_LOCK = 0x51756972  # of PostgreSQL's advisory locks: one process migrates at a time
+
+
+class Database:
+    """Connections, each for one transaction. Every failure of the database itself is Unavailable: it may be back."""
+
+    def __init__(self, url: str) -> None:
+        """`url`: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME, with or without its driver's name. Raises
+        InvalidParameter."""
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise InvalidParameter(_mend("it is no address of a database"), "database") from error
+        kind = parsed.get_backend_name()
+        if kind not in _DRIVERS or parsed.drivername not in (kind, _DRIVERS[kind]):
+            raise InvalidParameter(_mend(f"{parsed.drivername} is not supported"), "database")
+        self.embedded = kind == "sqlite"
+        if self.embedded and not parsed.database:
+            raise InvalidParameter(_mend("SQLite needs a file"), "database")
+        self.insert = sqlite.insert if self.embedded else postgresql.insert  # both know ON CONFLICT
+        options: dict[str, Any] = {"timeout": _BUSY} if self.embedded else {"timeout": _CALL, "command_timeout": _CALL}
+        # SQLite's connections are cheap, and one that is kept would hold its thread beyond the process's end.
+        pool: dict[str, Any] = {"poolclass": NullPool} if self.embedded else {"pool_pre_ping": True}
+        self._engine = create_async_engine(parsed.set(drivername=_DRIVERS[kind]), connect_args=options, **pool)
+        if self.embedded:
+            event.listen(self._engine.sync_engine, "connect", _prepare)
+            event.listen(self._engine.sync_engine, "begin", _begin)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """Committed at the end, undone where anything is raised. On SQLite only one at a time goes on, over all
+        processes; elsewhere take locks (`with_for_update`). Raises Unavailable where the database cannot be reached."""
+        try:
+            async with self._engine.begin() as connection:
+                yield connection
+        except (OSError, TimeoutError, SQLAlchemyError) as error:
+            if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
+                raise  # a bug of ours
+            why = str(error.orig if isinstance(error, DBAPIError) else error) or type(error).__name__
+            raise Unavailable(f"the governance database does not answer: {why}") from error
+
+    async def migrate(self) -> None:
+        """Makes its tables what this version of Quire needs. Raises Unavailable; InvalidParameter for a database of a
+        later version."""
+        async with self.transaction() as connection:
+            await connection.run_sync(self._upgrade)
+
+    def _upgrade(self, connection: Connection) -> None:
+        if not self.embedded:
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+        config = alembic.config.Config()
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+        config.attributes["connection"] = connection
+        try:
+            alembic.command.upgrade(config, "head")
+        except alembic.util.CommandError as error:
+            raise InvalidParameter(
+                f"the governance database is of another version of Quire ({error}); run that one, or give another "
+                "database",
+                "database",
+            ) from error
+
+    async def close(self) -> None:
+        """Its connections."""
+        await self._engine.dispose()
+
+
+def _prepare(connection: Any, record: object) -> None:
+    """Of SQLite. Readers and the one writer do not wait for each other (WAL); what is committed survives the machine's
+    fall (FULL). Transactions are begun by `_begin`, not by Python's driver."""
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {setting}")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    """With the write lock from the start: two that read first and write then could only fail."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _mend(why: str) -> str:
+    return f"database: {why}; give sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
