@@ -28,7 +28,8 @@ from quire_cluster.gateway.doors import Doors
 from quire_cluster.gateway.grpc_api import status_code
 from quire_cluster.gateway.http import error_body, error_response, json_response
 from quire_cluster.gateway.process import bind
-from quire_cluster.keys import KeyInterceptor, Keys
+from quire_cluster.governance.identity import CallerCheck, SharedKeys
+from quire_cluster.keys import Keys
 
 log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Control"]
@@ -169,8 +170,8 @@ class AdminServer:
     def __init__(self, controller: Operations, config: AdminConfig) -> None:
         self._config = config
         self._service = ControlService(controller)
-        keys = Keys([config.key])
-        doors = KeyInterceptor(keys, refusal=_REFUSAL, open_services=[health.SERVICE_NAME])
+        identity = SharedKeys(Keys([config.key]), _REFUSAL)
+        doors = CallerCheck(identity, open_services=[health.SERVICE_NAME])
         self._grpc = grpc.aio.server(
             interceptors=[doors, CallGuard(_LIMITS.body), _Refusing()],
             options=[
@@ -187,7 +188,7 @@ class AdminServer:
             Route(f"/{SERVICE.full_name}/{{method}}", self._call, methods=["POST"]),
             Route("/health", self._ok, methods=["GET"]),
         ]
-        app = Doors.of(config.host, keys, (), ()).before(Starlette(routes=routes))
+        app = Doors.of(config.host, identity, (), ()).before(Starlette(routes=routes))
         self._http = HttpServer(HttpConfig(app, _LIMITS))
         self._http_task: asyncio.Task[None] | None = None
 

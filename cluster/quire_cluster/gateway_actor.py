@@ -21,7 +21,7 @@ class GatewayActor:
         loop."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self._config = config
-        self._gateway = Gateway(config, keys, identity=name, shared_ports=True)
+        self._gateway = Gateway(config, keys, name=name, shared_ports=True)
         self._stopped = asyncio.Event()
         self._started = asyncio.ensure_future(self._start(namespace))
         self._orphaned = asyncio.ensure_future(end_with_controller(namespace))

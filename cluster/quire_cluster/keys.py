@@ -1,15 +1,14 @@
-"""Keys that callers send as `Authorization: Bearer KEY`: over HTTP, over gRPC, and from gateway to replica."""
+"""Keys that callers send as `Authorization: Bearer KEY` or `x-api-key: KEY`: over HTTP, over gRPC, and from gateway to
+replica."""
 
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import grpc
 from quire_engine.errors import InvalidParameter
 
-HEADER = "authorization"
+HEADER, OTHER_HEADER = "authorization", "x-api-key"
 VARIABLE = "QUIRE_API_KEY"
 _FILE_BYTES = 1 << 20
 
@@ -18,7 +17,7 @@ class Keys:
     """The keys that are good, known by their digests alone. Equal to others of the same keys."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = frozenset(_digest(key) for key in keys)
+        self._digests = frozenset(digest(key) for key in keys)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Keys) and self._digests == other._digests
@@ -27,16 +26,26 @@ class Keys:
         return hash(self._digests)
 
     def match(self, given: str) -> bool:
-        """Whether the header's value names one of them; how long that takes tells nothing of them. The scheme's name
-        is case-insensitive."""
-        scheme, _, key = given.partition(" ")
-        sent = _digest(key.strip())
+        """Whether it is one of them; how long that takes tells nothing of them."""
+        sent = digest(given)
         found = [hmac.compare_digest(sent, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(found)
+        return any(found)
 
 
-def _digest(key: str) -> bytes:
+def digest(key: str) -> bytes:
+    """By which a key is known (32 bytes). Keys are long and random: there is no need to make guessing them slow."""
     return hashlib.sha256(key.encode()).digest()
+
+
+def key_in(authorization: Sequence[str], api_key: Sequence[str]) -> str:
+    """The key that headers of these two names send (each may be there once; both, where they say the same); else "".
+    The name of the scheme, Bearer, is case-insensitive."""
+    if len(authorization) > 1 or len(api_key) > 1:
+        return ""
+    scheme, _, bearer_s = (authorization or [""])[0].partition(" ")
+    sent = {bearer_s.strip() if scheme.lower() == "bearer" else ""} if authorization else set()
+    sent |= {one.strip() for one in api_key}
+    return sent.pop() if len(sent) == 1 else ""
 
 
 def read_keys(key: str | None, file: str | None, environment: Mapping[str, str]) -> Keys | None:
@@ -75,30 +84,3 @@ def read_keys(key: str | None, file: str | None, environment: Mapping[str, str])
 def bearer(key: str) -> tuple[tuple[str, str], ...]:
     """Metadata of a gRPC call that sends a key."""
     return ((HEADER, f"Bearer {key}"),)
-
-
-class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses every call without a key (UNAUTHENTICATED), before its first message is read."""
-
-    def __init__(self, keys: Keys, *, refusal: str, open_services: Sequence[str] = ()) -> None:
-        """`refusal`: what the caller is told. `open_services`: who calls those needs no key."""
-        self._keys = keys
-        self._open = tuple(f"/{service}/" for service in open_services)
-
-        async def refuse(requests: Any, context: Any) -> None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, refusal)
-
-        # Of streams of requests, whatever the method takes: these alone begin before a message is there.
-        self._refusals = {
-            False: grpc.stream_unary_rpc_method_handler(refuse),
-            True: grpc.stream_stream_rpc_method_handler(refuse),
-        }
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Checked per call, before its handler sees anything."""
-        handler = await continuation(details)
-        if handler is None or details.method.startswith(self._open):
-            return handler
-        if self._keys.match(str(dict(details.invocation_metadata).get(HEADER, ""))):
-            return handler
-        return self._refusals[handler.response_streaming]

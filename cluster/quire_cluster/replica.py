@@ -23,7 +23,8 @@ from quire_protos.v1 import engine_pb2 as pb
 from quire_protos.v1 import engine_pb2_grpc
 
 from quire_cluster.convert import BATCH_BYTES, KEEPALIVE, MESSAGE_BYTES, logprobs_to_proto, request_from_proto
-from quire_cluster.keys import KeyInterceptor, Keys
+from quire_cluster.governance.identity import CallerCheck, SharedKeys
+from quire_cluster.keys import Keys
 from quire_cluster.wire import image_from_bytes
 from quire_cluster.workers import Workers
 
@@ -394,7 +395,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 def session_server(service: EngineService, secret: str) -> grpc.aio.Server:
     """For who sends `secret`. A gateway that vanished without a word is found, and its requests end."""
     server = grpc.aio.server(
-        interceptors=[KeyInterceptor(Keys([secret]), refusal="sessions are for this cluster's gateways")],
+        interceptors=[CallerCheck(SharedKeys(Keys([secret]), "sessions are for this cluster's gateways"))],
         options=[
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
             ("grpc.max_send_message_length", MESSAGE_BYTES),

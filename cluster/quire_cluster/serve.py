@@ -71,7 +71,7 @@ class Server:
         self._catch_signals()
         config = self._serve
         keys = read_keys(config.api_key, config.api_key_file, os.environ)
-        gateway = self._gateway = Gateway(config, keys, identity="serve")
+        gateway = self._gateway = Gateway(config, keys, name="serve")
         gateway.failed.add_done_callback(lambda failed: self._give_up(failed.result()))
         gateway.open()
         watching: asyncio.Task[None] | None = None

@@ -5,6 +5,8 @@
     │   ├── InvalidParameter    a value that is malformed or out of bounds (names the parameter)
     │   ├── ContextTooLong      the prompt, with what is to be generated, does not fit the context
     │   ├── UnknownModel        no such model here
+    │   ├── Unauthenticated     nobody knows who calls
+    │   ├── Forbidden           it is known, and may not
     │   ├── QueueFull           admission refused: try again later
     │   └── DeadlineExceeded    the caller's deadline passed
     └── ServerError             ours
@@ -40,6 +42,14 @@ class ContextTooLong(InvalidParameter):
 
 class UnknownModel(InvalidParameter):
     """No model of this name is served."""
+
+
+class Unauthenticated(RequestError):
+    """No key, or none that is good."""
+
+
+class Forbidden(RequestError):
+    """Not for this caller."""
 
 
 class QueueFull(RequestError):

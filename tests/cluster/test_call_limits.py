@@ -19,6 +19,7 @@ from quire_cluster.gateway.doors import BodyCheck
 from quire_cluster.gateway.grpc_api import GrpcServer, InferenceService, status_code
 from quire_cluster.gateway.http import Api, error_response
 from quire_cluster.gateway.service import Service
+from quire_cluster.governance.identity import SharedKeys
 from quire_cluster.keys import Keys
 from quire_cluster.observability.metrics import Metrics
 from quire_engine.config import DEMO_MODEL
@@ -64,7 +65,7 @@ def post(app: ASGIApp, route: str, content: Any) -> httpx.Response:
 
 @contextlib.asynccontextmanager
 async def grpc_server(served: Service, keys: Keys | None = None) -> AsyncIterator[int]:
-    server = GrpcServer(models_of(served), LIMITS, keys=keys)
+    server = GrpcServer(models_of(served), LIMITS, identity=SharedKeys(keys) if keys else None)
     try:
         yield await server.start("127.0.0.1", 0)
     finally:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from quire_cluster.gateway.connection import HttpConfig, HttpServer, Limits
 from quire_cluster.gateway.doors import Doors
+from quire_cluster.governance.identity import SharedKeys
 from quire_cluster.keys import Keys
 from starlette.types import Receive, Scope, Send
 
@@ -34,7 +35,7 @@ async def connection(
     head: float = 1.0, body: float = 1.0
 ) -> AsyncIterator[tuple[HttpServer, asyncio.StreamReader, asyncio.StreamWriter]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        doors = Doors.of("127.0.0.1", Keys(["key"]), (), ())
+        doors = Doors.of("127.0.0.1", SharedKeys(Keys(["key"])), (), ())
         config = HttpConfig(doors.before(_stream), Limits(connections=10, head=head, body=body, write=60.0))
         config.timeout_keep_alive = 1
         server = HttpServer(config)

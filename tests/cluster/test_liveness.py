@@ -17,6 +17,7 @@ from quire_cluster.config import ServeConfig
 from quire_cluster.controller import ClusterConfig, Controller
 from quire_cluster.deployment import Deployment, DeploymentConfig
 from quire_cluster.gateway.process import Gateway
+from quire_cluster.governance.callers import ANYONE
 from quire_cluster.liveness import CONTROLLER, LivenessProbe, while_alive
 from quire_cluster.local_ray import start_private_cluster
 from quire_cluster.serve import Server
@@ -155,9 +156,9 @@ def test_a_controller_that_hangs_is_started_again(config: EngineConfig, caplog: 
 
     async def run() -> None:
         server = Server(config, ServeConfig(served_model_name="tiny"), check_model(config))
-        gateway = server._gateway = Gateway(server._serve, None, identity="test")
+        gateway = server._gateway = Gateway(server._serve, None, name="test")
         server._take(gateway.models.read(server._deployment))
-        dispatcher = (await gateway.models.find("tiny")).dispatcher
+        dispatcher = (await gateway.models.find("tiny", ANYONE)).dispatcher
         await server._start_controller()
         gateway.follow(server._controller)
 

@@ -18,6 +18,7 @@ from quire_cluster.deployment import Deployment, DeploymentConfig
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.service import Service
+from quire_cluster.governance.callers import ANYONE
 from quire_cluster.observability.metrics import Metrics
 from quire_cluster.routing_table import ClusterTable, ReplicaEntry, RoutingTable, Served
 from quire_engine.config import EngineConfig
@@ -80,7 +81,7 @@ class Cluster:
 
         def seen() -> bool:
             self.models.look()
-            return name in self.models.names and bool(self.models.described(name)["state"] == state)
+            return name in self.models.names(ANYONE) and bool(self.models.described(name, ANYONE)["state"] == state)
 
         await until(seen)
 
@@ -176,7 +177,7 @@ def test_of_many_models_only_some_are_named(service: Callable[[], Service]) -> N
         cluster.follow(*(served(deployment(name)) for name in names))
         for asked in ("none", None):
             with pytest.raises(UnknownModel, match="100 in all") as refused:
-                await cluster.models.find(asked)
+                await cluster.models.find(asked, ANYONE)
             assert names[0] in str(refused.value)
             assert len(quote(str(refused.value))) < 8192
 
@@ -306,7 +307,7 @@ def test_another_chat_template_is_served_by_the_replicas_that_are_there(service:
         await cluster.becomes("a", "ready")
         replica.holds = lambda submit: list(submit.prompt) == [5]
         running = await cluster.asked("a", [5], replica)
-        old = await cluster.models.find("a")
+        old = await cluster.models.find("a", ANYONE)
         assert after.model_revision == before.model_revision, "the controller tells of its replicas as of the new one's"
         cluster.follow(served(after, slot))
 
@@ -380,7 +381,7 @@ def test_who_is_late_for_a_model_is_told(service: Callable[[], Service], after: 
     async def work(cluster: Cluster) -> None:
         cluster.follow(served(deployment("a"), await cluster.replica()))
         await cluster.becomes("a", "ready")
-        found = await cluster.models.find("a")
+        found = await cluster.models.find("a", ANYONE)
         sampling = await found.sampling(SamplingParams(max_tokens=1))
         cluster.follow(*([served(deployment("a", model=after), await cluster.replica())] if after else []))
 
@@ -391,7 +392,7 @@ def test_who_is_late_for_a_model_is_told(service: Callable[[], Service], after: 
         await until(left)
         await asyncio.sleep(0)
         with pytest.raises(Unavailable, match="deleted or replaced meanwhile"):
-            found.start([5], sampling)
+            found.start([5], sampling, caller=ANYONE)
 
     run(service, work)
 
@@ -406,7 +407,7 @@ def test_a_replica_that_drains_gets_nothing_new_and_is_no_loss(service: Callable
         await cluster.becomes("a", "ready")
         replicas[0].holds = lambda submit: True
         running = await cluster.asked("a", [5], replicas[0])
-        dispatcher = (await cluster.models.find("a")).dispatcher
+        dispatcher = (await cluster.models.find("a", ANYONE)).dispatcher
         for leaving, there in pairwise(replicas):
             there.holds = lambda submit, last=there is replicas[-1]: not last and list(submit.prompt) == [5]
             cluster.follow(served(a, replace(leaving.entry(), draining=True), there))
@@ -435,9 +436,9 @@ def test_a_model_that_cannot_be_read_yet_is_tried_again(
         cluster.follow(served(deployment("a"), await cluster.replica()), served(deployment("b", model="n")))
         await until(lambda: cluster.read >= 4)
         with pytest.raises(Unavailable, match="cannot be read at this gateway"):
-            await cluster.models.find("a")
+            await cluster.models.find("a", ANYONE)
         with pytest.raises(UnknownModel):
-            await cluster.models.find("c")
+            await cluster.models.find("c", ANYONE)
         assert not cluster.models.ready
         cluster.unreadable = set()
         await cluster.becomes("a", "ready")
@@ -511,7 +512,7 @@ def test_who_is_silent_is_told_with_its_deployment(service: Callable[[], Service
         cluster.follow(served(deployment("a"), first), served(deployment("b"), quiet))
         await cluster.becomes("a", "ready")
         await cluster.becomes("b", "ready")
-        [session] = (await cluster.models.find("b")).dispatcher.sessions
+        [session] = (await cluster.models.find("b", ANYONE)).dispatcher.sessions
         quiet.silent = True
         session.silence.seconds = 9.9
         await until(lambda: bool(cluster.silent))

@@ -19,6 +19,7 @@ from quire_cluster.gateway.connection import HttpServer
 from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.process import Gateway
 from quire_cluster.gateway.service import Service
+from quire_cluster.governance.callers import ANYONE
 from quire_cluster.routing_table import ClusterTable, RoutingTable, Served
 from quire_cluster.serve import Server
 from quire_engine.config import EngineConfig
@@ -45,7 +46,7 @@ def table(server: Server, version: int, *replicas: FakeReplica, failure: str | N
 async def serving(gate: Service, folder: Path) -> AsyncIterator[tuple[Server, FakeReplica]]:
     """A server whose gateway has this service and one replica."""
     server = server_of(folder, shutdown_timeout=86400)
-    server._gateway = Gateway(server._serve, None, identity="test")
+    server._gateway = Gateway(server._serve, None, name="test")
     replica = await FakeReplica().start()
     server._gateway.models.follow(table(server, 1, replica), [gate])
     await until(lambda: gate.ready)
@@ -63,7 +64,7 @@ def test_a_second_signal_does_not_wait_for_what_runs(
         gate = service()
         async with serving(gate, checkpoint("llama")) as (server, replica):
             replica.holds = lambda submit: True
-            generation = gate.start([5, 6], await gate.sampling(SamplingParams()))
+            generation = gate.start([5, 6], await gate.sampling(SamplingParams()), caller=ANYONE)
             server._catch_signals()
             for first in (signal.SIGINT, signal.SIGHUP):
                 os.kill(os.getpid(), first)
@@ -89,7 +90,7 @@ def test_an_answer_that_is_still_read_is_waited_for(
     async def run() -> None:
         gate = service()
         async with serving(gate, checkpoint("llama")) as (server, _):
-            generation = gate.start([5, 6], await gate.sampling(SamplingParams(max_tokens=TOKENS)))
+            generation = gate.start([5, 6], await gate.sampling(SamplingParams(max_tokens=TOKENS)), caller=ANYONE)
             await until(lambda: generation.choices[0].ended)
             ending = asyncio.ensure_future(server._shut_down())
             await until(lambda: gate.draining)

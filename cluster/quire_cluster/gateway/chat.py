@@ -31,7 +31,7 @@ class ChatCompletions(Endpoint):
             continue_final_message=body.continue_final_message,
             variables=body.template_variables(self._service.tokenizer.template_variables),
             tools=body.tools,
-            cache_salt=body.cache_salt,
+            salt=self._caller.tenant.salt(body.cache_salt),
         )
         for message in body.messages:
             message.forget_images()

@@ -1,16 +1,17 @@
-"""What stands before the routes: which sites may call, which keys, and how much of a body is held at once."""
+"""What stands before the routes: which sites may call, who, and how much of a body is held at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from quire_engine.errors import InvalidParameter, Unavailable
+from quire_engine.errors import InvalidParameter, QuireError, Unauthenticated, Unavailable
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire_cluster.addresses import is_loopback
-from quire_cluster.gateway.http import error_body, json_response
-from quire_cluster.keys import HEADER, Keys
+from quire_cluster.gateway.http import error_body, error_response, json_response
+from quire_cluster.governance.identity import Credentials, Identity
+from quire_cluster.keys import HEADER, OTHER_HEADER, key_in
 
 OPEN_ROUTES = ("/health", "/ready")
 _HELD_BODIES = 256 << 20  # bytes of all bodies that are being read
@@ -19,26 +20,26 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Doors:
-    """`keys`: None lets everybody in. `hosts`: the names this server answers to; None: any, and calls from any site.
-    `origins`: sites whose scripts may call it ("*": all)."""
+    """`identity`: None lets everybody in. `hosts`: the names this server answers to; None: any, and calls from any
+    site. `origins`: sites whose scripts may call it ("*": all)."""
 
-    keys: Keys | None = None
+    identity: Identity | None = None
     hosts: tuple[str, ...] | None = None
     origins: tuple[str, ...] = ()
 
     @staticmethod
-    def of(listens_on: str, keys: Keys | None, hosts: Sequence[str], origins: Sequence[str]) -> "Doors":
+    def of(listens_on: str, identity: Identity | None, hosts: Sequence[str], origins: Sequence[str]) -> "Doors":
         """A server for this machine alone answers to its own names: another name that leads here is a web page's
         trick (DNS rebinding), unless it is among `hosts`."""
         local = (*_LOCAL, listens_on) if is_loopback(listens_on) else ()
         names = tuple(name.lower().removeprefix("[").removesuffix("]") for name in (*local, *hosts))
-        return Doors(keys, names or None, tuple(origins))
+        return Doors(identity, names or None, tuple(origins))
 
     def before(self, app: ASGIApp) -> ASGIApp:
         """The application behind these doors; the first that a request meets is the last here."""
         app = BodyCheck(app)
-        if self.keys is not None:
-            app = KeyCheck(app, self.keys)
+        if self.identity is not None:
+            app = CallerCheck(app, self.identity)
         if self.origins:
             app = CORSMiddleware(app, self.origins, allow_methods=("GET", "HEAD", "POST"), allow_headers=("*",))
         return SiteCheck(app, self.hosts, self.origins)
@@ -94,20 +95,29 @@ class SiteCheck:
         return _host_of(origin.partition("://")[2]) in self._hosts
 
 
-class KeyCheck:
-    """Every route but health and readiness needs a key. It is checked before the body is read."""
+class CallerCheck:
+    """Every route but health and readiness is for callers who are known. They are before the body is read."""
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, identity: Identity) -> None:
         self._app = app
-        self._keys = keys
+        self._identity = identity
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = _values(scope, HEADER)
-        if scope["path"] in OPEN_ROUTES or (len(given) == 1 and self._keys.match(given[0])):
-            await self._app(scope, receive, send)
-            return
-        why = "missing or wrong API key; send 'Authorization: Bearer KEY'"
-        await _refuse(401, why, scope, receive, send, {"WWW-Authenticate": "Bearer"})
+        if scope["path"] not in OPEN_ROUTES:
+            given = Credentials(
+                key=key_in(_values(scope, HEADER), _values(scope, OTHER_HEADER)),
+                address=scope["client"][0] if scope.get("client") else "",
+                forwarded_for=", ".join(_values(scope, "x-forwarded-for")),
+            )
+            try:
+                scope.setdefault("state", {})["caller"] = await self._identity.caller(given)
+            except QuireError as error:
+                response = error_response(error)
+                if isinstance(error, Unauthenticated):
+                    response.headers["WWW-Authenticate"] = "Bearer"
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class BodyCheck:

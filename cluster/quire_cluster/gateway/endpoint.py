@@ -19,8 +19,15 @@ from quire_cluster.gateway.events import EventStream, stream_error, while_connec
 from quire_cluster.gateway.generation import Delta, Generation, all_admitted
 from quire_cluster.gateway.images import NO_IMAGES
 from quire_cluster.gateway.service import Service
+from quire_cluster.governance.callers import ANYONE, Caller
 
 _TOKENS, _SCORED = 4096, 128  # of an answer that is written on the event loop: without and with log-probabilities
+
+
+def caller_of(request: Request) -> Caller:
+    """Who sent it; anyone, where nobody is asked."""
+    caller: Caller = getattr(request.state, "caller", ANYONE)
+    return caller
 
 
 class Endpoint(ABC):
@@ -32,6 +39,7 @@ class Endpoint(ABC):
         self._service = service
         self._body = body
         self._request = request
+        self._caller = caller_of(request)
         self._generations: list[Generation] = []
         self._created = int(time.time())
         self._model = body.model or service.names[0]
@@ -97,6 +105,7 @@ class Endpoint(ABC):
             cache_salt=body.cache_salt,
             request_id=request_id,
             seen=self._seen,
+            caller=self._caller,
         )
 
     def _end(self) -> None:

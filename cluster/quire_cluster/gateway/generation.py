@@ -17,6 +17,7 @@ from quire_protos.v1 import engine_pb2 as pb
 
 from quire_cluster.convert import sampling_to_proto
 from quire_cluster.gateway.images import NO_IMAGES, SeenImages
+from quire_cluster.governance.callers import ANYONE, Caller
 from quire_cluster.policies.prefixes import Prompt
 from quire_cluster.policies.quarantine import Losses
 
@@ -59,6 +60,7 @@ class RequestFacts:
     cache_salt: bytes
     arrival: float  # in time.monotonic() seconds
     seen: SeenImages = NO_IMAGES
+    caller: Caller = ANYONE
 
 
 @dataclass(slots=True)

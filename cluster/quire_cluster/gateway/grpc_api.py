@@ -11,11 +11,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from quire_engine.errors import (
     ContextTooLong,
     DeadlineExceeded,
+    Forbidden,
     InvalidParameter,
     OutOfMemory,
     QueueFull,
     QuireError,
     RequestError,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
@@ -38,7 +40,8 @@ from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.pooling import check_count, pooled, shortened, tokens_of
 from quire_cluster.gateway.service import Service
 from quire_cluster.gateway.texts import MAX_LISTED
-from quire_cluster.keys import KeyInterceptor, Keys
+from quire_cluster.governance.callers import Caller, Permission
+from quire_cluster.governance.identity import CallerCheck, Identity, calling
 
 MAX_REQUEST = 8 << 20  # bytes; a message of many small parts takes long to read, and the loop waits for it
 MAX_ANSWER = 32 << 20
@@ -78,6 +81,8 @@ def status_code(error: QuireError) -> grpc.StatusCode:
     code = grpc.StatusCode
     for kind, found in (
         (UnknownModel, code.NOT_FOUND),
+        (Unauthenticated, code.UNAUTHENTICATED),
+        (Forbidden, code.PERMISSION_DENIED),
         (QueueFull, code.RESOURCE_EXHAUSTED),
         (DeadlineExceeded, code.DEADLINE_EXCEEDED),
         (RequestError, code.INVALID_ARGUMENT),
@@ -138,6 +143,17 @@ async def _fail(context: Any, error: QuireError) -> NoReturn:
     await refuse(context, status_code(error), said if name is None or name in said else f"{name}: {said}")
 
 
+def _user() -> Caller:
+    """Who calls. Raises Forbidden where it may not use models."""
+    caller = calling()
+    caller.check(Permission.USE)
+    return caller
+
+
+def _salt(request: Any) -> bytes:
+    return calling().tenant.salt(request.cache_salt)
+
+
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Inference over all models."""
 
@@ -151,7 +167,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         async def asked(service: Service, params: SamplingParams) -> Asked:
             if request.WhichOneof("prompt") == "text":
-                return *await service.prompt(request.text, list(request.images), request.cache_salt), None
+                return *await service.prompt(request.text, list(request.images), _salt(request)), None
             if request.images:
                 raise InvalidParameter("images stand in a text; send the prompt as one", "images")
             return _ids(request.token_ids.ids, service.max_model_len, "prompt"), NO_IMAGES, None
@@ -185,7 +201,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 continue_final_message=going_on,
                 variables=variables,
                 tools=tools or None,
-                cache_salt=request.cache_salt,
+                salt=_salt(request),
             )
             continued = text_of(messages[-1]["content"]) if going_on else None
             return prompt, seen, await service.answer(prompt, use, params, continued=continued)
@@ -216,7 +232,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         service: Service | None = None
         generation: Generation | None = None
         try:
-            service = await self._models.find(request.model)
+            service = await self._models.find(request.model, _user())
             service.check_generates()
             params = sampling_from_proto(request.sampling, max_tokens=max_tokens)
             left = context.time_remaining()
@@ -228,6 +244,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 "deadline": time.monotonic() + left if left is not None and left < 1e8 else 0.0,
                 "cache_salt": request.cache_salt or None,
                 "seen": seen,
+                "caller": calling(),
             }
             if emitted:
                 generation = await service.resume(tokens, sampling, emitted, **options)
@@ -253,7 +270,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         left = context.time_remaining()
         deadline = time.monotonic() + left if left is not None and left < 1e8 else 0.0
         try:
-            service = await self._models.find(request.model)
+            service = await self._models.find(request.model, _user())
             dimensions = request.dimensions if request.HasField("dimensions") else None
             check_count(len(request.inputs))
             _check_answer(service, len(request.inputs), dimensions)
@@ -265,7 +282,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     for one in request.inputs
                 ],
             )
-            vectors = await pooled(service, tokens, "Embed", scores=False, deadline=deadline)
+            vectors = await pooled(service, tokens, "Embed", calling(), scores=False, deadline=deadline)
             embeddings = await asyncio.to_thread(
                 lambda: [pb.Embedding(values=shortened(vector, dimensions)) for vector in vectors]
             )
@@ -277,7 +294,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids of a text."""
         try:
-            service = await self._models.find(request.model)
+            service = await self._models.find(request.model, _user())
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             tokens = await service.texts.encode(request.text, add_special_tokens=special)
         except QuireError as error:
@@ -287,7 +304,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """The text of token ids."""
         try:
-            service = await self._models.find(request.model)
+            service = await self._models.find(request.model, _user())
             text = await service.texts.decode(_ids(request.token_ids, MAX_LISTED, "token_ids"))
         except QuireError as error:
             await _fail(context, error)
@@ -295,7 +312,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         """What is served."""
-        described = [self._models.described(name) for name in self._models.names]
+        try:
+            caller = _user()
+        except QuireError as error:
+            await _fail(context, error)
+        described = [self._models.described(name, caller) for name in self._models.names(caller)]
         return pb.ListModelsResponse(
             models=[
                 pb.Model(**{name: one[name] for name in ("id", "max_model_len", "state", "input_modalities")})
@@ -375,11 +396,10 @@ def _check_answer(service: Service, count: int, dimensions: int | None) -> None:
 class GrpcServer:
     """The server with its health and reflection services."""
 
-    def __init__(self, models: Models, limits: Limits, *, keys: Keys | None, shared_port: bool = False) -> None:
-        """`keys`: that every call but the health service's must send one of. `shared_port`: other gateways of this host
-        may listen on the same one."""
-        refusal = "missing or wrong API key; send metadata 'authorization: Bearer KEY'"
-        doors = [KeyInterceptor(keys, refusal=refusal, open_services=[health.SERVICE_NAME])] if keys else []
+    def __init__(self, models: Models, limits: Limits, *, identity: Identity | None, shared_port: bool = False) -> None:
+        """`identity`: knows who may call more than the health service; None: anybody. `shared_port`: other gateways of
+        this host may listen on the same one."""
+        doors = [CallerCheck(identity, open_services=[health.SERVICE_NAME])] if identity is not None else []
         self._server = grpc.aio.server(
             interceptors=[*doors, CallGuard(limits.body)],
             options=[

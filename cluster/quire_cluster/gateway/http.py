@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 import orjson
 from quire_engine.errors import (
     DeadlineExceeded,
+    Forbidden,
     InvalidParameter,
     PoisonRequest,
     QueueFull,
     QuireError,
     RequestError,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
@@ -27,6 +29,7 @@ from quire_cluster.gateway import pooling
 from quire_cluster.gateway.bodies import BodyTooLarge, read
 from quire_cluster.gateway.chat import ChatCompletions
 from quire_cluster.gateway.completions import MAX_PROMPTS, Completions
+from quire_cluster.gateway.endpoint import caller_of
 from quire_cluster.gateway.events import while_connected
 from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.schema import (
@@ -39,6 +42,7 @@ from quire_cluster.gateway.schema import (
     ScoreRequest,
     TokenizeRequest,
 )
+from quire_cluster.governance.callers import Permission
 
 log = logging.getLogger(__name__)
 ModelBody = TypeVar("ModelBody", bound=OfModel)
@@ -54,6 +58,10 @@ def http_status(error: QuireError) -> int:
         return 413
     if isinstance(error, UnknownModel):
         return 404
+    if isinstance(error, Unauthenticated):
+        return 401
+    if isinstance(error, Forbidden):
+        return 403
     if isinstance(error, QueueFull):
         return 429
     if isinstance(error, DeadlineExceeded):
@@ -70,6 +78,7 @@ def error_body(error: QuireError, status: int) -> dict[str, Any]:
         413: "invalid_request_error",
         429: "rate_limit_error",
         401: "authentication_error",
+        403: "permission_error",
     }
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     parameter = error.parameter if isinstance(error, InvalidParameter) else None
@@ -117,16 +126,19 @@ class Api:
             Route("/detokenize", self._guarded(self.detokenize), methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.ready, methods=["GET"]),
-            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/metrics", self._guarded(self.metrics, Permission.READ), methods=["GET"]),
         ]
         handlers: dict[Any, Any] = {404: self._no_route, 405: self._no_route}
         return Starlette(routes=routes, exception_handlers=handlers)
 
-    def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Errors become OpenAI's; what is not ours to tell stays in the log."""
+    def _guarded(
+        self, handler: Callable[[Request], Awaitable[Response]], needs: Permission = Permission.USE
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """For callers who may. Errors become OpenAI's; what is not ours to tell stays in the log."""
 
         async def handle(request: Request) -> Response:
             try:
+                caller_of(request).check(needs)
                 return await handler(request)
             except ClientDisconnect:
                 return Response(status_code=499)
@@ -152,47 +164,48 @@ class Api:
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
         models = self._models
-        return json_response({"object": "list", "data": [models.described(name) for name in models.names]})
+        caller = caller_of(request)
+        return json_response({"object": "list", "data": [models.described(n, caller) for n in models.names(caller)]})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{name}"""
         name = request.path_params["name"]
         if not name:
             return await self.models(request)
-        return json_response(self._models.described(name))
+        return json_response(self._models.described(name, caller_of(request)))
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
         body = await self._read(request, CompletionRequest, prompts=MAX_PROMPTS)
-        return await Completions(await self._models.find(body.model), body, request).respond()
+        return await Completions(await self._models.find(body.model, caller_of(request)), body, request).respond()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
         body = await self._read(request, ChatCompletionRequest)
-        return await ChatCompletions(await self._models.find(body.model), body, request).respond()
+        return await ChatCompletions(await self._models.find(body.model, caller_of(request)), body, request).respond()
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
         body = await self._read(request, EmbeddingRequest, prompts=pooling.MAX_INPUTS)
-        service = await self._models.find(body.model)
-        return json_response(await while_connected(request, pooling.embeddings(service, body)))
+        service = await self._models.find(body.model, caller_of(request))
+        return json_response(await while_connected(request, pooling.embeddings(service, body, caller_of(request))))
 
     async def score(self, request: Request) -> Response:
         """POST /v1/score"""
         body = await self._read(request, ScoreRequest, prompts=pooling.MAX_INPUTS)
-        service = await self._models.find(body.model)
-        return json_response(await while_connected(request, pooling.score(service, body)))
+        service = await self._models.find(body.model, caller_of(request))
+        return json_response(await while_connected(request, pooling.score(service, body, caller_of(request))))
 
     async def rerank(self, request: Request) -> Response:
         """POST /v1/rerank, /v2/rerank and /rerank"""
         body = await self._read(request, RerankRequest, prompts=pooling.MAX_INPUTS)
-        service = await self._models.find(body.model)
-        return json_response(await while_connected(request, pooling.rerank(service, body)))
+        service = await self._models.find(body.model, caller_of(request))
+        return json_response(await while_connected(request, pooling.rerank(service, body, caller_of(request))))
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""
         body = await self._read(request, TokenizeRequest)
-        service = await self._models.find(body.model)
+        service = await self._models.find(body.model, caller_of(request))
         if (body.prompt is None) == (body.messages is None):
             raise InvalidParameter("give either prompt or messages", "prompt")
         if body.messages is not None:
@@ -215,7 +228,7 @@ class Api:
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize"""
         body = await self._read(request, DetokenizeRequest)
-        service = await self._models.find(body.model)
+        service = await self._models.find(body.model, caller_of(request))
         return json_response({"prompt": await service.texts.decode(body.tokens)})
 
     async def _read(self, request: Request, kind: type[ModelBody], *, prompts: int = 1) -> ModelBody:

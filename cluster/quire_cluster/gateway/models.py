@@ -21,6 +21,7 @@ from quire_cluster.deployment import Deployment, listed
 from quire_cluster.gateway.bodies import MAX_BODY
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.service import Service, access_log
+from quire_cluster.governance.callers import Caller
 from quire_cluster.observability.metrics import Metrics
 from quire_cluster.reports import ModelReport, WaitingRequest
 from quire_cluster.routing_table import ClusterTable, Key, RoutingTable, Served
@@ -43,6 +44,10 @@ def _text_of(deployment: Deployment) -> _Text:
         config.enable_auto_tool_choice,
         deployment.engine.images_per_prompt,
     )
+
+
+def _said(names: Sequence[str]) -> str:
+    return f"served is {listed(names)}" if names else "none is served yet"
 
 
 @dataclass
@@ -95,43 +100,40 @@ class Models:
 
     # ---- what clients name ----------------------------------------------------------------------------------------
 
-    async def find(self, name: str | None) -> Service:
-        """The service of a model; of none at all, where there is one. A model that is being read is waited for, a
-        minute at most. Raises UnknownModel; Unavailable where it cannot be read here, or none of its replicas be
-        started."""
+    async def find(self, name: str | None, caller: Caller) -> Service:
+        """The service of a model; of none at all, where the caller may use one. One that it may not use is as unknown.
+        A model that is being read is waited for, a minute at most. Raises UnknownModel; Unavailable where it cannot be
+        read here, or none of its replicas be started."""
         try:
-            await asyncio.wait_for(self._named(name).tried.wait(), _READ)
+            await asyncio.wait_for(self._named(name, caller).tried.wait(), _READ)
         except TimeoutError:
             raise Unavailable("the model is still being read at this gateway; try again", _RETRY) from None
-        entry = self._named(name)  # it may have been deleted
+        entry = self._named(name, caller)  # it may have been deleted
         if entry.state == "failed":
             raise Unavailable("no replica of this model can be started; `quire status` tells its operator why", 60.0)
         if entry.active is None:
             raise Unavailable("the model cannot be read at this gateway, whose log says why; try again", _RETRY)
         return entry.active
 
-    def _named(self, name: str | None) -> _Entry:
+    def _named(self, name: str | None, caller: Caller) -> _Entry:
         if name:
             entry = self._by_name.get(name)
-            if entry is None:
-                raise UnknownModel(f"the model {name[:100]!r} is not served here; {self._said()}", "model")
+            if entry is None or not caller.may_use(entry.served.deployment.names):
+                said = _said(self.names(caller))
+                raise UnknownModel(f"the model {name[:100]!r} is not served here; {said}", "model")
             return entry
-        if len(self._entries) != 1:
-            raise UnknownModel(f"name the model; {self._said()}", "model")
-        [entry] = self._entries.values()
-        return entry
+        entries = [entry for entry in self._entries.values() if caller.may_use(entry.served.deployment.names)]
+        if len(entries) != 1:
+            raise UnknownModel(f"name the model; {_said(self.names(caller))}", "model")
+        return entries[0]
 
-    def _said(self) -> str:
-        return f"served is {listed(self._by_name)}" if self._by_name else "none is served yet"
+    def names(self, caller: Caller) -> list[str]:
+        """Of all models that it may use, aliases among them."""
+        return [name for name, entry in self._by_name.items() if caller.may_use(entry.served.deployment.names)]
 
-    @property
-    def names(self) -> list[str]:
-        """Of all models, aliases among them."""
-        return list(self._by_name)
-
-    def described(self, name: str) -> dict[str, Any]:
+    def described(self, name: str, caller: Caller) -> dict[str, Any]:
         """A model as OpenAI's API shows it, and its state. Raises UnknownModel."""
-        entry = self._named(name)
+        entry = self._named(name, caller)
         service = entry.active
         return {
             "id": name,

@@ -14,6 +14,7 @@ from quire_engine.step import Floats
 from quire_cluster.gateway.generation import Generation
 from quire_cluster.gateway.schema import EmbeddingRequest, RerankRequest, ScoreRequest
 from quire_cluster.gateway.service import Service
+from quire_cluster.governance.callers import Caller
 
 MAX_INPUTS = 2048
 Text = str | list[int]
@@ -34,12 +35,12 @@ async def tokens_of(service: Service, inputs: Sequence[Text]) -> list[list[int]]
 
 
 async def pooled(
-    service: Service, prompts: list[list[int]], route: str, *, scores: bool, deadline: float = 0.0
+    service: Service, prompts: list[list[int]], route: str, caller: Caller, *, scores: bool, deadline: float = 0.0
 ) -> list[Floats]:
     """What the model gives for each prompt. The first failure ends all of them."""
     generations: list[Generation] = []
     try:
-        generations.extend(service.pool(prompt, scores=scores, deadline=deadline) for prompt in prompts)
+        generations.extend(service.pool(one, scores=scores, deadline=deadline, caller=caller) for one in prompts)
         return list(await asyncio.gather(*(generation.vector() for generation in generations)))
     finally:
         for generation in generations:
@@ -56,10 +57,10 @@ def shortened(vector: Floats, dimensions: int | None) -> Floats:
     return cut / max(float(np.linalg.norm(cut)), 1e-12)
 
 
-async def embeddings(service: Service, body: EmbeddingRequest) -> dict[str, Any]:
+async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -> dict[str, Any]:
     """POST /v1/embeddings"""
     tokens = await tokens_of(service, body.inputs())
-    vectors = await pooled(service, tokens, "/v1/embeddings", scores=False)
+    vectors = await pooled(service, tokens, "/v1/embeddings", caller, scores=False)
     data = await asyncio.to_thread(embedding_objects, vectors, body)
     return {"object": "list", "data": data, "model": body.model or service.names[0], "usage": usage(tokens)}
 
@@ -75,9 +76,9 @@ def embedding_objects(vectors: list[Floats], body: EmbeddingRequest) -> list[orj
     return data
 
 
-async def score(service: Service, body: ScoreRequest) -> dict[str, Any]:
+async def score(service: Service, body: ScoreRequest, caller: Caller) -> dict[str, Any]:
     """POST /v1/score"""
-    values, counted = await _scores(service, score_pairs(body), "/v1/score")
+    values, counted = await _scores(service, score_pairs(body), "/v1/score", caller)
     return score_answer(body.model or service.names[0], values, counted)
 
 
@@ -96,9 +97,9 @@ def score_answer(model: str, values: list[float], counted: dict[str, int]) -> di
     return {"object": "list", "data": data, "model": model, "usage": counted}
 
 
-async def rerank(service: Service, body: RerankRequest) -> dict[str, Any]:
+async def rerank(service: Service, body: RerankRequest, caller: Caller) -> dict[str, Any]:
     """POST /v1/rerank, /v2/rerank and /rerank"""
-    values, counted = await _scores(service, rerank_pairs(body), "/v1/rerank")
+    values, counted = await _scores(service, rerank_pairs(body), "/v1/rerank", caller)
     return rerank_answer(body, body.model or service.names[0], values, counted)
 
 
@@ -119,16 +120,18 @@ def rerank_answer(body: RerankRequest, model: str, values: list[float], counted:
     return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results, "usage": counted}
 
 
-async def _scores(service: Service, pairs: list[tuple[str, str]], route: str) -> tuple[list[float], dict[str, int]]:
+async def _scores(
+    service: Service, pairs: list[tuple[str, str]], route: str, caller: Caller
+) -> tuple[list[float], dict[str, int]]:
     """A classifier's, or the cosine between two embeddings; and what was computed for them."""
     check_pairs(len(pairs))
     if service.pooling is not None and service.pooling.scores:
         tokens = await service.texts.pairs(pairs, context=service.max_model_len)
-        values = await pooled(service, tokens, route, scores=True)
+        values = await pooled(service, tokens, route, caller, scores=True)
         return [float(value[0]) for value in values], usage(tokens)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     tokens = await tokens_of(service, texts)
-    vectors = await pooled(service, tokens, route, scores=False)
+    vectors = await pooled(service, tokens, route, caller, scores=False)
     return cosines(pairs, texts, vectors), usage(tokens)
 
 

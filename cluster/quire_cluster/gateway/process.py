@@ -20,6 +20,7 @@ from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.models import Models
+from quire_cluster.governance.identity import Identity, SharedKeys
 from quire_cluster.keys import Keys
 from quire_cluster.liveness import LivenessProbe, while_alive
 from quire_cluster.observability.metrics import Metrics
@@ -56,18 +57,21 @@ def bind(host: str, port: int, what: str, *, shared: bool = False) -> socket.soc
 class Gateway:
     """`open` binds, `start` answers; `failed` is set where a part of it ended by itself."""
 
-    def __init__(self, config: GatewayConfig, keys: Keys | None, *, identity: str, shared_ports: bool = False) -> None:
-        """`identity`: to the controller. `shared_ports`: other gateways of this host may listen on the same ones."""
-        self._identity = identity
+    def __init__(self, config: GatewayConfig, keys: Keys | None, *, name: str, shared_ports: bool = False) -> None:
+        """`keys`: None lets everybody in. `name`: to the controller. `shared_ports`: other gateways of this host may
+        listen on the same ones."""
+        self._name = name
         self.http_port = 0
         self.grpc_port = 0
         self.failed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self._media = Media(config, PictureLimits())
         self.models = Models(Metrics(), self._media, on_silence=self._report_silence, on_wait=self._report_wait)
         self._config = config
-        self._keys = keys
+        self._identity: Identity | None = SharedKeys(keys) if keys is not None else None
         self._shared = shared_ports
-        self._doors = Doors.of(config.host, keys, entries(config.allowed_hosts), entries(config.allowed_origins))
+        self._doors = Doors.of(
+            config.host, self._identity, entries(config.allowed_hosts), entries(config.allowed_origins)
+        )
         connections = raise_open_files(config.max_connections)
         if connections < config.max_connections:
             log.warning("the system's limit on open files leaves room for %d connections; see ulimit -n", connections)
@@ -95,7 +99,7 @@ class Gateway:
         assert self._listener is not None, "start() before open()"
         self._http = HttpServer(HttpConfig(self._doors.before(Api(self.models).app()), self._limits))
         self._http_task = self._begin(self._http.serve(sockets=[self._listener]), "the HTTP server")
-        self._grpc = GrpcServer(self.models, self._limits, keys=self._keys, shared_port=self._shared)
+        self._grpc = GrpcServer(self.models, self._limits, identity=self._identity, shared_port=self._shared)
         self.grpc_port = await self._grpc.start(self._config.host, self._config.grpc_port)
         self._parts += [
             self._begin(self._grpc.wait(), "the gRPC server"),
@@ -187,7 +191,7 @@ class Gateway:
         while True:
             self.models.look()
             report = GatewayReport(
-                identity=self._identity,
+                identity=self._name,
                 node=node,
                 pid=os.getpid(),
                 host=reached,

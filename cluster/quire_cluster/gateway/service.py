@@ -2,7 +2,6 @@
 log."""
 
 import asyncio
-import hashlib
 import json
 import logging
 import random
@@ -40,6 +39,7 @@ from quire_cluster.gateway.images import NO_IMAGES, Images, SeenImages, without_
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.texts import Texts
+from quire_cluster.governance.callers import Caller
 from quire_cluster.observability.metrics import Metrics, ModelMetrics
 from quire_cluster.reports import ModelReport, ReplicaReport, WaitingRequest
 from quire_cluster.routing_table import RoutingTable
@@ -230,15 +230,16 @@ class Service:
             texts, context=self.max_model_len, add_special_tokens=add_special_tokens, parameter=parameter
         )
 
-    async def prompt(self, text: str, files: list[bytes], cache_salt: str) -> tuple[list[int], SeenImages]:
-        """A text's token ids, with images in its places for them. Raises InvalidParameter, ContextTooLong."""
+    async def prompt(self, text: str, files: list[bytes], salt: bytes) -> tuple[list[int], SeenImages]:
+        """A text's token ids, with images in its places for them; `salt`: under which these are kept. Raises
+        InvalidParameter, ContextTooLong."""
         if not files:
             return await self.tokenize(text), NO_IMAGES
         if self.images is None:
             raise InvalidParameter("the model takes no images; leave them out", "images")
         processor = self.images.processor
         parts = [{"type": "image", "image": file} for file in files]
-        [message] = await self.images.found([{"role": "user", "content": parts}], _salt(cache_salt))
+        [message] = await self.images.found([{"role": "user", "content": parts}], salt)
         seen = tuple(part["image"] for part in message["content"])
         tokens = await self.tokenize(expand(text, seen, processor.placeholder))
         return tokens, SeenImages(spans_of(tokens, seen, processor.image_token_id), seen)
@@ -251,12 +252,12 @@ class Service:
         continue_final_message: bool,
         variables: Mapping[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
-        cache_salt: str | None = None,
+        salt: bytes = b"",
     ) -> tuple[list[int], SeenImages]:
-        """A conversation's prompt, and the images in it."""
+        """A conversation's prompt, and the images in it. `salt`: under which these are kept."""
         images = self.images
         if images is not None:
-            messages = await images.found(messages, _salt(cache_salt))
+            messages = await images.found(messages, salt)
         seen = [part["image"] for _, part in parts_of(messages)] if images is not None else []
         tokens = await self.texts.conversation(
             messages,
@@ -298,10 +299,11 @@ class Service:
         cache_salt: str | None = None,
         request_id: str | None = None,
         seen: SeenImages = NO_IMAGES,
+        caller: Caller,
     ) -> Generation:
         """Checks what is left to check and sends it off. Raises RequestError or Unavailable."""
         check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
-        return self._send(self._made(prompt, sampling, priority, deadline, cache_salt, request_id, seen))
+        return self._send(self._made(prompt, sampling, priority, deadline, cache_salt, request_id, seen, caller))
 
     async def resume(
         self,
@@ -313,6 +315,7 @@ class Service:
         deadline: float = 0.0,
         cache_salt: str | None = None,
         seen: SeenImages = NO_IMAGES,
+        caller: Caller,
     ) -> Generation:
         """`start`, where the client holds a part of the answer, which another gateway began: by choice, `emitted`."""
         check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
@@ -324,11 +327,11 @@ class Service:
             )
         for one in emitted.values():
             self._check_tokens(one.tokens, "resume")
-        generation = self._made(prompt, sampling, priority, deadline, cache_salt, None, seen)
+        generation = self._made(prompt, sampling, priority, deadline, cache_salt, None, seen, caller)
         await asyncio.to_thread(generation.resume, emitted)
         return self._send(generation)
 
-    def pool(self, prompt: list[int], *, scores: bool, deadline: float = 0.0) -> Generation:
+    def pool(self, prompt: list[int], *, scores: bool, deadline: float = 0.0, caller: Caller) -> Generation:
         """Sends a text off whose vector (or score) is wanted. Raises RequestError or Unavailable."""
         if self.pooling is None or self.pooling.scores != scores:
             kind = "text" if self.pooling is None else "scores" if self.pooling.scores else "embeddings"
@@ -341,7 +344,7 @@ class Service:
             raise ContextTooLong(
                 f"an input has {len(prompt)} tokens; the context is {self.max_model_len}; shorten it", "input"
             )
-        return self._send(self._made(prompt, self._pooled, 0, deadline, None, None))
+        return self._send(self._made(prompt, self._pooled, 0, deadline, None, None, NO_IMAGES, caller))
 
     def _made(
         self,
@@ -351,7 +354,8 @@ class Service:
         deadline: float,
         cache_salt: str | None,
         request_id: str | None,
-        seen: SeenImages = NO_IMAGES,
+        seen: SeenImages,
+        caller: Caller,
     ) -> Generation:
         if self.draining:
             raise Unavailable("this server is shutting down; try another one")
@@ -366,9 +370,10 @@ class Service:
             prompt=prompt,
             priority=priority,
             deadline=deadline,
-            cache_salt=_salt(cache_salt),
+            cache_salt=caller.tenant.salt(cache_salt),
             arrival=time.monotonic(),
             seen=seen,
+            caller=caller,
         )
         return Generation(
             facts, samplings, [OutputText(self.tokenizer, params, prompt, sampling.answer) for _ in samplings]
@@ -437,10 +442,6 @@ class Service:
         if error is not None:
             line["error"] = str(error)[:200]
         access_log.info(json.dumps(line))
-
-
-def _salt(given: str | None) -> bytes:
-    return hashlib.sha256(given.encode()).digest() if given else b""
 
 
 def _reported(session: ReplicaSession) -> ReplicaReport:

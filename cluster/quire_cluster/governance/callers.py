@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 
+from quire_engine.errors import Forbidden
+
 
 class Role(Enum):
     """Of a caller. What each may do stands in `_MAY`."""
@@ -72,10 +74,16 @@ class Caller:
     key: str = ""  # the id of its key, or another name that it is known by; never the key itself
     models: tuple[str, ...] = ("*",)  # patterns that its key is for, besides its tenant's
     address: str = field(default="", compare=False)  # where the call came from
+    forwarded_for: str = field(default="", compare=False)  # whom a proxy says that it came from
 
     def may(self, permission: Permission) -> bool:
         """By its role."""
         return permission in _MAY[self.role]
+
+    def check(self, permission: Permission) -> None:
+        """Raises Forbidden where its role does not allow it."""
+        if not self.may(permission):
+            raise Forbidden(f"a key of the role {self.role.value} may not {permission.value}; use another one")
 
     def may_use(self, names: Iterable[str]) -> bool:
         """Whether a model of these names is for it, by its tenant's patterns and its key's."""

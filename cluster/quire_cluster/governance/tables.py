@@ -33,6 +33,7 @@ tenants = Table(
     Column("longest_answer", BigInteger),
     Column("monthly_tokens", BigInteger),
     Column("created_at", BigInteger, nullable=False),
+    Column("removed_at", BigInteger),
 )
 
 keys = Table(

@@ -22,6 +22,7 @@ def upgrade() -> None:
         sa.Column("longest_answer", sa.BigInteger),
         sa.Column("monthly_tokens", sa.BigInteger),
         sa.Column("created_at", sa.BigInteger, nullable=False),
+        sa.Column("removed_at", sa.BigInteger),
     )
     op.create_table(
         "keys",
