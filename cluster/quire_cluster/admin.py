@@ -3,15 +3,14 @@ the Connect protocol has unary calls). Both want the cluster's admin key."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
-import orjson
 from google.protobuf import json_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from quire_engine.errors import InvalidParameter, QuireError
+from quire_engine.errors import InvalidParameter
 from quire_protos.v1 import control_pb2 as pb
 from quire_protos.v1 import control_pb2_grpc
 from starlette.applications import Starlette
@@ -22,20 +21,19 @@ from starlette.routing import Route
 from quire_cluster.addresses import with_port
 from quire_cluster.deployment import Deployment, make_deployment
 from quire_cluster.gateway import reflection
+from quire_cluster.gateway.call_errors import CallErrors
 from quire_cluster.gateway.calls import CallGuard
 from quire_cluster.gateway.connection import HttpConfig, HttpServer, Limits
 from quire_cluster.gateway.doors import Doors
-from quire_cluster.gateway.grpc_api import status_code
-from quire_cluster.gateway.http import error_body, error_response, json_response
+from quire_cluster.gateway.http import json_response
+from quire_cluster.gateway.json_calls import LARGEST, JsonCalls
 from quire_cluster.gateway.process import bind
 from quire_cluster.governance.identity import CallerCheck, SharedKeys
 from quire_cluster.keys import Keys
 
 log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Control"]
-PARAMETER = "quire-parameter"  # trailing metadata: what was wrong, as deployment.option
 _REFUSAL = "missing or wrong admin key; `quire start` has written it where only its owner reads"
-_LARGEST = 4 << 20  # bytes of a call
 _LIMITS = Limits(connections=64, head=20.0, body=20.0, write=60.0)
 _CHANGING = ("Deploy", "Delete", "Scale", "Drain", "Shutdown")
 
@@ -136,29 +134,6 @@ class ControlService(control_pb2_grpc.ControlServicer):
         return pb.ShutdownResponse()
 
 
-class _Refusing(grpc.aio.ServerInterceptor):
-    """Errors of ours become gRPC's; what changes something is logged."""
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        handler = await continuation(details)
-        method = details.method.rpartition("/")[2]
-        if handler is None or not details.method.startswith(f"/{SERVICE.full_name}/"):
-            return handler
-
-        async def answer(request: Any, context: Any) -> Any:
-            try:
-                _note(method, request)
-                return await handler.unary_unary(request, context)
-            except json_format.Error as error:  # a number that JSON does not have
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"this is no {method}Request: {error}")
-            except QuireError as error:
-                if isinstance(error, InvalidParameter) and error.parameter:
-                    context.set_trailing_metadata(((PARAMETER, error.parameter.encode("ascii", "replace").decode()),))
-                await context.abort(status_code(error), str(error))
-
-        return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
-
-
 def _note(method: str, request: Any) -> None:
     if method in _CHANGING:
         log.info("%s: %s", method, json_format.MessageToJson(request, indent=None))
@@ -173,9 +148,9 @@ class AdminServer:
         identity = SharedKeys(Keys([config.key]), _REFUSAL)
         doors = CallerCheck(identity, open_services=[health.SERVICE_NAME])
         self._grpc = grpc.aio.server(
-            interceptors=[doors, CallGuard(_LIMITS.body), _Refusing()],
+            interceptors=[doors, CallGuard(_LIMITS.body), CallErrors(SERVICE, _note)],
             options=[
-                ("grpc.max_receive_message_length", _LARGEST),
+                ("grpc.max_receive_message_length", LARGEST),
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_allowed_incoming_connections", _LIMITS.connections),
             ],
@@ -185,7 +160,7 @@ class AdminServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable((SERVICE.full_name, health.SERVICE_NAME), self._grpc)
         routes = [
-            Route(f"/{SERVICE.full_name}/{{method}}", self._call, methods=["POST"]),
+            *JsonCalls(SERVICE, self._service, _note).routes(),
             Route("/health", self._ok, methods=["GET"]),
         ]
         app = Doors.of(config.host, identity, (), ()).before(Starlette(routes=routes))
@@ -209,33 +184,3 @@ class AdminServer:
 
     async def _ok(self, request: Request) -> Response:
         return json_response({"status": "ok"})
-
-    async def _call(self, request: Request) -> Response:
-        """JSON in, JSON out, by the same methods."""
-        name = request.path_params["method"]
-        method = SERVICE.methods_by_name.get(name)
-        if method is None:
-            known = ", ".join(SERVICE.methods_by_name)
-            return json_response(
-                error_body(InvalidParameter(f"there is no method {name:.80}; there are: {known}"), 404), 404
-            )
-        message = getattr(pb, method.input_type.name)()
-        call: Callable[[Any, Any], Any] = getattr(self._service, name)
-        try:
-            body = await request.body()
-            if len(body) > _LARGEST:
-                raise InvalidParameter(f"the body has more than {_LARGEST} bytes")
-            json_format.Parse(body or b"{}", message)
-            _note(name, message)
-            answer = await call(message, None)
-        except (json_format.Error, UnicodeDecodeError) as error:
-            return error_response(InvalidParameter(f"the body is no {method.input_type.name}: {error}"))
-        except QuireError as error:
-            return error_response(error)
-        except Exception:  # a bug of ours: the caller gets its 500, and the log the cause
-            log.exception("%s failed", name)
-            return json_response(error_body(QuireError("internal error; it is in the controller's log"), 500), 500)
-        content = json_format.MessageToDict(
-            answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-        )
-        return Response(orjson.dumps(content), media_type="application/json")

@@ -67,6 +67,12 @@ class GatewayConfig(MediaConfig):
     api_key_file: str | None = option(
         None, "of which any is good", form="a file of such keys (one a line)", unset="none"
     )
+    governance: str | None = option(
+        None,
+        "that says who may call, by keys of `quire keys create`, and what is on record (see docs/governance.md)",
+        form="a file",
+        unset="everybody who has the API key may",
+    )
     allowed_hosts: str | None = option(
         None,
         "that the server answers to, on a loopback address besides its own",
@@ -95,6 +101,11 @@ class GatewayConfig(MediaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.governance is not None and (self.api_key is not None or self.api_key_file is not None):
+            raise InvalidParameter(
+                "with --governance the keys are those of `quire keys create`; leave out --api-key and --api-key-file",
+                "api_key",
+            )
         for host in entries(self.allowed_hosts):
             if not _HOST.fullmatch(host):
                 raise InvalidParameter(

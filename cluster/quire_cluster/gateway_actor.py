@@ -7,6 +7,7 @@ from quire_engine.errors import ServerError
 
 from quire_cluster.config import GatewayConfig
 from quire_cluster.gateway.process import Gateway
+from quire_cluster.governance.config import Governance
 from quire_cluster.keys import Keys
 from quire_cluster.liveness import end_with_controller, named_controller
 from quire_cluster.reports import WaitingRequest
@@ -16,12 +17,12 @@ class GatewayActor:
     """`run` returns when it was stopped, and raises what it failed with. It ends by itself once its controller is gone
     for good."""
 
-    def __init__(self, name: str, namespace: str, config: GatewayConfig, keys: Keys | None) -> None:
+    def __init__(self, name: str, namespace: str, config: GatewayConfig, access: Keys | Governance | None) -> None:
         """Takes its ports, which other gateways of its host may share, and answers. Ray calls it on the actor's event
         loop."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self._config = config
-        self._gateway = Gateway(config, keys, name=name, shared_ports=True)
+        self._gateway = Gateway(config, access, name=name, shared_ports=True)
         self._stopped = asyncio.Event()
         self._started = asyncio.ensure_future(self._start(namespace))
         self._orphaned = asyncio.ensure_future(end_with_controller(namespace))

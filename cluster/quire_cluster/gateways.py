@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from quire_cluster.config import GatewayConfig
 from quire_cluster.gateway_actor import GatewayActor
+from quire_cluster.governance.config import Governance
 from quire_cluster.keys import Keys
 from quire_cluster.policies.hosts import Hosts
 from quire_cluster.policies.restart import Restarts
@@ -28,7 +29,7 @@ class GatewayPlan:
     """Which there are."""
 
     config: GatewayConfig
-    keys: Keys | None
+    access: Keys | Governance | None  # who may call; None: everybody
     per_node: int
     everywhere: bool  # where replicas are, too; else on the head alone
 
@@ -86,7 +87,7 @@ class _Place:
                 max_concurrency=1000,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(self.node, soft=False),
             )
-            .remote(self.name, self._namespace, self._plan.config, self._plan.keys)
+            .remote(self.name, self._namespace, self._plan.config, self._plan.access)
         )
 
     def kill(self) -> None:

@@ -17,12 +17,12 @@ from quire_engine.config import EngineConfig
 from quire_engine.errors import InvalidParameter, ModelError, ServerError
 from quire_engine.models.check import CheckedModel, check_model
 
+from quire_cluster.access import prepare_access
 from quire_cluster.config import ServeConfig
 from quire_cluster.controller import ClusterConfig, Controller, actor_options
 from quire_cluster.deployment import Deployment, DeploymentConfig
 from quire_cluster.gateway.process import Gateway
 from quire_cluster.gateway.service import Service
-from quire_cluster.keys import read_keys
 from quire_cluster.liveness import LivenessProbe, while_alive
 from quire_cluster.local_ray import PrivateCluster, join_cluster, start_private_cluster
 from quire_cluster.routing_table import ClusterTable, RoutingTable, Served
@@ -70,8 +70,7 @@ class Server:
         loop = asyncio.get_running_loop()
         self._catch_signals()
         config = self._serve
-        keys = read_keys(config.api_key, config.api_key_file, os.environ)
-        gateway = self._gateway = Gateway(config, keys, name="serve")
+        gateway = self._gateway = Gateway(config, await prepare_access(config, os.environ), name="serve")
         gateway.failed.add_done_callback(lambda failed: self._give_up(failed.result()))
         gateway.open()
         watching: asyncio.Task[None] | None = None

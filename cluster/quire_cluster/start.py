@@ -12,12 +12,13 @@ from typing import Any
 import ray
 from quire_engine.errors import InvalidParameter, Unavailable
 
+from quire_cluster.access import prepare_access
 from quire_cluster.addresses import is_loopback, with_port
 from quire_cluster.admin import AdminConfig
 from quire_cluster.config import GatewayConfig, StartConfig
 from quire_cluster.controller import ClusterConfig, Controller, actor_options
 from quire_cluster.gateways import GatewayPlan
-from quire_cluster.keys import read_keys
+from quire_cluster.governance.config import Governance
 from quire_cluster.liveness import LivenessProbe, named_controller, while_alive
 from quire_cluster.local_ray import join_cluster
 from quire_cluster.nodes import Nodes
@@ -47,17 +48,24 @@ class Operator:
 def start(config: StartConfig, file: Path) -> bool:
     """Starts what is not there, and returns when all of it answers: whether anything was started. Writes `file` for
     operators' commands. Raises QuireError, and then leaves nothing behind that it has started."""
-    keys = read_keys(config.api_key, config.api_key_file, os.environ)
+    access = asyncio.run(prepare_access(config, os.environ))
+    if isinstance(access, Governance) and access.embedded and config.gateways_on == "all":
+        raise InvalidParameter(
+            "gateways on several nodes cannot share SQLite's file; give a PostgreSQL server as `database` in "
+            f"{config.governance}, or --gateways-on head",
+            "governance",
+        )
     join_cluster(config.ray_address, NAMESPACE)
     try:
         gateways = GatewayPlan(
             config=GatewayConfig(**{f.name: getattr(config, f.name) for f in fields(GatewayConfig)}),
-            keys=keys,
+            access=access,
             per_node=config.gateways,
             everywhere=config.gateways_on == "all",
         )
         # The keys are known by their digests alone from here on.
-        gateways = replace(gateways, config=replace(gateways.config, api_key=None, api_key_file=None))
+        config_alone = replace(gateways.config, api_key=None, api_key_file=None, governance=None)
+        gateways = replace(gateways, config=config_alone)
         admin = AdminConfig(
             host=config.admin_host,
             port=config.admin_port,

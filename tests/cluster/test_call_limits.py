@@ -14,9 +14,10 @@ import orjson
 import pytest
 from gateways import models_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from quire_cluster.gateway.call_errors import status_code
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.doors import BodyCheck
-from quire_cluster.gateway.grpc_api import GrpcServer, InferenceService, status_code
+from quire_cluster.gateway.grpc_api import GrpcServer, InferenceService
 from quire_cluster.gateway.http import Api, error_response
 from quire_cluster.gateway.service import Service
 from quire_cluster.governance.identity import SharedKeys

@@ -15,6 +15,7 @@ import pytest
 from fake_replica import FakeReplica
 from gateways import TOKENS, body, expected, until
 from quire_cluster.deployment import Deployment, DeploymentConfig
+from quire_cluster.gateway.generation import Call
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.service import Service
@@ -392,7 +393,7 @@ def test_who_is_late_for_a_model_is_told(service: Callable[[], Service], after: 
         await until(left)
         await asyncio.sleep(0)
         with pytest.raises(Unavailable, match="deleted or replaced meanwhile"):
-            found.start([5], sampling, caller=ANYONE)
+            found.start([5], sampling, Call(route="", caller=ANYONE))
 
     run(service, work)
 

@@ -16,6 +16,7 @@ from fake_replica import FakeReplica
 from gateways import TOKENS, tokens, until
 from quire_cluster.config import ServeConfig
 from quire_cluster.gateway.connection import HttpServer
+from quire_cluster.gateway.generation import Call
 from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.process import Gateway
 from quire_cluster.gateway.service import Service
@@ -42,6 +43,9 @@ def table(server: Server, version: int, *replicas: FakeReplica, failure: str | N
     return ClusterTable(version, (Served(server._deployment, RoutingTable(entries, failure)),))
 
 
+CALL = Call(route="", caller=ANYONE)
+
+
 @asynccontextmanager
 async def serving(gate: Service, folder: Path) -> AsyncIterator[tuple[Server, FakeReplica]]:
     """A server whose gateway has this service and one replica."""
@@ -64,7 +68,7 @@ def test_a_second_signal_does_not_wait_for_what_runs(
         gate = service()
         async with serving(gate, checkpoint("llama")) as (server, replica):
             replica.holds = lambda submit: True
-            generation = gate.start([5, 6], await gate.sampling(SamplingParams()), caller=ANYONE)
+            generation = gate.start([5, 6], await gate.sampling(SamplingParams()), CALL)
             server._catch_signals()
             for first in (signal.SIGINT, signal.SIGHUP):
                 os.kill(os.getpid(), first)
@@ -90,14 +94,14 @@ def test_an_answer_that_is_still_read_is_waited_for(
     async def run() -> None:
         gate = service()
         async with serving(gate, checkpoint("llama")) as (server, _):
-            generation = gate.start([5, 6], await gate.sampling(SamplingParams(max_tokens=TOKENS)), caller=ANYONE)
+            generation = gate.start([5, 6], await gate.sampling(SamplingParams(max_tokens=TOKENS)), CALL)
             await until(lambda: generation.choices[0].ended)
             ending = asyncio.ensure_future(server._shut_down())
             await until(lambda: gate.draining)
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(ending), 0.2)
             assert len(await tokens(generation)) == TOKENS
-            gate.finished(generation, route="test")
+            gate.finished(generation)
             async with asyncio.timeout(60):
                 await ending
 

@@ -60,6 +60,21 @@ class AdminConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GovernanceConfig:
+    """The governance."""
+
+    governance: str | None = option(
+        None,
+        "that says where its database is",
+        form="a file",
+        unset="$QUIRE_GOVERNANCE, governance.yaml here, or in ~/.quire",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadBalancerConfig(AdminConfig):
     """The load balancer."""
 

@@ -1,5 +1,5 @@
-"""The command line: `quire serve`; `start`, `deploy`, `status` and the other operators' commands; `chat`, `complete`,
-`run-batch`, `plan`.
+"""The command line: `quire serve`; `start`, `deploy`, `status` and the other operators' commands; `tenants`, `keys`,
+`usage`, `audit`; `chat`, `complete`, `run-batch`, `plan`.
 
 What a command takes is read and checked before what it needs is imported: torch and Ray take seconds.
 """
@@ -10,14 +10,22 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from quire_cluster.addresses import with_port
 from quire_cluster.config import MediaConfig, ServeConfig, StartConfig
+from quire_cluster.governance.callers import TenantConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.errors import InvalidParameter, QuireError
 
-from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, LoadBalancerConfig, PlanConfig
+from quire.cli.config import (
+    AdminConfig,
+    ChatConfig,
+    CompleteConfig,
+    GovernanceConfig,
+    LoadBalancerConfig,
+    PlanConfig,
+)
 from quire.cli.options import add_options, build, names_of, read_config_file
 from quire.cli.terminal import flush, prepare, say
 
@@ -25,8 +33,15 @@ _ANY_PORT = "any port: see `quire status`"
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # as shells say that a signal ended a program: 128 + its number
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="quire", description="A serving cluster for open large language models.")
+class _Command(Protocol):
+    """Adds a command."""
+
+    def __call__(
+        self, name: str, run: Callable[..., None], help: str, description: str, *configs: type
+    ) -> argparse.ArgumentParser: ...
+
+
+def _commands(parser: argparse.ArgumentParser) -> _Command:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
@@ -37,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         for config in configs:
             add_options(made, config)
         return made
+
+    return command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quire", description="A serving cluster for open large language models.")
+    command = _commands(parser)
 
     serve = command("serve", _serve, "serve a model over HTTP and gRPC", "Serve a model.", ServeConfig, EngineConfig)
     _model_argument(serve)
@@ -87,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     balancer.add_argument("--watch", action="store_true", help="go on, and write it again when gateways come and go")
     command("shutdown", _shutdown, "end a cluster", "Finish what runs, and end the cluster.", AdminConfig)
 
+    _add_governance(command)
+
     chat = command("chat", _chat, "talk to a served model", "Talk to a served model.", ChatConfig)
     chat.add_argument("prompt", nargs="?", help="without it: a conversation")
     complete = command("complete", _complete, "complete a text with a served model", "Complete a text.", CompleteConfig)
@@ -114,6 +138,68 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_argument(plan)
     return parser
+
+
+def _add_governance(command: _Command) -> None:
+    """What is done to the governance database."""
+
+    def group(name: str, help: str) -> _Command:
+        return _commands(command(name, lambda arguments: None, help, help[0].upper() + help[1:] + "."))
+
+    def add(
+        to: _Command, name: str, does: str, help: str, *configs: type, lists: bool = False
+    ) -> argparse.ArgumentParser:
+        def run(arguments: argparse.Namespace, *given: Any) -> None:
+            from quire.cli import governance
+
+            getattr(governance, does)(arguments, *given)
+
+        made = to(name, run, help, help[0].upper() + help[1:] + ".", GovernanceConfig, *configs)
+        if lists:
+            form = made.add_mutually_exclusive_group()
+            form.add_argument("--json", action="store_true", help="for programs")
+            form.add_argument("--csv", action="store_true", help="for tables")
+        return made
+
+    tenants = group("tenants", "who is served, limited and billed as one")
+    add(tenants, "add", "add_tenant", "make a tenant", TenantConfig).add_argument("name")
+    change = add(tenants, "set", "set_tenant", "change what is given; none lifts a limit", TenantConfig)
+    change.add_argument("name")
+    add(tenants, "remove", "remove_tenant", "end a tenant and its keys").add_argument("name")
+    add(tenants, "list", "list_tenants", "all tenants", lists=True)
+
+    keys = group("keys", "what callers send to be known")
+    create = add(keys, "create", "create_key", "make a key, which is shown once")
+    create.add_argument("tenant", help="whose it is")
+    create.add_argument("--role", default="user", help="user: models; auditor: usage and records; admin: all [user]")
+    create.add_argument("--models", default="*", help="patterns of names (separated by commas) [*]")
+    create.add_argument("--expires", help="after a time, as 90d or 12h [never]")
+    rotate = add(keys, "rotate", "rotate_key", "make a key that takes another one's place")
+    rotate.add_argument("id", help="of the old one, as qk-1a2b3c4d")
+    rotate.add_argument("--overlap", default="24h", help="how long the old one is good yet [24h]")
+    add(keys, "revoke", "revoke_key", "end a key").add_argument("id", help="as qk-1a2b3c4d")
+    listed = add(keys, "list", "list_keys", "all keys, without what they are", lists=True)
+    listed.add_argument("--tenant", help="of one tenant alone")
+
+    usage = add(command, "usage", "show_usage", "requests and tokens", lists=True)
+    for name in ("tenant", "key", "model"):
+        usage.add_argument(f"--{name}", help=f"of one {name} alone")
+    usage.add_argument("--since", help="a day, as 2026-11-01 [the first]")
+    usage.add_argument("--until", help="the last day [today]")
+    usage.add_argument("--by", default="tenant", help="tenant, day, key or model [tenant]")
+
+    audit = group("audit", "what is on record")
+    records = add(audit, "list", "list_audit", "records, the newest first", lists=True)
+    records.add_argument("--tenant", help="of one tenant alone")
+    records.add_argument("--kind", help="request, refused or admin [all]")
+    records.add_argument("--limit", type=int, default=50, help="records, at most [50]")
+    verify = add(audit, "verify", "verify_audit", "look whether any record was changed")
+    verify.add_argument("--export", metavar="FILE", help="that `quire audit export` wrote [the database]")
+    verify.add_argument("--checkpoint", metavar="FILE", help="that was kept elsewhere")
+    verify.add_argument("--key", metavar="FILE", help="the signing key, or its public half, in PEM [governance's]")
+    export = add(audit, "export", "export_audit", "write all records as lines of JSON")
+    export.add_argument("-o", "--output", metavar="FILE", help="that is not there yet [the terminal]")
+    add(audit, "checkpoint", "checkpoint_audit", "the signed end of the log, to be kept elsewhere")
 
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from functools import partial
+from types import NoneType
 from typing import Any, TypeVar
 
 import yaml
@@ -34,7 +35,8 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
         else:
             choices = f.metadata["choices"]
             metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
-            group.add_argument(*names, type=partial(_value, kind), metavar=metavar, **settings)
+            optional = NoneType in typing.get_args(hints[f.name])
+            group.add_argument(*names, type=partial(_value, kind, optional), metavar=metavar, **settings)
 
 
 def shown_default(f: Field[Any]) -> str:
@@ -46,8 +48,11 @@ def shown_default(f: Field[Any]) -> str:
     return str(f.metadata["unset"] if f.default is None else f.default)
 
 
-def _value(kind: type, text: str) -> Any:
-    """A text that is no number stays one, so that it is refused as it would be from a file."""
+def _value(kind: type, optional: bool, text: str) -> Any:
+    """A text that is no number stays one, so that it is refused as it would be from a file; but for `none`, which is
+    the number that is not given."""
+    if optional and kind in (int, float) and text == "none":
+        return None
     try:
         return kind(text)
     except ValueError:

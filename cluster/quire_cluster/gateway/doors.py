@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire_cluster.addresses import is_loopback
 from quire_cluster.gateway.http import error_body, error_response, json_response
-from quire_cluster.governance.identity import Credentials, Identity
+from quire_cluster.governance.identity import Credentials, Identity, answer_for
 from quire_cluster.keys import HEADER, OTHER_HEADER, key_in
 
 OPEN_ROUTES = ("/health", "/ready")
@@ -110,7 +110,7 @@ class CallerCheck:
                 forwarded_for=", ".join(_values(scope, "x-forwarded-for")),
             )
             try:
-                scope.setdefault("state", {})["caller"] = await self._identity.caller(given)
+                answer_for(await self._identity.caller(given))
             except QuireError as error:
                 response = error_response(error)
                 if isinstance(error, Unauthenticated):

@@ -16,18 +16,12 @@ from starlette.responses import Response
 
 from quire_cluster.gateway.encoding import in_pieces
 from quire_cluster.gateway.events import EventStream, stream_error, while_connected
-from quire_cluster.gateway.generation import Delta, Generation, all_admitted
+from quire_cluster.gateway.generation import Call, Delta, Generation, all_admitted
 from quire_cluster.gateway.images import NO_IMAGES
 from quire_cluster.gateway.service import Service
-from quire_cluster.governance.callers import ANYONE, Caller
+from quire_cluster.governance.identity import calling
 
 _TOKENS, _SCORED = 4096, 128  # of an answer that is written on the event loop: without and with log-probabilities
-
-
-def caller_of(request: Request) -> Caller:
-    """Who sent it; anyone, where nobody is asked."""
-    caller: Caller = getattr(request.state, "caller", ANYONE)
-    return caller
 
 
 class Endpoint(ABC):
@@ -39,7 +33,7 @@ class Endpoint(ABC):
         self._service = service
         self._body = body
         self._request = request
-        self._caller = caller_of(request)
+        self._caller = calling()
         self._generations: list[Generation] = []
         self._created = int(time.time())
         self._model = body.model or service.names[0]
@@ -101,18 +95,22 @@ class Endpoint(ABC):
         return self._service.start(
             prompt,
             sampling,
-            priority=body.priority,
-            cache_salt=body.cache_salt,
-            request_id=request_id,
+            Call(
+                route=self.route,
+                caller=self._caller,
+                user=body.user,
+                request_id=request_id,
+                priority=body.priority,
+                cache_salt=body.cache_salt,
+            ),
             seen=self._seen,
-            caller=self._caller,
         )
 
     def _end(self) -> None:
         if not self._done:
             self._done = True
             for generation in self._generations:
-                self._service.finished(generation, route=self.route, user=self._body.user)
+                self._service.finished(generation)
 
     async def _stream(self) -> Response:
         """Its headers are sent once replicas have taken everything in: a refusal still gets its HTTP status."""

@@ -6,7 +6,7 @@ The log (prompt, emitted tokens, sampling parameters, seed) is all that a replic
 import asyncio
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from quire_engine.errors import InvalidParameter, QuireError
@@ -49,6 +49,19 @@ class Emitted:
     finished: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """What a client's call says beside what it wants of the model."""
+
+    route: str  # or the method
+    caller: Caller
+    user: str | None = None  # of the caller's own, for the log
+    request_id: str | None = None  # None: it gets one
+    priority: int = 0
+    deadline: float = 0.0  # in time.monotonic() seconds; 0: none
+    cache_salt: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
     """What all choices of a request share."""
@@ -60,6 +73,8 @@ class RequestFacts:
     cache_salt: bytes
     arrival: float  # in time.monotonic() seconds
     seen: SeenImages = NO_IMAGES
+    route: str = ""
+    user: str | None = None
     caller: Caller = ANYONE
 
 
@@ -267,6 +282,8 @@ class Generation:
 
     def __init__(self, facts: RequestFacts, samplings: list[EngineSampling], texts: list[OutputText]) -> None:
         self.facts = facts
+        self.on_end: Callable[[Generation], None] = lambda generation: None  # called once, before its end is told
+        self._ended = False
         self._arrived = asyncio.Event()
         self.choices = [
             Choice(index, facts, sampling, text, self._arrived)
@@ -284,12 +301,19 @@ class Generation:
         """The next batch of news, at most one Delta per choice; an empty list once everything has been told."""
         while True:
             found = [delta for choice in self.choices if (delta := choice.take()) is not None]
-            if found:
+            ended = all(choice.ended for choice in self.choices)
+            if ended:
+                self.end()
+            if found or ended:
                 return found
-            if all(choice.ended for choice in self.choices):
-                return []
             self._arrived.clear()
             await self._arrived.wait()
+
+    def end(self) -> None:
+        """Nothing comes any more. Idempotent."""
+        if not self._ended:
+            self._ended = True
+            self.on_end(self)
 
     async def vector(self) -> Floats:
         """Of a model that pools. Raises what it ended with."""

@@ -11,29 +11,25 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from quire_engine.errors import (
     ContextTooLong,
     DeadlineExceeded,
-    Forbidden,
     InvalidParameter,
-    OutOfMemory,
-    QueueFull,
     QuireError,
-    RequestError,
-    Unauthenticated,
-    Unavailable,
-    UnknownModel,
 )
 from quire_engine.step import TokenLogprobs
 from quire_engine.text.formats.chat import Answer
 from quire_engine.text.messages import text_of
 from quire_engine.text.params import SamplingParams
+from quire_protos.v1 import governance_pb2_grpc, inference_pb2_grpc
 from quire_protos.v1 import inference_pb2 as pb
-from quire_protos.v1 import inference_pb2_grpc
 
 from quire_cluster.addresses import with_port
 from quire_cluster.gateway import reflection
+from quire_cluster.gateway.call_errors import CallErrors, status_code
 from quire_cluster.gateway.calls import CallGuard, refuse
 from quire_cluster.gateway.connection import Limits
 from quire_cluster.gateway.fields import MAX_MESSAGES
-from quire_cluster.gateway.generation import Delta, Emitted, Generation
+from quire_cluster.gateway.generation import Call, Delta, Emitted, Generation
+from quire_cluster.gateway.governance_api import SERVICE as GOVERNANCE
+from quire_cluster.gateway.governance_api import GovernanceService
 from quire_cluster.gateway.grpc_messages import conversation, read_json
 from quire_cluster.gateway.images import NO_IMAGES, SeenImages
 from quire_cluster.gateway.models import Models
@@ -74,24 +70,6 @@ _SCALARS = [
 ]
 Asked = tuple[list[int], SeenImages, Answer | None]  # a prompt, its images, and how its answers are read
 _LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
-
-
-def status_code(error: QuireError) -> grpc.StatusCode:
-    """What gRPC calls it."""
-    code = grpc.StatusCode
-    for kind, found in (
-        (UnknownModel, code.NOT_FOUND),
-        (Unauthenticated, code.UNAUTHENTICATED),
-        (Forbidden, code.PERMISSION_DENIED),
-        (QueueFull, code.RESOURCE_EXHAUSTED),
-        (DeadlineExceeded, code.DEADLINE_EXCEEDED),
-        (RequestError, code.INVALID_ARGUMENT),
-        (Unavailable, code.UNAVAILABLE),
-        (OutOfMemory, code.RESOURCE_EXHAUSTED),
-    ):
-        if isinstance(error, kind):
-            return found
-    return code.INTERNAL
 
 
 def sampling_from_proto(message: pb.SamplingParams, *, max_tokens: int | None) -> SamplingParams:
@@ -239,17 +217,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             tokens, seen, answer = await asked(service, params)
             sampling = await service.sampling(params, answer)
             emitted = _emitted(request.resume, service.max_model_len)
-            options = {
-                "priority": request.priority,
-                "deadline": time.monotonic() + left if left is not None and left < 1e8 else 0.0,
-                "cache_salt": request.cache_salt or None,
-                "seen": seen,
-                "caller": calling(),
-            }
+            call = Call(
+                route=route,
+                caller=calling(),
+                priority=request.priority,
+                deadline=time.monotonic() + left if left is not None and left < 1e8 else 0.0,
+                cache_salt=request.cache_salt or None,
+            )
             if emitted:
-                generation = await service.resume(tokens, sampling, emitted, **options)
+                generation = await service.resume(tokens, sampling, emitted, call, seen=seen)
             else:
-                generation = service.start(tokens, sampling, **options)
+                generation = service.start(tokens, sampling, call, seen=seen)
             while deltas := await generation.deltas():
                 for delta in deltas:
                     if delta.error is not None:
@@ -263,12 +241,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _fail(context, error)
         finally:
             if service is not None and generation is not None:
-                service.finished(generation, route=route)
+                service.finished(generation)
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         """A vector per input."""
         left = context.time_remaining()
         deadline = time.monotonic() + left if left is not None and left < 1e8 else 0.0
+        call = Call(route="Embed", caller=calling(), deadline=deadline)
         try:
             service = await self._models.find(request.model, _user())
             dimensions = request.dimensions if request.HasField("dimensions") else None
@@ -282,7 +261,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     for one in request.inputs
                 ],
             )
-            vectors = await pooled(service, tokens, "Embed", calling(), scores=False, deadline=deadline)
+            vectors = await pooled(service, tokens, call, scores=False)
             embeddings = await asyncio.to_thread(
                 lambda: [pb.Embedding(values=shortened(vector, dimensions)) for vector in vectors]
             )
@@ -396,12 +375,21 @@ def _check_answer(service: Service, count: int, dimensions: int | None) -> None:
 class GrpcServer:
     """The server with its health and reflection services."""
 
-    def __init__(self, models: Models, limits: Limits, *, identity: Identity | None, shared_port: bool = False) -> None:
-        """`identity`: knows who may call more than the health service; None: anybody. `shared_port`: other gateways of
-        this host may listen on the same one."""
-        doors = [CallerCheck(identity, open_services=[health.SERVICE_NAME])] if identity is not None else []
+    def __init__(
+        self,
+        models: Models,
+        limits: Limits,
+        *,
+        identity: Identity | None,
+        governance: GovernanceService | None = None,
+        shared_port: bool = False,
+    ) -> None:
+        """`identity`: knows who may call more than the health service; None: anybody. `governance`: of administrators.
+        `shared_port`: other gateways of this host may listen on the same one."""
+        doors: list[Any] = [CallerCheck(identity, open_services=[health.SERVICE_NAME])] if identity is not None else []
+        errors = [CallErrors(GOVERNANCE, governance.on_call)] if governance is not None else []
         self._server = grpc.aio.server(
-            interceptors=[*doors, CallGuard(limits.body)],
+            interceptors=[*doors, CallGuard(limits.body), *errors],
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST),
                 ("grpc.max_send_message_length", MAX_ANSWER),
@@ -422,7 +410,11 @@ class GrpcServer:
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(models, limits.write), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable((SERVICE, health.SERVICE_NAME), self._server)
+        services = [SERVICE, health.SERVICE_NAME]
+        if governance is not None:
+            governance_pb2_grpc.add_GovernanceServicer_to_server(governance, self._server)
+            services.append(GOVERNANCE.full_name)
+        reflection.enable(tuple(services), self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Binds and serves; the port it got. Raises InvalidParameter when the port is taken."""

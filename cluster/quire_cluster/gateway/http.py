@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -29,7 +29,6 @@ from quire_cluster.gateway import pooling
 from quire_cluster.gateway.bodies import BodyTooLarge, read
 from quire_cluster.gateway.chat import ChatCompletions
 from quire_cluster.gateway.completions import MAX_PROMPTS, Completions
-from quire_cluster.gateway.endpoint import caller_of
 from quire_cluster.gateway.events import while_connected
 from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.schema import (
@@ -43,6 +42,7 @@ from quire_cluster.gateway.schema import (
     TokenizeRequest,
 )
 from quire_cluster.governance.callers import Permission
+from quire_cluster.governance.identity import calling
 
 log = logging.getLogger(__name__)
 ModelBody = TypeVar("ModelBody", bound=OfModel)
@@ -109,12 +109,10 @@ def error_response(error: QuireError) -> Response:
 class Api:
     """The routes over all models."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, more: Sequence[Route] = ()) -> None:
+        """`more`: routes besides."""
         self._models = models
-
-    def app(self) -> ASGIApp:
-        """The ASGI application, without doors."""
-        routes = [
+        self.routes = [
             Route("/v1/models", self._guarded(self.models), methods=["GET"]),
             Route("/v1/models/{name:path}", self._guarded(self.model), methods=["GET"]),
             Route("/v1/completions", self._guarded(self.completions), methods=["POST"]),
@@ -124,12 +122,16 @@ class Api:
             *(Route(f"{root}/rerank", self._guarded(self.rerank), methods=["POST"]) for root in ("", "/v1", "/v2")),
             Route("/tokenize", self._guarded(self.tokenize), methods=["POST"]),
             Route("/detokenize", self._guarded(self.detokenize), methods=["POST"]),
+            *more,
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.ready, methods=["GET"]),
             Route("/metrics", self._guarded(self.metrics, Permission.READ), methods=["GET"]),
         ]
+
+    def app(self) -> ASGIApp:
+        """The ASGI application, without doors."""
         handlers: dict[Any, Any] = {404: self._no_route, 405: self._no_route}
-        return Starlette(routes=routes, exception_handlers=handlers)
+        return Starlette(routes=self.routes, exception_handlers=handlers)
 
     def _guarded(
         self, handler: Callable[[Request], Awaitable[Response]], needs: Permission = Permission.USE
@@ -138,7 +140,7 @@ class Api:
 
         async def handle(request: Request) -> Response:
             try:
-                caller_of(request).check(needs)
+                calling().check(needs)
                 return await handler(request)
             except ClientDisconnect:
                 return Response(status_code=499)
@@ -164,7 +166,7 @@ class Api:
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
         models = self._models
-        caller = caller_of(request)
+        caller = calling()
         return json_response({"object": "list", "data": [models.described(n, caller) for n in models.names(caller)]})
 
     async def model(self, request: Request) -> Response:
@@ -172,40 +174,40 @@ class Api:
         name = request.path_params["name"]
         if not name:
             return await self.models(request)
-        return json_response(self._models.described(name, caller_of(request)))
+        return json_response(self._models.described(name, calling()))
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
         body = await self._read(request, CompletionRequest, prompts=MAX_PROMPTS)
-        return await Completions(await self._models.find(body.model, caller_of(request)), body, request).respond()
+        return await Completions(await self._models.find(body.model, calling()), body, request).respond()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
         body = await self._read(request, ChatCompletionRequest)
-        return await ChatCompletions(await self._models.find(body.model, caller_of(request)), body, request).respond()
+        return await ChatCompletions(await self._models.find(body.model, calling()), body, request).respond()
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
         body = await self._read(request, EmbeddingRequest, prompts=pooling.MAX_INPUTS)
-        service = await self._models.find(body.model, caller_of(request))
-        return json_response(await while_connected(request, pooling.embeddings(service, body, caller_of(request))))
+        service = await self._models.find(body.model, calling())
+        return json_response(await while_connected(request, pooling.embeddings(service, body, calling())))
 
     async def score(self, request: Request) -> Response:
         """POST /v1/score"""
         body = await self._read(request, ScoreRequest, prompts=pooling.MAX_INPUTS)
-        service = await self._models.find(body.model, caller_of(request))
-        return json_response(await while_connected(request, pooling.score(service, body, caller_of(request))))
+        service = await self._models.find(body.model, calling())
+        return json_response(await while_connected(request, pooling.score(service, body, calling())))
 
     async def rerank(self, request: Request) -> Response:
         """POST /v1/rerank, /v2/rerank and /rerank"""
         body = await self._read(request, RerankRequest, prompts=pooling.MAX_INPUTS)
-        service = await self._models.find(body.model, caller_of(request))
-        return json_response(await while_connected(request, pooling.rerank(service, body, caller_of(request))))
+        service = await self._models.find(body.model, calling())
+        return json_response(await while_connected(request, pooling.rerank(service, body, calling())))
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""
         body = await self._read(request, TokenizeRequest)
-        service = await self._models.find(body.model, caller_of(request))
+        service = await self._models.find(body.model, calling())
         if (body.prompt is None) == (body.messages is None):
             raise InvalidParameter("give either prompt or messages", "prompt")
         if body.messages is not None:
@@ -228,7 +230,7 @@ class Api:
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize"""
         body = await self._read(request, DetokenizeRequest)
-        service = await self._models.find(body.model, caller_of(request))
+        service = await self._models.find(body.model, calling())
         return json_response({"prompt": await service.texts.decode(body.tokens)})
 
     async def _read(self, request: Request, kind: type[ModelBody], *, prompts: int = 1) -> ModelBody:

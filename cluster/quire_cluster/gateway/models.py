@@ -22,6 +22,8 @@ from quire_cluster.gateway.bodies import MAX_BODY
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.service import Service, access_log
 from quire_cluster.governance.callers import Caller
+from quire_cluster.governance.governor import Governor
+from quire_cluster.governance.identity import calling
 from quire_cluster.observability.metrics import Metrics
 from quire_cluster.reports import ModelReport, WaitingRequest
 from quire_cluster.routing_table import ClusterTable, Key, RoutingTable, Served
@@ -80,14 +82,16 @@ class Models:
         self,
         metrics: Metrics,
         media: Media | None = None,
+        governor: Governor | None = None,
         *,
         on_silence: Callable[[str, Key], None] = lambda name, key: None,
         on_wait: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """`media`: fetches images. `on_silence`: a replica of a deployment says nothing. `on_wait`: a request waits for
-        one to start."""
+        """`media`: fetches images. `governor`: puts requests on record. `on_silence`: a replica of a deployment says
+        nothing. `on_wait`: a request waits for one to start."""
         self.metrics = metrics
         self._media = media
+        self._governor = governor
         self.draining = False
         self._on_silence = on_silence
         self._on_wait = on_wait
@@ -156,6 +160,8 @@ class Models:
         """A request that never started, and the model that it named."""
         entry = self._by_name.get(model) if model else next(iter(self._entries.values()), None)
         self.metrics.rejection(entry.served.deployment.name if entry is not None else "", error)
+        if self._governor is not None:
+            self._governor.refused(calling(), {"route": route, "model": model or ""}, error)
         access_log.info(json.dumps({"route": route, "refused": type(error).__name__, "why": str(error)[:200]}))
 
     # ---- how they are ---------------------------------------------------------------------------------------------
@@ -278,6 +284,7 @@ class Models:
         service.draining = service.draining or self.draining
         service.dispatcher.on_silence = lambda key: self._on_silence(name, key)
         service.dispatcher.on_wait = lambda: self._on_wait(name)
+        service.governor = self._governor
         entry.services[_text_of(deployment)] = service
         self._tell(service, entry, _text_of(deployment))
         entry.tried.set()

@@ -11,7 +11,7 @@ import orjson
 from quire_engine.errors import InvalidParameter
 from quire_engine.step import Floats
 
-from quire_cluster.gateway.generation import Generation
+from quire_cluster.gateway.generation import Call, Generation
 from quire_cluster.gateway.schema import EmbeddingRequest, RerankRequest, ScoreRequest
 from quire_cluster.gateway.service import Service
 from quire_cluster.governance.callers import Caller
@@ -34,17 +34,15 @@ async def tokens_of(service: Service, inputs: Sequence[Text]) -> list[list[int]]
     return [next(found) if isinstance(text, str) else text for text in inputs]
 
 
-async def pooled(
-    service: Service, prompts: list[list[int]], route: str, caller: Caller, *, scores: bool, deadline: float = 0.0
-) -> list[Floats]:
+async def pooled(service: Service, prompts: list[list[int]], call: Call, *, scores: bool) -> list[Floats]:
     """What the model gives for each prompt. The first failure ends all of them."""
     generations: list[Generation] = []
     try:
-        generations.extend(service.pool(one, scores=scores, deadline=deadline, caller=caller) for one in prompts)
+        generations.extend(service.pool(prompt, call, scores=scores) for prompt in prompts)
         return list(await asyncio.gather(*(generation.vector() for generation in generations)))
     finally:
         for generation in generations:
-            service.finished(generation, route=route)
+            service.finished(generation)
 
 
 def shortened(vector: Floats, dimensions: int | None) -> Floats:
@@ -60,7 +58,7 @@ def shortened(vector: Floats, dimensions: int | None) -> Floats:
 async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -> dict[str, Any]:
     """POST /v1/embeddings"""
     tokens = await tokens_of(service, body.inputs())
-    vectors = await pooled(service, tokens, "/v1/embeddings", caller, scores=False)
+    vectors = await pooled(service, tokens, Call(route="/v1/embeddings", caller=caller), scores=False)
     data = await asyncio.to_thread(embedding_objects, vectors, body)
     return {"object": "list", "data": data, "model": body.model or service.names[0], "usage": usage(tokens)}
 
@@ -78,7 +76,7 @@ def embedding_objects(vectors: list[Floats], body: EmbeddingRequest) -> list[orj
 
 async def score(service: Service, body: ScoreRequest, caller: Caller) -> dict[str, Any]:
     """POST /v1/score"""
-    values, counted = await _scores(service, score_pairs(body), "/v1/score", caller)
+    values, counted = await _scores(service, score_pairs(body), Call(route="/v1/score", caller=caller))
     return score_answer(body.model or service.names[0], values, counted)
 
 
@@ -99,7 +97,7 @@ def score_answer(model: str, values: list[float], counted: dict[str, int]) -> di
 
 async def rerank(service: Service, body: RerankRequest, caller: Caller) -> dict[str, Any]:
     """POST /v1/rerank, /v2/rerank and /rerank"""
-    values, counted = await _scores(service, rerank_pairs(body), "/v1/rerank", caller)
+    values, counted = await _scores(service, rerank_pairs(body), Call(route="/v1/rerank", caller=caller))
     return rerank_answer(body, body.model or service.names[0], values, counted)
 
 
@@ -120,18 +118,16 @@ def rerank_answer(body: RerankRequest, model: str, values: list[float], counted:
     return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results, "usage": counted}
 
 
-async def _scores(
-    service: Service, pairs: list[tuple[str, str]], route: str, caller: Caller
-) -> tuple[list[float], dict[str, int]]:
+async def _scores(service: Service, pairs: list[tuple[str, str]], call: Call) -> tuple[list[float], dict[str, int]]:
     """A classifier's, or the cosine between two embeddings; and what was computed for them."""
     check_pairs(len(pairs))
     if service.pooling is not None and service.pooling.scores:
         tokens = await service.texts.pairs(pairs, context=service.max_model_len)
-        values = await pooled(service, tokens, route, caller, scores=True)
+        values = await pooled(service, tokens, call, scores=True)
         return [float(value[0]) for value in values], usage(tokens)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     tokens = await tokens_of(service, texts)
-    vectors = await pooled(service, tokens, route, caller, scores=False)
+    vectors = await pooled(service, tokens, call, scores=False)
     return cosines(pairs, texts, vectors), usage(tokens)
 
 

@@ -16,10 +16,15 @@ from quire_cluster.addresses import with_port
 from quire_cluster.config import GatewayConfig, entries
 from quire_cluster.gateway.connection import BACKLOG, HttpConfig, HttpServer, Limits, raise_open_files
 from quire_cluster.gateway.doors import Doors
+from quire_cluster.gateway.governance_api import SERVICE as GOVERNANCE
+from quire_cluster.gateway.governance_api import GovernanceService
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
+from quire_cluster.gateway.json_calls import JsonCalls
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.models import Models
+from quire_cluster.governance.config import Governance
+from quire_cluster.governance.governor import Governor
 from quire_cluster.governance.identity import Identity, SharedKeys
 from quire_cluster.keys import Keys
 from quire_cluster.liveness import LivenessProbe, while_alive
@@ -57,17 +62,24 @@ def bind(host: str, port: int, what: str, *, shared: bool = False) -> socket.soc
 class Gateway:
     """`open` binds, `start` answers; `failed` is set where a part of it ended by itself."""
 
-    def __init__(self, config: GatewayConfig, keys: Keys | None, *, name: str, shared_ports: bool = False) -> None:
-        """`keys`: None lets everybody in. `name`: to the controller. `shared_ports`: other gateways of this host may
-        listen on the same ones."""
+    def __init__(
+        self, config: GatewayConfig, access: Keys | Governance | None, *, name: str, shared_ports: bool = False
+    ) -> None:
+        """`access`: who may call; None: everybody. `name`: to the controller. `shared_ports`: other gateways of this
+        host may listen on the same ones."""
         self._name = name
         self.http_port = 0
         self.grpc_port = 0
         self.failed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self._media = Media(config, PictureLimits())
-        self.models = Models(Metrics(), self._media, on_silence=self._report_silence, on_wait=self._report_wait)
         self._config = config
-        self._identity: Identity | None = SharedKeys(keys) if keys is not None else None
+        self._governor = Governor(access) if isinstance(access, Governance) else None
+        self._identity: Identity | None = SharedKeys(access) if isinstance(access, Keys) else None
+        if self._governor is not None:
+            self._identity = self._governor.directory
+        self.models = Models(
+            Metrics(), self._media, self._governor, on_silence=self._report_silence, on_wait=self._report_wait
+        )
         self._shared = shared_ports
         self._doors = Doors.of(
             config.host, self._identity, entries(config.allowed_hosts), entries(config.allowed_origins)
@@ -77,6 +89,7 @@ class Gateway:
             log.warning("the system's limit on open files leaves room for %d connections; see ulimit -n", connections)
         self._limits = Limits(connections, config.header_timeout, config.body_timeout, config.write_timeout)
         self._listener: socket.socket | None = None
+        self.api: Api
         self._http: HttpServer | None = None
         self._http_task: asyncio.Task[None] | None = None
         self._grpc: GrpcServer | None = None
@@ -97,9 +110,16 @@ class Gateway:
     async def start(self) -> None:
         """Answers from now on: with 503, until there is something to serve."""
         assert self._listener is not None, "start() before open()"
-        self._http = HttpServer(HttpConfig(self._doors.before(Api(self.models).app()), self._limits))
+        if self._governor is not None:
+            await self._governor.open()
+        governance = GovernanceService(self._governor) if self._governor is not None else None
+        more = JsonCalls(GOVERNANCE, governance, governance.on_call).routes() if governance is not None else []
+        self.api = Api(self.models, more)
+        self._http = HttpServer(HttpConfig(self._doors.before(self.api.app()), self._limits))
         self._http_task = self._begin(self._http.serve(sockets=[self._listener]), "the HTTP server")
-        self._grpc = GrpcServer(self.models, self._limits, identity=self._identity, shared_port=self._shared)
+        self._grpc = GrpcServer(
+            self.models, self._limits, identity=self._identity, governance=governance, shared_port=self._shared
+        )
         self.grpc_port = await self._grpc.start(self._config.host, self._config.grpc_port)
         self._parts += [
             self._begin(self._grpc.wait(), "the gRPC server"),
@@ -155,6 +175,8 @@ class Gateway:
         for part in self._parts:
             part.cancel()
         await self.models.close()
+        if self._governor is not None:
+            await self._governor.close()
         await self._media.close()
         if self._listener is not None:
             self._listener.close()

@@ -34,12 +34,13 @@ from quire_engine.weights.text_parts import takes_images
 from quire_cluster.config import ParserConfig
 from quire_cluster.deployment import Deployment
 from quire_cluster.gateway.dispatcher import Dispatcher
-from quire_cluster.gateway.generation import Emitted, Generation, RequestFacts
+from quire_cluster.gateway.generation import Call, Emitted, Generation, RequestFacts
 from quire_cluster.gateway.images import NO_IMAGES, Images, SeenImages, without_triton
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.texts import Texts
-from quire_cluster.governance.callers import Caller
+from quire_cluster.governance.governor import Governor
+from quire_cluster.governance.records import UsageDelta
 from quire_cluster.observability.metrics import Metrics, ModelMetrics
 from quire_cluster.reports import ModelReport, ReplicaReport, WaitingRequest
 from quire_cluster.routing_table import RoutingTable
@@ -82,11 +83,13 @@ class Service:
         self.images = images
         self.names = names
         self.max_model_len = max_model_len
+        self.digests = {"model_digest": files.digest, "engine_digest": ""}  # for the record
         self.vocab_size: int = files.config["vocab_size"]
         self.vector_size: int = files.config.get("hidden_size") or 0  # numbers of an embedding
         self.metrics = ModelMetrics(metrics, names[0])
         self.dispatcher = Dispatcher(self._on_load, self._on_steps, max_waiting=max_waiting)
         self.dispatcher.on_gone = lambda slot: self.metrics.engine_gone(str(slot))
+        self.governor: Governor | None = None  # puts requests on record
         self.draining = False
         self._open: set[Generation] = set()  # whose answer is not yet with the client, as far as we see
         self.num_generated = 0  # tokens of those that have ended
@@ -162,6 +165,7 @@ class Service:
     def follow(self, table: RoutingTable, deployment: Deployment) -> None:
         """What the controller says of its replicas, and what clients may call it."""
         self.names = list(deployment.names)
+        self.digests["engine_digest"] = deployment.engine_revision
         self.dispatcher.update_table(table)
         if table.failure is not None:
             self.dispatcher.give_up("no replica of this model can be started")
@@ -290,32 +294,20 @@ class Service:
         return await asyncio.to_thread(work) if large else work()
 
     def start(
-        self,
-        prompt: list[int],
-        sampling: TokenSampling,
-        *,
-        priority: int = 0,
-        deadline: float = 0.0,
-        cache_salt: str | None = None,
-        request_id: str | None = None,
-        seen: SeenImages = NO_IMAGES,
-        caller: Caller,
+        self, prompt: list[int], sampling: TokenSampling, call: Call, *, seen: SeenImages = NO_IMAGES
     ) -> Generation:
         """Checks what is left to check and sends it off. Raises RequestError or Unavailable."""
         check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
-        return self._send(self._made(prompt, sampling, priority, deadline, cache_salt, request_id, seen, caller))
+        return self._send(self._made(prompt, sampling, call, seen))
 
     async def resume(
         self,
         prompt: list[int],
         sampling: TokenSampling,
         emitted: Mapping[int, Emitted],
+        call: Call,
         *,
-        priority: int = 0,
-        deadline: float = 0.0,
-        cache_salt: str | None = None,
         seen: SeenImages = NO_IMAGES,
-        caller: Caller,
     ) -> Generation:
         """`start`, where the client holds a part of the answer, which another gateway began: by choice, `emitted`."""
         check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
@@ -327,11 +319,11 @@ class Service:
             )
         for one in emitted.values():
             self._check_tokens(one.tokens, "resume")
-        generation = self._made(prompt, sampling, priority, deadline, cache_salt, None, seen, caller)
+        generation = self._made(prompt, sampling, call, seen)
         await asyncio.to_thread(generation.resume, emitted)
         return self._send(generation)
 
-    def pool(self, prompt: list[int], *, scores: bool, deadline: float = 0.0, caller: Caller) -> Generation:
+    def pool(self, prompt: list[int], call: Call, *, scores: bool) -> Generation:
         """Sends a text off whose vector (or score) is wanted. Raises RequestError or Unavailable."""
         if self.pooling is None or self.pooling.scores != scores:
             kind = "text" if self.pooling is None else "scores" if self.pooling.scores else "embeddings"
@@ -344,19 +336,9 @@ class Service:
             raise ContextTooLong(
                 f"an input has {len(prompt)} tokens; the context is {self.max_model_len}; shorten it", "input"
             )
-        return self._send(self._made(prompt, self._pooled, 0, deadline, None, None, NO_IMAGES, caller))
+        return self._send(self._made(prompt, self._pooled, call, NO_IMAGES))
 
-    def _made(
-        self,
-        prompt: list[int],
-        sampling: TokenSampling,
-        priority: int,
-        deadline: float,
-        cache_salt: str | None,
-        request_id: str | None,
-        seen: SeenImages,
-        caller: Caller,
-    ) -> Generation:
+    def _made(self, prompt: list[int], sampling: TokenSampling, call: Call, seen: SeenImages) -> Generation:
         if self.draining:
             raise Unavailable("this server is shutting down; try another one")
         if not prompt:
@@ -366,14 +348,16 @@ class Service:
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         samplings = sampling.choices(room=max(1, self.max_model_len - len(prompt)), seed=seed)
         facts = RequestFacts(
-            request_id=request_id or uuid.uuid4().hex,
+            request_id=call.request_id or uuid.uuid4().hex,
             prompt=prompt,
-            priority=priority,
-            deadline=deadline,
-            cache_salt=caller.tenant.salt(cache_salt),
+            priority=call.priority,
+            deadline=call.deadline,
+            cache_salt=call.caller.tenant.salt(call.cache_salt),
             arrival=time.monotonic(),
             seen=seen,
-            caller=caller,
+            route=call.route,
+            user=call.user,
+            caller=call.caller,
         )
         return Generation(
             facts, samplings, [OutputText(self.tokenizer, params, prompt, sampling.answer) for _ in samplings]
@@ -381,6 +365,7 @@ class Service:
 
     def _send(self, generation: Generation) -> Generation:
         self.dispatcher.submit(generation)
+        generation.on_end = self._on_end
         self._open.add(generation)
         return generation
 
@@ -390,9 +375,30 @@ class Service:
 
     # ---- endings --------------------------------------------------------------------------------------------------
 
-    def finished(self, generation: Generation, *, route: str, user: str | None = None) -> None:
+    def _on_end(self, generation: Generation) -> None:
+        """On record, before the client is told."""
+        if self.governor is not None:
+            facts = generation.facts
+            used = UsageDelta(
+                model=self.names[0],
+                prompt_tokens=len(facts.prompt),
+                cached_tokens=generation.cached_tokens,
+                output_tokens=generation.num_output_tokens,
+            )
+            self.governor.ended(
+                facts.caller, used, _record(generation) | self.digests, lambda: self._content(generation)
+            )
+
+    def _content(self, generation: Generation) -> dict[str, Any]:
+        """In words; images are left out."""
+        decode = self.tokenizer.decode
+        answers = [decode(choice.output) for choice in generation.choices if choice.vector is None]
+        return {"prompt": decode(generation.facts.prompt), "answers": answers}
+
+    def finished(self, generation: Generation) -> None:
         """The one place where a request ends for the gateway: aborts what is left, counts, and writes its line."""
         self.dispatcher.abort(generation)
+        generation.end()
         self._open.discard(generation)
         facts, metrics = generation.facts, self.metrics
         now = time.monotonic()
@@ -424,7 +430,7 @@ class Service:
         metrics.generation_tokens.inc(generation.num_output_tokens)
         line = {
             "request_id": facts.request_id,
-            "route": route,
+            "route": facts.route,
             "prompt_tokens": len(facts.prompt),
             "cached_tokens": generation.cached_tokens,
             "output_tokens": generation.num_output_tokens,
@@ -436,12 +442,22 @@ class Service:
         if drafted := sum(choice.draft_tokens for choice in generation.choices):
             line["draft_tokens"] = drafted
             line["accepted_tokens"] = sum(choice.accepted_tokens for choice in generation.choices)
-        if user:
-            line["user"] = user
+        if facts.user:
+            line["user"] = facts.user
+        if facts.caller.key:
+            line |= {"tenant": facts.caller.tenant.name, "key": facts.caller.key}
         error = next((choice.error for choice in generation.choices if choice.error), None)
         if error is not None:
             line["error"] = str(error)[:200]
         access_log.info(json.dumps(line))
+
+
+def _record(generation: Generation) -> dict[str, Any]:
+    """What goes on record of a request, besides its tokens and who sent it."""
+    facts = generation.facts
+    reasons = [choice.finish_reason or "abort" for choice in generation.choices]
+    told = {"request_id": facts.request_id, "route": facts.route, "finish": reasons, "user": facts.user}
+    return {name: value for name, value in told.items() if value}
 
 
 def _reported(session: ReplicaSession) -> ReplicaReport:

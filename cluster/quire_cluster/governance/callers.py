@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatchcase
 
-from quire_engine.errors import Forbidden
+from quire_engine.config import check, option
+from quire_engine.errors import Forbidden, InvalidParameter
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+_PATTERNS = 100
 
 
 class Role(Enum):
@@ -33,16 +38,73 @@ _MAY = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class TenantLimits:
-    """None: without limit."""
+    """What a tenant may have."""
 
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None  # of prompts and answers together
-    concurrent_requests: int | None = None
-    longest_prompt: int | None = None  # tokens
-    longest_answer: int | None = None  # tokens
-    monthly_tokens: int | None = None  # of prompts and answers together, in a month of UTC
+    requests_per_minute: int | None = option(None, "that it may begin", form="requests", least=1, unset="no limit")
+    tokens_per_minute: int | None = option(
+        None, "of prompts and answers together", form="tokens", least=1, unset="no limit"
+    )
+    concurrent_requests: int | None = option(None, "at a time", form="requests", least=1, unset="no limit")
+    longest_prompt: int | None = option(None, "of a prompt", form="tokens", least=1, unset="the model's context")
+    longest_answer: int | None = option(None, "of an answer", form="tokens", least=1, unset="the model's context")
+    monthly_tokens: int | None = option(
+        None, "of prompts and answers together, in a month of UTC", form="tokens", least=1, unset="no limit"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantConfig(TenantLimits):
+    """A tenant, as operators say what it is."""
+
+    weight: float = option(
+        1.0, "of its share, where tenants want more than there is", least=0.001, most=1000, form="parts"
+    )
+    models: str = option("*", "that it may use", form="patterns of models' names (separated by commas)")
+    cache_group: str | None = option(
+        None, "of tenants that share a prefix cache; none: it shares with nobody", form="a name", unset="none"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        patterns(self.models)
+        if self.cache_group is not None:
+            check_name(self.cache_group, "cache_group")
+
+    def tenant(self, name: str) -> "Tenant":
+        """Of that name. Raises InvalidParameter for what is none."""
+        check_name(name, "name")
+        limits = TenantLimits(**{f.name: getattr(self, f.name) for f in fields(TenantLimits)})
+        return Tenant(
+            name=name,
+            weight=float(self.weight),
+            models=patterns(self.models),
+            cache_group=None if self.cache_group == "none" else self.cache_group,
+            limits=limits,
+        )
+
+
+def check_name(name: str, parameter: str) -> None:
+    """Raises InvalidParameter for what is no name of a tenant or a group."""
+    if not _NAME.fullmatch(name):
+        raise InvalidParameter(
+            f"{parameter} is {name!r:.80}; give at most 64 letters, digits, dots, hyphens and underscores, as team-a",
+            parameter,
+        )
+
+
+def patterns(text: str) -> tuple[str, ...]:
+    """Of models' names, out of a list with commas. Raises InvalidParameter."""
+    found = tuple(entry.strip() for entry in text.split(","))
+    if not all(found) or len(found) > _PATTERNS or len(text) > _PATTERNS * 100:
+        raise InvalidParameter(
+            f"models is {text!r:.80}; give from 1 to {_PATTERNS} patterns of names, as 'qwen3-*,llama-8b'", "models"
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,10 +1,11 @@
 """`governance.yaml`: where the database is, and what is kept on record."""
 
+import base64
 import contextlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from quire_engine.errors import InvalidParameter
 
 _MOST_BYTES = 1 << 20
+_CONTENT_KEY = 32  # bytes, of AES-256
 _NAME = "governance.yaml"
 VARIABLE = "QUIRE_GOVERNANCE"
 
@@ -26,9 +28,8 @@ class AuditFile(_Section):
     """The audit log."""
 
     signing_key: str = "audit-key.pem"  # an Ed25519 private key in PEM; made where it is not there
-    content: Literal["none", "encrypted"] = "none"  # whether prompts and answers are kept
-    content_key: str | None = None  # a file with 32 bytes in base64, which encrypts them
-    content_days: Annotated[int, Field(ge=1)] = 30  # until they are erased
+    content_key: str | None = None  # a file with 32 bytes in base64: prompts and answers are kept, encrypted with it
+    content_days: Annotated[int, Field(ge=1)] = 30  # until these are erased
     days: Annotated[int | None, Field(ge=1)] = None  # until records are; null: never
 
 
@@ -49,6 +50,7 @@ class Governance:
     database: str = field(repr=False)  # its URL
     journal: str  # a folder
     grace: float  # seconds
+    embedded: bool  # SQLite: a file of one host
     audit: AuditFile
     signing_key: bytes = field(repr=False)  # Ed25519, PEM
     content_key: bytes | None = field(default=None, repr=False)
@@ -94,9 +96,25 @@ def read_governance(path: Path) -> Governance:
         database=url,
         journal=str(folder / file.journal),
         grace=file.grace,
+        embedded=url.startswith("sqlite"),
         audit=file.audit,
         signing_key=_signing_key(folder / file.audit.signing_key),
+        content_key=_content_key(folder / file.audit.content_key) if file.audit.content_key is not None else None,
     )
+
+
+def _content_key(path: Path) -> bytes:
+    try:
+        key = base64.b64decode(path.read_text().strip(), validate=True)
+    except (OSError, ValueError) as error:
+        raise InvalidParameter(f"audit.content_key: {path} cannot be read: {error}", "governance") from error
+    if len(key) != _CONTENT_KEY:
+        raise InvalidParameter(
+            f"audit.content_key: {path} has {len(key)} bytes; write {_CONTENT_KEY} in base64, as `openssl rand -base64 "
+            f"{_CONTENT_KEY}` does",
+            "governance",
+        )
+    return key
 
 
 def _signing_key(path: Path) -> bytes:

@@ -18,6 +18,8 @@ _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY = 10.0  # seconds that another process may hold SQLite's file
 _CALL = 10.0  # seconds that PostgreSQL may take to answer
+# With SQLite's write lock from the start: two that read first and write then could only fail.
+_WRITES: dict[str, Any] = {"sqlite_begin": "BEGIN IMMEDIATE"}
 _LOCK = 0x51756972  # of PostgreSQL's advisory locks: one process migrates at a time
 
 
@@ -37,6 +39,7 @@ class Database:
         self.embedded = kind == "sqlite"
         if self.embedded and not parsed.database:
             raise InvalidParameter(_mend("SQLite needs a file"), "database")
+        self._of_reads = "SERIALIZABLE" if self.embedded else "REPEATABLE READ"
         self.insert = sqlite.insert if self.embedded else postgresql.insert  # both know ON CONFLICT
         options: dict[str, Any] = {"timeout": _BUSY} if self.embedded else {"timeout": _CALL, "command_timeout": _CALL}
         # SQLite's connections are cheap, and one that is kept would hold its thread beyond the process's end.
@@ -50,9 +53,22 @@ class Database:
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
         """Committed at the end, undone where anything is raised. On SQLite only one at a time goes on, over all
         processes; elsewhere take locks (`with_for_update`). Raises Unavailable where the database cannot be reached."""
+        async with self._begun(_WRITES) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[AsyncConnection]:
+        """To read alone, from what is there at the first read; nobody waits for it. Raises as `transaction` does."""
+        async with self._begun({"sqlite_begin": "BEGIN", "isolation_level": self._of_reads}) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def _begun(self, options: dict[str, Any]) -> AsyncIterator[AsyncConnection]:
         try:
-            async with self._engine.begin() as connection:
-                yield connection
+            async with self._engine.connect() as connection:
+                await connection.execution_options(**options)
+                async with connection.begin():
+                    yield connection
         except (OSError, TimeoutError, SQLAlchemyError) as error:
             if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
                 raise  # a bug of ours
@@ -96,8 +112,7 @@ def _prepare(connection: Any, record: object) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    """With the write lock from the start: two that read first and write then could only fail."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.exec_driver_sql(connection.get_execution_options()["sqlite_begin"])
 
 
 def _mend(why: str) -> str:

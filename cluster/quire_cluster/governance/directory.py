@@ -57,7 +57,7 @@ class Directory:
 
     async def look(self) -> None:
         """Reads what has changed. Raises Unavailable."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             number = (await connection.execute(select(tables.revision.c.number))).scalar_one()
             if number != self._revision:
                 tenants = (await connection.execute(select(tables.tenants))).all()

@@ -50,8 +50,13 @@ _caller: ContextVar[Caller] = ContextVar("caller", default=ANYONE)
 
 
 def calling() -> Caller:
-    """Who sent the gRPC call that is being answered."""
+    """Who sent the call that is being answered; anyone, where nobody is asked."""
     return _caller.get()
+
+
+def answer_for(caller: Caller) -> None:
+    """From here on, in this task and those that it begins."""
+    _caller.set(caller)
 
 
 class CallerCheck(grpc.aio.ServerInterceptor):
@@ -72,7 +77,7 @@ class CallerCheck(grpc.aio.ServerInterceptor):
 
         async def check(context: Any) -> None:
             try:
-                _caller.set(await self._identity.caller(_credentials(context)))
+                answer_for(await self._identity.caller(_credentials(context)))
             except Unauthenticated as error:
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
             except QuireError as error:

@@ -95,13 +95,25 @@ audit = Table(
     Index("ix_audit_at", "at"),
 )
 
-# Signed: that the log had this hash at this record. The one of the highest number is the log's end.
-checkpoints = Table(
-    "checkpoints",
+# What is kept of prompts and answers, encrypted. The record's body has its SHA-256.
+contents = Table(
+    "contents",
     metadata,
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("sealed", LargeBinary, nullable=False),
+)
+
+# One row: where the log ends, signed. `first`: the record that it begins with, those before being past their retention,
+# and `anchor` the hash before that one. Before `erased` content may be missing.
+audit_end = Table(
+    "audit_end",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, nullable=False),
     Column("at", BigInteger, nullable=False),
     Column("hash", LargeBinary(32), nullable=False),
-    Column("first", BigInteger, nullable=False),  # the first record that is kept: those before are past their retention
+    Column("first", BigInteger, nullable=False),
+    Column("anchor", LargeBinary(32), nullable=False),
+    Column("erased", BigInteger, nullable=False),
     Column("signature", LargeBinary(64), nullable=False),  # Ed25519
 )

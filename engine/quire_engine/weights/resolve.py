@@ -3,6 +3,7 @@
 What needs torch is imported late: whoever only names a model goes without.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from quire_engine.weights.json_file import read_object
 if TYPE_CHECKING:
     from quire_engine.weights.tensors import Checkpoint
 
+_TEXTS = (".json", ".jinja", ".model", ".txt")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _NOT_READ = ["*/*.safetensors", "consolidated*", "adapter_model*"]  # other formats of the weights, and adapters
@@ -77,6 +79,23 @@ class ModelFiles:
             return {}
         except OSError as error:
             raise ModelError(f"generation_config.json of {self.name} cannot be read: {error.strerror}") from error
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of what says how the model is read: every text file of its folder (config, tokenizer, chat
+        template, the weights' index), or the head of its GGUF file, with the weights' names, shapes and places. Not of
+        the weights: these may be hundreds of gigabytes, and need not be here."""
+        found = hashlib.sha256()
+        if self.gguf is not None:
+            weights = min((tensor.offset for tensor in self.gguf.tensors.values() if tensor.part == 0), default=0)
+            with self.gguf.path.open("rb") as file:
+                found.update(file.read(weights))
+            return found.hexdigest()
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in _TEXTS and path.is_file():
+                content = path.read_bytes()
+                found.update(f"{path.name}\n{len(content)}\n".encode() + content)
+        return found.hexdigest()
 
     @property
     def has_weights(self) -> bool:

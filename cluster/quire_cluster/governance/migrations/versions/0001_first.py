@@ -72,10 +72,18 @@ def upgrade() -> None:
     op.create_index("ix_audit_tenant_at", "audit", ["tenant", "at"])
     op.create_index("ix_audit_at", "audit", ["at"])
     op.create_table(
-        "checkpoints",
+        "contents",
         sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("sealed", sa.LargeBinary, nullable=False),
+    )
+    op.create_table(
+        "audit_end",
+        sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("seq", sa.BigInteger, nullable=False),
         sa.Column("at", sa.BigInteger, nullable=False),
         sa.Column("hash", sa.LargeBinary(32), nullable=False),
         sa.Column("first", sa.BigInteger, nullable=False),
+        sa.Column("anchor", sa.LargeBinary(32), nullable=False),
+        sa.Column("erased", sa.BigInteger, nullable=False),
         sa.Column("signature", sa.LargeBinary(64), nullable=False),
     )

@@ -1,0 +1,394 @@
+"""The audit log: each record's hash covers its body and the hash before it, and the log's end is signed.
+
+Whoever changes, removes or moves a record has to change every hash behind it, and the end, whose signature (Ed25519,
+RFC 8032) needs the signing key. An old state of the whole database, signed as it was then, can be told from the present
+one only by a checkpoint that was kept elsewhere.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from quire_engine.errors import InvalidParameter
+from sqlalchemy import delete, func, insert, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from quire_cluster.governance import tables
+from quire_cluster.governance.database import Database
+from quire_cluster.governance.records import Record, canonical
+
+GENESIS = bytes(32)  # before the first record
+_DOMAIN = b"quire audit log 1"
+_NUMBERS = struct.Struct(">QQQQ")
+_PAGE = 1000  # records that are read at once
+_LOCK = 0x51756973  # of PostgreSQL's advisory locks: one process appends at a time
+_NONCE = 12  # bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """That the log had this end, signed."""
+
+    seq: int  # of the last record
+    at: int  # seconds since 1970
+    hash: bytes  # of the last record
+    first: int = 1  # the first record that is kept
+    anchor: bytes = GENESIS  # the hash before that one
+    erased: int = 1  # before this record content may be erased
+    signature: bytes = b""
+
+    def signed(self, key: Ed25519PrivateKey) -> "Checkpoint":
+        """By whoever may."""
+        return replace(self, signature=key.sign(self._message))
+
+    def is_signed(self, key: Ed25519PublicKey) -> bool:
+        """By whoever may."""
+        try:
+            key.verify(self.signature, self._message)
+        except InvalidSignature:
+            return False
+        return True
+
+    @property
+    def _message(self) -> bytes:
+        return _DOMAIN + _NUMBERS.pack(self.seq, self.at, self.first, self.erased) + self.hash + self.anchor
+
+    def to_line(self) -> str:
+        """One of JSON."""
+        return canonical(
+            {name: value.hex() if isinstance(value, bytes) else value for name, value in asdict(self).items()}
+        ).decode()
+
+    @staticmethod
+    def from_line(line: str) -> "Checkpoint":
+        """The inverse. Raises InvalidParameter."""
+        try:
+            values = json.loads(line)
+            for name in ("hash", "anchor", "signature"):
+                values[name] = bytes.fromhex(values[name])
+            made = Checkpoint(**values)
+            _NUMBERS.pack(made.seq, made.at, made.first, made.erased)
+        except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+            raise InvalidParameter(
+                "the checkpoint is none; give a line that `quire audit checkpoint` wrote", "checkpoint"
+            ) from error
+        return made
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A record in the log."""
+
+    seq: int
+    body: bytes  # JSON
+    hash: bytes
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Of the body."""
+        found: dict[str, Any] = json.loads(self.body)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a look through the whole log found."""
+
+    fault: str | None  # the first that is wrong; None: nothing is
+    records: int
+    end: Checkpoint | None
+
+
+def hash_of(before: bytes, seq: int, body: bytes) -> bytes:
+    """Of a record."""
+    return hashlib.sha256(before + seq.to_bytes(8, "big") + body).digest()
+
+
+def public_key_of(pem: bytes) -> Ed25519PublicKey:
+    """Of a private key, or of a public one. Raises InvalidParameter."""
+    try:
+        key: Any = serialization.load_pem_private_key(pem, None).public_key()
+    except (ValueError, TypeError):
+        try:
+            key = serialization.load_pem_public_key(pem)
+        except ValueError as error:
+            raise InvalidParameter("the key is neither a private nor a public one in PEM", "key") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise InvalidParameter("the key is not of Ed25519", "key")
+    return key
+
+
+class _Chain:
+    """Follows the log from its beginning; `fault` is the first thing that is wrong."""
+
+    def __init__(self, end: Checkpoint | None, key: Ed25519PublicKey, known: Checkpoint | None) -> None:
+        self.fault: str | None = None
+        self.records = 0
+        self._end, self._known = end, known
+        self._next, self._hash = (end.first, end.anchor) if end is not None else (1, GENESIS)
+        if end is not None and not end.is_signed(key):
+            self._wrong("the log's end is not signed by this key")
+        if known is not None and not known.is_signed(key):
+            self._wrong("the checkpoint that is known is not signed by this key")
+        if known is not None and (end is None or end.seq < known.seq):
+            self._wrong(f"the log ends before record {known.seq}, which is known")
+
+    def _wrong(self, why: str) -> None:
+        self.fault = self.fault or why
+
+    def take(self, entry: Entry) -> None:
+        """The next record."""
+        if self._end is None:
+            self._wrong("there are records, and no signed end")
+        elif entry.seq != self._next:
+            self._wrong(f"record {self._next} is missing" if entry.seq > self._next else f"record {entry.seq} is extra")
+        elif entry.hash != hash_of(self._hash, entry.seq, entry.body):
+            self._wrong(f"record {entry.seq} was changed, or the one before it")
+        self._next, self._hash = entry.seq + 1, entry.hash
+        self.records += 1
+        if self._known is not None and entry.seq == self._known.seq and entry.hash != self._known.hash:
+            self._wrong(f"record {entry.seq} is not the one that is known")
+        if self.fault is None and (why := entry.values.get("fault")):
+            self._wrong(f"record {entry.seq} says: {why}")
+
+    def report(self) -> Report:
+        """At the end."""
+        if self._end is not None and self._next != self._end.seq + 1:
+            self._wrong(f"record {self._next} is missing")
+        elif self._end is not None and self._hash != self._end.hash:
+            self._wrong("the last record is not the one that is signed")
+        return Report(fault=self.fault, records=self.records, end=self._end)
+
+
+class AuditLog:
+    """Appends to the log, and looks through it."""
+
+    def __init__(self, database: Database, signing_key: bytes, content_key: bytes | None = None) -> None:
+        """`signing_key`: of Ed25519, in PEM. `content_key`: 32 bytes of AES-256-GCM; None: no content is kept."""
+        self._database = database
+        key = serialization.load_pem_private_key(signing_key, None)
+        assert isinstance(key, Ed25519PrivateKey), "the configuration checked it"
+        self._key, self.public_key = key, key.public_key()
+        self._cipher = AESGCM(content_key) if content_key is not None else None
+
+    # ---- what is written ------------------------------------------------------------------------------------------
+
+    async def append(self, connection: AsyncConnection, records: Sequence[Record]) -> None:
+        """Within a transaction, which no other one appends beside."""
+        await self.lock(connection)
+        end = await self._end(connection)
+        bodies = [(record, record.whole_body) for record in records]
+        if (why := await self._unsound(connection, end)) is not None:
+            fault = Record(kind="fault", at=int(time.time()), tenant="", key="", body={"fault": why})
+            bodies.insert(0, (fault, fault.whole_body))
+            end = await self._as_found(connection, end)
+        seq, before = (end.seq, end.hash) if end is not None else (0, GENESIS)
+        rows, contents = [], []
+        for record, body in bodies:
+            seq += 1
+            if record.content is not None:
+                sealed = self._seal(seq, record.content)
+                body |= {"content_sha256": hashlib.sha256(sealed).hexdigest()}
+                contents.append({"seq": seq, "sealed": sealed})
+            written = canonical(body)
+            before = hash_of(before, seq, written)
+            found_by = {"at": record.at, "kind": record.kind, "tenant": record.tenant, "key": record.key}
+            rows.append({"seq": seq, "body": written, "hash": before} | found_by)
+        await connection.execute(insert(tables.audit), rows)
+        if contents:
+            await connection.execute(insert(tables.contents), contents)
+        fresh = Checkpoint(seq=seq, at=int(time.time()), hash=before)
+        if end is not None:
+            fresh = replace(fresh, first=end.first, anchor=end.anchor, erased=end.erased)
+        await self._sign(connection, fresh)
+
+    async def lock(self, connection: AsyncConnection) -> None:
+        """Until the transaction ends. SQLite's are alone anyway."""
+        if not self._database.embedded:
+            await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+
+    async def _end(self, connection: AsyncConnection) -> Checkpoint | None:
+        row = (await connection.execute(select(tables.audit_end))).one_or_none()
+        if row is None:
+            return None
+        return Checkpoint(**{name: value for name, value in row._mapping.items() if name != "id"})
+
+    async def _sign(self, connection: AsyncConnection, end: Checkpoint) -> None:
+        values = asdict(end.signed(self._key)) | {"id": 1}
+        putting = self._database.insert(tables.audit_end)
+        rest = {name: putting.excluded[name] for name in values if name != "id"}
+        await connection.execute(putting.on_conflict_do_update(index_elements=["id"], set_=rest), values)
+
+    async def _last(self, connection: AsyncConnection) -> Any:
+        table = tables.audit
+        return (
+            await connection.execute(select(table.c.seq, table.c.hash).order_by(table.c.seq.desc()).limit(1))
+        ).one_or_none()
+
+    async def _unsound(self, connection: AsyncConnection, end: Checkpoint | None) -> str | None:
+        """Why the log cannot just go on: signing what somebody has cut short would hide it."""
+        last = await self._last(connection)
+        if end is None:
+            return None if last is None else "the signed end was missing when the log went on"
+        if not end.is_signed(self.public_key):
+            return "the end was not signed by this key when the log went on"
+        if (last.seq, last.hash) != (end.seq, end.hash) if last is not None else end.seq >= end.first:
+            return f"the log did not end with record {end.seq}, which was signed, when it went on"
+        return None
+
+    async def _as_found(self, connection: AsyncConnection, end: Checkpoint | None) -> Checkpoint | None:
+        """Where an unsound log goes on."""
+        last = await self._last(connection)
+        seq = max(last.seq if last is not None else 0, end.seq if end is not None else 0)
+        found = replace(end, seq=seq) if end is not None else Checkpoint(seq=seq, at=0, hash=GENESIS)
+        return replace(found, hash=last.hash) if last is not None else found
+
+    def _seal(self, seq: int, content: bytes) -> bytes:
+        assert self._cipher is not None, "content is kept, and no key is there"
+        nonce = os.urandom(_NONCE)
+        return nonce + self._cipher.encrypt(nonce, content, seq.to_bytes(8, "big"))
+
+    async def retire(self, connection: AsyncConnection, now: int, *, days: int | None, content_days: int) -> None:
+        """Deletes records older than `days`, and content older than `content_days`, within a transaction."""
+        await self.lock(connection)
+        end = await self._end(connection)
+        if end is None or await self._unsound(connection, end) is not None:
+            return
+        table = tables.audit
+        kept = end
+        for limit, name in ((days, "first"), (content_days, "erased")):
+            if limit is None:
+                continue
+            young = select(func.min(table.c.seq)).where(table.c.at >= now - limit * 86400)
+            oldest = (await connection.execute(young)).scalar_one()
+            kept = replace(kept, **{name: max(getattr(kept, name), oldest if oldest is not None else end.seq + 1)})
+        if kept == end:
+            return
+        if kept.first > end.first:
+            anchor = await connection.execute(select(table.c.hash).where(table.c.seq == kept.first - 1))
+            kept = replace(kept, anchor=anchor.scalar_one(), erased=max(kept.erased, kept.first))
+            await connection.execute(delete(table).where(table.c.seq < kept.first))
+        await connection.execute(delete(tables.contents).where(tables.contents.c.seq < kept.erased))
+        await self._sign(connection, replace(kept, at=now))
+
+    # ---- what is read ---------------------------------------------------------------------------------------------
+
+    async def checkpoint(self) -> Checkpoint | None:
+        """The log's end: to be kept where nobody who may write the database can. None: nothing is on record."""
+        async with self._database.snapshot() as connection:
+            return await self._end(connection)
+
+    async def _entries(self, connection: AsyncConnection) -> AsyncIterator[tuple[Entry, Any]]:
+        """Every record, in pages."""
+        table, after = tables.audit, -(1 << 62)
+        while True:
+            page = select(table).where(table.c.seq > after).order_by(table.c.seq).limit(_PAGE)
+            rows = (await connection.execute(page)).all()
+            for row in rows:
+                yield Entry(seq=row.seq, body=bytes(row.body), hash=bytes(row.hash)), row
+            if len(rows) < _PAGE:
+                return
+            after = rows[-1].seq
+
+    async def verify(self, known: Checkpoint | None = None, key: Ed25519PublicKey | None = None) -> Report:
+        """Looks through all of it. `known`: a checkpoint that was kept elsewhere. `key`: in place of this log's own.
+        Raises Unavailable where the database cannot be read."""
+        async with self._database.snapshot() as connection:
+            end = await self._end(connection)
+            chain = _Chain(end, key or self.public_key, known)
+            contents = tables.contents
+            async for entry, row in self._entries(connection):
+                chain.take(entry)
+                if chain.fault is None:
+                    chain.fault = await self._entry_fault(connection, entry, row, end)
+                if chain.fault is not None:
+                    break
+            else:
+                audit = tables.audit
+                stray = select(contents.c.seq).where(contents.c.seq.not_in(select(audit.c.seq))).limit(1)
+                if (seq := (await connection.execute(stray)).scalar_one_or_none()) is not None:
+                    chain.fault = f"there is content of record {seq}, which has none"
+        return chain.report()
+
+    async def _entry_fault(
+        self, connection: AsyncConnection, entry: Entry, row: Any, end: Checkpoint | None
+    ) -> str | None:
+        """Of what stands beside the hash."""
+        values = entry.values
+        if any(getattr(row, name) != values.get(name) for name in ("at", "kind", "tenant", "key")):
+            return f"record {entry.seq} is filed under what it does not say"
+        contents = tables.contents
+        found = await connection.execute(select(contents.c.sealed).where(contents.c.seq == entry.seq))
+        sealed = found.scalar_one_or_none()
+        wanted = values.get("content_sha256")
+        if sealed is None:
+            lacks = wanted is not None and (end is None or entry.seq >= end.erased)
+            return f"the content of record {entry.seq} is missing" if lacks else None
+        if hashlib.sha256(sealed).hexdigest() != wanted:
+            return f"the content of record {entry.seq} was changed"
+        return None
+
+    async def export(self) -> AsyncIterator[str]:
+        """Lines of JSON: the signed end, and then every record. `verify_export` looks through them."""
+        async with self._database.snapshot() as connection:
+            end = await self._end(connection)
+            if end is None:
+                return
+            yield end.to_line()
+            async for entry, _ in self._entries(connection):
+                yield canonical(
+                    {"seq": entry.seq, "hash": entry.hash.hex(), "body": entry.body.decode("utf-8", "surrogatepass")}
+                ).decode("utf-8", "surrogatepass")
+
+    async def list(
+        self, *, tenant: str | None = None, kind: str | None = None, before: int | None = None, limit: int = 100
+    ) -> "list[Entry]":
+        """The newest first. `before`: a record's number."""
+        table = tables.audit
+        asked = select(table).order_by(table.c.seq.desc()).limit(limit)
+        for column, value in ((table.c.tenant, tenant), (table.c.kind, kind)):
+            if value is not None:
+                asked = asked.where(column == value)
+        if before is not None:
+            asked = asked.where(table.c.seq < before)
+        async with self._database.snapshot() as connection:
+            rows = (await connection.execute(asked)).all()
+        return [Entry(seq=row.seq, body=bytes(row.body), hash=bytes(row.hash)) for row in rows]
+
+    async def content(self, seq: int) -> bytes:
+        """That was kept of a record. Raises InvalidParameter where none is, or with another key."""
+        async with self._database.snapshot() as connection:
+            found = await connection.execute(select(tables.contents.c.sealed).where(tables.contents.c.seq == seq))
+            sealed = found.scalar_one_or_none()
+        if sealed is None or self._cipher is None:
+            raise InvalidParameter(f"no content of record {seq} can be read: none is kept, or no key is there", "seq")
+        return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], seq.to_bytes(8, "big"))
+
+
+def verify_export(lines: Iterable[str], key: Ed25519PublicKey, known: Checkpoint | None = None) -> Report:
+    """Looks through what `export` wrote, without the database."""
+    rest = iter(lines)
+    first = next(rest, None)
+    try:
+        end = Checkpoint.from_line(first) if first is not None else None
+    except InvalidParameter:
+        return Report(fault="the first line is no signed end", records=0, end=None)
+    chain = _Chain(end, key, known)
+    for number, line in enumerate(rest, 2):
+        try:
+            values = json.loads(line)
+            body = values["body"].encode("utf-8", "surrogatepass")
+            entry = Entry(seq=values["seq"], body=body, hash=bytes.fromhex(values["hash"]))
+            chain.take(entry)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            return Report(fault=f"line {number} is no record", records=chain.records, end=end)
+    return chain.report()

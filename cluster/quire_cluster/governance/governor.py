@@ -1,0 +1,88 @@
+"""Governance at a gateway: knows who calls, and puts on record what was done for them."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from quire_engine.errors import QuireError, ServerError
+
+from quire_cluster.governance.administration import Administration
+from quire_cluster.governance.callers import Caller
+from quire_cluster.governance.chain import AuditLog
+from quire_cluster.governance.config import Governance
+from quire_cluster.governance.database import Database
+from quire_cluster.governance.directory import Directory
+from quire_cluster.governance.journal import Journal
+from quire_cluster.governance.records import Record, UsageDelta, canonical
+from quire_cluster.governance.writer import Writer
+
+log = logging.getLogger(__name__)
+_FLUSH = 10.0  # seconds that records get on their way to the database at the end
+
+
+class Governor:
+    """`open` before the first call, `close` after the last."""
+
+    def __init__(self, governance: Governance) -> None:
+        self.database = Database(governance.database)
+        self.directory = Directory(self.database, governance.grace)
+        self.audit = AuditLog(self.database, governance.signing_key, governance.content_key)
+        self.keeps_content = governance.content_key is not None
+        self.administration = Administration(self.database, self.audit)
+        self.journal = Journal(governance.journal)
+        kept = governance.audit
+        self.writer = Writer(self.database, self.audit, self.journal, days=kept.days, content_days=kept.content_days)
+        self._parts: list[asyncio.Task[None]] = []
+
+    async def open(self) -> None:
+        """Reads who may call, if the database answers: else callers are told to come again, until it does."""
+        try:
+            await self.directory.look()
+        except ServerError as error:
+            log.error("%s; callers are refused until it does", error)
+        self._parts = [asyncio.ensure_future(part) for part in (self.directory.follow(), self.writer.run())]
+
+    async def close(self) -> None:
+        """Once what is on record here is in the database, if that answers in time; else the next gateway on this host
+        brings it there."""
+        try:
+            await asyncio.wait_for(self.writer.flush(), _FLUSH)
+        except TimeoutError:
+            log.warning("%d records are still in %s", self.writer.pending, self.journal.folder)
+        for part in self._parts:
+            part.cancel()
+        await self.database.close()
+
+    def ended(
+        self, caller: Caller, used: UsageDelta, facts: Mapping[str, Any], content: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """A request has its end. On disk when this returns. `content`: its prompt and its answers, which are asked for
+        where they are kept."""
+        kept = canonical(content()) if self.keeps_content else None
+        self._note("request", caller, asdict(used) | dict(facts), used, kept)
+
+    def refused(self, caller: Caller, facts: Mapping[str, Any], error: QuireError) -> None:
+        """A request that never began."""
+        self._note("refused", caller, dict(facts) | {"refused": type(error).__name__, "why": str(error)[:200]})
+
+    def asked(self, caller: Caller, method: str) -> None:
+        """Somebody looks at what is kept here."""
+        self._note("admin", caller, {"action": method})
+
+    def _note(
+        self,
+        kind: str,
+        caller: Caller,
+        body: dict[str, Any],
+        usage: UsageDelta | None = None,
+        content: bytes | None = None,
+    ) -> None:
+        told = {"role": caller.role.value, "address": caller.address, "forwarded_for": caller.forwarded_for}
+        body |= {name: value for name, value in told.items() if value}
+        tenant, now = caller.tenant.name, int(time.time())
+        self.journal.append(
+            Record(kind=kind, at=now, tenant=tenant, key=caller.key, body=body, usage=usage, content=content)
+        )

@@ -1,0 +1,141 @@
+"""Brings what journals hold into the database: each record once, whatever dies when."""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from quire_engine.errors import Unavailable
+from sqlalchemy import delete, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from quire_cluster.governance import tables, usage
+from quire_cluster.governance.chain import AuditLog
+from quire_cluster.governance.database import Database
+from quire_cluster.governance.journal import Journal, orphans, read
+from quire_cluster.governance.records import Record
+
+log = logging.getLogger(__name__)
+_PAUSE = 0.1  # seconds between two batches
+_SHARE = 1 << 20  # bytes of a journal that make a batch
+_LARGE = 16 << 20  # bytes of a journal that is followed by a new one
+_ORPHANS = 10.0  # seconds between two looks for them
+_LONGEST_PAUSE = 5.0  # seconds, while the database is away
+_RETIRE = 3600.0  # seconds between two looks for what is past its retention
+
+
+class Writer:
+    """`run` for ever. How far a journal is in the database stands there, and moves in the transaction that brings its
+    records."""
+
+    def __init__(
+        self, database: Database, audit: AuditLog, journal: Journal, *, days: int | None = None, content_days: int = 30
+    ) -> None:
+        """`days`, `content_days`: how long records and their content are kept; None: for ever."""
+        self._database = database
+        self._audit = audit
+        self._journal = journal
+        self._retention = (days, content_days)
+        self._position = 0  # of this journal, in the database
+        self._written = 0  # records of this journal that are there
+        self._working = asyncio.Lock()
+        self.away_since: float | None = None  # on the monotonic clock: since when the database does not answer
+
+    @property
+    def pending(self) -> int:
+        """Records of this gateway that are not in the database."""
+        return self._journal.appended - self._written
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        pause, looked, retired = _PAUSE, -_ORPHANS, time.monotonic()
+        while True:
+            try:
+                now = time.monotonic()
+                self._journal.write()
+                await self._drain()
+                if now - looked >= _ORPHANS:
+                    await self.collect()
+                    looked = now
+                if now - retired >= _RETIRE:
+                    await self._retire()
+                    retired = now
+                pause, self.away_since = _PAUSE, None
+            except Unavailable as error:
+                if self.away_since is None:
+                    log.error("%s; %d records wait in %s", error, self.pending, self._journal.folder)
+                    self.away_since = time.monotonic()
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            await asyncio.sleep(pause)
+
+    async def flush(self) -> None:
+        """Returns when all that was appended before is in the database."""
+        until = self._journal.appended
+        while self._written < until:
+            try:
+                await self._drain()
+            except Unavailable:
+                await asyncio.sleep(_PAUSE)
+
+    async def _drain(self) -> None:
+        """This journal, as far as it goes."""
+        async with self._working:
+            while True:
+                path, position = self._journal.path, self._position
+                records, end = await asyncio.to_thread(read, path, position, _SHARE)
+                if not records:
+                    break
+                self._position = await self._bring(self._journal.id, records, position, end)
+                if self._position != end:  # some were there already
+                    records, _ = await asyncio.to_thread(read, path, position, self._position - position)
+                self._written += len(records)
+            if self._position >= _LARGE and self._journal.healthy and self._position == path.stat().st_size:
+                self._journal.renew()
+                self._position = 0
+
+    async def collect(self) -> None:
+        """Journals of gateways on this host that are no more."""
+        for path in orphans(self._journal.folder):
+            log.info("%s is an orphan, and is brought to the database", path)
+            await self._adopt(path)
+
+    async def _adopt(self, path: Path) -> None:
+        name = path.stem
+        async with self._database.transaction() as connection:
+            position = await self._place(connection, name)
+        while True:
+            records, end = await asyncio.to_thread(read, path, position, _SHARE)
+            if not records:
+                break
+            position = await self._bring(name, records, position, end)
+        if (torn := path.stat().st_size - position) > 0:
+            log.warning("%s ends in %d bytes that are no whole record: whoever wrote it died then", path, torn)
+        path.unlink()
+        async with self._database.transaction() as connection:
+            await connection.execute(delete(tables.journals).where(tables.journals.c.id == name))
+
+    async def _bring(self, name: str, records: list[Record], position: int, end: int) -> int:
+        """How far the journal is there then: it may have been brought there before, and the answer was lost."""
+        async with self._database.transaction() as connection:
+            await self._audit.lock(connection)
+            known = await self._place(connection, name)
+            if known != position:
+                return known
+            await self._audit.append(connection, records)
+            await usage.add(self._database, connection, records)
+            putting = self._database.insert(tables.journals)
+            moved = {"position": end, "updated_at": int(time.time())}
+            await connection.execute(
+                putting.on_conflict_do_update(index_elements=["id"], set_=moved), {"id": name} | moved
+            )
+        return end
+
+    async def _place(self, connection: AsyncConnection, name: str) -> int:
+        table = tables.journals
+        found = await connection.execute(select(table.c.position).where(table.c.id == name))
+        return found.scalar_one_or_none() or 0
+
+    async def _retire(self) -> None:
+        days, content_days = self._retention
+        async with self._database.transaction() as connection:
+            await self._audit.retire(connection, int(time.time()), days=days, content_days=content_days)
