@@ -29,6 +29,7 @@ ENGINE_FLOORS = (  # lowest first; a room imports from those before it
     "errors",
     "config",
     "request",
+    "fairness",
     "waiting",
     "step",
     "guidance",

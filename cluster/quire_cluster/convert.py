@@ -84,6 +84,8 @@ def request_from_proto(message: pb.Submit, request_id: int, now: float) -> Reque
         images=tuple(ImageSpan(i.key, i.start, i.length, i.rows, i.columns) for i in message.images),
         resumed=message.resumed,
         waiting_since=now if message.resumed else 0.0,
+        tenant=message.tenant,
+        weight=message.weight if message.HasField("weight") else 1.0,
     )
 
 

@@ -27,6 +27,11 @@ class SchedulerStats:
             self.images_encoded += len(plan.images.encode)
             self.encoder_seconds += result.encoder_seconds
 
+    def looked_up(self, request: Request) -> None:
+        """What was found in the prefix cache of one that begins."""
+        self.prefix_queries += len(request.tokens)
+        self.prefix_hits += request.num_computed
+
     def judged(self, drafts: int, accepted: int) -> None:
         """Of a request's drafts in a step, so many were drawn."""
         self.drafts += 1

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from quire_engine.errors import ContextTooLong, InvalidParameter
 
 MAX_LOGPROBS = 20  # alternatives beside a token
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # of a tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,8 @@ class Request:
     cache_salt: bytes = b""
     images: tuple[ImageSpan, ...] = ()  # of the prompt, in order
     resumed: bool = False  # an engine had accepted it: no queue is too full for it
+    tenant: str = ""  # whose it is
+    weight: float = 1.0  # the tenant's, against others of its class
     waiting_since: float = 0.0  # of the same clock: when it came, was preempted, or was left out of a plan; 0: arrival
     state: State = State.WAITING
     num_computed: int = 0  # tokens whose keys and values are in the cache, or on their way in a step in flight
@@ -186,6 +189,9 @@ class Request:
     min_length: int = 0  # len(tokens) before which no stop token counts
     images_end: int = 0  # the tokens before which there are images
     image_places: list[NDArray[np.int32]] = field(default_factory=list)  # of each image the tokens it is embedded in
+    num_given: int = 0  # len(tokens) when it came
+    charged_prompt: int = 0  # of these, tokens that its tenant was charged, or that were found in the cache
+    charged_length: int = 0  # len(tokens) up to which its tenant was charged what was drawn
 
     def __post_init__(self) -> None:
         self.stop_ids = frozenset(self.params.stop_token_ids)
@@ -193,6 +199,7 @@ class Request:
         self.min_length = self.num_prompt + self.params.min_tokens
         self.images_end = self.images[-1].end if self.images else 0
         self.waiting_since = self.waiting_since or self.arrival
+        self.num_given = self.charged_length = len(self.tokens)
 
     def check(self, vocab_size: int) -> None:
         """Raises InvalidParameter for a log or for parameters that would harm the step it is in."""
@@ -200,6 +207,10 @@ class Request:
             raise InvalidParameter("the prompt has no tokens", "prompt")
         if min(self.tokens) < 0 or max(self.tokens) >= vocab_size:
             raise InvalidParameter(f"a token id is outside 0 to {vocab_size - 1}", "prompt")
+        if not LEAST_WEIGHT <= self.weight <= MOST_WEIGHT:  # NaN is within nothing
+            raise InvalidParameter(
+                f"weight is {self.weight}; it must be between {LEAST_WEIGHT:g} and {MOST_WEIGHT:g}", "weight"
+            )
         before = 0
         for image in self.images:
             if image.start < before or image.length < 1 or image.end > self.num_prompt:
@@ -218,6 +229,11 @@ class Request:
     def num_uncomputed(self) -> int:
         """Tokens that are known, and in no step yet."""
         return max(0, len(self.tokens) - self.num_computed)  # below 0 where tokens in flight are not known yet
+
+    @property
+    def at_last_token(self) -> bool:
+        """Whether the token in flight is its last."""
+        return self.pending > 0 and len(self.tokens) + self.pending >= self.end_length
 
     @property
     def has_run(self) -> bool:

@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase: each step every request may advance `num_computed` towards the length of
 its token log, within a budget of tokens. Requests with one token left (decoding) come first, so a long prompt never
 stops them; then unfinished prompts; then waiting requests, as pages allow. When pages run out the least important
-running request gives its pages back and waits again: its log is kept and recomputed (preemption).
+running request gives its pages back and waits again: its log is kept and recomputed (preemption). Within a class of
+priority those tenants go first that were served less (fairness.py); where there is one, those requests that came first.
 
 Drafts (speculation/) are computed behind a request's last token, and a token is drawn behind each as if those before it
 had been. Where they prove wrong, what was computed of them is dropped with its pages. A recurrent state has no end that
@@ -15,21 +16,21 @@ computed past it is dropped. What a step writes is safe, because steps run in th
 meanwhile is written by the later one. A step with drafts overlaps with none: how many it will have drawn is not known.
 """
 
+from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-
-import numpy as np
 
 from quire_engine.cache.images import Inputs
 from quire_engine.cache.manager import CacheManager
 from quire_engine.config import SchedulerLimits
-from quire_engine.errors import DeadlineExceeded, EngineFailure, InvalidParameter, QueueFull
+from quire_engine.errors import DeadlineExceeded, EngineFailure, InvalidParameter
+from quire_engine.fairness import Accounts
 from quire_engine.outcome import SchedulerStats, StepOutcome
 from quire_engine.request import Request, State, check_length
 from quire_engine.speculation.speculation import Speculation
-from quire_engine.step import REJECTED, NewRow, PlanDraft, StepPlan, StepResult
-from quire_engine.waiting import Deadlines, Importance, Wait, WaitingQueue, WaitsFor
+from quire_engine.step import REJECTED, PlanDraft, StepPlan, StepResult
+from quire_engine.waiting import Deadlines, Wait, WaitingQueue, WaitsFor
 
 
 class Scheduler:
@@ -43,16 +44,14 @@ class Scheduler:
         self.pool, self.states, self.images = self.cache.pool, self.cache.states, self.cache.images
         self.stats = SchedulerStats()
         self.requests: dict[int, Request] = {}
-        self.running: list[Request] = []  # most important first
+        self.running: list[Request] = []  # by class and arrival; tenants that compete are told apart in each plan
         self._deadlines = Deadlines()
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._in_flight: deque[tuple[list[Request], int, StepPlan]] = deque()  # oldest first; int: its prompt tokens
         self._ended: list[Request] = []  # finished outside a commit: aborted, past their deadline
         self._started: list[Request] = []
-        self._importance: Callable[[Request], Importance] = (
-            (lambda r: (r.priority, r.arrival, r.id)) if limits.by_priority else (lambda r: (0, r.arrival, r.id))
-        )
-        self._waiting = WaitingQueue(self._importance)
+        self._accounts = Accounts(limits)
+        self._waiting = WaitingQueue(self._accounts)
         self._held: dict[Request, WaitsFor] = {}  # what the last plan left out; replaced, and never changed
 
     @property
@@ -87,9 +86,10 @@ class Scheduler:
         self.cache.accept_images(request)
         if request.deadline and request.deadline <= request.arrival:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
-        if not request.resumed and self.num_waiting >= limits.max_num_queued_reqs + len(self._rows):
-            raise QueueFull(f"{self.num_waiting} requests wait already; try again later")
+        if not request.resumed:
+            self._accounts.check_room(request, self.num_waiting, limits.max_num_queued_reqs + len(self._rows))
         self.requests[request.id] = request
+        self._accounts.come(request)
         self._deadlines.add(request)
         done = request.num_output >= request.params.max_tokens  # resumed after its last token was emitted
         if done and (request.num_output or request.params.prompt_logprobs is None):
@@ -127,6 +127,7 @@ class Scheduler:
         self._end(request, reason, error)
 
     def _vacate(self, request: Request) -> None:
+        self._accounts.stop(request)
         self.cache.release(request)
         self._rows.append(request.row)
         request.row = -1
@@ -143,6 +144,10 @@ class Scheduler:
         for request in self._deadlines.passed(now):
             if request.state is not State.FINISHED:
                 self._withdraw(request, "error", DeadlineExceeded("the deadline passed before the end"))
+        if self._in_flight and self._in_flight[-1][2].drafted:
+            return None
+        if self._waiting and self._accounts.contested:
+            self._make_way(now)
         guesses = self._guesses()
         if guesses is None:
             return None
@@ -151,7 +156,7 @@ class Scheduler:
             self.images.begin()
         prompts = self._decode(draft, guesses)
         num_decoding = len(draft.token_ids)
-        self._prefill(prompts, draft)
+        self._prefill(prompts, draft, drafted=bool(guesses))
         self._admit(draft, drafted=bool(guesses))
         for request in draft.held:
             if request.state is State.RUNNING and request not in self._held:
@@ -168,10 +173,8 @@ class Scheduler:
         return plan
 
     def _guesses(self) -> dict[Request, list[int]] | None:
-        """The drafts of the next step; None where it has to wait for the one in flight. None are made while a prompt is
+        """The drafts of the next step; None where it should wait for the one in flight. None are made while a prompt is
         being computed, or could be: it needs the tokens and pages."""
-        if self._in_flight and self._in_flight[-1][2].drafted:
-            return None
         if self.speculation is None or (self._waiting.head is not None and self._rows):
             return {}
         return self.speculation.guesses(self.running, self.limits, in_flight=bool(self._in_flight))
@@ -182,7 +185,7 @@ class Scheduler:
         rows, starts, counts, token_ids, draws = draft.rows, draft.starts, draft.counts, draft.token_ids, draft.draws
         planned, moves = draft.requests, draft.states
         others: list[Request] = []
-        for request in tuple(self.running):
+        for request in self._accounts.in_order(self.running, min(budget, self.pool.num_free)):
             computed, pending = request.num_computed, request.pending
             length = len(request.tokens) + pending
             lacking = length - computed
@@ -227,9 +230,12 @@ class Scheduler:
         draft.budget = budget
         return others
 
-    def _prefill(self, requests: list[Request], draft: PlanDraft) -> None:
-        """What the budget leaves to running requests that lack several tokens."""
-        for request in requests:
+    def _prefill(self, requests: list[Request], draft: PlanDraft, *, drafted: bool) -> None:
+        """What the budget leaves to running requests that lack several tokens, and to waiting ones of their class whose
+        tenants were served less than theirs."""
+        for request in self._accounts.in_turn(requests):
+            if draft.budget:
+                self._admit(draft, drafted=drafted, before=request)
             if request.state is not State.RUNNING:
                 continue
             if draft.budget:
@@ -237,10 +243,12 @@ class Scheduler:
             else:
                 draft.held[request] = WaitsFor.BUDGET
 
-    def _admit(self, draft: PlanDraft, *, drafted: bool) -> None:
-        """Waiting requests, most important first, as budget, rows and pages allow. None beside drafts, which may have
-        cost another one its row."""
+    def _admit(self, draft: PlanDraft, *, drafted: bool, before: Request | None = None) -> None:
+        """Waiting requests, whose turn it is first, as budget, rows and pages allow. None beside drafts, which may have
+        cost another one its row. `before`: only those that go before this one, which runs."""
         while (waiting := self._waiting.head) is not None:
+            if before is not None and (waiting in draft.held or not self._accounts.precedes(waiting, before)):
+                break
             if not self._rows or drafted:
                 draft.held[waiting] = WaitsFor.STEP if self._rows else WaitsFor.ROW
                 break
@@ -290,20 +298,12 @@ class Scheduler:
             return False
         if self.images is not None and computed < request.images_end:
             self.images.compute(request, computed, end, len(draft.token_ids))
-        draft.budget -= end - computed
-        draft.rows.append(request.row)
-        draft.starts.append(computed)
-        draft.counts.append(end - computed)
-        draft.token_ids.extend(request.tokens[computed:end])
-        draft.draws.append(int(end == length))
-        if end < length:
-            draft.next_ids.append(request.tokens[end])
-        draft.with_prompts = True
+        draft.compute(request, end)
         self.cache.note_read(request, computed, end)
-        draft.requests.append(request)
         if self.states is not None:
             draft.states.append(self.states.advance(request))
         request.num_computed = end
+        self._accounts.charge(request)
         request.pending += end == length
         request.again = max(0, request.again - (end - computed))
         self.cache.register(request, end)
@@ -380,23 +380,12 @@ class Scheduler:
             self.running = [request for request in self.running if request.state is running]
 
     def _judge(self, request: Request, tokens: list[int]) -> list[int]:
-        """Of the tokens drawn behind drafts those that count; the request has computed as much as they confirm."""
+        """Of the tokens drawn behind drafts those that count."""
         drafts = len(tokens) - 1
         if REJECTED in tokens:
             tokens = tokens[: tokens.index(REJECTED)]
         accepted = len(tokens) - 1
-        request.num_read += min(accepted, drafts - 1)
-        if self.states is None:
-            request.num_computed += accepted
-        elif accepted == drafts:
-            self.states.decide(request, right=True)
-            request.num_computed += accepted
-            request.again = 0
-        else:
-            self.states.decide(request, right=False)
-            request.num_computed -= 1 + request.again
-            request.again += len(tokens)
-        self.cache.trim(request)
+        self.cache.judge(request, drafts, accepted)
         request.num_drafts += drafts
         request.num_accepted += accepted
         self.stats.judged(drafts, accepted)
@@ -417,6 +406,7 @@ class Scheduler:
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.id]
+        self._accounts.leave(request)
         if self.images is not None and request.images:
             self._waiting.fetched(self.images.forget(request))
         if self.speculation is not None:
@@ -430,7 +420,7 @@ class Scheduler:
         pages, had = request.pages, len(request.pages)
         for _ in range(had, -(-length // self.limits.block_size)):
             while (page := self.cache.allocate()) is None:
-                victim = self._victim(draft)
+                victim = self._accounts.least_important(self.running, draft.requests)
                 if victim is request:
                     self.cache.trim(request)  # where nothing is planned, no worker would be told of what it found
                     draft.held[request] = WaitsFor.PAGES
@@ -440,10 +430,25 @@ class Scheduler:
         draft.pages.extend((request.row, index, pages[index]) for index in range(had, len(pages)))
         return True
 
-    def _victim(self, draft: PlanDraft) -> Request:
-        """The least important running request that is not in the plan yet."""
-        planned = {id(request) for request in draft.requests}
-        return next(request for request in reversed(self.running) if id(request) not in planned)
+    def _make_way(self, now: float) -> None:
+        """Where the head of the queue lacks a row or pages, and its tenant has less than its share of them, others that
+        have more give some back. It is in this plan, or in the next that has tokens left for it."""
+        self._accounts.settle()
+        head = self._waiting.head
+        if head is None or head.pending or self.limits.whole_prompts:  # which end with the step that they are in
+            return
+        row = bool(self._rows) and (self.states is None or self.states.has_room)
+        wanted = self.cache.needed(head, self.cache.find_prefix(head))
+        lacking = wanted + len(self.running) - self.pool.num_free
+        if row and lacking <= 0:
+            return
+        victims = self._accounts.over_share(
+            head, rows=int(not row), pages=lacking, wanted=wanted, own_pages=self.cache.own_pages
+        )
+        for victim in victims:
+            self._preempt(victim, now)
+        if victims:
+            self._waiting.prefer(head)
 
     def _preempt(self, request: Request, now: float) -> None:
         self.running.remove(request)
@@ -458,19 +463,13 @@ class Scheduler:
         request.state = State.RUNNING
         request.row = self._rows.pop()
         self.cache.take_prefix(request, prefix)
-        draft.pages.extend((request.row, index, page) for index, page in enumerate(prefix))
-        if request.num_cached < 0:
+        self._accounts.start(request)
+        draft.begin(request)
+        if not request.has_run:
             request.num_cached = min(request.num_computed, request.num_prompt)
-            self.stats.prefix_queries += len(request.tokens)
-            self.stats.prefix_hits += request.num_computed
+            self.stats.looked_up(request)
             self._started.append(request)
-        params = request.params
-        log = np.array(request.tokens if params.needs_log else (), np.int32)
-        draft.new_rows.append(NewRow(request.row, params, request.num_prompt, log, request.images))
-        running = self.running
-        running.append(request)
-        if len(running) > 1 and self._importance(running[-2]) > self._importance(request):
-            running.sort(key=self._importance)
+        insort(self.running, request, key=self._accounts.importance)
 
     # ---- what requests wait for -----------------------------------------------------------------------------------
 
@@ -496,5 +495,6 @@ class Scheduler:
         rows = [request.row for request in self.running]
         assert sorted([*rows, *self._rows]) == list(range(self.limits.max_num_seqs)), "rows are lost or used twice"
         self._waiting.check_integrity(self.requests.values())
+        self._accounts.check_integrity(self.requests.values())
         there = {id(request) for request in self.requests.values() if request.state is State.RUNNING}
         assert {id(request) for request in self.running} == there, "the list of what is running is wrong"

@@ -150,6 +150,27 @@ class PlanDraft:
     with_prompts: bool = False
     held: dict[Request, WaitsFor] = field(default_factory=dict)  # what runs and is left out, and the head of the queue
 
+    def begin(self, request: Request) -> None:
+        """It has a row, and the pages of its prefix."""
+        self.pages.extend((request.row, index, page) for index, page in enumerate(request.pages))
+        params = request.params
+        log = np.array(request.tokens if params.needs_log else (), np.int32)
+        self.new_rows.append(NewRow(request.row, params, request.num_prompt, log, request.images))
+
+    def compute(self, request: Request, end: int) -> None:
+        """The tokens of its log up to `end` that are not computed; where that is all, one is drawn."""
+        start, log = request.num_computed, request.tokens
+        self.budget -= end - start
+        self.rows.append(request.row)
+        self.starts.append(start)
+        self.counts.append(end - start)
+        self.token_ids.extend(log[start:end])
+        self.draws.append(int(end == len(log)))
+        if end < len(log):
+            self.next_ids.append(log[end])
+        self.with_prompts = True
+        self.requests.append(request)
+
     def read(self, request: Request, length: int, limits: SchedulerLimits) -> bool:
         """Has the draft model, if there is one, read what it lacks of the request's first `length` tokens, and no more
         of all requests than a step may have; False: it will still lack some."""

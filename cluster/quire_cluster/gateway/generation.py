@@ -156,6 +156,8 @@ class Choice:
                 pb.ImageSpan(key=i.key, start=i.start, length=i.length, rows=i.rows, columns=i.columns)
                 for i in facts.seen.spans
             ],
+            tenant=facts.caller.tenant.name,
+            weight=facts.caller.tenant.weight,
         )
 
     def admit(self) -> None:

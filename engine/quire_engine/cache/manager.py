@@ -52,11 +52,18 @@ class CacheManager:
 
     def has_room(self, request: Request, prefix: list[int], spare: int) -> bool:
         """Whether all its tokens so far find pages beside `prefix`, and leave `spare` pages."""
-        needed = -(-len(request.tokens) // self._block_size) - len(prefix)
-        needed += sum(self.pool.is_idle(page) for page in prefix)
         if self.states is not None and not self.states.has_room:
             return False
-        return needed + spare <= self.pool.num_free
+        return self.needed(request, prefix) + spare <= self.pool.num_free
+
+    def needed(self, request: Request, prefix: list[int]) -> int:
+        """Free pages that all its tokens so far take beside `prefix`."""
+        needed = -(-len(request.tokens) // self._block_size) - len(prefix)
+        return needed + sum(self.pool.is_idle(page) for page in prefix)
+
+    def own_pages(self, request: Request) -> int:
+        """Pages that nobody else holds."""
+        return sum(self.pool.is_own(page) for page in request.pages)
 
     def take_prefix(self, request: Request, prefix: list[int]) -> None:
         """The request begins with those pages, and counts as computed up to their end."""
@@ -130,6 +137,23 @@ class CacheManager:
             entries.append((request.row, len(pages), page))
             pages.append(page)
         return min(count, len(pages) * size - length)
+
+    def judge(self, request: Request, drafts: int, accepted: int) -> None:
+        """Of the drafts that were computed behind its last token so many were drawn: it has computed as much as they
+        confirm. A state that has seen others as well is dropped, and what was drawn is computed again from the one
+        before."""
+        request.num_read += min(accepted, drafts - 1)
+        if self.states is None:
+            request.num_computed += accepted
+        elif accepted == drafts:
+            self.states.decide(request, right=True)
+            request.num_computed += accepted
+            request.again = 0
+        else:
+            self.states.decide(request, right=False)
+            request.num_computed -= 1 + request.again
+            request.again += accepted + 1
+        self.trim(request)
 
     def trim(self, request: Request) -> None:
         """The request gives back the pages behind what is computed of it."""

@@ -104,6 +104,10 @@ class PagePool:
         """Whether no request holds it: taking it makes one fewer free."""
         return self._references[page] == 0
 
+    def is_own(self, page: int) -> bool:
+        """Whether one request alone holds it."""
+        return self._references[page] == 1
+
     def register(self, page: int, hash_: bytes) -> None:
         """The page is full and will not change: let it be found. The first page with a content keeps the name."""
         if hash_ not in self._page_of and page not in self._hash_of:

@@ -90,7 +90,7 @@ class WantedImage(_message.Message):
     def __init__(self, id: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("id", "prompt", "output", "sampling", "priority", "time_left", "cache_salt", "age", "resumed", "images")
+    __slots__ = ("id", "prompt", "output", "sampling", "priority", "time_left", "cache_salt", "age", "resumed", "images", "tenant", "weight")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,8 @@ class Submit(_message.Message):
     AGE_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     id: int
     prompt: _containers.RepeatedScalarFieldContainer[int]
     output: _containers.RepeatedScalarFieldContainer[int]
@@ -111,7 +113,9 @@ class Submit(_message.Message):
     age: float
     resumed: bool
     images: _containers.RepeatedCompositeFieldContainer[ImageSpan]
-    def __init__(self, id: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., output: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., priority: _Optional[int] = ..., time_left: _Optional[float] = ..., cache_salt: _Optional[bytes] = ..., age: _Optional[float] = ..., resumed: _Optional[bool] = ..., images: _Optional[_Iterable[_Union[ImageSpan, _Mapping]]] = ...) -> None: ...
+    tenant: str
+    weight: float
+    def __init__(self, id: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., output: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., priority: _Optional[int] = ..., time_left: _Optional[float] = ..., cache_salt: _Optional[bytes] = ..., age: _Optional[float] = ..., resumed: _Optional[bool] = ..., images: _Optional[_Iterable[_Union[ImageSpan, _Mapping]]] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
     __slots__ = ("submit", "abort", "why", "images")
