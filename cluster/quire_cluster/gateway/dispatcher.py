@@ -18,6 +18,7 @@ from quire_engine.errors import (
     QuireError,
     Unavailable,
 )
+from quire_engine.fairness import Shares, admits
 from quire_engine.waiting import WaitsFor
 from quire_protos.v1 import engine_pb2 as pb
 
@@ -25,7 +26,7 @@ from quire_cluster.convert import error_from_proto, logprobs_from_proto
 from quire_cluster.gateway.generation import Choice, Generation, RequestFacts
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.waiting import ChoiceWait, estimate, wait_of
-from quire_cluster.policies.admission import has_room, rebuild_wait
+from quire_cluster.policies.admission import UnderWay, has_room, rebuild_wait
 from quire_cluster.policies.prefixes import Prompt
 from quire_cluster.policies.routing import Router, choose_replica
 from quire_cluster.policies.suspicion import Patience, Standing
@@ -58,6 +59,7 @@ class Dispatcher:
         self._last: tuple[RequestFacts, Prompt, Key] | None = None  # the request that was sent last, and where
         self._turn = itertools.count()
         self._place: dict[Choice, tuple[ReplicaSession, int]] = {}
+        self._under_way = UnderWay()  # those that have one
         self._up: dict[int, float] = {}  # slots that have had a replica → when it last was there
         self._load_seconds = 0.0
         self._on_load = on_load
@@ -146,7 +148,7 @@ class Dispatcher:
         """Sends every choice to a replica; one that finds none waits for it.
 
         Raises Unavailable where too much waits for one; QueueFull where replicas have said that they cannot take as
-        much; InvalidParameter where they never can.
+        much, be it of this tenant's; InvalidParameter where they never can.
         """
         if self._closed:  # while its prompt was read, which may take seconds
             raise Unavailable(_GONE)
@@ -154,7 +156,7 @@ class Dispatcher:
         # There may be many replicas: they are gone through no further than is needed.
         usable = (session for session in self._sessions.values() if session.usable)
         if (first := next(usable, None)) is None:
-            if len(self._homeless) + len(choices) > self._max_waiting:
+            if not self._may_wait(generation.facts, len(choices)):
                 wait = max(1.0, (self._ready_at or 0.0) - time.time())
                 known = f"in {wait:.0f} s" if self._ready_at else "later"
                 waiting = len(self._homeless)
@@ -171,11 +173,23 @@ class Dispatcher:
                     "server with a larger --max-num-queued-reqs",
                     "n",
                 )
-            raise QueueFull(
-                f"so many requests run and wait that there is no room for {len(choices)} more; try again later"
-            )
+            facts, loads = generation.facts, (session.as_load() for session in self.sessions)
+            if not self._under_way.takes(loads, len(choices) + len(self._homeless), facts.tenant, facts.weight):
+                raise QueueFull(
+                    f"so many requests run and wait that there is no room for {len(choices)} more; try again later"
+                )
         for choice in choices:
             self._guard(choice, self._send)
+
+    def _may_wait(self, facts: RequestFacts, count: int) -> bool:
+        """Whether so many more may wait for a replica."""
+        total, most = len(self._homeless), self._max_waiting
+        if total + count <= most:
+            return True
+        others = [choice.facts for choice in self._homeless]
+        shares = Shares({one.tenant: one.weight for one in (*others, facts)}, most)
+        own = sum(one.tenant == facts.tenant for one in others)
+        return admits(count, total=total, own=own, most=most, share=shares.of(facts.tenant))
 
     def abort(self, generation: Generation) -> None:
         """The client left: ends what is not ended."""
@@ -205,6 +219,7 @@ class Dispatcher:
         believed = self._router.sent(chosen, prompt)
         choice.routed = (prompt, believed)
         self._place[choice] = (session, session.submit(choice, prompt.tokens - believed))
+        self._under_way.add(choice.facts.tenant, choice.facts.weight)
         self._show(session)
 
     def _route(self, choice: Choice) -> tuple[Prompt, Key | None]:
@@ -233,12 +248,19 @@ class Dispatcher:
         self._router.update(session.key, session.as_load() if good else None)
 
     def _release(self, choice: Choice, *, tell: bool) -> None:
-        session, wire_id = self._place.pop(choice, (None, 0))
+        session, wire_id = self._leave(choice)
         if session is not None:
             session.release(wire_id, tell=tell)
             if session.suspect is choice:
                 self._acquit(session)
             self._show(session)
+
+    def _leave(self, choice: Choice) -> tuple[ReplicaSession | None, int]:
+        """Where it was; it is at no replica any more."""
+        if choice not in self._place:
+            return None, 0
+        self._under_way.remove(choice.facts.tenant)
+        return self._place.pop(choice)
 
     def _acquit(self, session: ReplicaSession) -> None:
         """Its suspect has ended, or done nothing: others may come."""
@@ -315,7 +337,7 @@ class Dispatcher:
         self._router.forget(session.key)
         if session.entry.draining:  # it was to end: what it had left goes on elsewhere, and nobody is to blame
             for choice, _ in sorted(choices, key=lambda one: _arrival(one[0])):
-                self._place.pop(choice, None)
+                self._leave(choice)
                 self._guard(choice, self._send)
             return
         unproven = {choice for choice, begun in choices if begun and not choice.losses.proven(len(choice.output))}
@@ -327,7 +349,7 @@ class Dispatcher:
                 len(choices),
             )
         for choice, begun in sorted(choices, key=lambda one: _arrival(one[0])):
-            self._place.pop(choice, None)
+            self._leave(choice)
             alone = unproven <= {choice}
             near = begun and (choice in unproven or not unproven)
             if choice.losses.lost(now, near=near, explained=bool(failure), alone=alone):
