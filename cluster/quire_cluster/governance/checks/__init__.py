@@ -1,0 +1,1 @@
+"""What policies look for in prompts and answers, piece by piece as text comes."""
