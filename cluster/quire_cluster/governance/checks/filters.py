@@ -39,7 +39,7 @@ class InputVerdict:
     verdicts: tuple[Verdict, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """Text that may go out."""
 

@@ -93,6 +93,7 @@ class State:
     nodes: frozenset[int]
     behind: int  # a bit for each test that the character before passed
     after: dict[str, "Step"] = field(default_factory=dict)  # by the next character
+    nothing_in: dict[str, int] = field(default_factory=dict)  # pieces in which no match begins: the steps they take
 
 
 Step = tuple[
@@ -115,30 +116,38 @@ class Machine:
         self._nodes = tuple(program.nodes)
         self._tests = tuple(program.behind)
         self._start = frozenset([start])
-        self._forget()
+        self._states: dict[tuple[frozenset[int], int], State] = {}
+        self._kept = 0
+        self.starts: dict[str, State] = {}  # those that `start` was asked for
 
     def start(self, before: str) -> State:
         """Where a match would begin, after a character or, "", at the text's beginning."""
-        state = self._starts.get(before)
+        state = self.starts.get(before)
         if state is None:
-            state = self._starts[before] = self._state(self._start, before)
+            state = self.starts[before] = self._state(self._start, before)
         return state
+
+    def remember(self, start: State, piece: str, steps: int) -> None:
+        """That no match begins in a piece, nor may one at its end."""
+        start.nothing_in[piece] = steps
+        self._count()
 
     def step(self, state: State, character: str) -> Step:
         """`character`: the next, or "" at the text's end."""
         step = state.after.get(character)
         if step is None:
             step = self._work_out(state, character)
-            self._kept += 1
-            if self._kept > _MOST_KEPT:
-                self._forget()
             state.after[character] = step
+            self._count()
         return step
 
-    def _forget(self) -> None:
-        self._starts: dict[str, State] = {}
-        self._states: dict[tuple[frozenset[int], int], State] = {}
-        self._kept = 0
+    def _count(self) -> None:
+        """What is kept, which is all forgotten when it has become too much."""
+        self._kept += 1
+        if self._kept > _MOST_KEPT:
+            self.starts.clear()
+            self._states.clear()
+            self._kept = 0
 
     def _state(self, nodes: frozenset[int], before: str) -> State:
         behind = sum(1 << number for number, test in enumerate(self._tests) if test(before))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from quire_engine.errors import InvalidParameter
 from yarl import URL
 
@@ -21,16 +21,16 @@ _MOST_PATTERNS = 100
 _MOST_WORDS = 10_000
 _MOST_FILE = 1 << 20  # bytes
 
-Text = Annotated[StrictStr, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
 Globs = Annotated[list[Text], Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, le=60)]
 Every = Annotated[int, Field(ge=1, le=MOST_SEEN)]
 
 
 class _Rule(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     on: Annotated[list[Literal["input", "output"]], Field(min_length=1)] = ["input", "output"]
     action: Action  # redact: something else stands there; stop: nothing more comes; flag: it is noted
     tenants: Globs = ["*"]
@@ -63,17 +63,22 @@ class WebhookRule(_Rule):
     """A policy of one's own, asked by HTTP."""
 
     check: Literal["webhook"]
-    url: Annotated[StrictStr, Field(max_length=2048)]
+    url: Annotated[str, Field(max_length=2048)]
     timeout: Seconds = 2.0
     on_error: OnError = "closed"  # closed: nothing more comes; open: it is noted
     every: Every = 200  # characters of an answer between calls
 
-    @model_validator(mode="after")
-    def _is_whole(self) -> "WebhookRule":
-        url = URL(self.url)
+    @field_validator("url")
+    @classmethod
+    def _is_whole(cls, given: str) -> str:
+        mend = "write http:// or https://, a host and a path, without a name, a password and a #"
+        try:
+            url = URL(given)
+        except ValueError as error:
+            raise ValueError(f"{error}; {mend}") from error
         if url.scheme not in ("http", "https") or not url.host or "@" in url.raw_authority or url.fragment:
-            raise ValueError("url: write http:// or https://, a host and a path, without a name, a password and a #")
-        return self
+            raise ValueError(mend)
+        return given
 
 
 class JudgeRule(_Rule):
@@ -81,19 +86,25 @@ class JudgeRule(_Rule):
 
     check: Literal["judge"]
     model: Text
-    prompt: Annotated[StrictStr, Field(max_length=MOST_SEEN)]
+    prompt: Annotated[str, Field(max_length=MOST_SEEN)]
     stop_on: Text
     timeout: Seconds = 10.0
     on_error: OnError = "closed"
     every: Every = 400
 
-    @model_validator(mode="after")
-    def _asks(self) -> "JudgeRule":
-        if "{text}" not in self.prompt:
-            raise ValueError("prompt: write {text} where the text that is judged shall stand")
-        if not self.stop_on.strip():
-            raise ValueError("stop_on: write what the answer begins with where the text shall not pass")
-        return self
+    @field_validator("prompt")
+    @classmethod
+    def _asks(cls, given: str) -> str:
+        if "{text}" not in given:
+            raise ValueError("write {text} where the text that is judged shall stand")
+        return given
+
+    @field_validator("stop_on")
+    @classmethod
+    def _says_something(cls, given: str) -> str:
+        if not given.strip():
+            raise ValueError("write what the answer begins with where the text shall not pass")
+        return given
 
 
 Rule = Annotated[PiiRule | PatternRule | WordsRule | WebhookRule | JudgeRule, Field(discriminator="check")]
@@ -166,6 +177,4 @@ def _explained(name: str, error: ValidationError) -> InvalidParameter:
         return refused(name, field, "it is missing; write it")
     if isinstance(first["input"], bool):
         why += f'; YAML takes such a word for {str(first["input"]).lower()}: put it in quotes, as in "no"'
-    if not field:
-        field, _, why = why.partition(": ")
     return refused(name, field, why)

@@ -6,9 +6,10 @@ from quire_cluster.governance.checks.machine import Kind, Machine, State
 
 _MOST_CREDIT = 1 << 20  # steps: a tenth of a second
 _PER_CHARACTER = 1 << 8  # steps
+_LONGEST_KEPT = 16  # characters of a piece that is remembered to hold nothing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """Of a text: a match, or what lies between two."""
 
@@ -45,7 +46,23 @@ class Scanner:
 
     def push(self, text: str, final: bool) -> list[Part]:
         """What can be told now. `final`: nothing comes after it."""
-        machine, start_of = self._machine, self._machine.start
+        if self._held or not text or self._credit < _MOST_CREDIT:
+            return self._scan(text, final)
+        first = self._machine.start(self._before)
+        known = first.nothing_in.get(text)
+        if known is not None:
+            self.steps += known
+            self._before = text[-1]
+            return [Part(text)]
+        before = self.steps
+        parts = self._scan(text, final)
+        is_plain = not self._held and self._credit == _MOST_CREDIT and len(parts) == 1 and parts[0].kind is None
+        if is_plain and len(text) <= _LONGEST_KEPT:
+            self._machine.remember(first, text, self.steps - before)
+        return parts
+
+    def _scan(self, text: str, final: bool) -> list[Part]:
+        machine, starts = self._machine, self._machine.starts
         text = self._held + text
         size, longest = len(text), machine.longest
         parts: list[Part] = []
@@ -53,7 +70,7 @@ class Scanner:
         state, at = self._state, self._read
         while start < size:
             if state is None:
-                state, at = start_of(before), start
+                state, at = starts.get(before) or machine.start(before), start
                 character = text[at]
                 step = state.after.get(character) or machine.step(state, character)
                 self.steps += 1
