@@ -21,8 +21,10 @@ from ray.util import list_named_actors
 from quire_cluster.demand import Demand
 from quire_cluster.deployment import MOST_REPLICAS, Deployment, listed
 from quire_cluster.keeper import Keeper
+from quire_cluster.leases import Leases
 from quire_cluster.liveness import CONTROLLER
 from quire_cluster.nodes import Nodes
+from quire_cluster.policies.quota import Ask, Grants
 from quire_cluster.replica_actor import ReplicaFacts
 from quire_cluster.reports import GatewayReport, ReplicaReport
 from quire_cluster.routing_table import ClusterTable, Key
@@ -80,6 +82,7 @@ class Controller:
         self.reports: dict[str, tuple[float, GatewayReport]] = {}  # by gateway, with when they came
         self.rates = Rates()
         self.since = time.monotonic()
+        self._leases = Leases(self.since)
         self._store = Store(config.name)
         self._woken: set[str] = set()  # deployments that a request waits for, since the last look
         self._epochs: dict[str, int] = {}  # of deployments that are no more: their replicas may still drain
@@ -371,6 +374,10 @@ class Controller:
         """A gateway's, which holds for a few seconds."""
         self.reports[report.identity] = (time.monotonic(), report)
         self.rates.take(report, time.monotonic())
+
+    async def lease(self, ask: Ask) -> Grants:
+        """Of what tenants may have, to a gateway. Raises ServerError for an ask that a later one has overtaken."""
+        return self._leases.lease(ask, time.monotonic(), len(self.reports))
 
     async def wake(self, name: str) -> None:
         """A request waits for a replica of this deployment."""

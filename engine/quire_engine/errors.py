@@ -8,6 +8,7 @@
     │   ├── Unauthenticated     nobody knows who calls
     │   ├── Forbidden           it is known, and may not
     │   ├── QueueFull           admission refused: try again later
+    │   ├── LimitReached        its tenant has what it may have: try again later
     │   └── DeadlineExceeded    the caller's deadline passed
     └── ServerError             ours
         ├── ModelError          a checkpoint or its configuration cannot be served (says what would be)
@@ -54,6 +55,17 @@ class Forbidden(RequestError):
 
 class QueueFull(RequestError):
     """As many requests wait as may."""
+
+
+class LimitReached(RequestError):
+    """`limit`: which of the tenant's, by its option's name. `retry_after`: seconds until there should be room.
+    `headers`: HTTP's, that say how much is left."""
+
+    def __init__(self, message: str, *, limit: str, retry_after: float, headers: dict[str, str]) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after = retry_after
+        self.headers = headers
 
 
 class DeadlineExceeded(RequestError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ from quire_engine.errors import (
     ContextTooLong,
     DeadlineExceeded,
     InvalidParameter,
+    LimitReached,
     QuireError,
 )
 from quire_engine.step import TokenLogprobs
@@ -20,6 +22,7 @@ from quire_engine.text.messages import text_of
 from quire_engine.text.params import SamplingParams
 from quire_protos.v1 import governance_pb2_grpc, inference_pb2_grpc
 from quire_protos.v1 import inference_pb2 as pb
+from quire_protos.v1.refusal_pb2 import RetryInfo, RichStatus
 
 from quire_cluster.addresses import with_port
 from quire_cluster.gateway import reflection
@@ -116,9 +119,20 @@ def _emitted(given: Sequence[pb.Emitted], most: int) -> dict[int, Emitted]:
 
 
 async def _fail(context: Any, error: QuireError) -> NoReturn:
-    """With the parameter's name, which over HTTP has a field of its own."""
+    """With the parameter's name, which over HTTP has a field of its own, and with the time until it may be repeated."""
+    if isinstance(error, LimitReached):
+        context.set_trailing_metadata((("grpc-status-details-bin", retry_details(error)),))
     name, said = error.parameter if isinstance(error, InvalidParameter) else None, str(error)
     await refuse(context, status_code(error), said if name is None or name in said else f"{name}: {said}")
+
+
+def retry_details(error: LimitReached) -> bytes:
+    """google.rpc.Status with a google.rpc.RetryInfo."""
+    info = RetryInfo()
+    info.retry_delay.FromNanoseconds(math.ceil(error.retry_after * 1000) * 1_000_000)
+    status = RichStatus(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message=str(error))
+    status.details.add(type_url="type.googleapis.com/google.rpc.RetryInfo", value=info.SerializeToString())
+    return status.SerializeToString()
 
 
 def _user() -> Caller:

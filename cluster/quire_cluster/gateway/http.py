@@ -10,6 +10,7 @@ from quire_engine.errors import (
     DeadlineExceeded,
     Forbidden,
     InvalidParameter,
+    LimitReached,
     PoisonRequest,
     QueueFull,
     QuireError,
@@ -62,7 +63,7 @@ def http_status(error: QuireError) -> int:
         return 401
     if isinstance(error, Forbidden):
         return 403
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | LimitReached):
         return 429
     if isinstance(error, DeadlineExceeded):
         return 408
@@ -82,9 +83,20 @@ def error_body(error: QuireError, status: int) -> dict[str, Any]:
     }
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     parameter = error.parameter if isinstance(error, InvalidParameter) else None
-    codes: dict[type[QuireError], str] = {UnknownModel: "model_not_found", QueueFull: "queue_full"}
+    codes: dict[type[QuireError], str] = {
+        UnknownModel: "model_not_found",
+        QueueFull: "queue_full",
+        LimitReached: "rate_limit_exceeded",
+    }
     code = codes.get(type(error))
+    if _spent(error):
+        kind = code = "insufficient_quota"
     return {"error": {"message": str(error), "type": kind, "param": parameter, "code": code}}
+
+
+def _spent(error: QuireError) -> bool:
+    """The month's budget is: that is another thing to OpenAI than a limit which is soon away."""
+    return isinstance(error, LimitReached) and error.limit == "monthly_tokens"
 
 
 def json_response(content: Any, status: int = 200) -> Response:
@@ -97,10 +109,12 @@ def error_response(error: QuireError) -> Response:
     status = http_status(error)
     response = json_response(error_body(error, status), status)
     if status in (429, 503):
-        wait = error.retry_after if isinstance(error, Unavailable) else 1.0
+        wait = error.retry_after if isinstance(error, Unavailable | LimitReached) else 1.0
         response.headers["Retry-After"] = str(math.ceil(wait))
-    if isinstance(error, PoisonRequest):
-        response.headers["x-should-retry"] = "false"  # OpenAI's clients try again after any other 500
+    if isinstance(error, LimitReached):
+        response.headers.update(error.headers)
+    if isinstance(error, PoisonRequest) or _spent(error):
+        response.headers["x-should-retry"] = "false"  # OpenAI's clients try again after any other 500 or 429
     if status == 413:
         response.headers["Connection"] = "close"
     return response
