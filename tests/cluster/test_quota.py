@@ -303,7 +303,7 @@ def test_a_turn_that_nobody_takes_is_soon_over() -> None:
     first.admit()
     first.ask()
     assert first.running == 0, "it is the other's turn"
-    world.now += 1.0
+    world.now += 1.5
     first.admit()
     first.ask()
     assert first.running == 1

@@ -23,7 +23,8 @@ from quire_cluster.policies.quota import (
 )
 
 log = logging.getLogger(__name__)
-_PATIENCE = 0.05  # seconds that a request waits for the controller
+_PATIENCE = 0.04  # seconds that a request waits for the controller
+_LATE = 0.01  # seconds more: where this loop was busy for that long, the answer may have come, and is heard now
 _PACE = 0.01  # seconds between two asks: what comes meanwhile is one
 _RETRY = 0.5  # seconds until a controller that did not answer is asked again
 _BEAT = 1.0  # seconds between asks while anything is held; what was not needed for so long is given back
@@ -107,20 +108,19 @@ class Limiter:
         if tenant.limits == _UNLIMITED:
             return Permit(None, _Cost(tokens=0, longest_answer=answer))
         cost = _cost(tenant.limits, prompts, answer, given=given, choices=choices)
-        now = self._clock()
         account = self._accounts.get(tenant.name)
         if account is None:
             account = self._accounts[tenant.name] = _Account(tenant.name, self._clock, self._say)
-        account.follow(tenant.limits, self._revision(), now)
+        account.follow(tenant.limits, self._revision(), self._gateways)
         self._check_month(account, cost)
-        if account.waiting and not self.alone:
-            return await self._ask_for(account, cost)
-        if (permit := account.take(cost, alone=self.alone)) is not None:
+        permit = account.take(cost, alone=self.alone) if self.alone or not account.waiting else None
+        if permit is not None:
             return permit
-        if not self.alone:
+        if not self.alone and not account.exhausted(cost):
             return await self._ask_for(account, cost)
-        self._say(account)
-        raise account.refusal(cost, alone=True)
+        if self.alone:
+            self._say(account)
+        raise account.refusal(cost, alone=self.alone)
 
     def _check_month(self, account: "_Account", cost: _Cost) -> None:
         budget = account.limits.monthly_tokens
@@ -129,35 +129,38 @@ class Limiter:
             raise account.reached("monthly_tokens", _next_month(now) - now)
 
     async def _ask_for(self, account: "_Account", cost: _Cost) -> "Permit":
-        waiter = _Waiter(cost, asyncio.get_running_loop().create_future())
-        account.waiting[waiter] = None
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(cost, loop.create_future())
+        account.wait(waiter)
         self._say(account)
+        timer = loop.call_later(_PATIENCE, loop.call_later, _LATE, self._give_up, account, waiter)
         try:
-            await asyncio.wait({waiter.decided}, timeout=_PATIENCE)
+            permit = await waiter.decided
         except asyncio.CancelledError:  # its client has left, maybe when it was just let in
-            if waiter.decided.done() and (unused := waiter.decided.result()) is not None:
+            if not waiter.decided.cancelled() and (unused := waiter.decided.result()) is not None:
                 unused.settle(0)
                 unused.release()
             raise
         finally:
-            account.waiting.pop(waiter, None)
-        if waiter.decided.done():
-            permit = waiter.decided.result()
-        else:
-            self._lost(f"it took more than {_PATIENCE:g} s")
-            permit = account.take(cost, alone=True)
+            timer.cancel()
+            account.leave(waiter)
         if permit is None:
             raise account.refusal(cost, alone=self.alone)
         return permit
 
+    def _give_up(self, account: "_Account", waiter: _Waiter) -> None:
+        if not waiter.decided.done():
+            self._lost(f"it took more than {_PATIENCE + _LATE:g} s")
+            account.decide([waiter], alone=True)
+
     # ---- the controller -------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """For ever."""
+        """For ever. It begins with a call that asks for nothing: how many gateways there are."""
         while True:
-            await self._something_to_say()
             await self._talk()
             await asyncio.sleep(_RETRY if self.alone else _PACE)
+            await self._something_to_say()
 
     def _say(self, account: "_Account") -> None:
         self._due[account] = None
@@ -219,25 +222,27 @@ class _Account:
         self.slots: LeasedSlots | None = None
         self.reserved = 0  # tokens, of requests that run
         self.waiting: dict[_Waiter, None] = {}
+        self._waiting_tokens = 0
         self._running = 0
         self._clock = clock
         self._say = say
         self._came = clock()  # the last request
         self._revision = 0
 
-    def follow(self, limits: TenantLimits, revision: int, now: float) -> None:
+    def follow(self, limits: TenantLimits, revision: int, gateways: int) -> None:
         """A request comes, under these limits: operators may have changed them."""
+        now = self._clock()
         self._came, self._revision = now, revision
         if limits is self.limits:
             return
         self.limits = limits
-        self.requests = _rate(self.requests, limits.requests_per_minute, now)
-        self.tokens = _rate(self.tokens, limits.tokens_per_minute, now)
+        self.requests = _rate(self.requests, limits.requests_per_minute, now, gateways)
+        self.tokens = _rate(self.tokens, limits.tokens_per_minute, now, gateways)
         most = limits.concurrent_requests
         if most is None:
             self.slots = None
         elif self.slots is None:
-            self.slots = LeasedSlots(most, self._running)
+            self.slots = LeasedSlots(most, used=self._running, gateways=gateways)
         else:
             self.slots.resize(most, now)
 
@@ -281,6 +286,24 @@ class _Account:
         self.reserved += cost.tokens
         return Permit(self, cost)
 
+    def exhausted(self, cost: _Cost) -> bool:
+        """There is not enough for one request more than those that wait, as the controller just said."""
+        now = self._clock()
+        return any(leased.exhausted(amount + self._waits_for(leased), now) for _, leased, amount in self._parts(cost))
+
+    def _waits_for(self, leased: Leased) -> int:
+        return self._waiting_tokens if leased is self.tokens else len(self.waiting)
+
+    def wait(self, waiter: _Waiter) -> None:
+        """The controller is asked for it."""
+        self.waiting[waiter] = None
+        self._waiting_tokens += waiter.cost.tokens
+
+    def leave(self, waiter: _Waiter) -> None:
+        """It waits no more."""
+        del self.waiting[waiter]
+        self._waiting_tokens -= waiter.cost.tokens
+
     def decide(self, waiters: Sequence[_Waiter], *, alone: bool) -> None:
         """Those that still wait, the first first."""
         for waiter in waiters:
@@ -311,16 +334,12 @@ class _Account:
         """What it needs for all that wait."""
         now = self._clock()
         comes = now - self._came < _BEAT
-        count, tokens = len(self.waiting), sum(waiter.cost.tokens for waiter in self.waiting)
 
-        def of(leased: Leased | None, need: int) -> Want | None:
-            return leased.ask(need, now, more_to_come=comes) if leased is not None else None
+        def of(leased: Leased | None) -> Want | None:
+            return leased.ask(self._waits_for(leased), now, more_to_come=comes) if leased is not None else None
 
         return TenantAsk(
-            revision=self._revision,
-            requests=of(self.requests, count),
-            tokens=of(self.tokens, tokens),
-            slots=of(self.slots, count),
+            revision=self._revision, requests=of(self.requests), tokens=of(self.tokens), slots=of(self.slots)
         )
 
     def hear(self, grant: TenantGrant, gateways: int) -> None:
@@ -339,6 +358,7 @@ class _Account:
             (leased.wait(amount, now, alone=alone) or _SOON, name)
             for name, leased, amount in self._parts(cost)
             if (leased.share(now) if alone else leased.held) < amount
+            or (not alone and leased.exhausted(amount + self._waits_for(leased), now))
         ]
         wait, limit = max(waits, default=(_SOON, "concurrent_requests"))
         return self.reached(limit, wait)
@@ -412,11 +432,11 @@ def _next_month(now: float) -> float:
     return datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
 
 
-def _rate(leased: LeasedRate | None, capacity: int | None, now: float) -> LeasedRate | None:
+def _rate(leased: LeasedRate | None, capacity: int | None, now: float, gateways: int) -> LeasedRate | None:
     if capacity is None:
         return None
     if leased is None:
-        return LeasedRate(capacity, now)
+        return LeasedRate(capacity, now, gateways=gateways)
     if leased.capacity != capacity:
         leased.resize(capacity, now)
     return leased

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 _MINUTE = 60.0
-_TURN = 1.0  # seconds that some is left for a gateway that got too little
+_TURN = 1.5  # seconds that some is left for a gateway that got too little: while it has requests, it asks again in one
 _AHEAD = 32  # a gateway holds one part of so many more than it needs
 _AHEAD_ALL = 8  # and all gateways together one of so many
 
@@ -205,13 +205,17 @@ class SharedSlots:
 class Leased:
     """A gateway's part of a limit."""
 
-    def __init__(self, capacity: int, used: int = 0) -> None:
+    FRESH = 1.0  # seconds for which it holds what was left for all: others may give back more
+
+    def __init__(self, capacity: int, *, used: int = 0, gateways: int = 1) -> None:
+        """`gateways`: there are, as far as it knows."""
         self.capacity = capacity
-        self.gateways = 1  # there are, as far as it knows
+        self.gateways = gateways
         self.used = used
         self.granted = used  # in all; less than the controller says where some is to be given back
         self._owned = used  # as the controller last said
         self._wanted = 0
+        self._heard = -math.inf  # when that was, where nothing was given back since
 
     @property
     def held(self) -> int:
@@ -244,6 +248,8 @@ class Leased:
         before = self.held
         self.used += amount
         self.granted = min(self.granted, self.used + max(before, self.ahead))
+        if amount < 0:
+            self._heard = -math.inf
 
     def ask(self, need: int, now: float, *, more_to_come: bool) -> Want:
         """What to say. What is given back by it cannot be used from now on."""
@@ -255,12 +261,18 @@ class Leased:
     def hear(self, grant: Grant, gateways: int, now: float) -> None:
         """What was answered. What ended meanwhile is given back the next time."""
         self.gateways = gateways
+        self._heard = now
         self._owned = grant.granted
         self.granted = min(grant.granted, self.used + self._wanted)
 
     def resize(self, capacity: int, now: float) -> None:
         """Operators changed the limit."""
         self.capacity = capacity
+        self._heard = -math.inf
+
+    def exhausted(self, amount: int, now: float) -> bool:
+        """There is not so much, beside what this gateway holds: nobody has to be asked."""
+        return now - self._heard < self.FRESH and max(0.0, self.left(now)) + self.held < amount
 
     def left(self, now: float) -> float:
         """For all gateways, as far as is known, without what this one holds."""
@@ -278,10 +290,11 @@ class Leased:
 class LeasedRate(Leased):
     """Of so much a minute."""
 
-    def __init__(self, capacity: int, now: float) -> None:
-        super().__init__(capacity)
+    def __init__(self, capacity: int, now: float, *, gateways: int = 1) -> None:
+        """Of a bucket that is full, for all that is known."""
+        super().__init__(capacity, gateways=gateways)
         self._left = Level(capacity, now, capacity)
-        self._share = Level(capacity, now, capacity)
+        self._share = Level(self._part, now, self._part)
 
     @property
     def _part(self) -> float:
@@ -339,14 +352,22 @@ class LeasedRate(Leased):
 class LeasedSlots(Leased):
     """Of so many at a time."""
 
+    FRESH = 0.1
+    _left = 0.0
+
+    def hear(self, grant: Grant, gateways: int, now: float) -> None:
+        """What is free."""
+        super().hear(grant, gateways, now)
+        self._left = grant.level
+
     @property
     def silent(self) -> bool:
         """It would be taken for dead while requests run."""
         return super().silent and not self.used
 
     def left(self, now: float) -> float:
-        """Nobody knows: they end at any time."""
-        return 0.0
+        """As was last heard: they end at any time."""
+        return self._left
 
     def share(self, now: float) -> float:
         """As many as for any other gateway; what is held and runs is among them."""
