@@ -204,13 +204,13 @@ class Accounts:
         self.limits = limits
         self._lines: dict[int, Line] = {}
         self._running: dict[Request, Account] = {}  # in the order in which they took their rows
-        self._contested = 0  # classes in which more than one tenant has something here
+        self._tenants: Counter[str] = Counter()  # that have something here, with the number of classes it is of
 
     @property
     def contested(self) -> bool:
-        """Whether tenants are to be told apart. Where they are not, nothing here costs a step anything: counters lag
+        """Whether there are several tenants. Where there is one, nothing here costs a step anything: its counters lag
         behind until another one comes."""
-        return self._contested > 0
+        return len(self._tenants) > 1
 
     def kind(self, request: Request) -> int:
         """Its class."""
@@ -244,11 +244,8 @@ class Accounts:
         """It is here from now on."""
         kind = self.kind(request)
         line = self._lines.get(kind) or self._lines.setdefault(kind, Line(kind))
-        alone = len(line.present) == 1
+        self._tenants[request.tenant] += request.tenant not in line.present
         account = line.account(request.tenant)
-        if alone and len(line.present) == 2:
-            self._contested += 1
-            self.settle()
         account.num_requests += 1
         if request.weight != account.weight:
             self.settle()
@@ -262,7 +259,9 @@ class Accounts:
         if not account.num_requests:
             line = account.line
             line.leave(account)
-            self._contested -= len(line.present) == 1
+            self._tenants[request.tenant] -= 1
+            if not self._tenants[request.tenant]:
+                del self._tenants[request.tenant]
             if not line.present:
                 del self._lines[line.kind]
 
@@ -410,7 +409,7 @@ class Accounts:
         rows = Counter(self._running.values())
         accounts = [account for line in self._lines.values() for account in line.present.values()]
         assert all(account.num_running == rows[account] for account in accounts), "a tenant's rows are counted wrong"
-        assert self._contested == sum(len(line.present) > 1 for line in self._lines.values())
+        assert self._tenants == Counter(tenant for _, tenant in counts), "a tenant is lost, or not forgotten"
         for line in self._lines.values():
             line.check_integrity()
 
