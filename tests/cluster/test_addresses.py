@@ -50,7 +50,7 @@ def test_a_port_that_is_taken_meanwhile() -> None:
     )
 
     async def run(port: int) -> None:
-        server = GrpcServer(models_of(service), Limits(connections=16, head=60.0, body=60.0, write=60.0), keys=None)
+        server = GrpcServer(models_of(service), Limits(connections=16, head=60.0, body=60.0, write=60.0), identity=None)
         try:
             await server.start("127.0.0.1", port)
         finally:

@@ -98,7 +98,7 @@ class Gate:
         self.service = service
         self.replica = FakeReplica()
         self.address = ""
-        self._server = GrpcServer(models_of(service), LIMITS, keys=None)
+        self._server = GrpcServer(models_of(service), LIMITS, identity=None)
 
     async def start(self) -> "Gate":
         await self.replica.start()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from gateways import TOKENS, expected
 from google.protobuf import json_format
@@ -401,5 +402,92 @@ def test_the_answer_is_that_of_an_open_server(service: MakeService, tmp_path: Pa
             body = {"prompt": prompt, "max_tokens": TOKENS, "return_token_ids": True}
             answer = await at.client.post("/v1/completions", json=body, headers=bearer(await at.key("team")))
             assert answer.json()["choices"][0]["token_ids"] == expected(prompt)
+
+    run(work())
+
+
+def test_limits_are_met_before_any_work(service: MakeService, tmp_path: Path) -> None:
+    """Each by its own error, and what was let in and is over counts no more."""
+
+    async def work() -> None:
+        async with governed(tmp_path, service) as at:
+            replica = at.replicas["tiny"]
+            limits: dict[str, dict[str, int]] = {
+                "requests": {"requests_per_minute": 2},
+                "tokens": {"tokens_per_minute": 100},
+                "slots": {"concurrent_requests": 1},
+                "prompts": {"longest_prompt": 2},
+                "answers": {"longest_answer": 5},
+                "month": {"monthly_tokens": 70},
+                "free": {},
+            }.items():
+                await at.tenant(name, **options)
+            keys = {
+                name: await at.key(name)
+                for name in ("requests", "tokens", "slots", "prompts", "answers", "month", "free")
+            }
+
+            async def ask(name: str, **changes: Any) -> httpx.Response:
+                return await at.client.post("/v1/completions", json=BODY | changes, headers=bearer(keys[name]))
+
+            def refused(answer: httpx.Response, kind: str, code: str) -> None:
+                assert answer.status_code == 429, answer.text
+                assert (answer.json()["error"]["type"], answer.json()["error"]["code"]) == (kind, code)
+                assert int(answer.headers["retry-after"]) >= 1
+
+            first = await ask("requests")
+            assert (first.headers["x-ratelimit-limit-requests"], first.headers["x-ratelimit-remaining-requests"]) == (
+                "2",
+                "1",
+            )
+            assert (await ask("requests", stream=True)).headers["x-ratelimit-remaining-requests"] == "0"
+            sent = len(replica.submitted)
+            refused(await ask("requests"), "rate_limit_error", "rate_limit_exceeded")
+            assert len(replica.submitted) == sent, "nothing was done for it"
+
+            used = 3 + TOKENS
+            answer = await ask("tokens")
+            assert answer.headers["x-ratelimit-limit-tokens"] == "100"
+            assert (await ask("tokens", max_tokens=60)).status_code == 200, "60 and 3 are left of 100"
+            refused(await ask("tokens"), "rate_limit_error", "rate_limit_exceeded")
+            assert (await ask("tokens", max_tokens=100)).status_code == 400, "it could never begin"
+            assert "longest_prompt" in (await ask("prompts")).json()["error"]["message"]
+            assert (await ask("answers", max_tokens=6)).status_code == 400
+            capped = await at.client.post(
+                "/v1/chat/completions", json={"messages": _CHAT["messages"]}, headers=bearer(keys["answers"])
+            )
+            assert capped.json()["usage"]["completion_tokens"] == 5, "where nothing is said, it is the longest"
+
+            replica.holds = lambda submit: True
+            held = asyncio.ensure_future(ask("slots"))
+            while len(replica.submitted) == sent or replica.submitted[-1].tenant != "slots":
+                await asyncio.sleep(0.01)
+            refused(await ask("slots"), "rate_limit_error", "rate_limit_exceeded")
+            async with grpc.aio.insecure_channel(at.address) as channel:
+                [described] = inference_pb2.DESCRIPTOR.services_by_name.values()
+                method = described.methods_by_name["Generate"]
+                code = await _call(channel, method, '{"text": "w5"}', bearer(keys["slots"]))
+                assert code is CODE.RESOURCE_EXHAUSTED
+            held.cancel()  # the client leaves
+            await asyncio.gather(held, return_exceptions=True)
+            replica.holds = lambda submit: False
+            while (answer := await ask("slots")).status_code == 429:
+                await asyncio.sleep(0.01)
+            assert answer.status_code == 200, "its place is free"
+
+            assert (await ask("month")).status_code == (await ask("month")).status_code == 200
+            assert 2 * used <= 70 < 3 * used
+            spent = await ask("month")
+            refused(spent, "insufficient_quota", "insufficient_quota")
+            assert spent.headers["x-should-retry"] == "false"
+            await at.governor.writer.flush()
+            await at.governor._budget.look()
+            refused(await ask("month"), "insufficient_quota", "insufficient_quota")
+            assert at.governor._budget.used("month") == 2 * used, "each counts once"
+            for _ in range(20):
+                assert (await ask("free")).status_code == 200
+            await at.governor.writer.flush()
+            found = await at.governor.audit.list(kind="refused", limit=1000)
+            assert {"LimitReached", "InvalidParameter", "ContextTooLong"} == {one.values["refused"] for one in found}
 
     run(work())

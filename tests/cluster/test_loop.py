@@ -181,7 +181,7 @@ def test_over_grpc(name: str, tokenizer: Tokenizer, frozen: None) -> None:
     request = make()
 
     async def run() -> tuple[float, Any]:
-        server = GrpcServer(models_of(service(tokenizer)), LIMITS, keys=None)
+        server = GrpcServer(models_of(service(tokenizer)), LIMITS, identity=None)
         port = await server.start("127.0.0.1", 0)
         options = [("grpc.max_receive_message_length", 64 << 20)]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:

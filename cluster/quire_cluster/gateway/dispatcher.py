@@ -173,8 +173,8 @@ class Dispatcher:
                     "server with a larger --max-num-queued-reqs",
                     "n",
                 )
-            facts, loads = generation.facts, (session.as_load() for session in self.sessions)
-            if not self._under_way.takes(loads, len(choices) + len(self._homeless), facts.tenant, facts.weight):
+            tenant, loads = generation.facts.caller.tenant, (session.as_load() for session in self.sessions)
+            if not self._under_way.takes(loads, len(choices) + len(self._homeless), tenant.name, tenant.weight):
                 raise QueueFull(
                     f"so many requests run and wait that there is no room for {len(choices)} more; try again later"
                 )
@@ -186,10 +186,10 @@ class Dispatcher:
         total, most = len(self._homeless), self._max_waiting
         if total + count <= most:
             return True
-        others = [choice.facts for choice in self._homeless]
-        shares = Shares({one.tenant: one.weight for one in (*others, facts)}, most)
-        own = sum(one.tenant == facts.tenant for one in others)
-        return admits(count, total=total, own=own, most=most, share=shares.of(facts.tenant))
+        tenant, others = facts.caller.tenant, [choice.facts.caller.tenant for choice in self._homeless]
+        shares = Shares({one.name: one.weight for one in (*others, tenant)}, most)
+        own = sum(one.name == tenant.name for one in others)
+        return admits(count, total=total, own=own, most=most, share=shares.of(tenant.name))
 
     def abort(self, generation: Generation) -> None:
         """The client left: ends what is not ended."""
@@ -219,7 +219,7 @@ class Dispatcher:
         believed = self._router.sent(chosen, prompt)
         choice.routed = (prompt, believed)
         self._place[choice] = (session, session.submit(choice, prompt.tokens - believed))
-        self._under_way.add(choice.facts.tenant, choice.facts.weight)
+        self._under_way.add(choice.facts.caller.tenant.name, choice.facts.caller.tenant.weight)
         self._show(session)
 
     def _route(self, choice: Choice) -> tuple[Prompt, Key | None]:
@@ -259,7 +259,7 @@ class Dispatcher:
         """Where it was; it is at no replica any more."""
         if choice not in self._place:
             return None, 0
-        self._under_way.remove(choice.facts.tenant)
+        self._under_way.remove(choice.facts.caller.tenant.name)
         return self._place.pop(choice)
 
     def _acquit(self, session: ReplicaSession) -> None:

@@ -17,9 +17,11 @@ from starlette.responses import Response
 from quire_cluster.gateway.encoding import in_pieces
 from quire_cluster.gateway.events import EventStream, stream_error, while_connected
 from quire_cluster.gateway.generation import Call, Delta, Generation, all_admitted
+from quire_cluster.gateway.governed import leave
 from quire_cluster.gateway.images import NO_IMAGES
 from quire_cluster.gateway.service import Service
 from quire_cluster.governance.identity import calling
+from quire_cluster.governance.limits import Permit
 
 _TOKENS, _SCORED = 4096, 128  # of an answer that is written on the event loop: without and with log-probabilities
 
@@ -39,6 +41,7 @@ class Endpoint(ABC):
         self._model = body.model or service.names[0]
         self._params: SamplingParams
         self._seen = NO_IMAGES  # of a conversation
+        self._permit: Permit | None = None
         self._done = False
 
     # ---- what differs ---------------------------------------------------------------------------------------------
@@ -75,6 +78,7 @@ class Endpoint(ABC):
         if sampling is None:
             return Response(status_code=499)
         try:
+            self._permit = await self._service.admit(self._caller, prompts, self._params)
             for number, prompt in enumerate(prompts):
                 self._generations.append(self._start(prompt, sampling, number if len(prompts) > 1 else None))
                 await asyncio.sleep(0)  # between many prompts others get on
@@ -82,7 +86,10 @@ class Endpoint(ABC):
             response = await while_connected(self._request, answer)
             if response is None:
                 self._end()
-            return response or Response(status_code=499)
+                return Response(status_code=499)
+            if self._permit is not None:
+                response.headers.update(self._permit.headers)
+            return response
         except BaseException:
             self._end()
             raise
@@ -102,6 +109,7 @@ class Endpoint(ABC):
                 request_id=request_id,
                 priority=body.priority,
                 cache_salt=body.cache_salt,
+                longest_answer=self._permit.longest_answer if self._permit is not None else None,
             ),
             seen=self._seen,
         )
@@ -111,11 +119,12 @@ class Endpoint(ABC):
             self._done = True
             for generation in self._generations:
                 self._service.finished(generation)
+            leave(self._permit, self._generations)
 
     async def _stream(self) -> Response:
         """Its headers are sent once replicas have taken everything in: a refusal still gets its HTTP status."""
         await all_admitted(self._generations)
-        return EventStream(self._events())
+        return EventStream(self._events(), self._end)
 
     async def _whole(self) -> Response:
         choices = await self._collect()

@@ -1,7 +1,7 @@
 """Server-sent events, and clients that go away."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -16,14 +16,15 @@ _LINE_ENDS = [(end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\u0085\u
 
 class EventStream(Response):
     """Server-sent events of JSON, with no line ends within that some clients split at, though the standard does not.
-    The client's going away cancels the iteration, whose `finally` aborts the work."""
+    The client's going away cancels the iteration, and `end` is called whether it had begun or not."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], end: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-cache"
         self.headers["X-Accel-Buffering"] = "no"
         del self.headers["content-length"]
         self._events = events
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI wants it."""
@@ -36,6 +37,7 @@ class EventStream(Response):
             writer.cancel()
             with suppress(asyncio.CancelledError, OSError):
                 await writer
+            self._end()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

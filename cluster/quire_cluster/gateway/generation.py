@@ -60,6 +60,7 @@ class Call:
     priority: int = 0
     deadline: float = 0.0  # in time.monotonic() seconds; 0: none
     cache_salt: str | None = None
+    longest_answer: int | None = None  # tokens, where it gives no max_tokens; None: what the context leaves
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from quire_cluster.gateway.fields import MAX_MESSAGES
 from quire_cluster.gateway.generation import Call, Delta, Emitted, Generation
 from quire_cluster.gateway.governance_api import SERVICE as GOVERNANCE
 from quire_cluster.gateway.governance_api import GovernanceService
+from quire_cluster.gateway.governed import leave
 from quire_cluster.gateway.grpc_messages import conversation, read_json
 from quire_cluster.gateway.images import NO_IMAGES, SeenImages
 from quire_cluster.gateway.models import Models
@@ -41,6 +42,7 @@ from quire_cluster.gateway.service import Service
 from quire_cluster.gateway.texts import MAX_LISTED
 from quire_cluster.governance.callers import Caller, Permission
 from quire_cluster.governance.identity import CallerCheck, Identity, calling
+from quire_cluster.governance.limits import Permit
 
 MAX_REQUEST = 8 << 20  # bytes; a message of many small parts takes long to read, and the loop waits for it
 MAX_ANSWER = 32 << 20
@@ -223,6 +225,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncGenerator[pb.GenerateResponse]:
         service: Service | None = None
         generation: Generation | None = None
+        permit: Permit | None = None
         try:
             service = await self._models.find(request.model, _user())
             service.check_generates()
@@ -231,12 +234,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             tokens, seen, answer = await asked(service, params)
             sampling = await service.sampling(params, answer)
             emitted = _emitted(request.resume, service.max_model_len)
+            permit = await service.admit(calling(), [tokens], params)
             call = Call(
                 route=route,
                 caller=calling(),
                 priority=request.priority,
                 deadline=time.monotonic() + left if left is not None and left < 1e8 else 0.0,
                 cache_salt=request.cache_salt or None,
+                longest_answer=permit.longest_answer if permit is not None else None,
             )
             if emitted:
                 generation = await service.resume(tokens, sampling, emitted, call, seen=seen)
@@ -256,6 +261,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         finally:
             if service is not None and generation is not None:
                 service.finished(generation)
+            leave(permit, [generation] if generation is not None else [])
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         """A vector per input."""

@@ -12,6 +12,7 @@ from quire_engine.errors import InvalidParameter
 from quire_engine.step import Floats
 
 from quire_cluster.gateway.generation import Call, Generation
+from quire_cluster.gateway.governed import leave
 from quire_cluster.gateway.schema import EmbeddingRequest, RerankRequest, ScoreRequest
 from quire_cluster.gateway.service import Service
 from quire_cluster.governance.callers import Caller
@@ -37,12 +38,14 @@ async def tokens_of(service: Service, inputs: Sequence[Text]) -> list[list[int]]
 async def pooled(service: Service, prompts: list[list[int]], call: Call, *, scores: bool) -> list[Floats]:
     """What the model gives for each prompt. The first failure ends all of them."""
     generations: list[Generation] = []
+    permit = await service.admit(call.caller, prompts)
     try:
         generations.extend(service.pool(prompt, call, scores=scores) for prompt in prompts)
         return list(await asyncio.gather(*(generation.vector() for generation in generations)))
     finally:
         for generation in generations:
             service.finished(generation)
+        leave(permit, generations)
 
 
 def shortened(vector: Floats, dimensions: int | None) -> Floats:

@@ -73,7 +73,7 @@ class Gateway:
         self.failed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self._media = Media(config, PictureLimits())
         self._config = config
-        self._governor = Governor(access) if isinstance(access, Governance) else None
+        self._governor = Governor(access, name) if isinstance(access, Governance) else None
         self._identity: Identity | None = SharedKeys(access) if isinstance(access, Keys) else None
         if self._governor is not None:
             self._identity = self._governor.directory
@@ -129,6 +129,8 @@ class Gateway:
     def follow(self, controller: Any, on_table: Callable[[ClusterTable], None] = lambda table: None) -> None:
         """Serves what the controller says is there, and reports to it. `on_table` is told of each table first."""
         self._controller = controller
+        if self._governor is not None:
+            self._governor.follow(controller)
         self._parts += [
             self._begin(self._watch(on_table), "following the controller"),
             self._begin(self._report(), "reporting to the controller"),

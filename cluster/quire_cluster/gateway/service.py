@@ -35,12 +35,14 @@ from quire_cluster.config import ParserConfig
 from quire_cluster.deployment import Deployment
 from quire_cluster.gateway.dispatcher import Dispatcher
 from quire_cluster.gateway.generation import Call, Emitted, Generation, RequestFacts
+from quire_cluster.gateway.governed import admit, put_on_record
 from quire_cluster.gateway.images import NO_IMAGES, Images, SeenImages, without_triton
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.texts import Texts
+from quire_cluster.governance.callers import Caller
 from quire_cluster.governance.governor import Governor
-from quire_cluster.governance.records import UsageDelta
+from quire_cluster.governance.limits import Permit
 from quire_cluster.observability.metrics import Metrics, ModelMetrics
 from quire_cluster.reports import ModelReport, ReplicaReport, WaitingRequest
 from quire_cluster.routing_table import RoutingTable
@@ -293,6 +295,14 @@ class Service:
         large = bool(use.tools) or structure is not None or len(continued or "") >= LARGE_TEXT
         return await asyncio.to_thread(work) if large else work()
 
+    async def admit(
+        self, caller: Caller, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None
+    ) -> Permit | None:
+        """Lets a call in by its tenant's limits; None: there are none. See `governed.admit`."""
+        if self.governor is None or not prompts:
+            return None
+        return await admit(self.governor.limiter, caller.tenant, prompts, params, self.max_model_len)
+
     def start(
         self, prompt: list[int], sampling: TokenSampling, call: Call, *, seen: SeenImages = NO_IMAGES
     ) -> Generation:
@@ -346,7 +356,10 @@ class Service:
         self._check_tokens(prompt, "prompt")
         params = sampling.params
         seed = params.seed if params.seed is not None else random.getrandbits(63)
-        samplings = sampling.choices(room=max(1, self.max_model_len - len(prompt)), seed=seed)
+        room = max(1, self.max_model_len - len(prompt))
+        if call.longest_answer is not None:
+            room = min(room, call.longest_answer)
+        samplings = sampling.choices(room=room, seed=seed)
         facts = RequestFacts(
             request_id=call.request_id or uuid.uuid4().hex,
             prompt=prompt,
@@ -378,22 +391,7 @@ class Service:
     def _on_end(self, generation: Generation) -> None:
         """On record, before the client is told."""
         if self.governor is not None:
-            facts = generation.facts
-            used = UsageDelta(
-                model=self.names[0],
-                prompt_tokens=len(facts.prompt),
-                cached_tokens=generation.cached_tokens,
-                output_tokens=generation.num_output_tokens,
-            )
-            self.governor.ended(
-                facts.caller, used, _record(generation) | self.digests, lambda: self._content(generation)
-            )
-
-    def _content(self, generation: Generation) -> dict[str, Any]:
-        """In words; images are left out."""
-        decode = self.tokenizer.decode
-        answers = [decode(choice.output) for choice in generation.choices if choice.vector is None]
-        return {"prompt": decode(generation.facts.prompt), "answers": answers}
+            put_on_record(self.governor, generation, self.names[0], self.digests, self.tokenizer.decode)
 
     def finished(self, generation: Generation) -> None:
         """The one place where a request ends for the gateway: aborts what is left, counts, and writes its line."""
@@ -450,14 +448,6 @@ class Service:
         if error is not None:
             line["error"] = str(error)[:200]
         access_log.info(json.dumps(line))
-
-
-def _record(generation: Generation) -> dict[str, Any]:
-    """What goes on record of a request, besides its tokens and who sent it."""
-    facts = generation.facts
-    reasons = [choice.finish_reason or "abort" for choice in generation.choices]
-    told = {"request_id": facts.request_id, "route": facts.route, "finish": reasons, "user": facts.user}
-    return {name: value for name, value in told.items() if value}
 
 
 def _reported(session: ReplicaSession) -> ReplicaReport:

@@ -37,7 +37,7 @@ class Directory:
         self._database = database
         self._grace = grace
         self._keys: dict[str, _Key] = {}
-        self._revision = 0
+        self.revision = 0  # of what is known: it grows
         self._heard: float | None = None  # on the monotonic clock: when the database last answered
         self.tenants: dict[str, Tenant] = {}
 
@@ -59,14 +59,14 @@ class Directory:
         """Reads what has changed. Raises Unavailable."""
         async with self._database.snapshot() as connection:
             number = (await connection.execute(select(tables.revision.c.number))).scalar_one()
-            if number != self._revision:
+            if number != self.revision:
                 tenants = (await connection.execute(select(tables.tenants))).all()
                 keys = (await connection.execute(select(tables.keys))).all()
                 self.tenants = {row.name: tenant_of(row) for row in tenants if row.removed_at is None}
                 self._keys = {
                     row.id: _key_of(row, self.tenants[row.tenant]) for row in keys if row.tenant in self.tenants
                 }
-                self._revision = number
+                self.revision = number
         self._heard = time.monotonic()
 
     async def caller(self, given: Credentials) -> Caller:

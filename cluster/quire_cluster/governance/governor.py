@@ -3,21 +3,25 @@
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from quire_engine.errors import QuireError, ServerError
+from quire_engine.errors import QuireError, ServerError, Unavailable
 
 from quire_cluster.governance.administration import Administration
+from quire_cluster.governance.budget import Budget
 from quire_cluster.governance.callers import Caller
 from quire_cluster.governance.chain import AuditLog
 from quire_cluster.governance.config import Governance
 from quire_cluster.governance.database import Database
 from quire_cluster.governance.directory import Directory
 from quire_cluster.governance.journal import Journal
+from quire_cluster.governance.limits import Limiter
 from quire_cluster.governance.records import Record, UsageDelta, canonical
 from quire_cluster.governance.writer import Writer
+from quire_cluster.policies.quota import Ask, Grants
 
 log = logging.getLogger(__name__)
 _FLUSH = 10.0  # seconds that records get on their way to the database at the end
@@ -26,7 +30,8 @@ _FLUSH = 10.0  # seconds that records get on their way to the database at the en
 class Governor:
     """`open` before the first call, `close` after the last."""
 
-    def __init__(self, governance: Governance) -> None:
+    def __init__(self, governance: Governance, name: str) -> None:
+        """`name`: of the gateway, to the controller. Needs a running loop."""
         self.database = Database(governance.database)
         self.directory = Directory(self.database, governance.grace)
         self.audit = AuditLog(self.database, governance.signing_key, governance.content_key)
@@ -35,6 +40,14 @@ class Governor:
         self.journal = Journal(governance.journal)
         kept = governance.audit
         self.writer = Writer(self.database, self.audit, self.journal, days=kept.days, content_days=kept.content_days)
+        self._budget = Budget(self.database, self.writer)
+        self._controller: Any = None
+        self.limiter = Limiter(
+            f"{name}:{uuid.uuid4()}",
+            self._lease,
+            used=self._budget.used,
+            revision=lambda: self.directory.revision,
+        )
         self._parts: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -43,7 +56,18 @@ class Governor:
             await self.directory.look()
         except ServerError as error:
             log.error("%s; callers are refused until it does", error)
-        self._parts = [asyncio.ensure_future(part) for part in (self.directory.follow(), self.writer.run())]
+        parts = (self.directory.follow(), self.writer.run(), self._budget.follow(), self.limiter.run())
+        self._parts = [asyncio.ensure_future(part) for part in parts]
+
+    def follow(self, controller: Any) -> None:
+        """From here on tenants' limits are leased from it."""
+        self._controller = controller
+
+    async def _lease(self, ask: Ask) -> Grants:
+        if self._controller is None:
+            raise Unavailable("no controller is there yet")
+        granted: Grants = await self._controller.lease.remote(ask)
+        return granted
 
     async def close(self) -> None:
         """Once what is on record here is in the database, if that answers in time; else the next gateway on this host
@@ -61,6 +85,7 @@ class Governor:
     ) -> None:
         """A request has its end. On disk when this returns. `content`: its prompt and its answers, which are asked for
         where they are kept."""
+        self._budget.add(caller.tenant.name, used.prompt_tokens + used.output_tokens)
         kept = canonical(content()) if self.keeps_content else None
         self._note("request", caller, asdict(used) | dict(facts), used, kept)
 
