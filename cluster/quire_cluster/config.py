@@ -85,6 +85,21 @@ class GatewayConfig(MediaConfig):
         form="sites as https://example.org (separated by commas)",
         unset="none",
     )
+    ssl_certfile: str | None = option(
+        None,
+        "that clients are shown over HTTP and gRPC, with those that lead to its CA; read anew when it changes",
+        form="a PEM file with a certificate, on each host of a gateway",
+        unset="none: no TLS",
+    )
+    ssl_keyfile: str | None = option(
+        None, "of the certificate, not encrypted", form="a PEM file with an RSA or ECDSA key", unset="none: no TLS"
+    )
+    ssl_ca_certs: str | None = option(
+        None,
+        "whose clients' certificates are asked for, and nobody else is answered: no health check, either",
+        form="a PEM file with CAs",
+        unset="none: clients need no certificate",
+    )
     max_connections: int = option(
         4096, "of HTTP, and as many of gRPC, open at a time", form="connections", least=1, most=1 << 20
     )

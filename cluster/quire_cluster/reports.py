@@ -43,6 +43,7 @@ class GatewayReport:
     host: str  # where clients reach it
     http_port: int
     grpc_port: int
+    tls: bool  # on both
     ready: bool
     open_requests: int
     models: dict[str, ModelReport] = field(default_factory=dict)  # by the deployment's name

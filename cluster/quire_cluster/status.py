@@ -81,6 +81,7 @@ def _gateway(report: GatewayReport, age: float) -> pb.GatewayStatus:
         ready=report.ready,
         open_requests=report.open_requests,
         age=age,
+        tls=report.tls,
     )
 
 

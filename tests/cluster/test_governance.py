@@ -420,12 +420,10 @@ def test_limits_are_met_before_any_work(service: MakeService, tmp_path: Path) ->
                 "answers": {"longest_answer": 5},
                 "month": {"monthly_tokens": 70},
                 "free": {},
-            }.items():
-                await at.tenant(name, **options)
-            keys = {
-                name: await at.key(name)
-                for name in ("requests", "tokens", "slots", "prompts", "answers", "month", "free")
             }
+            for name, options in limits.items():
+                await at.tenant(name, **options)
+            keys = {name: await at.key(name) for name in limits}
 
             async def ask(name: str, **changes: Any) -> httpx.Response:
                 return await at.client.post("/v1/completions", json=BODY | changes, headers=bearer(keys[name]))

@@ -87,14 +87,7 @@ class Connection(HttpToolsProtocol):
         """Beyond the limit, connections that idle make room."""
         super().connection_made(transport)
         self._head_since = self.loop.time()
-        over = len(self.connections) - self._limits.connections
-        if over <= 0:
-            return
-        idle = next((other for other in self.connections if isinstance(other, Connection) and other.idle), None)
-        if idle is not None:
-            self.connections.discard(idle)
-            idle.transport.close()
-        elif over > _RESERVE:
+        if is_full(self.connections, self._limits.connections):
             self._hang_up(503, _CROWDED)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -238,6 +231,19 @@ class Connection(HttpToolsProtocol):
         for unanswered in self._due:
             _end(unanswered)
         self.transport.close()
+
+
+def is_full(connections: set[Any], limit: int) -> bool:
+    """Whether one that has just come is hung up on: beyond the limit and _RESERVE, where none idles that could make
+    room."""
+    if len(connections) <= limit:
+        return False
+    idle = next((other for other in connections if isinstance(other, Connection) and other.idle), None)
+    if idle is None:
+        return len(connections) > limit + _RESERVE
+    connections.discard(idle)
+    idle.transport.close()
+    return False
 
 
 def _end(cycle: RequestResponseCycle) -> None:

@@ -40,6 +40,7 @@ from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.pooling import check_count, pooled, shortened, tokens_of
 from quire_cluster.gateway.service import Service
 from quire_cluster.gateway.texts import MAX_LISTED
+from quire_cluster.gateway.tls import Tls
 from quire_cluster.governance.callers import Caller, Permission
 from quire_cluster.governance.identity import CallerCheck, Identity, calling
 from quire_cluster.governance.limits import Permit
@@ -403,9 +404,11 @@ class GrpcServer:
         identity: Identity | None,
         governance: GovernanceService | None = None,
         shared_port: bool = False,
+        tls: Tls | None = None,
     ) -> None:
         """`identity`: knows who may call more than the health service; None: anybody. `governance`: of administrators.
-        `shared_port`: other gateways of this host may listen on the same one."""
+        `shared_port`: other gateways of this host may listen on the same one. `tls`: None: calls are not encrypted."""
+        self._tls = tls
         doors: list[Any] = [CallerCheck(identity, open_services=[health.SERVICE_NAME])] if identity is not None else []
         errors = [CallErrors(GOVERNANCE, governance.on_call)] if governance is not None else []
         self._server = grpc.aio.server(
@@ -440,7 +443,10 @@ class GrpcServer:
         """Binds and serves; the port it got. Raises InvalidParameter when the port is taken."""
         address = with_port(host, port)
         try:
-            bound = int(self._server.add_insecure_port(address))
+            if self._tls is None:
+                bound = int(self._server.add_insecure_port(address))
+            else:
+                bound = int(self._server.add_secure_port(address, self._tls.grpc_credentials()))
         except RuntimeError as error:  # it says no more than that
             raise InvalidParameter(
                 f"cannot listen on {address}; choose another with --grpc-port", "grpc_port"

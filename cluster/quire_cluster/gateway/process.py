@@ -23,6 +23,8 @@ from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.json_calls import JsonCalls
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.models import Models
+from quire_cluster.gateway.secure import SecureHttpServer
+from quire_cluster.gateway.tls import Tls
 from quire_cluster.governance.config import Governance
 from quire_cluster.governance.governor import Governor
 from quire_cluster.governance.identity import Identity, SharedKeys
@@ -88,6 +90,7 @@ class Gateway:
         if connections < config.max_connections:
             log.warning("the system's limit on open files leaves room for %d connections; see ulimit -n", connections)
         self._limits = Limits(connections, config.header_timeout, config.body_timeout, config.write_timeout)
+        self._tls: Tls | None = None
         self._listener: socket.socket | None = None
         self.api: Api
         self._http: HttpServer | None = None
@@ -101,8 +104,9 @@ class Gateway:
     # ---- its beginning and its end --------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Takes its ports, or raises InvalidParameter."""
+        """Reads its certificate and takes its ports, or raises InvalidParameter."""
         config = self._config
+        self._tls = Tls.of(config)
         self._listener = bind(config.host, config.port, "port", shared=self._shared)
         self.http_port = self._listener.getsockname()[1]
         bind(config.host, config.grpc_port, "grpc-port", shared=self._shared).close()
@@ -115,16 +119,24 @@ class Gateway:
         governance = GovernanceService(self._governor) if self._governor is not None else None
         more = JsonCalls(GOVERNANCE, governance, governance.on_call).routes() if governance is not None else []
         self.api = Api(self.models, more)
-        self._http = HttpServer(HttpConfig(self._doors.before(self.api.app()), self._limits))
+        http = HttpConfig(self._doors.before(self.api.app()), self._limits)
+        self._http = HttpServer(http) if self._tls is None else SecureHttpServer(http, self._tls)
         self._http_task = self._begin(self._http.serve(sockets=[self._listener]), "the HTTP server")
         self._grpc = GrpcServer(
-            self.models, self._limits, identity=self._identity, governance=governance, shared_port=self._shared
+            self.models,
+            self._limits,
+            identity=self._identity,
+            governance=governance,
+            shared_port=self._shared,
+            tls=self._tls,
         )
         self.grpc_port = await self._grpc.start(self._config.host, self._config.grpc_port)
         self._parts += [
             self._begin(self._grpc.wait(), "the gRPC server"),
             self._begin(self._tell_readiness(self._grpc), "telling the gRPC health service"),
         ]
+        if self._tls is not None:
+            self._parts.append(self._begin(self._tls.follow(), "looking for a renewed certificate"))
 
     def follow(self, controller: Any, on_table: Callable[[ClusterTable], None] = lambda table: None) -> None:
         """Serves what the controller says is there, and reports to it. `on_table` is told of each table first."""
@@ -221,6 +233,7 @@ class Gateway:
                 host=reached,
                 http_port=self.http_port,
                 grpc_port=self.grpc_port,
+                tls=self._tls is not None,
                 ready=self.models.ready,
                 open_requests=self.models.num_open,
                 models=self.models.reports(),

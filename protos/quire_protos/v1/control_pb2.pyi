@@ -144,7 +144,7 @@ class DeploymentStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., wanted: _Optional[int] = ..., why_wanted: _Optional[str] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., at_gateways: _Optional[int] = ..., waiting_for: _Optional[_Mapping[str, int]] = ..., tokens_per_second: _Optional[float] = ..., pinned: _Optional[int] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
-    __slots__ = ("id", "node", "http", "grpc", "ready", "open_requests", "age")
+    __slots__ = ("id", "node", "http", "grpc", "ready", "open_requests", "age", "tls")
     ID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     HTTP_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class GatewayStatus(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     AGE_FIELD_NUMBER: _ClassVar[int]
+    TLS_FIELD_NUMBER: _ClassVar[int]
     id: str
     node: str
     http: str
@@ -159,7 +160,8 @@ class GatewayStatus(_message.Message):
     ready: bool
     open_requests: int
     age: float
-    def __init__(self, id: _Optional[str] = ..., node: _Optional[str] = ..., http: _Optional[str] = ..., grpc: _Optional[str] = ..., ready: _Optional[bool] = ..., open_requests: _Optional[int] = ..., age: _Optional[float] = ...) -> None: ...
+    tls: bool
+    def __init__(self, id: _Optional[str] = ..., node: _Optional[str] = ..., http: _Optional[str] = ..., grpc: _Optional[str] = ..., ready: _Optional[bool] = ..., open_requests: _Optional[int] = ..., age: _Optional[float] = ..., tls: _Optional[bool] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
     __slots__ = ("id", "address", "head", "leaving", "cpus", "gpus")
