@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
-from quire_cluster.load_balancer import GatewayAddress, Listens, configuration
+from quire_cluster.load_balancer import GatewayAddress, Listens, Trust, configuration
 from web import free_port
 
 
@@ -35,11 +36,11 @@ def program(name: str) -> str:
 class RunningBalancer:
     """One of a kind, on two free ports."""
 
-    def __init__(self, kind: str, folder: Path, gateways: Sequence[GatewayAddress]) -> None:
+    def __init__(self, kind: str, folder: Path, gateways: Sequence[GatewayAddress], trust: Trust | None = None) -> None:
         self.port, self.grpc_port = free_port(), free_port()
         self.file = folder / {"haproxy": "haproxy.cfg", "nginx": "nginx.conf", "envoy": "envoy.yaml"}[kind]
         listens = Listens(host="127.0.0.1", port=self.port, grpc_port=self.grpc_port, socket=str(folder / "socket"))
-        self.file.write_text(configuration(kind, gateways, listens))
+        self.file.write_text(configuration(kind, gateways, listens, trust))
         command = {
             "haproxy": ["-W", "-f", str(self.file)],
             "nginx": ["-c", str(self.file), "-g", f"daemon off; pid {folder}/pid;"],
@@ -80,8 +81,8 @@ class StubGateway:
         self.bodies: list[int] = []
         self._server: asyncio.Server
 
-    async def start(self) -> GatewayAddress:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+    async def start(self, tls: ssl.SSLContext | None = None) -> GatewayAddress:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=tls)
         port = self._server.sockets[0].getsockname()[1]
         return GatewayAddress(name=self.name, host="127.0.0.1", http_port=port, grpc_port=port)
 

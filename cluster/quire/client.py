@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -37,6 +38,30 @@ _LEAST_ATTEMPTS = 3  # behind one address may be a load balancer
 _PAUSES = (0.05, 1.0)  # seconds before it is: the first, and the longest
 _CUT = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
 Addresses = str | Sequence[str]
+Certificate = tuple[str, str]  # files in PEM: a certificate, and its key
+
+
+def _credentials(tls: bool | str, certificate: Certificate | None) -> Any:
+    """Of channels; None where they are not encrypted. Raises InvalidParameter for files that cannot be read."""
+    if tls is False:
+        if certificate is not None:
+            raise InvalidParameter("a certificate is shown over TLS alone; give tls=True, or a file of CAs", "tls")
+        return None
+    ca = _pem(tls, "tls") if isinstance(tls, str) else None
+    if certificate is None:
+        return grpc.ssl_channel_credentials(ca)
+    chain, key = (_pem(file, "certificate") for file in certificate)
+    return grpc.ssl_channel_credentials(ca, key, chain)
+
+
+def _pem(file: str, parameter: str) -> bytes:
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise InvalidParameter(f"{parameter}: {file} cannot be read ({error.strerror})", parameter) from error
+    if b"-----BEGIN" not in content:
+        raise InvalidParameter(f"{parameter}: {file} is no PEM file", parameter)
+    return content
 
 
 def _options(address: str) -> list[tuple[str, Any]]:
@@ -74,12 +99,21 @@ class _Place:
 class _Places:
     """The addresses in turn, those that failed a moment ago left out while there are others."""
 
-    def __init__(self, addresses: Addresses, connect: Any) -> None:
+    def __init__(self, addresses: Addresses, library: Any, credentials: Any) -> None:
+        """`library`: grpc, or grpc.aio. `credentials`: None: nothing is encrypted."""
         given = addresses.split(",") if isinstance(addresses, str) else addresses
         names = [address.strip() for address in given if address.strip()]
         if not names:
             raise InvalidParameter("no address was given; give one as localhost:50051", "addresses")
-        self._all = [_Place(name, connect(name, options=_options(name))) for name in names]
+        self._all = [
+            _Place(
+                name,
+                library.insecure_channel(name, options=_options(name))
+                if credentials is None
+                else library.secure_channel(name, credentials, options=_options(name)),
+            )
+            for name in names
+        ]
         self._turn = secrets.randbelow(len(names))
 
     def __len__(self) -> int:
@@ -177,9 +211,16 @@ class _Stream(_Attempts):
 
 
 class _Base:
-    def __init__(self, addresses: Addresses, api_key: str | None, connect: Any) -> None:
+    def __init__(
+        self,
+        library: Any,
+        addresses: Addresses,
+        api_key: str | None,
+        tls: bool | str,
+        certificate: Certificate | None,
+    ) -> None:
         self._metadata = _metadata(api_key)
-        self._places = _Places(addresses, connect)
+        self._places = _Places(addresses, library, _credentials(tls, certificate))
 
     def _generate(self, prompt: str | list[int], model: str, timeout: float | None, options: dict[str, Any]) -> _Stream:
         return _Stream(self._places, timeout, "Generate", generate_request(prompt, model, options))
@@ -193,9 +234,18 @@ class _Base:
 class Client(_Base):
     """Blocking. Options of `generate` and `chat` are the sampling parameters; errors are grpc.RpcError."""
 
-    def __init__(self, addresses: Addresses = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
-        """`addresses`: of gateways; one, several (also as one text, with commas), or a DNS name of theirs."""
-        super().__init__(addresses, api_key, grpc.insecure_channel)
+    def __init__(
+        self,
+        addresses: Addresses = "127.0.0.1:50051",
+        *,
+        api_key: str | None = None,
+        tls: bool | str = False,
+        certificate: Certificate | None = None,
+    ) -> None:
+        """`addresses`: of gateways; one, several (also as one text, with commas), or a DNS name of theirs. `tls`: True,
+        or a PEM file of the CAs that gateways' certificates are of, in place of the well-known ones. `certificate`:
+        the client's own, for gateways that want one. Raises InvalidParameter."""
+        super().__init__(grpc, addresses, api_key, tls, certificate)
 
     def __enter__(self) -> "Client":
         return self
@@ -291,9 +341,18 @@ class Client(_Base):
 class AsyncClient(_Base):
     """The same for asyncio."""
 
-    def __init__(self, addresses: Addresses = "127.0.0.1:50051", *, api_key: str | None = None) -> None:
-        """`addresses`: of gateways; one, several (also as one text, with commas), or a DNS name of theirs."""
-        super().__init__(addresses, api_key, grpc.aio.insecure_channel)
+    def __init__(
+        self,
+        addresses: Addresses = "127.0.0.1:50051",
+        *,
+        api_key: str | None = None,
+        tls: bool | str = False,
+        certificate: Certificate | None = None,
+    ) -> None:
+        """`addresses`: of gateways; one, several (also as one text, with commas), or a DNS name of theirs. `tls`: True,
+        or a PEM file of the CAs that gateways' certificates are of, in place of the well-known ones. `certificate`:
+        the client's own, for gateways that want one. Raises InvalidParameter."""
+        super().__init__(grpc.aio, addresses, api_key, tls, certificate)
 
     async def __aenter__(self) -> "AsyncClient":
         return self

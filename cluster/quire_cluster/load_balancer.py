@@ -1,10 +1,12 @@
 """Configurations of load balancers in front of a cluster's gateways, made from those that are registered."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jinja2
+from quire_engine.errors import InvalidParameter
 
 from quire_cluster.addresses import with_port
 
@@ -50,8 +52,24 @@ class Listens:
     socket: str
 
 
-def configuration(kind: str, gateways: Sequence[GatewayAddress], listens: Listens) -> str:
-    """For one of KINDS. Gateways that share an address (the ports of one host) are one to it."""
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """How gateways with TLS are known."""
+
+    ca: str  # a PEM file with the CAs of their certificates, where the load balancer runs
+    name: str  # that all of these are for
+
+    def __post_init__(self) -> None:
+        """Raises InvalidParameter for what would not be one word in a configuration."""
+        if not re.fullmatch(r"[\w./+@~:,=-]+", self.ca):
+            raise InvalidParameter(f"ssl_ca_certs is {self.ca!r:.80}; give a path without blanks or quotes")
+        if not re.fullmatch(r"[A-Za-z0-9.-]+", self.name):
+            raise InvalidParameter(f"ssl_server_name is {self.name!r:.80}; give a DNS name, as models.example.org")
+
+
+def configuration(kind: str, gateways: Sequence[GatewayAddress], listens: Listens, trust: Trust | None = None) -> str:
+    """For one of KINDS. Gateways that share an address (the ports of one host) are one to it. `trust`: None: they have
+    no TLS."""
     loader = jinja2.PackageLoader("quire_cluster", "load_balancers")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     apart: dict[tuple[str, str], GatewayAddress] = {}
@@ -64,6 +82,7 @@ def configuration(kind: str, gateways: Sequence[GatewayAddress], listens: Listen
         port=listens.port,
         grpc_port=listens.grpc_port,
         socket=listens.socket,
+        trust=trust,
         patience=_PATIENCE,
         buffer=_BUFFER,
         retries=_RETRIES,

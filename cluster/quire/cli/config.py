@@ -17,6 +17,16 @@ class TalkConfig:
     api_key: str | None = option(
         None, "of the server", form="a key of visible ASCII characters", unset="$QUIRE_API_KEY"
     )
+    tls: bool = option(False, "to a server with a certificate of a well-known CA")
+    ssl_ca_certs: str | None = option(
+        None, "that the server's certificate is of; with it, TLS", form="a PEM file with CAs", unset="well-known ones"
+    )
+    ssl_certfile: str | None = option(
+        None, "for a server that asks clients for one", form="a PEM file with a certificate", unset="none"
+    )
+    ssl_keyfile: str | None = option(
+        None, "of that certificate", form="a PEM file with an unencrypted key", unset="none"
+    )
     model: str | None = option(None, "where the server has several", form="a name of the model", unset="its first")
     max_tokens: int | None = option(
         None, "of the longest answer", form="tokens", unset="what is left of the context", least=1, most=_UINT32
@@ -81,6 +91,15 @@ class LoadBalancerConfig(AdminConfig):
     listen_host: str = option("0.0.0.0", "that clients reach it at", form="an address of its machine")
     listen_port: int = option(8080, "that clients reach it at over HTTP", least=1, most=65535)
     listen_grpc_port: int = option(50050, "that clients reach it at over gRPC", least=1, most=65535)
+    ssl_ca_certs: str | None = option(
+        None,
+        "that gateways' certificates are of, where they have some",
+        form="a PEM file with CAs, on the load balancer's machine",
+        unset="none: gateways without TLS",
+    )
+    ssl_server_name: str | None = option(
+        None, "that all gateways' certificates are for", form="a DNS name", unset="none: gateways without TLS"
+    )
     output: str | None = option(None, "to write", form="a file", unset="the terminal")
     reload: str | None = option(
         None, "run after each write (as `systemctl reload haproxy`)", form="a command", unset="none"

@@ -5,10 +5,11 @@ import os
 import shlex
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from quire_cluster.addresses import host_of
-from quire_cluster.load_balancer import GatewayAddress, Listens, configuration
+from quire_cluster.load_balancer import GatewayAddress, Listens, Trust, configuration
 from quire_engine.errors import InvalidParameter, QuireError, ServerError
 from quire_protos.v1 import control_pb2 as pb
 
@@ -55,7 +56,26 @@ def _made(kind: str, control: Control, config: LoadBalancerConfig) -> str:
     listens = Listens(
         host=config.listen_host, port=config.listen_port, grpc_port=config.listen_grpc_port, socket=socket
     )
-    return configuration(kind, gateways, listens)
+    return configuration(kind, gateways, listens, _trust(found, config))
+
+
+def _trust(gateways: Sequence[pb.GatewayStatus], config: LoadBalancerConfig) -> Trust | None:
+    """None for gateways without TLS. Raises InvalidParameter where the options do not go with the gateways."""
+    if not any(one.tls for one in gateways):
+        if config.ssl_ca_certs is None and config.ssl_server_name is None:
+            return None
+        raise InvalidParameter(
+            "the gateways have no certificates: leave out --ssl-ca-certs and --ssl-server-name, or start the cluster "
+            "with --ssl-certfile and --ssl-keyfile",
+            "ssl_ca_certs",
+        )
+    if config.ssl_ca_certs is None or config.ssl_server_name is None:
+        raise InvalidParameter(
+            "the gateways speak TLS: give --ssl-ca-certs FILE with the CA of their certificates, and "
+            "--ssl-server-name NAME that these are for",
+            "ssl_ca_certs" if config.ssl_ca_certs is None else "ssl_server_name",
+        )
+    return Trust(ca=config.ssl_ca_certs, name=config.ssl_server_name)
 
 
 def _tell(text: str, config: LoadBalancerConfig) -> None:

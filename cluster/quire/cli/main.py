@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from quire_cluster.addresses import with_port
-from quire_cluster.config import MediaConfig, ServeConfig, StartConfig
+from quire_cluster.config import GatewayConfig, MediaConfig, ServeConfig, StartConfig
 from quire_cluster.governance.callers import TenantConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig
 from quire_engine.errors import InvalidParameter, QuireError
@@ -235,15 +235,20 @@ def _serve(arguments: argparse.Namespace, config: ServeConfig, engine: EngineCon
 
     def on_ready(server: Server) -> None:
         host = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::") else config.host
+        scheme = "http" if config.ssl_certfile is None else "https"
         http, grpc = with_port(host, server.http_port), with_port(host, server.grpc_port)
         say(
             f"\nready: {', '.join(server.model_names)}\n"
-            f"  OpenAI API  http://{http}/v1\n"
-            f"  gRPC        {grpc}\n"
-            f"  metrics     http://{http}/metrics\n"
+            f"  OpenAI API  {scheme}://{http}/v1\n"
+            f"  gRPC        {grpc}{_with_tls(config)}\n"
+            f"  metrics     {scheme}://{http}/metrics\n"
         )
 
     serve(engine, config, on_ready)
+
+
+def _with_tls(config: GatewayConfig) -> str:
+    return "" if config.ssl_certfile is None else " (TLS)"
 
 
 def _start(arguments: argparse.Namespace, config: StartConfig) -> None:
@@ -253,10 +258,11 @@ def _start(arguments: argparse.Namespace, config: StartConfig) -> None:
 
     fresh = start(config, operator_file())
     host = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::") else config.host
+    scheme = "http" if config.ssl_certfile is None else "https"
     say(
         f"the cluster {'has started' if fresh else 'runs already'}; deploy models with `quire deploy FILE`\n"
-        f"  OpenAI API  {f'http://{with_port(host, config.port)}/v1' if config.port else _ANY_PORT}\n"
-        f"  gRPC        {with_port(host, config.grpc_port) if config.grpc_port else _ANY_PORT}\n"
+        f"  OpenAI API  {f'{scheme}://{with_port(host, config.port)}/v1' if config.port else _ANY_PORT}\n"
+        f"  gRPC        {with_port(host, config.grpc_port) if config.grpc_port else _ANY_PORT}{_with_tls(config)}\n"
         f"  operators   {operator_file()} has the address and the key for `quire status` and the others"
     )
 

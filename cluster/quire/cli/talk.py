@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 from quire_cluster.config import entries
-from quire_engine.errors import ServerError
+from quire_engine.errors import InvalidParameter, ServerError
 
 from quire.cli.config import ChatConfig, CompleteConfig, TalkConfig
 from quire.cli.terminal import ask, say
@@ -37,7 +37,21 @@ def chat(prompt: str | None, config: ChatConfig) -> None:
 
 
 def _client(config: TalkConfig) -> Client:
-    return Client(config.address, api_key=config.api_key or os.environ.get("QUIRE_API_KEY"))
+    """Raises InvalidParameter."""
+    certificate = None
+    if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+        certificate = config.ssl_certfile, config.ssl_keyfile
+    elif config.ssl_certfile is not None or config.ssl_keyfile is not None:
+        raise InvalidParameter(
+            "a certificate and its key go together; give both --ssl-certfile and --ssl-keyfile, or neither",
+            "ssl_keyfile" if config.ssl_keyfile is None else "ssl_certfile",
+        )
+    return Client(
+        config.address,
+        api_key=config.api_key or os.environ.get("QUIRE_API_KEY"),
+        tls=config.ssl_ca_certs or config.tls,
+        certificate=certificate,
+    )
 
 
 def _options(config: TalkConfig) -> dict[str, Any]:
@@ -61,7 +75,8 @@ def _show(stream: Iterator[Output], address: str) -> str:
         call: Any = error
         if call.code() is grpc.StatusCode.UNAVAILABLE:
             raise ServerError(
-                f"no server answers at {address} ({call.details()}); start one with `quire serve`"
+                f"no server answers at {address} ({call.details()}); start one with `quire serve`; one with a "
+                "certificate wants --tls or --ssl-ca-certs"
             ) from error
         raise ServerError(str(call.details())) from error
     say("")
