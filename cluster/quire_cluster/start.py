@@ -64,8 +64,8 @@ def start(config: StartConfig, file: Path) -> bool:
             everywhere=config.gateways_on == "all",
         )
         # The keys are known by their digests alone from here on.
-        config_alone = replace(gateways.config, api_key=None, api_key_file=None, governance=None)
-        gateways = replace(gateways, config=config_alone)
+        alone = replace(absolute(gateways.config), api_key=None, api_key_file=None, governance=None)
+        gateways = replace(gateways, config=alone)
         admin = AdminConfig(
             host=config.admin_host,
             port=config.admin_port,
@@ -75,6 +75,20 @@ def start(config: StartConfig, file: Path) -> bool:
         return asyncio.run(_start(ClusterConfig(name=NAMESPACE, gateways=gateways, admin=admin), file))
     finally:
         ray.shutdown()
+
+
+def absolute(config: GatewayConfig) -> GatewayConfig:
+    """With the paths of certificates as they are meant here: gateways run in folders of Ray's own."""
+    return replace(
+        config,
+        ssl_certfile=_absolute(config.ssl_certfile),
+        ssl_keyfile=_absolute(config.ssl_keyfile),
+        ssl_ca_certs=_absolute(config.ssl_ca_certs),
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).absolute()) if path is not None else None
 
 
 async def _start(config: ClusterConfig, file: Path) -> bool:

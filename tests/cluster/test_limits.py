@@ -45,6 +45,7 @@ FETCHED = inspect.signature(media.Media).parameters["timeout"].default
 SAID = {
     "connections at a time": f"`--max-connections` {SERVE.max_connections} ",
     "calls of one connection": f"1 ({connection._PIPELINED} more wait in line) ",
+    "time until TLS is agreed on (`--ssl-certfile`)": f"`--header-timeout` {SERVE.header_timeout:g} s",
     "time until the headers are there": f"`--header-timeout` {SERVE.header_timeout:g} s",
     "time until the body is there": f"`--body-timeout` {SERVE.body_timeout:g} s",
     "time that an answer is left unread": f"`--write-timeout` {SERVE.write_timeout:g} s",
@@ -130,6 +131,11 @@ MET: dict[str, list[str]] = {
     "calls of one connection": [
         f"{WIRE}::test_who_leaves_with_requests_in_line_leaves_no_work",
         f"{CALL}::test_calls_and_headers_of_one_connection",
+    ],
+    "a certificate of the client": ["cluster/test_tls.py::test_clients_show_certificates_where_they_have_to"],
+    "time until TLS is agreed on (`--ssl-certfile`)": [
+        "cluster/test_tls.py::test_who_says_nothing_is_hung_up_on",
+        "cluster/test_tls.py::test_who_says_nothing_counts_as_a_connection",
     ],
     "time until the headers are there": [
         f"{WIRE}::test_silence_and_slowness_are_hung_up_on",

@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from quire_cluster.config import GatewayConfig
 from quire_cluster.gateway.process import Gateway
 from quire_cluster.gateway.tls import Tls
+from quire_cluster.start import absolute
 from quire_engine.errors import InvalidParameter
 from web import LIMIT, free_port
 
@@ -340,3 +341,10 @@ def test_a_certificate_and_its_key_go_together(options: dict[str, str], missing:
         Tls.of(GatewayConfig(**options))
     assert error.value.parameter == missing
     assert Tls.of(GatewayConfig()) is None
+
+
+def test_paths_are_meant_as_seen_by_who_starts_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = absolute(GatewayConfig(ssl_certfile="tls/c.pem", ssl_keyfile="/etc/k.pem"))
+    assert (config.ssl_certfile, config.ssl_keyfile) == (str(tmp_path / "tls/c.pem"), "/etc/k.pem")
+    assert config.ssl_ca_certs is None
