@@ -1,7 +1,7 @@
 """What a flood of one tenant costs another: the time to the first token of ten requests beside two hundred of another
 tenant, which came first, over what the ten take alone. The demo model, one engine in this process, in turns.
 
-python benchmarks/fairness.py [--flood 200] [--requests 10] [--prompt 64] [--max-num-seqs 256] [--rounds 3] [--threads 1]
+python benchmarks/fairness.py [--flood 200] [--requests 10] [--prompt 64] [--max-num-seqs 256] [--rounds 3]
 """
 
 import argparse

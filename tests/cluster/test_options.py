@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quire.cli.config import AdminConfig, ChatConfig, CompleteConfig, LoadBalancerConfig, PlanConfig
+from quire.cli.config import (
+    AdminConfig,
+    ChatConfig,
+    CompleteConfig,
+    GovernanceConfig,
+    LoadBalancerConfig,
+    PlanConfig,
+)
 from quire.cli.main import _parser, read
 from quire.cli.options import shown_default
 from quire_cluster.config import MediaConfig, ServeConfig, StartConfig
 from quire_cluster.deployment import DeploymentConfig
+from quire_cluster.governance.callers import TenantConfig
 from quire_engine.config import DEMO_MODEL, EngineConfig, allowed, kind_of
 from quire_engine.errors import InvalidParameter
 
@@ -32,6 +40,14 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "run-batch": (EngineConfig, MediaConfig),
     "chat": (ChatConfig,),
     "complete": (CompleteConfig,),
+    **dict.fromkeys(("tenants add", "tenants set"), (GovernanceConfig, TenantConfig)),
+    **dict.fromkeys(
+        (
+            *("tenants remove", "tenants list", "keys create", "keys rotate", "keys revoke", "keys list", "usage"),
+            *("audit list", "audit verify", "audit export", "audit checkpoint"),
+        ),
+        (GovernanceConfig,),
+    ),
 }
 OPTIONS = [
     pytest.param(config, f, id=f"{config.__name__}.{f.name}")
@@ -45,6 +61,8 @@ OPTIONS = [
         PlanConfig,
         ChatConfig,
         CompleteConfig,
+        GovernanceConfig,
+        TenantConfig,
     )
     for f in fields(config)
     if f.default is not MISSING
@@ -67,12 +85,37 @@ OTHERS = {  # what a command takes besides the fields of its configurations
     ("`REPLICAS`", "must be given", "a whole number from 0 to 4096, or auto: as the load asks for"): ["scale"],
     ("`WHAT`", "must be given", "a node's address, name or id, or a replica as NAME/NUMBER"): ["drain"],
     ("`REQUEST`", "all that wait", "the id of a request"): ["why"],
+    ("`NAME`", "must be given", "the name of a tenant"): ["tenants add", "tenants set", "tenants remove"],
+    ("`TENANT`", "must be given", "the name of a tenant"): ["keys create"],
+    ("`ID`", "must be given", "of a key, as qk-1a2b3c4d"): ["keys rotate", "keys revoke"],
+    ("`--role`", "user", "user, auditor or admin"): ["keys create"],
+    ("`--models`", "*", "patterns of models' names (separated by commas)"): ["keys create"],
+    ("`--expires`", "never", "a time, as 90d, 12h or 30m"): ["keys create"],
+    ("`--overlap`", "24h", "a time, as 90d, 12h or 30m, that the old key is good yet"): ["keys rotate"],
+    ("`--json`", "false", "true or false: for programs"): ["tenants list", "keys list", "usage", "audit list"],
+    ("`--csv`", "false", "true or false: for tables"): ["tenants list", "keys list", "usage", "audit list"],
+    ("`--tenant`", "all", "the name of a tenant"): ["keys list", "usage", "audit list"],
+    ("`--key`", "all", "the id of a key"): ["usage"],
+    ("`--model`", "all", "the name of a deployment"): ["usage"],
+    ("`--since`", "the first", "a day, as 2026-11-01, in UTC"): ["usage"],
+    ("`--until`", "the last", "a day, as 2026-11-30, in UTC"): ["usage"],
+    ("`--by`", "tenant", "tenant, day, key or model"): ["usage"],
+    ("`--kind`", "all", "request, refused or admin"): ["audit list"],
+    ("`--limit`", "50", "a whole number of records"): ["audit list"],
+    ("`--export`", "the database", "a file that `quire audit export` wrote"): ["audit verify"],
+    ("`--checkpoint`", "none", "a file that `quire audit checkpoint` wrote, kept elsewhere"): ["audit verify"],
+    ("`--key`", "governance's", "a file with the signing key, or its public half, in PEM"): ["audit verify"],
+    ("`-o`, `--output`", "the terminal", "a file that is not there yet"): ["audit export"],
 }
 
 
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    [commands] = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(commands.choices)
+def parsers(parser: argparse.ArgumentParser | None = None, before: str = "") -> dict[str, argparse.ArgumentParser]:
+    """Of every command, and of the commands of a command."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    groups = [one for one in (parser or _parser())._actions if isinstance(one, argparse._SubParsersAction)]
+    for name, command in (groups[0].choices if groups else {}).items():
+        found |= parsers(command, f"{before}{name} ") or {before + name: command}
+    return found
 
 
 def flags(action: argparse.Action) -> str:
