@@ -420,12 +420,19 @@ def test_weights() -> None:
 
 def test_pages_are_taken_from_whom_was_served_most() -> None:
     """Though its request came first, and the other one's last."""
-    story = Story(limits(num_pages=12, max_num_seqs=3, max_num_batched_tokens=64))
+    story = Story(limits(num_pages=18, max_num_seqs=3, max_num_batched_tokens=64))
     first = story.add("a", 8, 20)
     second = story.add("a", 8, 20)
     for _ in range(4):
         story.step()
-    late = story.add("b", 8, 20)
+    late = story.add("b", 8, 20)  # which begins with what a has been served
+    for _ in range(8):
+        story.step()
+    accounts, running = story.scheduler._accounts, story.scheduler.running
+    accounts.settle()
+    assert len(running) == 3
+    assert accounts.least_important(running, []) is second
+    assert accounts.least_important(running, [second, first]) is late
     while not story.preempted:
         story.step()
     assert [one for _, one in story.preempted] == [second]
