@@ -89,7 +89,7 @@ OTHERS = {  # what a command takes besides the fields of its configurations
     ("`TENANT`", "must be given", "the name of a tenant"): ["keys create"],
     ("`ID`", "must be given", "of a key, as qk-1a2b3c4d"): ["keys rotate", "keys revoke"],
     ("`--role`", "user", "user, auditor or admin"): ["keys create"],
-    ("`--models`", "*", "patterns of models' names (separated by commas)"): ["keys create"],
+    ("`--models`", "*", "patterns of names, of its tenant's models (separated by commas)"): ["keys create"],
     ("`--expires`", "never", "a time, as 90d, 12h or 30m"): ["keys create"],
     ("`--overlap`", "24h", "a time, as 90d, 12h or 30m, that the old key is good yet"): ["keys rotate"],
     ("`--json`", "false", "true or false: for programs"): ["tenants list", "keys list", "usage", "audit list"],
