@@ -8,7 +8,11 @@ from typing import Any
 
 import grpc
 import httpx
+import jwt
 import pytest
+from certificates import LOCAL, Authority, Pair
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from gateways import TOKENS, expected
 from google.protobuf import json_format
 from governed import TEST, Governed, bearer, governed
@@ -487,5 +491,79 @@ def test_limits_are_met_before_any_work(service: MakeService, tmp_path: Path) ->
             await at.governor.writer.flush()
             found = await at.governor.audit.list(kind="refused", limit=1000)
             assert {"LimitReached", "InvalidParameter", "ContextTooLong"} == {one.values["refused"] for one in found}
+
+    run(work())
+
+
+def test_a_provider_s_token_is_as_good_as_a_key(service: MakeService, tmp_path: Path) -> None:
+    private = ec.generate_private_key(ec.SECP256R1())
+    public = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(private.public_key()))
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [public | {"kid": "k", "alg": "ES256"}]}))
+    text = """
+issuers:
+  - issuer: https://login.example
+    audience: quire
+    jwks: keys.json
+    role_claim: groups
+    roles: {staff: admin, people: user}
+"""
+
+    def token(key: Any = private, **changes: Any) -> str:
+        whom = {"iss": "https://login.example", "aud": "quire", "sub": "ann", "exp": 1 << 33}
+        claims = whom | {"tenant": "team", "groups": "people"}
+        return jwt.encode(claims | changes, key, "ES256", {"kid": "k"})
+
+    async def work() -> None:
+        async with governed(tmp_path, service, text=text) as at:
+            await at.tenant("team")
+            await at.key("team")
+
+            async def status(path: str, given: str) -> int:
+                return (await at.client.get(path, headers=bearer(given))).status_code
+
+            assert await status("/v1/models", token()) == 200
+            assert await status("/metrics", token()) == 403
+            assert await status("/metrics", token(groups="staff")) == 200
+            for changes in ({"tenant": "nobody"}, {"groups": "boss"}, {"exp": 1}, {"aud": "other"}):
+                assert await status("/v1/models", token(**changes)) == 401
+            assert await status("/v1/models", token(key=ec.generate_private_key(ec.SECP256R1()))) == 401
+            answer = await at.client.post("/v1/completions", json=BODY, headers=bearer(token()))
+            assert answer.status_code == 200
+            await at.governor.writer.flush()
+            [kept] = await at.governor.audit.list(kind="request")
+            assert (kept.values["tenant"], kept.values["key"]) == ("team", "subject:ann")
+
+    run(work())
+
+
+def test_a_client_is_known_by_its_certificate(service: MakeService, tmp_path: Path) -> None:
+    """Over gRPC."""
+    authority = Authority(tmp_path)
+    server = authority.issue("server", *LOCAL)
+    known, unknown = (authority.issue(name, x509.DNSName(f"{name}.example")) for name in ("batch", "stranger"))
+    options = {
+        "ssl_certfile": str(server.certificate),
+        "ssl_keyfile": str(server.key),
+        "ssl_ca_certs": str(authority.file),
+    }
+
+    async def work() -> None:
+        text = "clients: [{name: batch.example, tenant: team}]"
+        async with governed(tmp_path, service, text=text, **options) as at:
+            await at.tenant("team")
+            key = await at.key("team", role="auditor")
+
+            async def code(pair: Pair, sent: str | None = None) -> grpc.StatusCode:
+                credentials = grpc.ssl_channel_credentials(
+                    authority.file.read_bytes(), pair.key.read_bytes(), pair.certificate.read_bytes()
+                )
+                async with grpc.aio.secure_channel(f"localhost:{at.gateway.grpc_port}", credentials) as channel:
+                    [described] = inference_pb2.DESCRIPTOR.services_by_name.values()
+                    return await _call(channel, described.methods_by_name["ListModels"], "{}", bearer(sent))
+
+            assert await code(known) is CODE.OK
+            assert await code(unknown) is CODE.UNAUTHENTICATED
+            assert await code(unknown, "qk-00000000-x") is CODE.UNAUTHENTICATED
+            assert await code(known, key) is CODE.PERMISSION_DENIED, "a key goes before the certificate"
 
     run(work())

@@ -10,8 +10,8 @@ import grpc
 import pytest
 from certificates import LOCAL, Authority
 from cryptography.x509 import DNSName, GeneralName, IPAddress, RFC822Name, UniformResourceIdentifier
-from quire_cluster.gateway.peers import peer_name
 from quire_cluster.gateway.tls import Tls
+from quire_cluster.governance.peers import peer_name
 
 METHOD = "/test.Peers/Name"
 

@@ -15,7 +15,7 @@ from quire_cluster.governance import tables
 from quire_cluster.governance.callers import Role, Tenant, TenantConfig
 from quire_cluster.governance.chain import AuditLog
 from quire_cluster.governance.database import Database
-from quire_cluster.governance.directory import PREFIX, tenant_of
+from quire_cluster.governance.directory import KEY_BEGINS, PREFIX, tenant_of
 from quire_cluster.governance.records import Record
 from quire_cluster.keys import digest
 
@@ -156,7 +156,7 @@ class Administration:
     async def _make_key(
         self, connection: AsyncConnection, now: int, tenant: str, role: str, models: tuple[str, ...], lives: int | None
     ) -> tuple[KeyFacts, str]:
-        key = f"qk-{secrets.token_hex(4)}-{secrets.token_urlsafe(32)}"
+        key = f"{KEY_BEGINS}{secrets.token_hex(4)}-{secrets.token_urlsafe(32)}"
         facts = KeyFacts(
             id=key[:PREFIX],
             tenant=tenant,

@@ -14,6 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from quire_engine.errors import InvalidParameter
 
+from quire_cluster.governance.callers import Role
+from quire_cluster.governance.tokens import TokenIssuer
+
 _MOST_BYTES = 1 << 20
 _CONTENT_KEY = 32  # bytes, of AES-256
 _NAME = "governance.yaml"
@@ -22,6 +25,14 @@ VARIABLE = "QUIRE_GOVERNANCE"
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClientName(_Section):
+    """Who calls with a client certificate of this name and no key: over gRPC, where `--ssl-ca-certs` asks for them."""
+
+    name: str  # the first URI or DNS name of the certificate, or else its common name
+    tenant: str
+    role: Role = Role.USER
 
 
 class AuditFile(_Section):
@@ -41,6 +52,8 @@ class GovernanceFile(_Section):
     journal: str = "journal"  # a folder on each gateway's host: records on their way to the database
     grace: Annotated[float, Field(ge=0)] = 3600.0  # seconds that gateways serve without the database
     audit: AuditFile = AuditFile()
+    issuers: tuple[TokenIssuer, ...] = ()  # identity providers, whose tokens are as good as keys
+    clients: tuple[ClientName, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +65,8 @@ class Governance:
     grace: float  # seconds
     embedded: bool  # SQLite: a file of one host
     audit: AuditFile
+    issuers: tuple[TokenIssuer, ...]
+    clients: tuple[ClientName, ...]
     signing_key: bytes = field(repr=False)  # Ed25519, PEM
     content_key: bytes | None = field(default=None, repr=False)
 
@@ -98,9 +113,15 @@ def read_governance(path: Path) -> Governance:
         grace=file.grace,
         embedded=url.startswith("sqlite"),
         audit=file.audit,
+        issuers=tuple(_with_path(issuer, folder) for issuer in file.issuers),
+        clients=file.clients,
         signing_key=_signing_key(folder / file.audit.signing_key),
         content_key=_content_key(folder / file.audit.content_key) if file.audit.content_key is not None else None,
     )
+
+
+def _with_path(issuer: TokenIssuer, folder: Path) -> TokenIssuer:
+    return issuer if "://" in issuer.jwks else issuer.model_copy(update={"jwks": str(folder / issuer.jwks)})
 
 
 def _content_key(path: Path) -> bytes:

@@ -33,7 +33,7 @@ class Governor:
     def __init__(self, governance: Governance, name: str) -> None:
         """`name`: of the gateway, to the controller. Needs a running loop."""
         self.database = Database(governance.database)
-        self.directory = Directory(self.database, governance.grace)
+        self.directory = Directory(self.database, governance)
         self.audit = AuditLog(self.database, governance.signing_key, governance.content_key)
         self.keeps_content = governance.content_key is not None
         self.administration = Administration(self.database, self.audit)
@@ -78,6 +78,7 @@ class Governor:
             log.warning("%d records are still in %s", self.writer.pending, self.journal.folder)
         for part in self._parts:
             part.cancel()
+        await self.directory.close()
         await self.database.close()
 
     def ended(

@@ -12,6 +12,7 @@ import grpc
 from quire_engine.errors import QuireError, Unauthenticated
 
 from quire_cluster.governance.callers import ANYONE, Caller
+from quire_cluster.governance.peers import peer_name
 from quire_cluster.keys import HEADER, OTHER_HEADER, Keys, key_in
 
 
@@ -20,6 +21,7 @@ class Credentials:
     """What a call brings."""
 
     key: str  # or a token of an identity provider; "": none
+    certificate: str = ""  # the name in its client certificate, which was verified
     address: str = ""  # where it comes from
     forwarded_for: str = ""  # whom a proxy says that it calls for: believed by nobody, and put on record
 
@@ -108,6 +110,7 @@ def _credentials(context: Any) -> Credentials:
     for name, value in context.invocation_metadata():
         metadata.setdefault(name, []).append(str(value))
     return Credentials(
+        certificate=peer_name(context) or "",
         key=key_in(metadata.get(HEADER, []), metadata.get(OTHER_HEADER, [])),
         address=unquote(context.peer()).partition(":")[2].rpartition(":")[0],  # of ipv4:10.0.0.1:80, ipv6:%5B::1%5D:80
         forwarded_for=", ".join(metadata.get("x-forwarded-for", [])),
