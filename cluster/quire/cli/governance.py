@@ -201,14 +201,16 @@ def list_audit(arguments: argparse.Namespace, config: GovernanceConfig) -> None:
     entries = _with_database(
         config, lambda opened: opened.log.list(tenant=arguments.tenant, kind=arguments.kind, limit=arguments.limit)
     )
-    found = [{"seq": entry.seq} | entry.values for entry in entries]
-    first = ["seq", "at", "kind", "tenant", "key"]
-    names = first if arguments.json or not found else [*first, *sorted({n for row in found for n in row} - {*first})]
-    if arguments.json:
-        rows = found
-    else:
-        rows = [{name: _cell(row.get(name)) for name in names} | {"at": _time(row["at"])} for row in found]
+    rows = [{"seq": entry.seq} | entry.values for entry in entries]
+    if not arguments.json:
+        rows = [_of_entry(row) for row in rows]
     _show(rows, arguments, empty="nothing is on record")
+
+
+def _of_entry(values: dict[str, Any]) -> dict[str, Any]:
+    """What a record has in common with others, and the rest in one."""
+    shown = {name: values.pop(name) for name in ("seq", "at", "kind", "tenant", "key")}
+    return shown | {"at": _time(shown["at"]), "what": json.dumps(values, sort_keys=True)}
 
 
 def verify_audit(arguments: argparse.Namespace, config: GovernanceConfig) -> None:
@@ -294,7 +296,7 @@ def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace, *, empt
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in shown))
     written = io.StringIO()
-    Console(file=written, width=200, highlight=False).print(table)
+    Console(file=written, width=1 << 14, highlight=False, markup=False).print(table)
     say("\n".join(line.rstrip() for line in written.getvalue().splitlines()))
 
 
