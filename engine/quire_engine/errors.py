@@ -7,6 +7,7 @@
     │   ├── UnknownModel        no such model here
     │   ├── Unauthenticated     nobody knows who calls
     │   ├── Forbidden           it is known, and may not
+    │   ├── PolicyStop          a policy refuses what was sent
     │   ├── QueueFull           admission refused: try again later
     │   ├── LimitReached        its tenant has what it may have: try again later
     │   └── DeadlineExceeded    the caller's deadline passed
@@ -51,6 +52,10 @@ class Unauthenticated(RequestError):
 
 class Forbidden(RequestError):
     """Not for this caller."""
+
+
+class PolicyStop(RequestError):
+    """What was sent may not be asked here."""
 
 
 class QueueFull(RequestError):

@@ -32,6 +32,7 @@ class ChatCompletions(Endpoint):
             variables=body.template_variables(self._service.tokenizer.template_variables),
             tools=body.tools,
             salt=self._caller.tenant.salt(body.cache_salt),
+            check=self._check,
         )
         for message in body.messages:
             message.forget_images()

@@ -45,9 +45,13 @@ class Completions(Endpoint):
             raise InvalidParameter(
                 f"{len(given)} prompts times n make more than {MAX_ANSWERS} answers; ask for fewer", "n"
             )
-        if not isinstance(given[0], str):
-            return given
-        return await self._service.tokenize_all(given, add_special_tokens=self._body.add_special_tokens)
+        if isinstance(given[0], str):
+            return await self._service.tokenize_all(
+                given, add_special_tokens=self._body.add_special_tokens, check=self._check
+            )
+        if self._check is not None:
+            self._check.no_token_ids("prompt")
+        return given
 
     def _envelope(self, *, chunk: bool) -> dict[str, Any]:
         identity = f"cmpl-{self._generations[0].facts.request_id}"

@@ -196,9 +196,13 @@ class Dispatcher:
         for choice in generation.choices:
             if not choice.ended:
                 choice.end("abort")
-            self._homeless.pop(choice, None)
-            self._suspects.pop(choice, None)
-            self._release(choice, tell=True)
+            self.stop(choice)
+
+    def stop(self, choice: Choice) -> None:
+        """It has its ending, which its replica does not know."""
+        self._homeless.pop(choice, None)
+        self._suspects.pop(choice, None)
+        self._release(choice, tell=True)
 
     def _send(self, choice: Choice) -> None:
         """To the best replica that may have it; a choice that finds none waits."""

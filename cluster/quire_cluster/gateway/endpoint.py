@@ -20,6 +20,7 @@ from quire_cluster.gateway.generation import Call, Delta, Generation, all_admitt
 from quire_cluster.gateway.governed import leave
 from quire_cluster.gateway.images import NO_IMAGES
 from quire_cluster.gateway.service import Service
+from quire_cluster.governance.checks.policing import results
 from quire_cluster.governance.identity import calling
 from quire_cluster.governance.limits import Permit
 
@@ -42,6 +43,7 @@ class Endpoint(ABC):
         self._params: SamplingParams
         self._seen = NO_IMAGES  # of a conversation
         self._permit: Permit | None = None
+        self._check = service.input_check()
         self._done = False
 
     # ---- what differs ---------------------------------------------------------------------------------------------
@@ -81,6 +83,11 @@ class Endpoint(ABC):
             self._permit = await self._service.admit(self._caller, prompts, self._params)
             for number, prompt in enumerate(prompts):
                 self._generations.append(self._start(prompt, sampling, number if len(prompts) > 1 else None))
+                if self._body.return_token_ids and self._generations[-1].checks:
+                    raise InvalidParameter(
+                        "answers are under a policy here, and return_token_ids would tell their tokens; leave it out",
+                        "return_token_ids",
+                    )
                 await asyncio.sleep(0)  # between many prompts others get on
             answer = self._stream() if self._body.stream else self._whole()
             response = await while_connected(self._request, answer)
@@ -109,6 +116,7 @@ class Endpoint(ABC):
                 request_id=request_id,
                 priority=body.priority,
                 cache_salt=body.cache_salt,
+                verdicts=self._check.verdicts if self._check is not None else (),
                 longest_answer=self._permit.longest_answer if self._permit is not None else None,
             ),
             seen=self._seen,
@@ -152,7 +160,8 @@ class Endpoint(ABC):
 
         def work() -> list[dict[str, Any]]:
             return [
-                in_pieces(self._whole_choice(first + number, generation, part)) for number, part in enumerate(parts)
+                in_pieces(self._whole_choice(first + number, generation, part) | self._verdicts(generation, number))
+                for number, part in enumerate(parts)
             ]
 
         scored = self._params.prompt_logprobs is not None or self._params.logprobs is not None
@@ -186,7 +195,10 @@ class Endpoint(ABC):
                 if delta.error is not None:
                     yield b"data: " + orjson.dumps(stream_error(delta.error)) + b"\n\n"
                     return
-                if (choice := self._chunk_choice(number * per_prompt + delta.index, delta)) is not None:
+                choice = self._chunk_choice(number * per_prompt + delta.index, delta)
+                if choice is not None:
+                    if delta.finish_reason is not None:
+                        choice |= self._verdicts(self._generations[number], delta.index)
                     yield event(choice)
             if usage:
                 yield (b"data: " + envelope + b',"choices":[],"usage":' + orjson.dumps(self._usage()) + b"}\n\n")
@@ -235,6 +247,11 @@ class Endpoint(ABC):
 
     def _usage_details(self) -> dict[str, Any]:
         return {}
+
+    def _verdicts(self, generation: Generation, index: int) -> dict[str, Any]:
+        """What policies found of a choice, by its place among those of its prompt: nothing, where nothing was."""
+        found = generation.verdicts(index)
+        return {"content_filter_results": results(found)} if found else {}
 
     def _token(self, token: int, *, begins: bool = False) -> str:
         return self._service.tokenizer.token_text(token, begins=begins)

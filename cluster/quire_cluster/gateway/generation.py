@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from quire_engine.errors import InvalidParameter, QuireError
 from quire_engine.request import EngineSampling
@@ -18,6 +19,7 @@ from quire_protos.v1 import engine_pb2 as pb
 from quire_cluster.convert import sampling_to_proto
 from quire_cluster.gateway.images import NO_IMAGES, SeenImages
 from quire_cluster.governance.callers import ANYONE, Caller
+from quire_cluster.governance.checks.filters import Verdict
 from quire_cluster.policies.prefixes import Prompt
 from quire_cluster.policies.quarantine import Losses
 
@@ -61,6 +63,7 @@ class Call:
     deadline: float = 0.0  # in time.monotonic() seconds; 0: none
     cache_salt: str | None = None
     longest_answer: int | None = None  # tokens, where it gives no max_tokens; None: what the context leaves
+    verdicts: Sequence[Verdict] = ()  # of policies on what it sends
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class RequestFacts:
     route: str = ""
     user: str | None = None
     caller: Caller = ANYONE
+    verdicts: Sequence[Verdict] = ()
 
 
 @dataclass(slots=True)
@@ -116,6 +120,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.error: QuireError | None = None
+        self.censored = False
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.vector: Floats | None = None  # of a model that pools
         self.token_intervals: list[float] = []  # seconds, for the metrics; taken at the end
@@ -137,6 +142,17 @@ class Choice:
     def ended(self) -> bool:
         """Whether it has its ending."""
         return self.finish_reason is not None
+
+    @property
+    def over(self) -> bool:
+        """Whether that was taken, too."""
+        return self._reported_end
+
+    def censor(self, reason: str) -> None:
+        """Its ending, whatever else it would have been: nothing more of it is to be told."""
+        self.finish_reason, self.stop_reason, self.error = reason, None, None
+        self.censored = self._reported_end = True
+        self.times.finished = self.times.finished or time.monotonic()
 
     def submission(self, wire_id: int, now: float) -> pb.Submit:
         """The log as a message: to a first replica, or to the next one. Times go as what has passed, or is left."""
@@ -258,6 +274,8 @@ class Choice:
 
     def take(self) -> Delta | None:
         """What is new; None when nothing is."""
+        if self.censored:
+            return None
         shown = self._text.take()
         news = self._new_tokens or shown or (self.finish_reason is not None and not self._reported_end)
         if not news:
@@ -280,12 +298,26 @@ class Choice:
         return delta
 
 
+class ShownCheck(Protocol):
+    """Looks at what is shown of one choice."""
+
+    @property
+    def verdicts(self) -> Sequence[Verdict]:
+        """So far."""
+
+    async def take(self, choice: Choice, delta: Delta) -> Delta | None:
+        """Of what is new what may be shown; None: nothing yet. May `censor` the choice."""
+
+
 class Generation:
     """All choices of one client request. Await `deltas()` again and again; a slow reader finds them merged."""
 
     def __init__(self, facts: RequestFacts, samplings: list[EngineSampling], texts: list[OutputText]) -> None:
         self.facts = facts
         self.on_end: Callable[[Generation], None] = lambda generation: None  # called once, before its end is told
+        # What may be shown of each choice's news, where policies look at it; and told of a choice that one has ended.
+        self.checks: Sequence[ShownCheck] = ()
+        self.on_stop: Callable[[Choice], None] = lambda choice: None
         self._ended = False
         self._arrived = asyncio.Event()
         self.choices = [
@@ -304,13 +336,22 @@ class Generation:
         """The next batch of news, at most one Delta per choice; an empty list once everything has been told."""
         while True:
             found = [delta for choice in self.choices if (delta := choice.take()) is not None]
-            ended = all(choice.ended for choice in self.choices)
+            if self.checks:
+                found = [delta for delta in await asyncio.gather(*map(self._checked, found)) if delta is not None]
+            ended = all(choice.over for choice in self.choices)
             if ended:
                 self.end()
             if found or ended:
                 return found
             self._arrived.clear()
             await self._arrived.wait()
+
+    async def _checked(self, delta: Delta) -> Delta | None:
+        choice = self.choices[delta.index]
+        shown = await self.checks[delta.index].take(choice, delta)
+        if choice.censored:
+            self.on_stop(choice)
+        return shown
 
     def end(self) -> None:
         """Nothing comes any more. Idempotent."""
@@ -338,6 +379,11 @@ class Generation:
                 return
             self._arrived.clear()
             await self._arrived.wait()
+
+    def verdicts(self, index: int) -> list[Verdict]:
+        """Of policies, on what was sent and on one of its answers."""
+        found = list(self.facts.verdicts)
+        return [*found, *self.checks[index].verdicts] if self.checks else found
 
     @property
     def num_output_tokens(self) -> int:

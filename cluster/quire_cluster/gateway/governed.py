@@ -1,6 +1,7 @@
 """What governance has to do with a call: whether its tenant may begin it, and what goes on record at its end."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from quire_engine.text.params import SamplingParams
@@ -42,7 +43,7 @@ def put_on_record(
     """A request has its end. `digests`: of the model, and of its engine's options. `decode`: tokens to text."""
     facts = generation.facts
     reasons = [choice.finish_reason or "abort" for choice in generation.choices]
-    told = {"request_id": facts.request_id, "route": facts.route, "finish": reasons, "user": facts.user}
+    told: dict[str, Any] = {"request_id": facts.request_id, "route": facts.route, "finish": reasons, "user": facts.user}
     used = UsageDelta(
         model=model,
         prompt_tokens=len(facts.prompt),
@@ -55,5 +56,7 @@ def put_on_record(
         answers = [decode(choice.output) for choice in generation.choices if choice.vector is None]
         return {"prompt": decode(facts.prompt), "answers": answers}
 
+    of_choices = [(index, generation.verdicts(index)) for index in range(len(generation.choices))]
+    told["verdicts"] = [asdict(one) | {"index": index} for index, found in of_choices for one in found]
     body: dict[str, Any] = {name: value for name, value in told.items() if value}
     governor.ended(facts.caller, used, body | dict(digests), content)

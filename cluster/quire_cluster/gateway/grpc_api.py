@@ -42,6 +42,7 @@ from quire_cluster.gateway.service import Service
 from quire_cluster.gateway.texts import MAX_LISTED
 from quire_cluster.gateway.tls import Tls
 from quire_cluster.governance.callers import Caller, Permission
+from quire_cluster.governance.checks.policing import InputCheck
 from quire_cluster.governance.identity import CallerCheck, Identity, calling
 from quire_cluster.governance.limits import Permit
 
@@ -160,11 +161,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Text or token ids in, tokens out."""
 
-        async def asked(service: Service, params: SamplingParams) -> Asked:
+        async def asked(service: Service, params: SamplingParams, check: InputCheck | None) -> Asked:
             if request.WhichOneof("prompt") == "text":
-                return *await service.prompt(request.text, list(request.images), _salt(request)), None
+                return *await service.prompt(request.text, list(request.images), _salt(request), check), None
             if request.images:
                 raise InvalidParameter("images stand in a text; send the prompt as one", "images")
+            if check is not None:
+                check.no_token_ids("prompt")
             return _ids(request.token_ids.ids, service.max_model_len, "prompt"), NO_IMAGES, None
 
         await self._write(self._run("Generate", request, asked, 16, context), context)
@@ -172,7 +175,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:
         """A conversation in, the answer out."""
 
-        async def asked(service: Service, params: SamplingParams) -> Asked:
+        async def asked(service: Service, params: SamplingParams, check: InputCheck | None) -> Asked:
             if not 1 <= len(request.messages) <= MAX_MESSAGES:
                 raise InvalidParameter(
                     f"there are {len(request.messages)} messages; from 1 to {MAX_MESSAGES} are read", "messages"
@@ -197,6 +200,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 variables=variables,
                 tools=tools or None,
                 salt=_salt(request),
+                check=check,
             )
             continued = text_of(messages[-1]["content"]) if going_on else None
             return prompt, seen, await service.answer(prompt, use, params, continued=continued)
@@ -220,7 +224,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self,
         route: str,
         request: Any,
-        asked: Callable[[Service, SamplingParams], Awaitable[Asked]],
+        asked: Callable[[Service, SamplingParams, InputCheck | None], Awaitable[Asked]],
         max_tokens: int | None,
         context: Any,
     ) -> AsyncGenerator[pb.GenerateResponse]:
@@ -232,7 +236,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             service.check_generates()
             params = sampling_from_proto(request.sampling, max_tokens=max_tokens)
             left = context.time_remaining()
-            tokens, seen, answer = await asked(service, params)
+            check = service.input_check()
+            tokens, seen, answer = await asked(service, params, check)
             sampling = await service.sampling(params, answer)
             emitted = _emitted(request.resume, service.max_model_len)
             permit = await service.admit(calling(), [tokens], params)
@@ -243,6 +248,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 deadline=time.monotonic() + left if left is not None and left < 1e8 else 0.0,
                 cache_salt=request.cache_salt or None,
                 longest_answer=permit.longest_answer if permit is not None else None,
+                verdicts=check.verdicts if check is not None else (),
             )
             if emitted:
                 generation = await service.resume(tokens, sampling, emitted, call, seen=seen)
@@ -268,20 +274,22 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """A vector per input."""
         left = context.time_remaining()
         deadline = time.monotonic() + left if left is not None and left < 1e8 else 0.0
-        call = Call(route="Embed", caller=calling(), deadline=deadline)
         try:
             service = await self._models.find(request.model, _user())
             dimensions = request.dimensions if request.HasField("dimensions") else None
             check_count(len(request.inputs))
             _check_answer(service, len(request.inputs), dimensions)
-            longest = service.max_model_len
+            longest, check = service.max_model_len, service.input_check()
             tokens = await tokens_of(
                 service,
                 [
                     one.text if one.WhichOneof("input") == "text" else _ids(one.token_ids.ids, longest, "inputs")
                     for one in request.inputs
                 ],
+                check,
             )
+            verdicts = check.verdicts if check is not None else ()
+            call = Call(route="Embed", caller=calling(), deadline=deadline, verdicts=verdicts)
             vectors = await pooled(service, tokens, call, scores=False)
             embeddings = await asyncio.to_thread(
                 lambda: [pb.Embedding(values=shortened(vector, dimensions)) for vector in vectors]
@@ -362,6 +370,11 @@ async def _last(service: Service, generation: Generation) -> AsyncGenerator[pb.G
     response.usage.cached_tokens = generation.cached_tokens
     response.usage.reasoning_tokens = generation.num_reasoning_tokens
     response.usage.image_tokens = generation.facts.seen.num_tokens
+    for choice in generation.choices:
+        for one in generation.verdicts(choice.index):
+            response.verdicts.add(
+                index=choice.index, policy=one.rule, action=one.action, stage=one.stage, kind=one.kind, count=one.count
+            )
     yield response
 
 

@@ -12,6 +12,7 @@ from quire_engine.errors import (
     InvalidParameter,
     LimitReached,
     PoisonRequest,
+    PolicyStop,
     QueueFull,
     QuireError,
     RequestError,
@@ -87,6 +88,7 @@ def error_body(error: QuireError, status: int) -> dict[str, Any]:
         UnknownModel: "model_not_found",
         QueueFull: "queue_full",
         LimitReached: "rate_limit_exceeded",
+        PolicyStop: "content_filter",
     }
     code = codes.get(type(error))
     if _spent(error):

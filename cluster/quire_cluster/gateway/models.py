@@ -19,8 +19,9 @@ from quire_engine.weights.resolve import find_model
 
 from quire_cluster.deployment import Deployment, listed
 from quire_cluster.gateway.bodies import MAX_BODY
+from quire_cluster.gateway.endings import access_log
 from quire_cluster.gateway.media import Media
-from quire_cluster.gateway.service import Service, access_log
+from quire_cluster.gateway.service import Service
 from quire_cluster.governance.callers import Caller
 from quire_cluster.governance.governor import Governor
 from quire_cluster.governance.identity import calling

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from quire_cluster.gateway.governed import leave
 from quire_cluster.gateway.schema import EmbeddingRequest, RerankRequest, ScoreRequest
 from quire_cluster.gateway.service import Service
 from quire_cluster.governance.callers import Caller
+from quire_cluster.governance.checks.policing import InputCheck
 
 MAX_INPUTS = 2048
 Text = str | list[int]
@@ -27,11 +29,13 @@ def check_count(inputs: int) -> None:
         raise InvalidParameter(f"there are {inputs} inputs; from 1 to {MAX_INPUTS} are taken at once", "input")
 
 
-async def tokens_of(service: Service, inputs: Sequence[Text]) -> list[list[int]]:
+async def tokens_of(service: Service, inputs: Sequence[Text], check: InputCheck | None) -> list[list[int]]:
     """Of texts, or of what is token ids already. Raises InvalidParameter for none, or too many."""
     check_count(len(inputs))
     texts = [text for text in inputs if isinstance(text, str)]
-    found = iter(await service.tokenize_all(texts, parameter="input"))
+    if check is not None and len(texts) < len(inputs):
+        check.no_token_ids("input")
+    found = iter(await service.tokenize_all(texts, parameter="input", check=check))
     return [next(found) if isinstance(text, str) else text for text in inputs]
 
 
@@ -60,8 +64,10 @@ def shortened(vector: Floats, dimensions: int | None) -> Floats:
 
 async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -> dict[str, Any]:
     """POST /v1/embeddings"""
-    tokens = await tokens_of(service, body.inputs())
-    vectors = await pooled(service, tokens, Call(route="/v1/embeddings", caller=caller), scores=False)
+    check = service.input_check()
+    tokens = await tokens_of(service, body.inputs(), check)
+    call = Call(route="/v1/embeddings", caller=caller, verdicts=check.verdicts if check is not None else ())
+    vectors = await pooled(service, tokens, call, scores=False)
     data = await asyncio.to_thread(embedding_objects, vectors, body)
     return {"object": "list", "data": data, "model": body.model or service.names[0], "usage": usage(tokens)}
 
@@ -124,12 +130,16 @@ def rerank_answer(body: RerankRequest, model: str, values: list[float], counted:
 async def _scores(service: Service, pairs: list[tuple[str, str]], call: Call) -> tuple[list[float], dict[str, int]]:
     """A classifier's, or the cosine between two embeddings; and what was computed for them."""
     check_pairs(len(pairs))
+    check = service.input_check()
+    if check is not None:
+        pairs = [(await check.text(first), await check.text(second)) for first, second in pairs]
+        call = replace(call, verdicts=check.verdicts)
     if service.pooling is not None and service.pooling.scores:
         tokens = await service.texts.pairs(pairs, context=service.max_model_len)
         values = await pooled(service, tokens, call, scores=True)
         return [float(value[0]) for value in values], usage(tokens)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    tokens = await tokens_of(service, texts)
+    tokens = await tokens_of(service, texts, None)
     vectors = await pooled(service, tokens, call, scores=False)
     return cosines(pairs, texts, vectors), usage(tokens)
 

@@ -21,6 +21,7 @@ from quire_cluster.gateway.governance_api import GovernanceService
 from quire_cluster.gateway.grpc_api import GrpcServer
 from quire_cluster.gateway.http import Api
 from quire_cluster.gateway.json_calls import JsonCalls
+from quire_cluster.gateway.judges import judge
 from quire_cluster.gateway.media import Media
 from quire_cluster.gateway.models import Models
 from quire_cluster.gateway.secure import SecureHttpServer
@@ -30,6 +31,7 @@ from quire_cluster.governance.governor import Governor
 from quire_cluster.governance.identity import Identity, SharedKeys
 from quire_cluster.keys import Keys
 from quire_cluster.liveness import LivenessProbe, while_alive
+from quire_cluster.observability.governance import GovernanceCollector
 from quire_cluster.observability.metrics import Metrics
 from quire_cluster.reports import GatewayReport
 from quire_cluster.routing_table import ClusterTable, Key
@@ -75,12 +77,15 @@ class Gateway:
         self.failed: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
         self._media = Media(config, PictureLimits())
         self._config = config
-        self._governor = Governor(access, name) if isinstance(access, Governance) else None
+        self._governor = Governor(access, name, self._judge) if isinstance(access, Governance) else None
         self._identity: Identity | None = SharedKeys(access) if isinstance(access, Keys) else None
         if self._governor is not None:
             self._identity = self._governor.directory
+        metrics = Metrics()
+        if self._governor is not None:
+            metrics.registry.register(GovernanceCollector(self._governor))
         self.models = Models(
-            Metrics(), self._media, self._governor, on_silence=self._report_silence, on_wait=self._report_wait
+            metrics, self._media, self._governor, on_silence=self._report_silence, on_wait=self._report_wait
         )
         self._shared = shared_ports
         self._doors = Doors.of(
@@ -240,6 +245,9 @@ class Gateway:
             )
             self._tell(self._controller.report.remote(report))
             await asyncio.sleep(_REPORT)
+
+    async def _judge(self, model: str, question: str) -> str:
+        return await judge(self.models, model, question)
 
     def _report_silence(self, name: str, key: Key) -> None:
         self._tell(self._controller.suspect.remote(name, key))

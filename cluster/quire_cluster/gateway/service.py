@@ -2,7 +2,6 @@
 log."""
 
 import asyncio
-import json
 import logging
 import random
 import time
@@ -13,10 +12,8 @@ from typing import Any
 from quire_engine.config import EngineConfig
 from quire_engine.errors import (
     ContextTooLong,
-    DeadlineExceeded,
     InvalidParameter,
     ModelError,
-    QueueFull,
     Unavailable,
 )
 from quire_engine.multimodal.processor import ImageProcessor
@@ -34,21 +31,24 @@ from quire_engine.weights.text_parts import takes_images
 from quire_cluster.config import ParserConfig
 from quire_cluster.deployment import Deployment
 from quire_cluster.gateway.dispatcher import Dispatcher
+from quire_cluster.gateway.endings import count
 from quire_cluster.gateway.generation import Call, Emitted, Generation, RequestFacts
 from quire_cluster.gateway.governed import admit, put_on_record
 from quire_cluster.gateway.images import NO_IMAGES, Images, SeenImages, without_triton
 from quire_cluster.gateway.media import Media
+from quire_cluster.gateway.policing import OutputCheck, check_exactness
 from quire_cluster.gateway.sessions import ReplicaSession
 from quire_cluster.gateway.texts import Texts
 from quire_cluster.governance.callers import Caller
+from quire_cluster.governance.checks.policing import InputCheck, Policing
 from quire_cluster.governance.governor import Governor
+from quire_cluster.governance.identity import calling
 from quire_cluster.governance.limits import Permit
 from quire_cluster.observability.metrics import Metrics, ModelMetrics
 from quire_cluster.reports import ModelReport, ReplicaReport, WaitingRequest
 from quire_cluster.routing_table import RoutingTable
 
 log = logging.getLogger(__name__)
-access_log = logging.getLogger("quire.requests")
 _STALL = 10.0  # seconds a busy engine may go without a step before it counts as hung
 _SILENCE = 5.0  # seconds a replica may go without a report
 
@@ -223,22 +223,60 @@ class Service:
                 "model",
             )
 
+    # ---- policies -------------------------------------------------------------------------------------------------
+
+    @property
+    def policing(self) -> Policing | None:
+        """None: nothing is looked at."""
+        return self.governor.policing if self.governor is not None else None
+
+    def input_check(self) -> InputCheck | None:
+        """Of what whoever calls sends; None: it is taken as it is."""
+        if self.policing is None:
+            return None
+        rules = self.policing.rules(calling(), self.names[0])
+        return InputCheck(rules, self.policing.asking("")) if rules.checks_input else None
+
+    def _police(self, generation: Generation, params: SamplingParams) -> None:
+        """Has policies look at what is answered. Raises InvalidParameter."""
+        if self.policing is None or self.pooling is not None:
+            return
+        facts = generation.facts
+        rules, asking = self.policing.rules(facts.caller, self.names[0]), self.policing.asking(facts.request_id)
+        filters = [rules.output(asking) for _ in generation.choices]
+        checks = [OutputCheck(one) for one in filters if one is not None]
+        if checks:
+            check_exactness(params)
+            generation.checks = checks
+            generation.on_stop = self.dispatcher.stop
+
     async def tokenize(self, text: str) -> list[int]:
         """A prompt's token ids. Raises ContextTooLong for one far beyond the context."""
         [tokens] = await self.tokenize_all([text])
         return tokens
 
     async def tokenize_all(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, parameter: str = "prompt"
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        parameter: str = "prompt",
+        check: InputCheck | None = None,
     ) -> list[list[int]]:
         """The same for several. The first that is too long is told."""
+        if check is not None:
+            texts = [await check.text(text) for text in texts]
         return await self.texts.prompts(
             texts, context=self.max_model_len, add_special_tokens=add_special_tokens, parameter=parameter
         )
 
-    async def prompt(self, text: str, files: list[bytes], salt: bytes) -> tuple[list[int], SeenImages]:
+    async def prompt(
+        self, text: str, files: list[bytes], salt: bytes, check: InputCheck | None = None
+    ) -> tuple[list[int], SeenImages]:
         """A text's token ids, with images in its places for them; `salt`: under which these are kept. Raises
         InvalidParameter, ContextTooLong."""
+        if check is not None:
+            text = await check.text(text)
         if not files:
             return await self.tokenize(text), NO_IMAGES
         if self.images is None:
@@ -259,8 +297,11 @@ class Service:
         variables: Mapping[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
         salt: bytes = b"",
+        check: InputCheck | None = None,
     ) -> tuple[list[int], SeenImages]:
         """A conversation's prompt, and the images in it. `salt`: under which these are kept."""
+        if check is not None:
+            messages, tools = await check.everything(messages), await check.everything(tools)
         images = self.images
         if images is not None:
             messages = await images.found(messages, salt)
@@ -301,14 +342,25 @@ class Service:
         """Lets a call in by its tenant's limits; None: there are none. See `governed.admit`."""
         if self.governor is None or not prompts:
             return None
+        self.governor.check()
         return await admit(self.governor.limiter, caller.tenant, prompts, params, self.max_model_len)
 
     def start(
-        self, prompt: list[int], sampling: TokenSampling, call: Call, *, seen: SeenImages = NO_IMAGES
+        self,
+        prompt: list[int],
+        sampling: TokenSampling,
+        call: Call,
+        *,
+        seen: SeenImages = NO_IMAGES,
+        policed: bool = True,
     ) -> Generation:
-        """Checks what is left to check and sends it off. Raises RequestError or Unavailable."""
+        """Checks what is left to check and sends it off. `policed`: policies look at the answer. Raises RequestError or
+        Unavailable."""
         check_length(len(prompt), sampling.params.max_tokens, self.max_model_len)
-        return self._send(self._made(prompt, sampling, call, seen))
+        generation = self._made(prompt, sampling, call, seen)
+        if policed:
+            self._police(generation, sampling.params)
+        return self._send(generation)
 
     async def resume(
         self,
@@ -330,6 +382,13 @@ class Service:
         for one in emitted.values():
             self._check_tokens(one.tokens, "resume")
         generation = self._made(prompt, sampling, call, seen)
+        self._police(generation, sampling.params)
+        if generation.checks:
+            raise InvalidParameter(
+                "answers are under a policy here, which has to see all of one: it cannot be gone on with; send the "
+                "request anew",
+                "resume",
+            )
         await asyncio.to_thread(generation.resume, emitted)
         return self._send(generation)
 
@@ -369,6 +428,7 @@ class Service:
             arrival=time.monotonic(),
             seen=seen,
             route=call.route,
+            verdicts=call.verdicts,
             user=call.user,
             caller=call.caller,
         )
@@ -391,63 +451,16 @@ class Service:
     def _on_end(self, generation: Generation) -> None:
         """On record, before the client is told."""
         if self.governor is not None:
-            put_on_record(self.governor, generation, self.names[0], self.digests, self.tokenizer.decode)
+            digests = self.digests | ({"policies_digest": self.policing.digest} if self.policing is not None else {})
+            put_on_record(self.governor, generation, self.names[0], digests, self.tokenizer.decode)
 
     def finished(self, generation: Generation) -> None:
         """The one place where a request ends for the gateway: aborts what is left, counts, and writes its line."""
         self.dispatcher.abort(generation)
         generation.end()
         self._open.discard(generation)
-        facts, metrics = generation.facts, self.metrics
-        now = time.monotonic()
-        reasons = []
-        for choice in generation.choices:
-            times = choice.times
-            reason = choice.finish_reason or "abort"
-            reasons.append(reason)
-            if choice.error is not None and isinstance(choice.error, (QueueFull, DeadlineExceeded, ContextTooLong)):
-                metrics.rejection(choice.error)
-            metrics.success(reason)
-            metrics.output_size.observe(len(choice.output) if choice.vector is None else 0)
-            metrics.end_to_end.observe((times.finished or now) - times.submitted)
-            if times.started is not None:
-                metrics.queued.observe(times.started - times.submitted)
-            if times.first_token is not None and times.last_token is not None:
-                metrics.first_token.observe(times.first_token - times.submitted)
-                metrics.prefill.observe(max(0.0, times.first_token - (times.started or times.submitted)))
-                metrics.decode.observe(times.last_token - times.first_token)
-                if len(choice.output) > 1:
-                    metrics.per_token.observe((times.last_token - times.first_token) / (len(choice.output) - 1))
-                for interval in choice.token_intervals:
-                    metrics.between_tokens.observe(interval)
-        first = generation.choices[0].times
         self.num_generated += generation.num_output_tokens
-        metrics.prompt_size.observe(len(facts.prompt))
-        metrics.prompt_tokens.inc(len(facts.prompt))
-        metrics.prompt_tokens_cached.inc(generation.cached_tokens)
-        metrics.generation_tokens.inc(generation.num_output_tokens)
-        line = {
-            "request_id": facts.request_id,
-            "route": facts.route,
-            "prompt_tokens": len(facts.prompt),
-            "cached_tokens": generation.cached_tokens,
-            "output_tokens": generation.num_output_tokens,
-            "finish": reasons if len(reasons) > 1 else reasons[0],
-            "first_token_s": round(first.first_token - first.submitted, 4) if first.first_token else None,
-            "total_s": round(now - first.submitted, 4),
-            "resumed": max(choice.epoch for choice in generation.choices) - 1,
-        }
-        if drafted := sum(choice.draft_tokens for choice in generation.choices):
-            line["draft_tokens"] = drafted
-            line["accepted_tokens"] = sum(choice.accepted_tokens for choice in generation.choices)
-        if facts.user:
-            line["user"] = facts.user
-        if facts.caller.key:
-            line |= {"tenant": facts.caller.tenant.name, "key": facts.caller.key}
-        error = next((choice.error for choice in generation.choices if choice.error), None)
-        if error is not None:
-            line["error"] = str(error)[:200]
-        access_log.info(json.dumps(line))
+        count(self.metrics, generation, time.monotonic())
 
 
 def _reported(session: ReplicaSession) -> ReplicaReport:

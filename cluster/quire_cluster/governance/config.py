@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from quire_engine.errors import InvalidParameter
 
 from quire_cluster.governance.callers import Role
+from quire_cluster.governance.checks.policies import Policies
 from quire_cluster.governance.tokens import TokenIssuer
 
 _MOST_BYTES = 1 << 20
@@ -54,6 +55,7 @@ class GovernanceFile(_Section):
     audit: AuditFile = AuditFile()
     issuers: tuple[TokenIssuer, ...] = ()  # identity providers, whose tokens are as good as keys
     clients: tuple[ClientName, ...] = ()
+    policies: tuple[dict[Any, Any], ...] = ()  # see docs/policies.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class Governance:
     audit: AuditFile
     issuers: tuple[TokenIssuer, ...]
     clients: tuple[ClientName, ...]
+    policies: tuple[dict[str, Any], ...]  # in their canonical form, with the words of files
     signing_key: bytes = field(repr=False)  # Ed25519, PEM
     content_key: bytes | None = field(default=None, repr=False)
 
@@ -115,6 +118,7 @@ def read_governance(path: Path) -> Governance:
         audit=file.audit,
         issuers=tuple(_with_path(issuer, folder) for issuer in file.issuers),
         clients=file.clients,
+        policies=tuple(Policies.parse(file.policies, folder).canonical),
         signing_key=_signing_key(folder / file.audit.signing_key),
         content_key=_content_key(folder / file.audit.content_key) if file.audit.content_key is not None else None,
     )

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from quire_engine.errors import QuireError, ServerError, Unavailable
@@ -14,6 +15,8 @@ from quire_cluster.governance.administration import Administration
 from quire_cluster.governance.budget import Budget
 from quire_cluster.governance.callers import Caller
 from quire_cluster.governance.chain import AuditLog
+from quire_cluster.governance.checks.policies import Policies
+from quire_cluster.governance.checks.policing import Judge, Policing
 from quire_cluster.governance.config import Governance
 from quire_cluster.governance.database import Database
 from quire_cluster.governance.directory import Directory
@@ -30,8 +33,9 @@ _FLUSH = 10.0  # seconds that records get on their way to the database at the en
 class Governor:
     """`open` before the first call, `close` after the last."""
 
-    def __init__(self, governance: Governance, name: str) -> None:
-        """`name`: of the gateway, to the controller. Needs a running loop."""
+    def __init__(self, governance: Governance, name: str, ask_model: Judge) -> None:
+        """`name`: of the gateway, to the controller. `ask_model`: asks a deployment a question. Needs a running
+        loop."""
         self.database = Database(governance.database)
         self.directory = Directory(self.database, governance)
         self.audit = AuditLog(self.database, governance.signing_key, governance.content_key)
@@ -42,6 +46,8 @@ class Governor:
         self.writer = Writer(self.database, self.audit, self.journal, days=kept.days, content_days=kept.content_days)
         self._budget = Budget(self.database, self.writer)
         self._controller: Any = None
+        rules = Policies.parse(governance.policies, Path()) if governance.policies else None
+        self.policing = Policing(rules, ask_model) if rules is not None else None
         self.limiter = Limiter(
             f"{name}:{uuid.uuid4()}",
             self._lease,
@@ -58,6 +64,11 @@ class Governor:
             log.error("%s; callers are refused until it does", error)
         parts = (self.directory.follow(), self.writer.run(), self._budget.follow(), self.limiter.run())
         self._parts = [asyncio.ensure_future(part) for part in parts]
+
+    def check(self) -> None:
+        """Raises Unavailable where nothing more can go on record."""
+        if not self.journal.healthy:
+            raise Unavailable("requests cannot be put on record now; try again", 5.0)
 
     def follow(self, controller: Any) -> None:
         """From here on tenants' limits are leased from it."""
@@ -79,6 +90,8 @@ class Governor:
         for part in self._parts:
             part.cancel()
         await self.directory.close()
+        if self.policing is not None:
+            await self.policing.close()
         await self.database.close()
 
     def ended(

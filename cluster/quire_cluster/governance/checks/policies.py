@@ -26,6 +26,16 @@ class RuleSet:
         self._tenant = tenant
         self._model = model
 
+    @property
+    def checks_input(self) -> bool:
+        """Whether any rule is on what is sent."""
+        return bool(self._input)
+
+    @property
+    def checks_output(self) -> bool:
+        """Whether any is on what is answered."""
+        return bool(self._output)
+
     async def check_input(self, text: str, ask: Ask) -> InputVerdict:
         """What becomes of one text of a request."""
         notes = Notes("input")
