@@ -1,5 +1,5 @@
-"""What governance costs: output tokens/s at 64 streams with it, over those without, of one tenant with limits, records and
-(--policies) rules on its answers. Two servers of the demo model, in turns, each asked the same.
+"""What governance costs: output tokens/s at 64 streams with it, over those without, of one tenant with limits, records
+and (--policies) rules on its answers. Two servers of the demo model, in turns, each asked the same.
 
     python benchmarks/governance.py [--streams 64] [--requests 128] [--output-tokens 64] [--rounds 2] [--policies]
 """
@@ -18,8 +18,8 @@ from side_by_side import running
 _READY = r"OpenAI API +(http://\S+)/v1"
 _POLICIES = """
 policies:
-  - {name: personal, check: pii, kinds: [credit_card, iban, email, us_ssn, phone, ip_address], action: redact, on: [output]}
-  - {name: secrets, check: pattern, patterns: ['sk-[A-Za-z0-9]{20,64}'], action: stop, on: [output]}
+  - {name: personal, check: pii, kinds: [credit_card, iban, email, us_ssn, phone, ip_address], action: redact, on: &out [output]}
+  - {name: secrets, check: pattern, patterns: ['sk-[A-Za-z0-9]{20,64}'], action: stop, on: *out}
 """
 
 
