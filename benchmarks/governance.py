@@ -18,7 +18,7 @@ from side_by_side import running
 _READY = r"OpenAI API +(http://\S+)/v1"
 _POLICIES = """
 policies:
-  - {name: personal, check: pii, kinds: [credit_card, iban, email, us_ssn, phone, ip_address], action: redact, on: &out [output]}
+  - {name: emails, check: pii, kinds: [email, credit_card, iban, us_ssn], action: redact, on: &out [output]}
   - {name: secrets, check: pattern, patterns: ['sk-[A-Za-z0-9]{20,64}'], action: stop, on: *out}
 """
 
