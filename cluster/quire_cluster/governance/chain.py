@@ -5,8 +5,10 @@ RFC 8032) needs the signing key. An old state of the whole database, signed as i
 one only by a checkpoint that was kept elsewhere.
 """
 
+import asyncio
 import hashlib
 import json
+import logging
 import os
 import struct
 import time
@@ -14,24 +16,28 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from quire_engine.errors import InvalidParameter
-from sqlalchemy import delete, func, insert, select, text
+from sqlalchemy import delete, exists, func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from quire_cluster.governance import tables
 from quire_cluster.governance.database import Database
 from quire_cluster.governance.records import Record, canonical
 
+log = logging.getLogger(__name__)
 GENESIS = bytes(32)  # before the first record
+_FAULT = "fault"  # the kind of a record that says what was wrong with the log
 _DOMAIN = b"quire audit log 1"
 _NUMBERS = struct.Struct(">QQQQ")
 _PAGE = 1000  # records that are read at once
 _LOCK = 0x51756973  # of PostgreSQL's advisory locks: one process appends at a time
 _NONCE = 12  # bytes
+_ROWS = 100  # that one statement brings: others on the event loop have their turn between two
+_RETIRED = 10  # pages of records that are looked at in one transaction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +60,7 @@ class Checkpoint:
         """By whoever may."""
         try:
             key.verify(self.signature, self._message)
-        except InvalidSignature:
+        except (InvalidSignature, struct.error):  # or of numbers that no checkpoint has
             return False
         return True
 
@@ -94,8 +100,10 @@ class Entry:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Of the body."""
-        found: dict[str, Any] = json.loads(self.body)
+        """Of the body. Raises ValueError for what is no record."""
+        found = json.loads(self.body)
+        if not isinstance(found, dict):
+            raise ValueError("it is no object of JSON")
         return found
 
 
@@ -111,6 +119,15 @@ class Report:
 def hash_of(before: bytes, seq: int, body: bytes) -> bytes:
     """Of a record."""
     return hashlib.sha256(before + seq.to_bytes(8, "big") + body).digest()
+
+
+def _filed(values: dict[str, Any]) -> dict[str, Any]:
+    """The columns that a record is found by, out of its body. Raises ValueError for what is no record."""
+    try:
+        columns = {name: tables.fitting(tables.audit.c[name], values[name]) for name in ("kind", "tenant", "key")}
+        return columns | {"at": int(values["at"])}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it says nothing of {error}") from error
 
 
 def public_key_of(pem: bytes) -> Ed25519PublicKey:
@@ -157,8 +174,10 @@ class _Chain:
         self.records += 1
         if self._known is not None and entry.seq == self._known.seq and entry.hash != self._known.hash:
             self._wrong(f"record {entry.seq} is not the one that is known")
-        if self.fault is None and (why := entry.values.get("fault")):
-            self._wrong(f"record {entry.seq} says: {why}")
+        if self.fault is None:
+            values = entry.values
+            if values.get("kind") == _FAULT:
+                self._wrong(f"record {entry.seq} says: {values.get('fault')}")
 
     def report(self) -> Report:
         """At the end."""
@@ -188,28 +207,35 @@ class AuditLog:
         end = await self._end(connection)
         bodies = [(record, record.whole_body) for record in records]
         if (why := await self._unsound(connection, end)) is not None:
-            fault = Record(kind="fault", at=int(time.time()), tenant="", key="", body={"fault": why})
+            fault = Record(kind=_FAULT, at=int(time.time()), tenant="", key="", body={"fault": why})
             bodies.insert(0, (fault, fault.whole_body))
             end = await self._as_found(connection, end)
-        seq, before = (end.seq, end.hash) if end is not None else (0, GENESIS)
+        begin = end if end is not None else Checkpoint(seq=0, at=0, hash=GENESIS)
+        rows, contents = await asyncio.to_thread(self._chained, begin.seq, begin.hash, bodies)
+        for table, brought in ((tables.audit, rows), (tables.contents, contents)):
+            for at in range(0, len(brought), _ROWS):
+                await connection.execute(insert(table), brought[at : at + _ROWS])
+        await self._sign(connection, replace(begin, seq=rows[-1]["seq"], at=int(time.time()), hash=rows[-1]["hash"]))
+
+    def _chained(
+        self, seq: int, before: bytes, bodies: Sequence[tuple[Record, dict[str, Any]]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The rows of records behind another one, and those of their content."""
         rows, contents = [], []
         for record, body in bodies:
             seq += 1
             if record.content is not None:
-                sealed = self._seal(seq, record.content)
-                body |= {"content_sha256": hashlib.sha256(sealed).hexdigest()}
-                contents.append({"seq": seq, "sealed": sealed})
+                if self._cipher is None:  # it was in the journal of a gateway that had a key
+                    log.error("the content of record %d is not kept: there is no content_key any more", seq)
+                    body |= {"content_sha256": None}
+                else:
+                    sealed = self._seal(self._cipher, seq, record.content)
+                    body |= {"content_sha256": hashlib.sha256(sealed).hexdigest()}
+                    contents.append({"seq": seq, "sealed": sealed})
             written = canonical(body)
             before = hash_of(before, seq, written)
-            found_by = {"at": record.at, "kind": record.kind, "tenant": record.tenant, "key": record.key}
-            rows.append({"seq": seq, "body": written, "hash": before} | found_by)
-        await connection.execute(insert(tables.audit), rows)
-        if contents:
-            await connection.execute(insert(tables.contents), contents)
-        fresh = Checkpoint(seq=seq, at=int(time.time()), hash=before)
-        if end is not None:
-            fresh = replace(fresh, first=end.first, anchor=end.anchor, erased=end.erased)
-        await self._sign(connection, fresh)
+            rows.append({"seq": seq, "body": written, "hash": before} | _filed(body))
+        return rows, contents
 
     async def lock(self, connection: AsyncConnection) -> None:
         """Until the transaction ends. SQLite's are alone anyway."""
@@ -217,7 +243,7 @@ class AuditLog:
             await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
 
     async def _end(self, connection: AsyncConnection) -> Checkpoint | None:
-        row = (await connection.execute(select(tables.audit_end))).one_or_none()
+        row = (await connection.execute(select(tables.audit_end).where(tables.audit_end.c.id == 1))).one_or_none()
         if row is None:
             return None
         return Checkpoint(**{name: value for name, value in row._mapping.items() if name != "id"})
@@ -245,40 +271,59 @@ class AuditLog:
             return f"the log did not end with record {end.seq}, which was signed, when it went on"
         return None
 
-    async def _as_found(self, connection: AsyncConnection, end: Checkpoint | None) -> Checkpoint | None:
+    async def _as_found(self, connection: AsyncConnection, end: Checkpoint | None) -> Checkpoint:
         """Where an unsound log goes on."""
         last = await self._last(connection)
-        seq = max(last.seq if last is not None else 0, end.seq if end is not None else 0)
-        found = replace(end, seq=seq) if end is not None else Checkpoint(seq=seq, at=0, hash=GENESIS)
-        return replace(found, hash=last.hash) if last is not None else found
+        if end is None or not end.is_signed(self.public_key):  # what it says is nobody's word
+            end = Checkpoint(seq=0, at=0, hash=GENESIS)
+        return replace(end, seq=max(last.seq, end.seq), hash=last.hash) if last is not None else end
 
-    def _seal(self, seq: int, content: bytes) -> bytes:
-        assert self._cipher is not None, "content is kept, and no key is there"
+    def _seal(self, cipher: AESGCM, seq: int, content: bytes) -> bytes:
         nonce = os.urandom(_NONCE)
-        return nonce + self._cipher.encrypt(nonce, content, seq.to_bytes(8, "big"))
+        return nonce + cipher.encrypt(nonce, content, seq.to_bytes(8, "big"))
 
-    async def retire(self, connection: AsyncConnection, now: int, *, days: int | None, content_days: int) -> None:
-        """Deletes records older than `days`, and content older than `content_days`, within a transaction."""
+    async def retire(self, connection: AsyncConnection, now: int, *, days: int | None, content_days: int) -> bool:
+        """Deletes records older than `days`, and content older than `content_days`, within a transaction: some ten
+        thousand. True: there may be more. How old a record is, its hash tells: its column may be written by others."""
         await self.lock(connection)
         end = await self._end(connection)
         if end is None or await self._unsound(connection, end) is not None:
-            return
-        table = tables.audit
+            return False
+        audit, contents = tables.audit, tables.contents
         kept = end
-        for limit, name in ((days, "first"), (content_days, "erased")):
-            if limit is None:
-                continue
-            young = select(func.min(table.c.seq)).where(table.c.at >= now - limit * 86400)
-            oldest = (await connection.execute(young)).scalar_one()
-            kept = replace(kept, **{name: max(getattr(kept, name), oldest if oldest is not None else end.seq + 1)})
+        if days is not None:
+            first, anchor = await self._older(connection, end.first, end.anchor, now - days * 86400)
+            kept = replace(kept, first=first, anchor=anchor, erased=max(end.erased, first))
+        asked = select(audit.c.hash).where(audit.c.seq == kept.erased - 1)
+        before = (await connection.execute(asked)).scalar_one_or_none() if kept.erased > kept.first else kept.anchor
+        if before is not None:
+            erased, _ = await self._older(connection, kept.erased, before, now - content_days * 86400)
+            kept = replace(kept, erased=erased)
         if kept == end:
-            return
-        if kept.first > end.first:
-            anchor = await connection.execute(select(table.c.hash).where(table.c.seq == kept.first - 1))
-            kept = replace(kept, anchor=anchor.scalar_one(), erased=max(kept.erased, kept.first))
-            await connection.execute(delete(table).where(table.c.seq < kept.first))
-        await connection.execute(delete(tables.contents).where(tables.contents.c.seq < kept.erased))
+            return False
+        await connection.execute(delete(audit).where(audit.c.seq < kept.first))
+        await connection.execute(delete(contents).where(contents.c.seq < kept.erased))
         await self._sign(connection, replace(kept, at=now))
+        return True
+
+    async def _older(self, connection: AsyncConnection, seq: int, before: bytes, at: int) -> tuple[int, bytes]:
+        """The first record from one on that is not older, and the hash before it. Where one of them was changed: none
+        is."""
+        begin, end = (seq, before), seq + _RETIRED * _PAGE
+        table = tables.audit
+        while seq < end:
+            page = select(table.c.seq, table.c.body, table.c.hash).where(table.c.seq >= seq).order_by(table.c.seq)
+            rows = (await connection.execute(page.limit(_PAGE))).all()
+            for row in rows:
+                if row.seq != seq or row.hash != hash_of(before, seq, row.body):
+                    log.error("record %d was changed: nothing is retired; see `quire audit verify`", row.seq)
+                    return begin
+                if json.loads(row.body)["at"] >= at:
+                    return seq, before
+                seq, before = seq + 1, row.hash
+            if len(rows) < _PAGE:
+                break
+        return seq, before
 
     # ---- what is read ---------------------------------------------------------------------------------------------
 
@@ -287,14 +332,14 @@ class AuditLog:
         async with self._database.snapshot() as connection:
             return await self._end(connection)
 
-    async def _entries(self, connection: AsyncConnection) -> AsyncIterator[tuple[Entry, Any]]:
-        """Every record, in pages."""
+    async def _pages(self, connection: AsyncConnection) -> AsyncIterator[Sequence[Any]]:
+        """Every record's row."""
         table, after = tables.audit, -(1 << 62)
         while True:
             page = select(table).where(table.c.seq > after).order_by(table.c.seq).limit(_PAGE)
             rows = (await connection.execute(page)).all()
-            for row in rows:
-                yield Entry(seq=row.seq, body=bytes(row.body), hash=bytes(row.hash)), row
+            if rows:
+                yield rows
             if len(rows) < _PAGE:
                 return
             after = rows[-1].seq
@@ -302,40 +347,36 @@ class AuditLog:
     async def verify(self, known: Checkpoint | None = None, key: Ed25519PublicKey | None = None) -> Report:
         """Looks through all of it. `known`: a checkpoint that was kept elsewhere. `key`: in place of this log's own.
         Raises Unavailable where the database cannot be read."""
-        async with self._database.snapshot() as connection:
-            end = await self._end(connection)
-            chain = _Chain(end, key or self.public_key, known)
-            contents = tables.contents
-            async for entry, row in self._entries(connection):
-                chain.take(entry)
-                if chain.fault is None:
-                    chain.fault = await self._entry_fault(connection, entry, row, end)
-                if chain.fault is not None:
-                    break
-            else:
-                audit = tables.audit
-                stray = select(contents.c.seq).where(contents.c.seq.not_in(select(audit.c.seq))).limit(1)
-                if (seq := (await connection.execute(stray)).scalar_one_or_none()) is not None:
-                    chain.fault = f"there is content of record {seq}, which has none"
+        chain = _Chain(None, key or self.public_key, None)
+        try:
+            async with self._database.snapshot() as connection:
+                end = await self._end(connection)
+                chain = _Chain(end, key or self.public_key, known)
+                await self._follow(connection, chain, end)
+        except (ValueError, TypeError, OverflowError) as error:  # of what no writer of ours has left there
+            chain.fault = chain.fault or f"what follows {chain.records} good records cannot be read: {error}"
         return chain.report()
 
-    async def _entry_fault(
-        self, connection: AsyncConnection, entry: Entry, row: Any, end: Checkpoint | None
-    ) -> str | None:
-        """Of what stands beside the hash."""
-        values = entry.values
-        if any(getattr(row, name) != values.get(name) for name in ("at", "kind", "tenant", "key")):
-            return f"record {entry.seq} is filed under what it does not say"
-        contents = tables.contents
-        found = await connection.execute(select(contents.c.sealed).where(contents.c.seq == entry.seq))
-        sealed = found.scalar_one_or_none()
-        wanted = values.get("content_sha256")
-        if sealed is None:
-            lacks = wanted is not None and (end is None or entry.seq >= end.erased)
-            return f"the content of record {entry.seq} is missing" if lacks else None
-        if hashlib.sha256(sealed).hexdigest() != wanted:
-            return f"the content of record {entry.seq} was changed"
-        return None
+    async def _follow(self, connection: AsyncConnection, chain: _Chain, end: Checkpoint | None) -> None:
+        """All that is there, up to the first fault."""
+        audit, contents = tables.audit, tables.contents
+        async for rows in self._pages(connection):
+            between = contents.c.seq.between(rows[0].seq, rows[-1].seq)
+            kept = set((await connection.execute(select(contents.c.seq).where(between))).scalars())
+            for row in rows:
+                chain.take(_entry(row))
+                if chain.fault is None:
+                    content = await _sealed(connection, row.seq) if row.seq in kept else None
+                    chain.fault = _fault_beside(row, content, end)
+                if chain.fault is not None:
+                    return
+            await asyncio.sleep(0)
+        stray = select(contents.c.seq).where(~exists().where(audit.c.seq == contents.c.seq)).limit(1)
+        if (seq := (await connection.execute(stray)).scalar_one_or_none()) is not None:
+            chain.fault = f"there is content of record {seq}, which has none"
+        ends = select(func.count()).select_from(tables.audit_end)
+        if (await connection.execute(ends)).scalar_one() > (end is not None):
+            chain.fault = "there is another end than the one that is signed"
 
     async def export(self) -> AsyncIterator[str]:
         """Lines of JSON: the signed end, and then every record. `verify_export` looks through them."""
@@ -344,10 +385,10 @@ class AuditLog:
             if end is None:
                 return
             yield end.to_line()
-            async for entry, _ in self._entries(connection):
-                yield canonical(
-                    {"seq": entry.seq, "hash": entry.hash.hex(), "body": entry.body.decode("utf-8", "surrogatepass")}
-                ).decode("utf-8", "surrogatepass")
+            async for rows in self._pages(connection):
+                for entry in map(_entry, rows):
+                    line = {"seq": entry.seq, "hash": entry.hash.hex(), "body": entry.body.decode()}
+                    yield canonical(line).decode()
 
     async def list(
         self, *, tenant: str | None = None, kind: str | None = None, before: int | None = None, limit: int = 100
@@ -362,16 +403,45 @@ class AuditLog:
             asked = asked.where(table.c.seq < before)
         async with self._database.snapshot() as connection:
             rows = (await connection.execute(asked)).all()
-        return [Entry(seq=row.seq, body=bytes(row.body), hash=bytes(row.hash)) for row in rows]
+        return [_entry(row) for row in rows]
 
     async def content(self, seq: int) -> bytes:
         """That was kept of a record. Raises InvalidParameter where none is, or with another key."""
         async with self._database.snapshot() as connection:
-            found = await connection.execute(select(tables.contents.c.sealed).where(tables.contents.c.seq == seq))
-            sealed = found.scalar_one_or_none()
+            sealed = await _sealed(connection, seq)
         if sealed is None or self._cipher is None:
             raise InvalidParameter(f"no content of record {seq} can be read: none is kept, or no key is there", "seq")
-        return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], seq.to_bytes(8, "big"))
+        try:
+            return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], seq.to_bytes(8, "big"))
+        except InvalidTag as error:
+            raise InvalidParameter(
+                f"the content of record {seq} is not of this content_key, or was changed; see `quire audit verify`",
+                "seq",
+            ) from error
+
+
+def _entry(row: Any) -> Entry:
+    return Entry(seq=row.seq, body=bytes(row.body), hash=bytes(row.hash))
+
+
+async def _sealed(connection: AsyncConnection, seq: int) -> bytes | None:
+    """The content of a record."""
+    found = await connection.execute(select(tables.contents.c.sealed).where(tables.contents.c.seq == seq))
+    return found.scalar_one_or_none()
+
+
+def _fault_beside(row: Any, content: bytes | None, end: Checkpoint | None) -> str | None:
+    """Of what stands beside a record's hash."""
+    values = _entry(row).values
+    if any(getattr(row, name) != value for name, value in _filed(values).items()):
+        return f"record {row.seq} is filed under what it does not say"
+    wanted = values.get("content_sha256")
+    if content is None:
+        lacks = wanted is not None and (end is None or row.seq >= end.erased)
+        return f"the content of record {row.seq} is missing" if lacks else None
+    if hashlib.sha256(content).hexdigest() != wanted:
+        return f"the content of record {row.seq} was changed"
+    return None
 
 
 def verify_export(lines: Iterable[str], key: Ed25519PublicKey, known: Checkpoint | None = None) -> Report:
@@ -386,7 +456,7 @@ def verify_export(lines: Iterable[str], key: Ed25519PublicKey, known: Checkpoint
     for number, line in enumerate(rest, 2):
         try:
             values = json.loads(line)
-            body = values["body"].encode("utf-8", "surrogatepass")
+            body = values["body"].encode()
             entry = Entry(seq=values["seq"], body=body, hash=bytes.fromhex(values["hash"]))
             chain.take(entry)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):

@@ -21,6 +21,7 @@ from quire_cluster.governance.records import Record
 log = logging.getLogger(__name__)
 _HEAD = struct.Struct("<II")  # a record's bytes, and their CRC
 _SUFFIX = ".journal"
+_TORN = ".torn"
 _LARGEST = 256 << 20  # bytes of a record
 
 
@@ -68,10 +69,14 @@ class Journal:
             del self._unwritten[:written]
 
     def renew(self) -> None:
-        """Goes on in a new file. The old one is left to whoever collects orphans."""
+        """Goes on in a new file, if there is room for one. The old one is left to whoever collects orphans."""
         if self.healthy:
             old = self._descriptor
-            self._begin()
+            try:
+                self._begin()
+            except OSError as error:
+                log.error("%s grows on, for no other can be made beside it: %s", self.path, error)
+                return
             os.close(old)
 
     def close(self) -> None:
@@ -90,7 +95,8 @@ class Journal:
 
 
 def read(path: Path, position: int, most_bytes: int) -> tuple[list[Record], int]:
-    """Records from a place in a file on, and the place behind them. Ends before what is not whole."""
+    """Records from a place in a file on, and the place behind them. Ends before what is not whole, or no record to this
+    version of Quire."""
     with path.open("rb") as file:
         file.seek(position)
         data = file.read(most_bytes)
@@ -98,7 +104,7 @@ def read(path: Path, position: int, most_bytes: int) -> tuple[list[Record], int]
         at = 0
         while len(data) - at >= _HEAD.size:
             size, crc = _HEAD.unpack_from(data, at)
-            if size > _LARGEST:
+            if not 0 < size <= _LARGEST:  # zeros: a machine fell after the file had grown, and before it was written
                 break
             end = at + _HEAD.size + size
             if end > len(data):
@@ -110,7 +116,11 @@ def read(path: Path, position: int, most_bytes: int) -> tuple[list[Record], int]
             body = data[at + _HEAD.size : end]
             if zlib.crc32(body) != crc:
                 break
-            records.append(Record.from_bytes(body))
+            try:
+                records.append(Record.from_bytes(body))
+            except ValueError as error:
+                log.error("%s holds %s", path, error)
+                break
             at = end
     return records, position + at
 
@@ -123,12 +133,24 @@ def orphans(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+def set_aside(path: Path) -> Path:
+    """A file that cannot be read to its end, for somebody to look at. Whoever gives it its name back has the rest tried
+    again."""
+    torn = path.with_suffix(_TORN)
+    path.rename(torn)
+    return torn
+
+
 @contextmanager
 def adopted(path: Path) -> Iterator[bool]:
     """Whether it is an orphan, and nobody else's for as long as this lasts."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
+        yield False
+        return
+    except PermissionError:
+        log.error("%s may not be read: it is of another user", path)
         yield False
         return
     try:

@@ -18,6 +18,14 @@ metadata = MetaData(
     naming_convention={"ix": "ix_%(table_name)s_%(column_0_name)s", "fk": "fk_%(table_name)s_%(column_0_name)s"}
 )
 
+
+def fitting(column: Column[str], text: str) -> str:
+    """As much of a text as the column takes: PostgreSQL knows no NUL, and no database lone surrogates. Where all of it
+    counts, it stands in a record's body."""
+    assert isinstance(column.type, String)
+    return text.encode("utf-8", "replace").decode().replace("\0", "?")[: column.type.length]
+
+
 # Times are whole seconds since 1970, in UTC. Lists are JSON.
 tenants = Table(
     "tenants",

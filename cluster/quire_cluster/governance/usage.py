@@ -15,6 +15,7 @@ from quire_cluster.governance.database import Database
 from quire_cluster.governance.records import Record
 
 BY = ("tenant", "day", "key", "model")
+_DAY = 86400  # seconds
 _COUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
 
 
@@ -62,20 +63,20 @@ async def query(
 async def month_tokens(connection: AsyncConnection, now: float) -> dict[str, int]:
     """By tenant: tokens of prompts and answers in the month, in UTC, of that time."""
     table = tables.usage
-    first = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-01")
+    month = datetime.fromtimestamp(now, UTC).strftime("%Y-%m")
     total = func.sum(table.c.prompt_tokens + table.c.output_tokens)
-    rows = await connection.execute(select(table.c.tenant, total).where(table.c.day >= first).group_by(table.c.tenant))
+    of_it = table.c.day.between(f"{month}-01", f"{month}-31")
+    rows = await connection.execute(select(table.c.tenant, total).where(of_it).group_by(table.c.tenant))
     return {tenant: int(tokens) for tenant, tokens in rows}
 
 
 async def add(database: Database, connection: AsyncConnection, records: Sequence[Record]) -> None:
     """What these records add, in as few rows as there are."""
-    sums: dict[tuple[str, str, str, str], Counter[str]] = {}
+    sums: dict[tuple[int, str, str, str], Counter[str]] = {}
     for record in records:
         if (used := record.usage) is None:
             continue
-        day = datetime.fromtimestamp(record.at, UTC).strftime("%Y-%m-%d")
-        found = sums.setdefault((day, record.tenant, record.key, used.model), Counter())
+        found = sums.setdefault((record.at // _DAY, record.tenant, record.key, used.model), Counter())
         found["requests"] += 1
         for name in _COUNTS[1:]:
             found[name] += getattr(used, name)
@@ -83,9 +84,14 @@ async def add(database: Database, connection: AsyncConnection, records: Sequence
         return
     table = tables.usage
     names = ("day", "tenant", "key", "model")
+    rows: dict[tuple[str, ...], Counter[str]] = {}
+    for (number, *texts), counts in sums.items():
+        day = datetime.fromtimestamp(number * _DAY, UTC).strftime("%Y-%m-%d")
+        fitting = (tables.fitting(table.c[name], text) for name, text in zip(names[1:], texts, strict=True))
+        rows.setdefault((day, *fitting), Counter()).update(counts)
     values: list[dict[str, Any]] = [
         dict(zip(names, of, strict=True)) | {name: counts[name] for name in _COUNTS}
-        for of, counts in sorted(sums.items())  # in one order, so that no two wait for each other
+        for of, counts in sorted(rows.items())  # in one order, so that no two wait for each other
     ]
     adding = database.insert(table)
     more = {name: table.c[name] + adding.excluded[name] for name in _COUNTS}

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from quire_engine.errors import Unavailable
@@ -12,12 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from quire_cluster.governance import tables, usage
 from quire_cluster.governance.chain import AuditLog
 from quire_cluster.governance.database import Database
-from quire_cluster.governance.journal import Journal, orphans, read
+from quire_cluster.governance.journal import Journal, orphans, read, set_aside
 from quire_cluster.governance.records import Record
 
 log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two batches
-_SHARE = 1 << 20  # bytes of a journal that make a batch
+_SHARE = 1 << 18  # bytes of a journal that make a batch
 _LARGE = 16 << 20  # bytes of a journal that is followed by a new one
 _ORPHANS = 10.0  # seconds between two looks for them
 _LONGEST_PAUSE = 5.0  # seconds, while the database is away
@@ -39,7 +40,7 @@ class Writer:
         self._position = 0  # of this journal, in the database
         self._written = 0  # records of this journal that are there
         self._working = asyncio.Lock()
-        self.away_since: float | None = None  # on the monotonic clock: since when the database does not answer
+        self.away_since: float | None = None  # on the monotonic clock: since when nothing gets there
 
     @property
     def pending(self) -> int:
@@ -48,23 +49,19 @@ class Writer:
 
     async def run(self) -> None:
         """Until it is cancelled."""
-        pause, looked, retired = _PAUSE, -_ORPHANS, time.monotonic()
+        pause, looked, retired = _PAUSE, -_ORPHANS, -_RETIRE
         while True:
-            try:
-                now = time.monotonic()
-                self._journal.write()
-                await self._drain()
-                if now - looked >= _ORPHANS:
-                    await self.collect()
-                    looked = now
-                if now - retired >= _RETIRE:
-                    await self._retire()
-                    retired = now
-                pause, self.away_since = _PAUSE, None
-            except Unavailable as error:
-                if self.away_since is None:
-                    log.error("%s; %d records wait in %s", error, self.pending, self._journal.folder)
-                    self.away_since = time.monotonic()
+            now = time.monotonic()
+            parts: list[Callable[[], Awaitable[None]]] = [self._drain]
+            if now - looked >= _ORPHANS:
+                parts.append(self.collect)
+            if now - retired >= _RETIRE:
+                parts.append(self._retire)
+            if await self._tried(parts):
+                looked = now if self.collect in parts else looked
+                retired = now if self._retire in parts else retired
+                pause = _PAUSE
+            else:
                 pause = min(2 * pause, _LONGEST_PAUSE)
             await asyncio.sleep(pause)
 
@@ -72,32 +69,56 @@ class Writer:
         """Returns when all that was appended before is in the database."""
         until = self._journal.appended
         while self._written < until:
-            try:
-                await self._drain()
-            except Unavailable:
+            if not await self._tried([self._drain]) or self._written < until:
                 await asyncio.sleep(_PAUSE)
+
+    async def _tried(self, parts: "list[Callable[[], Awaitable[None]]]") -> bool:
+        """Whether they succeeded. Whatever it is that fails, records wait in their journal, and it is tried again."""
+        try:
+            for part in parts:
+                await part()
+        except Exception as error:
+            if self.away_since is None:
+                self.away_since = time.monotonic()
+                known = isinstance(error, Unavailable)
+                log.error(
+                    "%d records wait in %s: %s",
+                    self.pending,
+                    self._journal.folder,
+                    error,
+                    exc_info=None if known else error,
+                )
+            return False
+        self.away_since = None
+        return True
 
     async def _drain(self) -> None:
         """This journal, as far as it goes."""
+        self._journal.write()
         async with self._working:
+            path = self._journal.path
             while True:
-                path, position = self._journal.path, self._position
+                position = self._position
                 records, end = await asyncio.to_thread(read, path, position, _SHARE)
                 if not records:
                     break
                 self._position = await self._bring(self._journal.id, records, position, end)
-                if self._position != end:  # some were there already
-                    records, _ = await asyncio.to_thread(read, path, position, self._position - position)
-                self._written += len(records)
+                if self._position == end:
+                    self._written += len(records)
+                else:  # an answer of the database was lost, or it is an older state of it that answers now
+                    self._written += await asyncio.to_thread(_between, path, position, self._position)
             if self._position >= _LARGE and self._journal.healthy and self._position == path.stat().st_size:
                 self._journal.renew()
-                self._position = 0
+                self._position = 0 if self._journal.path != path else self._position
 
     async def collect(self) -> None:
-        """Journals of gateways on this host that are no more."""
+        """Journals of gateways on this host that are no more. One that fails is no other one's matter."""
         for path in orphans(self._journal.folder):
             log.info("%s is an orphan, and is brought to the database", path)
-            await self._adopt(path)
+            try:
+                await self._adopt(path)
+            except OSError as error:
+                log.error("%s stays: %s", path, error)
 
     async def _adopt(self, path: Path) -> None:
         name = path.stem
@@ -108,8 +129,10 @@ class Writer:
             if not records:
                 break
             position = await self._bring(name, records, position, end)
-        if (torn := path.stat().st_size - position) > 0:
-            log.warning("%s ends in %d bytes that are no whole record: whoever wrote it died then", path, torn)
+        if (rest := path.stat().st_size - position) > 0:
+            torn = set_aside(path)
+            log.error("the last %d bytes of %s are no whole records: it is %s now", rest, path, torn.name)
+            return
         path.unlink()
         async with self._database.transaction() as connection:
             await connection.execute(delete(tables.journals).where(tables.journals.c.id == name))
@@ -137,5 +160,15 @@ class Writer:
 
     async def _retire(self) -> None:
         days, content_days = self._retention
-        async with self._database.transaction() as connection:
-            await self._audit.retire(connection, int(time.time()), days=days, content_days=content_days)
+        more = True
+        while more:
+            async with self._database.transaction() as connection:
+                now = int(time.time())
+                more = await self._audit.retire(connection, now, days=days, content_days=content_days)
+
+
+def _between(path: Path, begin: int, end: int) -> int:
+    """Records between two places in a file; below nought where the second comes first."""
+    low, high = sorted((begin, end))
+    count = len(read(path, low, high - low)[0])
+    return count if begin <= end else -count
