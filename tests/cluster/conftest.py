@@ -1,9 +1,12 @@
-"""A gateway of the tiny model."""
+"""A gateway of the tiny model, and databases."""
 
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from databases import Postgres, postgres
 from quire_cluster.gateway.service import Service
 from quire_cluster.observability.metrics import Metrics
 from quire_engine.config import EngineConfig
@@ -23,3 +26,22 @@ def service(checkpoint: Callable[[str], Path]) -> Callable[[], Service]:
 @pytest.fixture(scope="module")
 def tokenizer(service: Callable[[], Service]) -> Tokenizer:
     return service().tokenizer
+
+
+@pytest.fixture(scope="module")
+def postgres_server() -> Iterator[Postgres]:
+    """Its folder is where its user may go, which pytest's are not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    with postgres(folder / "server") as made:
+        yield made
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'governance.db'}"
+    made: Postgres = request.getfixturevalue("postgres_server")
+    return made.fresh()

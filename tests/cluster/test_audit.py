@@ -11,79 +11,30 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from audited import CONTENT_KEY, PEM, START, append, exported, numbers, record, rows, run
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from databases import Postgres, postgres
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quire_cluster.governance import tables, usage
 from quire_cluster.governance.chain import AuditLog, Checkpoint, Report, public_key_of, verify_export
 from quire_cluster.governance.database import Database
 from quire_cluster.governance.journal import Journal, read
-from quire_cluster.governance.records import Record, UsageDelta
+from quire_cluster.governance.records import Record
 from quire_cluster.governance.writer import Writer
 from quire_engine.errors import InvalidParameter, Unavailable
 from sqlalchemy import delete, func, select
 
-PEM = Ed25519PrivateKey.from_private_bytes(b"s" * 32).private_bytes(
-    serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-)
-CONTENT_KEY = b"c" * 32
-START = 1_790_000_000  # seconds
 
-
-def record(number: int, **changes: Any) -> Record:
-    used = UsageDelta(model="m", prompt_tokens=number, cached_tokens=1, output_tokens=2)
-    made = Record(kind="request", at=START + number, tenant=f"t{number % 3}", key="k", body={"n": number}, usage=used)
-    return replace(made, **changes)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Postgres]:
-    """Its folder is where its user may go, which pytest's are not."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    with postgres(folder / "server") as made:
-        yield made
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of an empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'audit.db'}"
-    made: Postgres = request.getfixturevalue("server")
-    return made.fresh()
-
-
-def run(url: str, work: Callable[[Database, AuditLog], Coroutine[Any, Any, Any]]) -> Any:
-    """With the database and its log."""
-
-    async def running() -> Any:
-        database = Database(url)
-        try:
-            await database.migrate()
-            return await work(database, AuditLog(database, PEM, CONTENT_KEY))
-        finally:
-            await database.close()
-
-    return asyncio.run(running())
-
-
-async def append(database: Database, log: AuditLog, *records: Record) -> None:
-    async with database.transaction() as connection:
-        await log.append(connection, records)
-
-
-async def exported(log: AuditLog) -> list[str]:
-    return [line async for line in log.export()]
+@pytest.fixture
+def url(database_url: str) -> str:
+    return database_url
 
 
 # ---- the chain ------------------------------------------------------------------------------------------------------
@@ -268,7 +219,7 @@ def test_any_change_of_an_export_is_found(kept: tuple[Path, list[str]], data: st
 def test_an_old_state_is_told_from_a_checkpoint_that_was_kept(url: str) -> None:
     async def work(database: Database, log: AuditLog) -> None:
         await append(database, log, record(1), record(2))
-        old = [dict(row._mapping) for row in await _all(database, tables.audit_end)]
+        old = [dict(row._mapping) for row in await rows(database, tables.audit_end)]
         await append(database, log, record(3))
         known = await log.checkpoint()
         assert known is not None
@@ -291,11 +242,6 @@ def test_an_old_state_is_told_from_a_checkpoint_that_was_kept(url: str) -> None:
     for line in ("", "{}", "[]", "x", '{"seq": "1"}', '{"seq":1,"at":1,"hash":"zz","anchor":"","signature":""}'):
         with pytest.raises(InvalidParameter):
             Checkpoint.from_line(line)
-
-
-async def _all(database: Database, table: Any) -> Any:
-    async with database.snapshot() as connection:
-        return (await connection.execute(select(table))).all()
 
 
 @pytest.mark.parametrize("what", ["records", "end", "all records", "forged"])
@@ -383,7 +329,7 @@ def test_content_is_encrypted(kept: tuple[Path, list[str]]) -> None:
 # A gateway that puts numbered records on record and says which, and brings them to the database meanwhile.
 GATEWAY = """
 import asyncio, sys
-from test_audit import PEM, record
+from audited import PEM, record
 from quire_cluster.governance.chain import AuditLog
 from quire_cluster.governance.database import Database
 from quire_cluster.governance.journal import Journal
@@ -406,17 +352,13 @@ asyncio.run(run())
 
 
 def gateway(url: str, folder: Path, first: int, count: int) -> "subprocess.Popen[str]":
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     return subprocess.Popen(
         [sys.executable, "-c", GATEWAY, url, str(folder), str(first), str(count)],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": paths},
     )
-
-
-async def numbers(database: Database) -> Counter[int]:
-    return Counter(json.loads(row.body)["n"] for row in await _all(database, tables.audit))
 
 
 def test_a_killed_gateway_loses_nothing_that_it_had_said(url: str, tmp_path: Path) -> None:
@@ -488,7 +430,7 @@ def test_what_comes_while_the_database_is_away_waits(url: str, tmp_path: Path, r
             shutil.move(path, tmp_path / "away")
             path.mkdir()
         else:
-            request.getfixturevalue("server").stop()
+            request.getfixturevalue("postgres_server").stop()
         for number in range(2, 50):
             journal.append(record(number))
         with pytest.raises(Unavailable):
@@ -498,7 +440,7 @@ def test_what_comes_while_the_database_is_away_waits(url: str, tmp_path: Path, r
             path.rmdir()
             shutil.move(tmp_path / "away", path)
         else:
-            request.getfixturevalue("server").start()
+            request.getfixturevalue("postgres_server").start()
         await writer.flush()
         assert writer.pending == 0
         assert await numbers(database) == Counter(range(1, 50))
