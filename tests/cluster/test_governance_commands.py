@@ -106,6 +106,26 @@ def test_a_key_is_shown_once(capsys: pytest.CaptureFixture[str], folder: Path) -
         assert wrong in quire(capsys, line, 1), line
 
 
+def test_the_audit_log_says_what_was_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever asks which tenant ended, or which key, finds it on record."""
+    quire(capsys, "tenants add research --weight 2")
+    quire(capsys, "tenants set research --weight 4")
+    key = quire(capsys, "keys create research").split()[0][:11]
+    other = quire(capsys, f"keys rotate {key} --overlap 1h").split("\n")[1].split()[0][:11]
+    quire(capsys, f"keys revoke {key}")
+    quire(capsys, "tenants remove research")
+    found = {one["action"]: one for one in listed(capsys, "audit")}
+    assert {one["key"].partition(":")[0] for one in found.values()} == {"operator"}
+    added = found["tenant.add"]["made"]
+    assert (added["name"], added["weight"]) == ("research", 2)
+    changed = found["tenant.change"]
+    assert (changed["before"], changed["after"]) == (added, added | {"weight": 4})
+    assert found["tenant.remove"]["removed"] == "research"
+    assert found["key.create"]["made"]["id"] == key
+    assert (found["key.rotate"]["rotated"], found["key.rotate"]["made"]["id"]) == (key, other)
+    assert (found["key.revoke"]["revoked"], found["key.revoke"]["of"]) == (key, "research")
+
+
 def test_where_governance_is_looked_for(
     capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

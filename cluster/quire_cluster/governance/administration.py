@@ -78,7 +78,7 @@ class Administration:
                 await connection.execute(insert(tables.tenants).values(values))
             else:
                 await connection.execute(_of(tenant.name).values(values))
-            await self._note(connection, actor, "tenant.add", {"tenant": _shown(tenant)})
+            await self._note(connection, actor, "tenant.add", {"made": _shown(tenant)})
 
     async def change_tenant(self, name: str, given: Mapping[str, Any], actor: Actor) -> Tenant:
         """What is given, values of TenantConfig, changes; gives what it is then. Raises InvalidParameter."""
@@ -91,7 +91,7 @@ class Administration:
             }
             tenant = TenantConfig(**(values | dict(given))).tenant(name)
             await connection.execute(_of(name).values(_row(tenant)))
-            await self._note(connection, actor, "tenant.change", {"before": _shown(before), "tenant": _shown(tenant)})
+            await self._note(connection, actor, "tenant.change", {"before": _shown(before), "after": _shown(tenant)})
         return tenant
 
     async def remove_tenant(self, name: str, actor: Actor) -> None:
@@ -103,7 +103,7 @@ class Administration:
             keys = tables.keys
             live = update(keys).where(keys.c.tenant == name, keys.c.revoked_at.is_(None))
             await connection.execute(live.values(revoked_at=now))
-            await self._note(connection, actor, "tenant.remove", {"tenant": {"name": name}})
+            await self._note(connection, actor, "tenant.remove", {"removed": name})
 
     # ---- keys -----------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,8 @@ class Administration:
             facts, key = await self._make_key(connection, now, old.tenant, old.role, old.models, lives)
             ends = min(now + overlap, old.expires_at) if old.expires_at is not None else now + overlap
             await connection.execute(update(tables.keys).where(tables.keys.c.id == id_).values(expires_at=ends))
-            await self._note(connection, actor, "key.rotate", {"key": id_, "expires_at": ends, "made": asdict(facts)})
+            body = {"rotated": id_, "expires_at": ends, "made": asdict(facts)}
+            await self._note(connection, actor, "key.rotate", body)
         return facts, key
 
     async def revoke_key(self, id_: str, actor: Actor) -> None:
@@ -151,7 +152,7 @@ class Administration:
                 raise InvalidParameter(f"{id_} is revoked already", "id")
             now = int(time.time())
             await connection.execute(update(tables.keys).where(tables.keys.c.id == id_).values(revoked_at=now))
-            await self._note(connection, actor, "key.revoke", {"key": id_, "of": facts.tenant})
+            await self._note(connection, actor, "key.revoke", {"revoked": id_, "of": facts.tenant})
 
     async def _make_key(
         self, connection: AsyncConnection, now: int, tenant: str, role: str, models: tuple[str, ...], lives: int | None

@@ -37,7 +37,9 @@ class Record:
     @property
     def whole_body(self) -> dict[str, Any]:
         """With what the log finds it by."""
-        return self.body | self._found_by
+        found_by = self._found_by
+        assert not found_by.keys() & self.body.keys(), "what the body says would be lost"
+        return self.body | found_by
 
     @property
     def _found_by(self) -> dict[str, Any]:
