@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quire_cluster.governance import tables, usage
+from quire_cluster.governance.budget import Budget
 from quire_cluster.governance.chain import AuditLog, Checkpoint, Report, public_key_of, verify_export
 from quire_cluster.governance.database import Database
 from quire_cluster.governance.journal import Journal, read
@@ -470,6 +471,72 @@ def test_an_answer_of_the_database_that_was_lost_counts_once(url: str, tmp_path:
         assert (await numbers(database), writer.pending) == (Counter([1, 2, 3]), 0)
 
     run(url, work)
+
+
+def test_a_database_that_was_put_back_gets_again_what_it_lacks(tmp_path: Path) -> None:
+    """Its file is replaced by a copy of before, while a gateway goes on."""
+
+    async def work(database: Database, log: AuditLog) -> None:
+        journal = Journal(str(tmp_path / "journal"))
+        writer = Writer(database, log, journal)
+        budget = Budget(database, writer)
+        path = tmp_path / "audit.db"
+
+        async def serve(first: int, last: int) -> None:
+            for number in range(first, last):
+                budget.add("t0", 1)
+                journal.append(record(number))
+            await writer.flush()
+
+        await serve(0, 3)
+        shutil.copy(path, tmp_path / "backup.db")
+        await serve(3, 9)
+        shutil.copy(tmp_path / "backup.db", path)
+        await serve(9, 12)
+        assert await numbers(database) == Counter(range(12))
+        assert (await log.verify()).fault is None
+        async with database.snapshot() as connection:
+            [row] = await usage.query(connection, by="model")
+        assert (row.requests, row.prompt_tokens) == (12, sum(range(12)))
+        assert writer.pending == 0
+        await budget.look()
+
+    run(f"sqlite:///{tmp_path / 'audit.db'}", work)
+
+
+def test_a_journal_that_somebody_deletes_is_brought_all_the_same(tmp_path: Path) -> None:
+    async def work(database: Database, log: AuditLog) -> None:
+        journal = Journal(str(tmp_path / "journal"))
+        writer = Writer(database, log, journal)
+        journal.append(record(1))
+        await writer.flush()
+        deleted = journal.path
+        deleted.unlink()
+        journal.append(record(2))
+        await writer.flush()
+        assert await numbers(database) == Counter([1, 2])
+        journal.append(record(3))
+        assert journal.path != deleted and read(journal.path, 0, 1 << 20)[0] == [record(3)]
+        await writer.flush()
+        assert (await numbers(database), writer.pending) == (Counter([1, 2, 3]), 0)
+
+    run(f"sqlite:///{tmp_path / 'audit.db'}", work)
+
+
+def test_what_is_no_journal_stops_nobody(tmp_path: Path) -> None:
+    async def work(database: Database, log: AuditLog) -> None:
+        journal = Journal(str(tmp_path / "journal"))
+        writer = Writer(database, log, journal)
+        (journal.folder / "none.journal").mkdir()
+        running = asyncio.ensure_future(writer.run())
+        for number in range(2):
+            journal.append(record(number))
+            while await numbers(database) != Counter(range(number + 1)):
+                assert not running.done(), running.result()
+                await asyncio.sleep(0.01)
+        running.cancel()
+
+    run(f"sqlite:///{tmp_path / 'audit.db'}", work)
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,16 @@ class Journal:
         return self.folder / (self.id + _SUFFIX)
 
     @property
+    def opened(self) -> Path:
+        """By which the file can be read even where somebody has deleted it."""
+        return Path(f"/proc/self/fd/{self._descriptor}")
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the file is in no folder any more: what is written to it ends with this process."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
+    @property
     def healthy(self) -> bool:
         """Whether all of it is in the file."""
         return not self._unwritten

@@ -96,7 +96,7 @@ class Writer:
         """This journal, as far as it goes."""
         self._journal.write()
         async with self._working:
-            path = self._journal.path
+            name, path = self._journal.id, self._journal.opened
             while True:
                 position = self._position
                 records, end = await asyncio.to_thread(read, path, position, _SHARE)
@@ -107,9 +107,13 @@ class Writer:
                     self._written += len(records)
                 else:  # an answer of the database was lost, or it is an older state of it that answers now
                     self._written += await asyncio.to_thread(_between, path, position, self._position)
-            if self._position >= _LARGE and self._journal.healthy and self._position == path.stat().st_size:
+            deleted = self._journal.deleted
+            whole = self._journal.healthy and self._position == path.stat().st_size
+            if whole and (deleted or self._position >= _LARGE):
+                if deleted:
+                    log.error("%s was deleted by somebody; the journal goes on in another file", self._journal.path)
                 self._journal.renew()
-                self._position = 0 if self._journal.path != path else self._position
+                self._position = 0 if self._journal.id != name else self._position
 
     async def collect(self) -> None:
         """Journals of gateways on this host that are no more. One that fails is no other one's matter."""
