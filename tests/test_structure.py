@@ -30,6 +30,7 @@ ENGINE_FLOORS = (  # lowest first; a room imports from those before it
     "config",
     "request",
     "fairness",
+    "turns",
     "waiting",
     "step",
     "guidance",

@@ -59,6 +59,7 @@ class Account:
         "num_fresh",
         "num_requests",
         "num_running",
+        "owed",
         "place",
         "price",
         "queue",
@@ -73,6 +74,7 @@ class Account:
         self.weight = 1.0
         self.price = _UNIT  # of a prompt's token
         self.counter = line.level
+        self.owed = 0  # below 0: what it was charged for tokens in flight that nobody got; its next ones are free
         self.num_requests = 0  # that are here, in whatever state
         self.num_running = 0  # of these, those that have a row
         self.waiting: dict[int, Request] = {}  # those in the queue, by id
@@ -91,16 +93,21 @@ class Account:
         self.price = round(_UNIT / weight)
 
     def charge(self, request: Request) -> None:
-        """What was computed and drawn for a request of its, and is not charged yet. To be asked before the request
-        gives its pages back."""
+        """What was computed and drawn for a request of its, or is in flight, and is not charged yet. To be asked before
+        the request gives its pages back."""
         prompt = min(request.num_computed, request.num_given) - request.charged_prompt
         drawn = len(request.tokens) - request.charged_length
+        if request.state is not State.FINISHED:  # else what is in flight is dropped
+            drawn += request.pending
         if prompt > 0:
             request.charged_prompt += prompt
-            self.counter += prompt * self.price
+            self.owed += prompt * self.price
         if drawn:
             request.charged_length += drawn
-            self.counter += OUTPUT_PRICE * drawn * self.price
+            self.owed += OUTPUT_PRICE * drawn * self.price
+        if self.owed > 0:
+            self.counter += self.owed
+            self.owed = 0
 
     def now(self) -> tuple[int, float, int]:
         """Where it belongs in the line."""
@@ -219,6 +226,11 @@ class Accounts:
     def importance(self, request: Request) -> tuple[int, float, int]:
         """Where one tenant is alone, the least goes first."""
         return self.kind(request), request.arrival, request.id
+
+    @property
+    def lines(self) -> Mapping[int, Line]:
+        """Those of which something is here, by class."""
+        return self._lines
 
     def of(self, request: Request) -> Account:
         """The account of a request that is here."""

@@ -236,6 +236,12 @@ class Request:
         return self.pending > 0 and len(self.tokens) + self.pending >= self.end_length
 
     @property
+    def draws_next(self) -> bool:
+        """Whether one more token is drawn as soon as what it lacks is computed: it lacks no tokens of its prompt."""
+        lacking = len(self.tokens) + self.pending - self.num_computed
+        return lacking == 1 + self.again and self.num_computed >= self.images_end
+
+    @property
     def has_run(self) -> bool:
         """Whether it ever had a row here: where it waits, it was preempted."""
         return self.num_cached >= 0

@@ -30,6 +30,7 @@ from quire_engine.outcome import SchedulerStats, StepOutcome
 from quire_engine.request import Request, State, check_length
 from quire_engine.speculation.speculation import Speculation
 from quire_engine.step import REJECTED, PlanDraft, StepPlan, StepResult
+from quire_engine.turns import Turns
 from quire_engine.waiting import Deadlines, Wait, WaitingQueue, WaitsFor
 
 
@@ -51,6 +52,7 @@ class Scheduler:
         self._ended: list[Request] = []  # finished outside a commit: aborted, past their deadline
         self._started: list[Request] = []
         self._accounts = Accounts(limits)
+        self._turns = Turns(self._accounts)
         self._waiting = WaitingQueue(self._accounts)
         self._held: dict[Request, WaitsFor] = {}  # what the last plan left out; replaced, and never changed
 
@@ -121,10 +123,8 @@ class Scheduler:
         """Out of the queue or off its row, its pages given back, and ended."""
         if request.state is State.RUNNING:
             self.running.remove(request)
-            self._vacate(request)
-        else:
-            self._waiting.remove(request)
-        self._end(request, reason, error)
+        self._finish(request, reason, error)
+        self._ended.append(request)
 
     def _vacate(self, request: Request) -> None:
         self._accounts.stop(request)
@@ -154,14 +154,17 @@ class Scheduler:
         draft = PlanDraft(self.limits.max_num_batched_tokens, now)
         if self.images is not None:
             self.images.begin()
-        prompts = self._decode(draft, guesses)
-        num_decoding = len(draft.token_ids)
+        rows = len(self._rows) if self._waiting else 0
+        going, left = self._turns.take(self.running, draft.budget, rows, self._held)
+        prompts = self._decode(going, draft, guesses)
+        if left:
+            self._accounts.settle()
         self._prefill(prompts, draft, drafted=bool(guesses))
         self._admit(draft, drafted=bool(guesses))
-        for request in draft.held:
-            if request.state is State.RUNNING and request not in self._held:
-                request.waiting_since = now
-        self._held = draft.held
+        if left:  # tokens that prompts did not take
+            draft.leave_out(self._decode(left, draft, guesses), WaitsFor.TURN)
+        self._turns.had_prompts = bool(prompts or draft.num_prompt_tokens)
+        self._held = draft.waits(self._held)
         if not draft.requests:
             fine = self._in_flight or WaitsFor.IMAGE in draft.held.values()
             assert fine or not (self.running or self._waiting), "requests are left and none can run"
@@ -169,7 +172,7 @@ class Scheduler:
         if self.states is not None:
             self.states.settle()
         plan = draft.plan(self.images.planned() if self.images is not None else None)
-        self._in_flight.append((draft.requests, len(draft.token_ids) - num_decoding, plan))
+        self._in_flight.append((draft.requests, draft.num_prompt_tokens, plan))
         return plan
 
     def _guesses(self) -> dict[Request, list[int]] | None:
@@ -179,13 +182,13 @@ class Scheduler:
             return {}
         return self.speculation.guesses(self.running, self.limits, in_flight=bool(self._in_flight))
 
-    def _decode(self, draft: PlanDraft, guesses: dict[Request, list[int]]) -> list[Request]:
-        """One token, and its drafts, for each running request that lacks no more; gives the others."""
+    def _decode(self, running: list[Request], draft: PlanDraft, guesses: dict[Request, list[int]]) -> list[Request]:
+        """One token, and its drafts, for each of these that lacks no more; gives the others."""
         states, block_size, budget = self.states, self.limits.block_size, draft.budget
         rows, starts, counts, token_ids, draws = draft.rows, draft.starts, draft.counts, draft.token_ids, draft.draws
         planned, moves = draft.requests, draft.states
         others: list[Request] = []
-        for request in self._accounts.in_order(self.running, min(budget, self.pool.num_free)):
+        for request in self._accounts.in_order(running, min(budget, self.pool.num_free)):
             computed, pending = request.num_computed, request.pending
             length = len(request.tokens) + pending
             lacking = length - computed
@@ -333,9 +336,8 @@ class Scheduler:
                 outcome.tell_vectors(drawing, result.vectors)
             if result.logprobs or result.prompt_logprobs:
                 outcome.tell_logprobs(requests, plan, result)
-        if self._ended:
-            outcome.finished.extend(self._ended)
-            self._ended = []
+        outcome.finished.extend(self._ended)
+        self._ended.clear()
         return outcome
 
     def _append(self, drawing: list[Request], result: StepResult, plan: StepPlan, outcome: StepOutcome) -> None:
@@ -366,7 +368,7 @@ class Scheduler:
                     out_tokens.append(token)
                     out_indexes.append(length - request.num_prompt - 1)
                     if token in request.stop_ids and length > request.min_length:
-                        self._finish(request, "stop", stop_token_id=token)
+                        self._finish(request, "stop", stop=token)
                     elif length >= request.end_length:
                         self._finish(request, "length")
                     elif length % block_size == 0 and request.num_computed >= length and request.state is running:
@@ -393,15 +395,13 @@ class Scheduler:
             self.speculation.learn(request, drafts, accepted)
         return tokens
 
-    def _finish(
-        self, request: Request, reason: str, *, stop_token_id: int | None = None, error: Exception | None = None
-    ) -> None:
-        """Ends a request in a commit, which takes it off the running list afterwards."""
+    def _finish(self, request: Request, reason: str, error: Exception | None = None, stop: int | None = None) -> None:
+        """Ends a request that the caller takes off the running list."""
         if request.state is State.RUNNING:
             self._vacate(request)
         else:
-            self._waiting.remove(request)  # preempted meanwhile
-        request.finish(reason, stop_token_id=stop_token_id, error=error)
+            self._waiting.remove(request)
+        request.finish(reason, stop_token_id=stop, error=error)
         self._forget(request)
 
     def _forget(self, request: Request) -> None:

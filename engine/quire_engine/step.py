@@ -1,5 +1,6 @@
 """What goes from the scheduler to the workers each step, and what comes back."""
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire_engine.config import SchedulerLimits
-from quire_engine.request import EngineSampling, ImageSpan, Request
+from quire_engine.request import EngineSampling, ImageSpan, Request, State
 from quire_engine.waiting import WaitsFor
 
 Ints = NDArray[np.int32]
@@ -147,7 +148,7 @@ class PlanDraft:
     reads: list[tuple[int, int, int]] = field(default_factory=list)  # row, start, count
     read_ids: list[int] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
-    with_prompts: bool = False
+    num_prompt_tokens: int = 0  # of those computed, the ones of requests that lacked several
     held: dict[Request, WaitsFor] = field(default_factory=dict)  # what runs and is left out, and the head of the queue
 
     def begin(self, request: Request) -> None:
@@ -168,7 +169,7 @@ class PlanDraft:
         self.draws.append(int(end == len(log)))
         if end < len(log):
             self.next_ids.append(log[end])
-        self.with_prompts = True
+        self.num_prompt_tokens += end - start
         self.requests.append(request)
 
     def read(self, request: Request, length: int, limits: SchedulerLimits) -> bool:
@@ -183,6 +184,17 @@ class PlanDraft:
             self.read_ids.extend(request.tokens[start:end])
             request.num_read = end
         return end == length
+
+    def leave_out(self, requests: Iterable[Request], why: WaitsFor) -> None:
+        """They wait, those that have a row still."""
+        self.held.update((request, why) for request in requests if request.state is State.RUNNING)
+
+    def waits(self, before: Container[Request]) -> dict[Request, WaitsFor]:
+        """What is held; of it, what runs and was not held `before` waits from now on."""
+        for request in self.held:
+            if request.state is State.RUNNING and request not in before:
+                request.waiting_since = self.now
+        return self.held
 
     def plan(self, images: StepImages | None = None) -> StepPlan:
         """Its arrays."""
@@ -205,7 +217,7 @@ class PlanDraft:
             read_counts=reads[:, 2],
             read_ids=np.array(self.read_ids, np.int32),
             new_rows=self.new_rows,
-            with_prompts=self.with_prompts,
+            with_prompts=self.num_prompt_tokens > 0,
             images=images,
         )
 

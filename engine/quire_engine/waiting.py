@@ -203,7 +203,7 @@ class WaitingQueue:
             head, account = first
             peers, of_class = account.num_fresh, account.line.num_fresh
             found[WaitsFor.PRIORITY] = fresh - of_class
-            found[WaitsFor.TURN] = of_class - peers
+            found[WaitsFor.TURN] += of_class - peers
             found[WaitsFor.EARLIER] = peers
             if not head.has_run:
                 found[WaitsFor.EARLIER] -= 1

@@ -4,8 +4,8 @@ import gc
 import hashlib
 import math
 from collections import Counter, deque
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -498,6 +498,145 @@ def test_pages_are_shared() -> None:
     assert {one.tenant for _, one in story.preempted} == {"a"}
     story.end()
     assert all(one.finish_reason == "length" for one in (*flood, short))
+
+
+@dataclass
+class Steps:
+    """What each step computes of whom, as the plans say."""
+
+    story: Story
+    tokens: list[Counter[Request]] = field(default_factory=list)  # of each step, by request
+    drawn: list[set[Request]] = field(default_factory=list)  # of each step, who draws one
+
+    def take(self) -> Counter[str]:
+        """One; the tokens of each tenant."""
+        plan = self.story.scheduler.schedule(self.story.now)
+        self.story.now += 1.0
+        assert plan is not None
+        at = {request.row: request for request in self.story.scheduler.running}
+        rows = [at[row] for row in plan.rows.tolist()]
+        self.tokens.append(Counter(dict(zip(rows, plan.counts.tolist(), strict=True))))
+        self.drawn.append({one for one, draws in zip(rows, plan.draws.tolist(), strict=True) if draws})
+        self.story.results.append(self.story.draw(plan))
+        self.story.check_waits()
+        waits = self.story.scheduler.explain(self.story.scheduler.running)
+        full = plan.counts.sum() == self.story.bounds.max_num_batched_tokens
+        assert full or all(wait.reason is not WaitsFor.TURN for wait in waits), "one gave way for nothing"
+        if self.story.scheduler.num_in_flight >= self.story.bounds.steps_in_flight:
+            self.story.scheduler.commit(self.story.results.popleft())
+        self.story.scheduler.check_integrity()
+        found: Counter[str] = Counter()
+        for request, tokens in self.tokens[-1].items():
+            found[request.tenant] += tokens
+        return found
+
+    def longest_wait(self, request: Request) -> int:
+        """Steps from one in which it draws a token to the next."""
+        places = [place for place, drawn in enumerate(self.drawn) if request in drawn]
+        return max((after - before for before, after in pairwise([*places, len(self.drawn)])), default=0)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_prompts_have_their_share_of_every_step_beside_a_flood_that_draws(depth: int) -> None:
+    """Of 64 tokens the flood's streams would have 60. A prompt's token counts 1, one drawn 2: a third is drawn."""
+    bounds = limits(
+        max_num_seqs=80, max_num_batched_tokens=64, num_pages=4000, max_model_len=400, steps_in_flight=depth
+    )
+    steps = Steps(Story(bounds))
+    flood = [steps.story.add("a", 1, 300) for _ in range(60)]
+    for _ in range(10):
+        assert steps.take() == {"a": 60}
+    mine = [steps.story.add("b", 40, 100) for _ in range(5)]
+    begun = len(steps.tokens)
+    while any(one.num_computed < 40 for one in mine):
+        left = sum(40 - one.num_computed for one in mine)
+        found = steps.take()
+        assert found.total() == 64, "tokens of the step are left over"
+        assert found["b"] >= min(left, 40)
+        assert len(steps.drawn[-1] & set(flood)) >= 20
+        waits = steps.story.scheduler.explain(flood)
+        assert {wait.reason for wait in waits} == {None, WaitsFor.TURN}
+    assert len(steps.tokens) - begun <= 6, "200 tokens of prompts, and what they drew meanwhile"
+    for one in flood:
+        assert steps.longest_wait(one) <= 3, "60 streams, of which 20 or more draw in a step"
+    for _ in range(3):
+        steps.take()
+    assert len(steps.tokens[-1]) == 64, "rows that draw are more than the tokens of a step, as they always might be"
+
+
+@settings(QUICK, max_examples=10)
+@given(
+    weights=st.tuples(*[st.sampled_from([0.2, 1.0, 1.0, 4.0])] * 3),
+    streams=st.integers(1, 40),
+    others=st.integers(0, 20),
+    budget=st.sampled_from([64, 100]),
+    depth=st.sampled_from([1, 2]),
+    ahead=st.integers(1, 60),
+)
+def test_no_stream_stands_still(
+    weights: tuple[float, float, float], streams: int, others: int, budget: int, depth: int, ahead: int
+) -> None:
+    """However far a tenant is ahead that never waits, and however many tokens the prompts of others lack: each of its
+    streams has a token within the steps that quire_engine/turns.py states."""
+    bounds = limits(
+        max_num_seqs=110, max_num_batched_tokens=budget, num_pages=40000, max_model_len=1000, steps_in_flight=depth
+    )
+    steps = Steps(Story(bounds))
+    add = dict(zip("abc", weights, strict=True))
+    flood = [steps.story.add("a", 1, 900, weight=add["a"]) for _ in range(streams)]
+    more = [steps.story.add("c", 1, 900, weight=add["c"]) for _ in range(others)]
+    for place in range(ahead):
+        if place % 10 == 0:
+            steps.story.add("b", 1, 1, weight=add["b"])  # the last to wait, with a counter that stays behind
+        steps.take()
+    for _ in range(40):
+        steps.story.add("b", 90, 1, weight=add["b"])
+    for _ in range(30):
+        steps.take()
+    present = {"a": streams, "b": 1, "c": others}
+    total = sum(add[tenant] for tenant, number in present.items() if number)
+    for tenant, group in (("a", flood), ("c", more)):
+        draws = max(1, math.floor(budget * add[tenant] / (4 * total)) - 1)
+        assert all(steps.longest_wait(one) <= math.ceil(len(group) / draws) for one in group)
+
+
+def test_nobody_gives_way_for_what_the_cache_has() -> None:
+    """Or for what finds no pages."""
+    bounds = limits(max_num_seqs=80, max_num_batched_tokens=64, num_pages=700, max_model_len=400)
+    steps = Steps(Story(replace(bounds, enable_prefix_caching=True)))
+    for _ in range(52):
+        steps.story.add("a", 1, 60)
+    steps.story.add("b", [3] * 41, 1)
+    for _ in range(10):
+        steps.take()
+    for _ in range(12):
+        steps.story.add("b", [3] * 41, 1)
+    found = steps.take()
+    assert found == {"a": 52, "b": 12}
+    for _ in range(40):
+        steps.story.add("b", 390, 1)
+    while steps.story.scheduler.pool.num_free > 100:
+        steps.take()
+    for _ in range(20):
+        steps.take()
+
+
+def test_classes_do_not_give_way_to_each_other() -> None:
+    """Prompts of one class take no tokens from what another one draws, nor what tenants of that gave up."""
+    bounds = limits(max_num_seqs=80, max_num_batched_tokens=64, num_pages=4000, max_model_len=400, by_priority=True)
+    steps = Steps(Story(bounds))
+    for tenant in ("low", "other"):
+        for _ in range(25):
+            steps.story.add(tenant, 1, 300, priority=1)
+    for _ in range(5):
+        assert steps.take().total() == 50
+    for tenant in ("high", "other"):
+        steps.story.add(tenant, 300, 5, priority=0)
+    steps.story.add("low", 300, 5, priority=1)
+    for _ in range(20):
+        found = steps.take()
+        assert found["low"] == 25
+        assert found.total() == 64
 
 
 def test_what_waits_for_another_tenants_turn() -> None:
