@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _Text = tuple[str, str | None, str | None, str | None, bool, int]
 _RETRY = 10.0  # seconds until a model that could not be read is tried again
 _READ = 60.0  # seconds that a request waits for one that is being read
+_SHOWN_NAME = 255  # characters of a name that a client made up
 
 
 def _text_of(deployment: Deployment) -> _Text:
@@ -162,7 +163,7 @@ class Models:
         entry = self._by_name.get(model) if model else next(iter(self._entries.values()), None)
         self.metrics.rejection(entry.served.deployment.name if entry is not None else "", error)
         if self._governor is not None:
-            self._governor.refused(calling(), {"route": route, "model": model or ""}, error)
+            self._governor.refused(calling(), {"route": route, "model": (model or "")[:_SHOWN_NAME]}, error)
         access_log.info(json.dumps({"route": route, "refused": type(error).__name__, "why": str(error)[:200]}))
 
     # ---- how they are ---------------------------------------------------------------------------------------------
