@@ -203,6 +203,8 @@ def forgeries() -> dict[str, tuple[str, str]]:
         "nbf": (token(nbf=time.time() + 600), "not valid yet"),
         "no subject": (token(sub=None), "no claim sub"),
         "empty subject": (token(sub=""), "no subject"),
+        "subject that SQLite cannot take": (token(sub="a\ud800"), "no subject that can be written"),
+        "subject that PostgreSQL cannot take": (token(sub="a\0"), "no subject that can be written"),
         "no tenant": (token(tenant=None), "no tenant"),
         "tenant as a list": (token(tenant=["research"]), "no tenant"),
         "role": (token(role="root"), "no role"),

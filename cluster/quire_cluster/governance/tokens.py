@@ -287,8 +287,8 @@ def _claims(issuer: TokenIssuer, found: Mapping[str, Any]) -> Claims:
         raise Unauthenticated(f"the token names no tenant in its claim {issuer.tenant_claim}")
     if not isinstance(role, str) or role not in issuer.roles:
         raise Unauthenticated(f"the token's claim {issuer.role_claim} is no role that this server knows")
-    if not found["sub"]:
-        raise Unauthenticated("the token names no subject")
+    if not found["sub"] or not found["sub"].isprintable():  # what is none, no database would take
+        raise Unauthenticated("the token names no subject that can be written")
     if not isinstance(found["exp"], int | float) or found["exp"] > _LATEST:
         raise Unauthenticated("the token's claim exp is no time in seconds")
     return Claims(
