@@ -54,6 +54,7 @@ def test_what_was_appended_is_there_and_intact(url: str) -> None:
         found = await log.list(tenant="t1", limit=3)
         assert [one.values["n"] for one in found] == [28, 25, 22]
         assert [one.seq for one in await log.list(before=3)] == [2, 1]
+        assert [one.seq for one in await log.list(before=(1 << 64) - 1, limit=1)] == [30]
         assert verify_export(await exported(log), log.public_key) == report
         other = AuditLog(database, _another_key())
         assert "not signed by this key" in str((await other.verify()).fault)

@@ -38,6 +38,7 @@ _LOCK = 0x51756973  # of PostgreSQL's advisory locks: one process appends at a t
 _NONCE = 12  # bytes
 _ROWS = 100  # that one statement brings: others on the event loop have their turn between two
 _RETIRED = 10  # pages of records that are looked at in one transaction
+_LARGEST = (1 << 63) - 1  # that a database takes for a number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,7 @@ class Checkpoint:
                 values[name] = bytes.fromhex(values[name])
             made = Checkpoint(**values)
             _NUMBERS.pack(made.seq, made.at, made.first, made.erased)
-        except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
             raise InvalidParameter(
                 "the checkpoint is none; give a line that `quire audit checkpoint` wrote", "checkpoint"
             ) from error
@@ -393,14 +394,16 @@ class AuditLog:
     async def list(
         self, *, tenant: str | None = None, kind: str | None = None, before: int | None = None, limit: int = 100
     ) -> "list[Entry]":
-        """The newest first. `before`: a record's number."""
+        """The newest first. `before`: a record's number. Raises InvalidParameter."""
+        if not 1 <= limit <= _LARGEST:
+            raise InvalidParameter(f"limit is {limit}; give a number of records, from 1 on", "limit")
         table = tables.audit
         asked = select(table).order_by(table.c.seq.desc()).limit(limit)
         for column, value in ((table.c.tenant, tenant), (table.c.kind, kind)):
             if value is not None:
                 asked = asked.where(column == value)
         if before is not None:
-            asked = asked.where(table.c.seq < before)
+            asked = asked.where(table.c.seq < min(before, _LARGEST))
         async with self._database.snapshot() as connection:
             rows = (await connection.execute(asked)).all()
         return [_entry(row) for row in rows]
