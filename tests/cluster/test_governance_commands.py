@@ -98,6 +98,7 @@ def test_a_key_is_shown_once(capsys: pytest.CaptureFixture[str], folder: Path) -
         ("keys create research --role boss", "role is 'boss'; it must be one of user, auditor, admin"),
         ("keys create research --expires soon", "give a time as 90d, 12h or 30m"),
         ("keys create research --expires 0d", "give a time as 90d, 12h or 30m"),
+        ("keys create research --expires 999999w", "expires is 999999w; at most 36500d are kept"),
         ("keys create research --models ,", "models is ','"),
         ("keys revoke qk-00000000", "there is no key 'qk-00000000'"),
         (f"keys revoke {other[:11]}", "is revoked already"),
@@ -224,8 +225,12 @@ def test_the_audit_log_is_looked_through(capsys: pytest.CaptureFixture[str], fol
     with sqlite3.connect(folder / "governance.db") as connection:
         connection.execute("DELETE FROM audit WHERE seq = 2")
     assert "record 2 is missing" in quire(capsys, "audit verify", 1)
+    (folder / "deep.json").write_text("[" * 100_000)
     for line, wrong in (
+        ("audit list --limit -1", "limit is -1; give a number of records"),
+        ("audit list --limit 99999999999999999999", "limit is 99999999999999999999; give a number of records"),
         ("audit verify --checkpoint governance.yaml", "the checkpoint is none"),
+        ("audit verify --checkpoint deep.json", "the checkpoint is none"),
         ("audit verify --key governance.yaml", "neither a private nor a public one"),
         ("audit verify --export nowhere", "cannot be read"),
     ):

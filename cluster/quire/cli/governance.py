@@ -31,6 +31,7 @@ from quire.cli.terminal import say
 
 T = TypeVar("T")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_LONGEST = 100 * 365 * 86400  # seconds; far from the years that calendars have no room for
 _FORM = re.compile(r"(\d{1,6})([smhdw])")
 
 
@@ -66,7 +67,9 @@ def seconds(text: str, parameter: str) -> int:
     found = _FORM.fullmatch(text)
     if not found or not int(found[1]):
         raise InvalidParameter(f"{parameter} is {text!r:.80}; give a time as 90d, 12h or 30m", parameter)
-    return int(found[1]) * _UNITS[found[2]]
+    if (long := int(found[1]) * _UNITS[found[2]]) > _LONGEST:
+        raise InvalidParameter(f"{parameter} is {text}; at most {_LONGEST // 86400}d are kept", parameter)
+    return long
 
 
 # ---- tenants --------------------------------------------------------------------------------------------------------
