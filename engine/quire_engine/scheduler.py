@@ -52,7 +52,7 @@ class Scheduler:
         self._ended: list[Request] = []  # finished outside a commit: aborted, past their deadline
         self._started: list[Request] = []
         self._accounts = Accounts(limits)
-        self._turns = Turns(self._accounts)
+        self._turns = Turns(self._accounts, give_way=self.states is None)
         self._waiting = WaitingQueue(self._accounts)
         self._held: dict[Request, WaitsFor] = {}  # what the last plan left out; replaced, and never changed
 
@@ -237,7 +237,7 @@ class Scheduler:
         """What the budget leaves to running requests that lack several tokens, and to waiting ones of their class whose
         tenants were served less than theirs."""
         for request in self._accounts.in_turn(requests):
-            if draft.budget:
+            if draft.budget and self.states is None:  # with states whoever runs comes first: see Turns
                 self._admit(draft, drafted=drafted, before=request)
             if request.state is not State.RUNNING:
                 continue

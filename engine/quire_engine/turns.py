@@ -64,8 +64,11 @@ def _level(wants: list[_Wants], room: int) -> int:
 class Turns:
     """Asked before each plan. Where no tenants compete, or none lacks tokens of prompts, this costs a step nothing."""
 
-    def __init__(self, accounts: Accounts) -> None:
+    def __init__(self, accounts: Accounts, *, give_way: bool) -> None:
+        """`give_way`: whether any may. None may with recurrent states: who begins with one that another left holds it
+        until the plan is made, so that whoever runs has to come first, to find a page for its own."""
         self._accounts = accounts
+        self._give_way = give_way
         self.had_prompts = False  # the last plan, or it left some out: there may be more
 
     def take(
@@ -76,7 +79,7 @@ class Turns:
 
         It is not known here what the cache has of what waits, nor whether there are pages, and what is computed again
         after drafts proved wrong is not looked at. Tokens that are left over are for the latter after all."""
-        if not self._accounts.contested or not (rows or self.had_prompts):
+        if not (self._give_way and self._accounts.contested and (rows or self.had_prompts)):
             return running, []
         self._accounts.settle()
         classes: dict[int, dict[Account, _Wants]] = {}

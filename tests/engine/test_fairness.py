@@ -216,6 +216,36 @@ def test_random_lives(**life: Any) -> None:
     live(**life)
 
 
+def test_who_runs_finds_a_state_before_others_begin_with_the_one_it_left() -> None:
+    live(
+        events=[
+            (9, 1),
+            (("a", 17, 6, 7), 2),
+            (("b", 19, 4, 2), 4),
+            (59, 0),
+            (("b", 27, 8, 7), 3),
+            (("a", 6, 4, 1), 3),
+            (("c", 12, 6, 3), 1),
+            (("a", 26, 1, 6), 0),
+            (("b", 27, 4, 4), 2),
+            (57, 4),
+            (("c", 22, 10, 1), 3),
+            (("b", 29, 4, 3), 3),
+            (("c", 15, 9, 1), 1),
+            (31, 0),
+        ],
+        weights=(1.0, 5.0, 2.0),
+        num_pages=14,
+        rows=4,
+        budget=16,
+        caching=True,
+        depth=1,
+        num_states=2,
+        drafts=False,
+        by_priority=True,
+    )
+
+
 @pytest.mark.slow
 @settings(QUICK, max_examples=4000)
 @LIVES
