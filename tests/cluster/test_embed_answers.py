@@ -39,7 +39,7 @@ def embed(size: int, count: int, **options: Any) -> str:
     """What is answered to `count` inputs by a model of vectors of `size` numbers that has no replica."""
     tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=KINDS["words"]))
     config = {"vocab_size": tokenizer.size, "hidden_size": size}
-    files: Any = SimpleNamespace(config=config, generation_config={"eos_token_id": []})
+    files: Any = SimpleNamespace(digest="", config=config, generation_config={"eos_token_id": []})
     pooling = Pooling(kind="mean", normalize=True)
     service = Service(
         files, tokenizer, names=["m"], max_model_len=100, max_waiting=1, metrics=Metrics(), pooling=pooling

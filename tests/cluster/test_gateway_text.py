@@ -49,7 +49,7 @@ async def talk(
     """The answers to (route, body), all asked at once of a gateway of one scripted replica."""
     fast = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind])
     config = {"vocab_size": KINDS[kind].get_vocab_size()}
-    files: Any = SimpleNamespace(config=config, generation_config={"eos_token_id": []})
+    files: Any = SimpleNamespace(digest="", config=config, generation_config={"eos_token_id": []})
     service = Service(
         files, Tokenizer(fast, TEMPLATE), names=["m"], max_model_len=1000, max_waiting=100, metrics=Metrics()
     )
