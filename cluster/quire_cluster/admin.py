@@ -160,7 +160,7 @@ class AdminServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable((SERVICE.full_name, health.SERVICE_NAME), self._grpc)
         routes = [
-            *JsonCalls(SERVICE, self._service, _note).routes(),
+            *JsonCalls(SERVICE, self._service, on_call=_note).routes(),
             Route("/health", self._ok, methods=["GET"]),
         ]
         app = Doors.of(config.host, identity, (), ()).before(Starlette(routes=routes))

@@ -132,6 +132,14 @@ def test_every_route_for_every_caller(service: MakeService, tmp_path: Path) -> N
                             break  # the second time it would be another question
             for path in ("/health", "/ready"):
                 assert (await at.client.get(path)).status_code == 200
+            nonsense = await at.client.post(
+                "/quire.v1.Governance/AddTenant", content=b"no JSON", headers=bearer(keys["user"])
+            )
+            assert nonsense.status_code == 403, "who may not is told so before anything is read"
+            await at.governor.writer.flush()
+            found = [one.values for one in await at.governor.audit.list(kind="admin", limit=1000)]
+            denied = {(one["action"], one["role"]) for one in found if one.get("refused") == "Forbidden"}
+            assert {("AddTenant", "user"), ("AddTenant", "auditor"), ("ListAudit", "user")} <= denied
 
     run(work())
 

@@ -46,7 +46,7 @@ def listed(capsys: pytest.CaptureFixture[str], what: str) -> list[dict[str, Any]
 
 
 def test_a_tenant_is_made_changed_and_ended(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "`quire tenants add NAME`" in quire(capsys, "tenants list")
+    assert "as `quire tenants add` does" in quire(capsys, "tenants list", 1)
     quire(capsys, "tenants add research --weight 2 --tokens-per-minute 200000 --models qwen3-*,llama")
     quire(capsys, "tenants add other --cache-group g")
     wanted = {
@@ -81,8 +81,10 @@ def test_a_tenant_is_made_changed_and_ended(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_key_is_shown_once(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    quire(capsys, "tenants add other")
     assert "there is no tenant 'research'" in quire(capsys, "keys create research", 1)
     quire(capsys, "tenants add research")
+    assert (folder / "governance.db").stat().st_mode & 0o077 == 0
     said = quire(capsys, "keys create research --role admin --expires 90d --models a*,b")
     key = said.split()[0]
     assert key.startswith("qk-") and len(key) > 50
@@ -196,8 +198,9 @@ def test_migrations_make_the_tables_that_are_used(folder: Path) -> None:
 
 
 def test_the_audit_log_is_looked_through(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    assert "nothing is on record" in quire(capsys, "audit list")
-    assert "nothing is on record yet" in quire(capsys, "audit checkpoint", 1)
+    for line in ("audit list", "audit verify", "audit checkpoint", "audit export", "usage", "keys list"):
+        assert "nothing was made in it" in quire(capsys, line, 1)
+    assert not (folder / "governance.db").exists(), "who only looks makes none"
     quire(capsys, "tenants add a")
     quire(capsys, "tenants add b")
     (folder / "kept.json").write_text(quire(capsys, "audit checkpoint"))
@@ -238,6 +241,7 @@ def test_the_audit_log_is_looked_through(capsys: pytest.CaptureFixture[str], fol
 
 
 def test_usage_is_summed(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    quire(capsys, "tenants add t0")
     assert "nothing was used" in quire(capsys, "usage")
 
     async def use() -> None:

@@ -45,12 +45,18 @@ class _Opened:
     actor: Actor
 
 
-def _with_database(config: GovernanceConfig, work: Callable[[_Opened], Awaitable[T]]) -> T:
-    """Does something with it. It is made, or brought to this version, where need be."""
+def _with_database(config: GovernanceConfig, work: Callable[[_Opened], Awaitable[T]], *, makes: bool = False) -> T:
+    """Does something with it, brought to this version where need be. `makes`: where there is none, too. Raises
+    InvalidParameter."""
     governance = read_governance(find_file(config.governance))
 
     async def run() -> T:
         database = Database(governance.database)
+        if database.file is not None and not makes and not database.file.exists():
+            raise InvalidParameter(
+                f"there is no {database.file}: nothing was made in it, as `quire tenants add` does, or it was moved",
+                "governance",
+            )
         try:
             await database.migrate()
             log = AuditLog(database, governance.signing_key, governance.content_key)
@@ -78,7 +84,7 @@ def seconds(text: str, parameter: str) -> int:
 def add_tenant(arguments: argparse.Namespace, config: GovernanceConfig, tenant: TenantConfig) -> None:
     """`quire tenants add`"""
     made = tenant.tenant(arguments.name)
-    _with_database(config, lambda opened: opened.administration.add_tenant(made, opened.actor))
+    _with_database(config, lambda opened: opened.administration.add_tenant(made, opened.actor), makes=True)
     say(f"{made.name} is a tenant; `quire keys create {made.name}` makes it a key")
 
 

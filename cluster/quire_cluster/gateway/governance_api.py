@@ -32,12 +32,14 @@ class GovernanceService(governance_pb2_grpc.GovernanceServicer):
         self._governor = governor
         self._administration = governor.administration
 
-    def on_call(self, method: str, message: Any) -> None:
+    def check(self, method: str) -> None:
         """Whether the caller may. Raises Forbidden."""
         caller, reads = calling(), method in _READ
-        caller.check(Permission.READ if reads else Permission.MANAGE)
-        if reads and method != DESCRIBE:
-            self._governor.asked(caller, method)
+        permission = Permission.READ if reads else Permission.MANAGE
+        allowed = caller.may(permission)
+        if not allowed or (reads and method != DESCRIBE):
+            self._governor.asked(caller, method, allowed=allowed)
+        caller.check(permission)
 
     async def AddTenant(self, request: pb.Tenant, context: Any) -> pb.Tenant:
         """Under a new name."""

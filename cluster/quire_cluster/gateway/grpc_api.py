@@ -423,7 +423,9 @@ class GrpcServer:
         `shared_port`: other gateways of this host may listen on the same one. `tls`: None: calls are not encrypted."""
         self._tls = tls
         doors: list[Any] = [CallerCheck(identity, open_services=[health.SERVICE_NAME])] if identity is not None else []
-        errors = [CallErrors(GOVERNANCE, governance.on_call)] if governance is not None else []
+        errors: list[Any] = []
+        if governance is not None:
+            errors = [CallErrors(GOVERNANCE, lambda method, message: governance.check(method))]
         self._server = grpc.aio.server(
             interceptors=[*doors, CallGuard(limits.body), *errors],
             options=[

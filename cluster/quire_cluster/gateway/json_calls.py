@@ -40,11 +40,15 @@ class JsonCalls:
         self,
         service: ServiceDescriptor,
         servicer: Any,
+        *,
+        may: Callable[[str], None] = lambda name: None,
         on_call: Callable[[str, Any], None] = lambda name, message: None,
     ) -> None:
-        """`on_call`: told of each call before it is made, and of DESCRIBE; may raise QuireError."""
+        """`may`: asked of each call, and of DESCRIBE, before its body is read; raises QuireError. `on_call`: told of
+        each before it is made."""
         self._service = service
         self._servicer = servicer
+        self._may = may
         self._on_call = on_call
 
     def routes(self) -> list[Route]:
@@ -57,7 +61,7 @@ class JsonCalls:
 
     async def _describe(self, request: Request) -> Response:
         try:
-            self._on_call(DESCRIBE, None)
+            self._may(DESCRIBE)
         except QuireError as error:
             return error_response(error)
         return json_response(openapi(self._service))
@@ -73,6 +77,7 @@ class JsonCalls:
             )
         message = GetMessageClass(method.input_type)()
         try:
+            self._may(name)
             body = await request.body()
             if len(body) > LARGEST:
                 raise InvalidParameter(f"the body has more than {LARGEST} bytes")

@@ -121,8 +121,9 @@ class Gateway:
         assert self._listener is not None, "start() before open()"
         if self._governor is not None:
             await self._governor.open()
+            self._parts += [self._begin(part, name) for name, part in self._governor.parts().items()]
         governance = GovernanceService(self._governor) if self._governor is not None else None
-        more = JsonCalls(GOVERNANCE, governance, governance.on_call).routes() if governance is not None else []
+        more = JsonCalls(GOVERNANCE, governance, may=governance.check).routes() if governance is not None else []
         self.api = Api(self.models, more)
         http = HttpConfig(self._doors.before(self.api.app()), self._limits)
         self._http = HttpServer(http) if self._tls is None else SecureHttpServer(http, self._tls)

@@ -1,5 +1,7 @@
 """The governance database: SQLite in a file (WAL), or a PostgreSQL server."""
 
+import contextlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -39,6 +41,7 @@ class Database:
         self.embedded = kind == "sqlite"
         if self.embedded and not parsed.database:
             raise InvalidParameter(_mend("SQLite needs a file"), "database")
+        self.file = Path(parsed.database) if self.embedded and parsed.database else None  # SQLite's
         self._of_reads = "SERIALIZABLE" if self.embedded else "REPEATABLE READ"
         self.insert = sqlite.insert if self.embedded else postgresql.insert  # both know ON CONFLICT
         options: dict[str, Any] = {"timeout": _BUSY} if self.embedded else {"timeout": _CALL, "command_timeout": _CALL}
@@ -78,6 +81,9 @@ class Database:
     async def migrate(self) -> None:
         """Makes its tables what this version of Quire needs. Raises Unavailable; InvalidParameter for a database of a
         later version."""
+        if self.file is not None and not self.file.exists():
+            with contextlib.suppress(OSError):  # it is said when it is opened
+                os.close(os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o600))
         async with self.transaction() as connection:
             await connection.run_sync(self._upgrade)
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,6 @@ class Governor:
             used=self._budget.used,
             revision=lambda: self.directory.revision,
         )
-        self._parts: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
         """Reads who may call, if the database answers: else callers are told to come again, until it does."""
@@ -62,8 +61,15 @@ class Governor:
             await self.directory.look()
         except ServerError as error:
             log.error("%s; callers are refused until it does", error)
-        parts = (self.directory.follow(), self.writer.run(), self._budget.follow(), self.limiter.run())
-        self._parts = [asyncio.ensure_future(part) for part in parts]
+
+    def parts(self) -> dict[str, Coroutine[Any, Any, None]]:
+        """What lasts as long as the gateway, by what it does."""
+        return {
+            "following tenants and keys": self.directory.follow(),
+            "bringing records to the database": self.writer.run(),
+            "following what tenants have used": self._budget.follow(),
+            "leasing tenants' limits": self.limiter.run(),
+        }
 
     def check(self) -> None:
         """Raises Unavailable where nothing more can go on record."""
@@ -87,8 +93,6 @@ class Governor:
             await asyncio.wait_for(self.writer.flush(), _FLUSH)
         except TimeoutError:
             log.warning("%d records are still in %s", self.writer.pending, self.journal.folder)
-        for part in self._parts:
-            part.cancel()
         await self.directory.close()
         if self.policing is not None:
             await self.policing.close()
@@ -107,9 +111,9 @@ class Governor:
         """A request that never began."""
         self._note("refused", caller, dict(facts) | {"refused": type(error).__name__, "why": str(error)[:200]})
 
-    def asked(self, caller: Caller, method: str) -> None:
-        """Somebody looks at what is kept here."""
-        self._note("admin", caller, {"action": method})
+    def asked(self, caller: Caller, method: str, *, allowed: bool) -> None:
+        """Somebody looks at what is kept here, or would do what it may not."""
+        self._note("admin", caller, {"action": method} | ({} if allowed else {"refused": "Forbidden"}))
 
     def _note(
         self,
