@@ -62,7 +62,7 @@ def main() -> None:
                     *("--concurrency", str(asked.streams), "--requests", str(asked.requests)),
                     *("--output-tokens", str(asked.output_tokens), "--json", str(folder / "figures.json")),
                 ]
-                subprocess.run(load, check=True, env=os.environ, stdout=subprocess.DEVNULL)
+                subprocess.run(load, check=True, env=os.environ)
             [one] = json.loads((folder / "figures.json").read_text())
             figures[kind].append(one["output_tokens_per_s"])
             print(f"{kind:8} {figures[kind][-1]:8.1f} tokens/s", flush=True)

@@ -194,7 +194,8 @@ async def run(arguments: argparse.Namespace) -> list[Summary]:
         else:
             model = arguments.model
             if model is None:
-                async with session.get(f"{arguments.url}/v1/models") as answer:
+                headers = {"authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
+                async with session.get(f"{arguments.url}/v1/models", headers=headers) as answer:
                     model = (await answer.json())["data"][0]["id"]
             send = http_sender(session, arguments.url, model, arguments.output_tokens, arguments.api_key)
         summaries = []
