@@ -463,10 +463,9 @@ def test_an_answer_of_the_database_that_was_lost_counts_once(url: str, tmp_path:
             await bring(*given)
             raise Unavailable("it was done, and nobody heard of it")
 
-        writer._bring = lost  # type: ignore[method-assign]
-        with pytest.raises(Unavailable):
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(Unavailable):
+            patched.setattr(writer, "_bring", lost)
             await writer._drain()
-        writer._bring = bring  # type: ignore[method-assign]
         journal.append(record(3))
         await writer.flush()
         assert (await numbers(database), writer.pending) == (Counter([1, 2, 3]), 0)

@@ -341,7 +341,9 @@ def test_without_its_database_a_gateway_goes_on_for_a_while(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_every_answer_is_on_record_before_its_end_is_told(service: MakeService, tmp_path: Path, stream: bool) -> None:
+def test_every_answer_is_on_record_before_its_end_is_told(
+    service: MakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     async def work() -> None:
         async with governed(tmp_path, service) as at:
             await at.tenant("team")
@@ -349,7 +351,7 @@ def test_every_answer_is_on_record_before_its_end_is_told(service: MakeService, 
             at.replicas["tiny"].cached = lambda submit: 2
             told = []
             append = at.governor.journal.append
-            at.governor.journal.append = lambda record: (told.append(record), append(record))[1]  # type: ignore[method-assign]
+            monkeypatch.setattr(at.governor.journal, "append", lambda one: (told.append(one), append(one)))
             body = BODY | {"stream": stream, "user": "u-1", "n": 2, "request_id": "mine"}
             async with at.client.stream("POST", "/v1/completions", json=body, headers=bearer(key)) as answer:
                 async for line in answer.aiter_lines():

@@ -189,7 +189,7 @@ class Limiter:
         ask = Ask(gateway=self._name, number=self._number, gateways=self._gateways, tenants=tenants)
         try:
             grants = await self._lease(ask)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the controller is away; requests go by the share meanwhile
             self._lost(f"{type(error).__name__}: {error}")
             self._due |= dict.fromkeys(due)
             for account in self._accounts.values():

@@ -14,6 +14,7 @@ which the next ask says. The docstrings of `LeasedRate.share` and `SharedSlots` 
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 _MINUTE = 60.0
@@ -202,7 +203,7 @@ class SharedSlots:
 # ---- what a gateway has -------------------------------------------------------------------------------------------
 
 
-class Leased:
+class Leased(ABC):
     """A gateway's part of a limit."""
 
     FRESH = 1.0  # seconds for which it holds what was left for all: others may give back more
@@ -274,17 +275,17 @@ class Leased:
         """There is not so much, beside what this gateway holds: nobody has to be asked."""
         return now - self._heard < self.FRESH and max(0.0, self.left(now)) + self.held < amount
 
+    @abstractmethod
     def left(self, now: float) -> float:
         """For all gateways, as far as is known, without what this one holds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def share(self, now: float) -> float:
         """What it may use now where the controller does not answer, with what it holds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait(self, amount: int, now: float, *, alone: bool) -> float:
         """Seconds until there should be so much."""
-        raise NotImplementedError
 
 
 class LeasedRate(Leased):
