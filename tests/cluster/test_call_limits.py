@@ -161,7 +161,7 @@ BODIES: dict[str, list[tuple[str, Callable[[], Any], int, str]]] = {  # route, b
         (TEXT, lambda: {"prompt": "x", "metadata": [0] * (MANY + 1024)}, 413, "values"),
         (TEXT, lambda: {"prompt": "x", "metadata": [[]] * (MANY // 5 + 1024)}, 413, "counts as four"),
     ],
-    "messages of a conversation": [(CHAT, lambda: {"messages": [TURN] * 100_001}, 400, "from 1 to 100000 are read")],
+    "messages of a conversation": [(CHAT, lambda: {"messages": [TURN] * 40_001}, 400, "from 1 to 40000 are read")],
     "token ids of a call, tokens that /tokenize gives": [
         (TEXT, lambda: {"prompt": [5] * MANY}, 400, "at most 1048576 are read"),
         ("/detokenize", lambda: {"tokens": [5] * MANY}, 400, "at most 1048576 are read"),
@@ -242,7 +242,7 @@ def test_how_long_a_message_is(tokenizer: Tokenizer) -> None:
 
 
 MESSAGES: dict[str, tuple[str, Callable[[], Message], str]] = {
-    "messages": ("Chat", lambda: pb.ChatRequest(messages=[pb.ChatMessage(**TURN)] * 100_001), "from 1 to 100000"),
+    "messages": ("Chat", lambda: pb.ChatRequest(messages=[pb.ChatMessage(**TURN)] * 40_001), "from 1 to 40000"),
     "a prompt": (
         "Generate",
         lambda: pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * (CONTEXT + 1))),

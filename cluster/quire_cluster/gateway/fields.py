@@ -11,7 +11,7 @@ from quire_engine.errors import InvalidParameter
 from quire_engine.text.messages import MAX_TEXT, content_of, text_of
 
 MAX_TOKENS = 1 << 20  # token ids of one call
-MAX_MESSAGES = 100_000
+MAX_MESSAGES = 40_000
 
 
 class Strict(BaseModel):
