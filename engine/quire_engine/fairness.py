@@ -10,13 +10,16 @@ requests would be behind in every other class, and one that waited in a class th
 others once it sends something urgent. Who may use which class is not decided here.
 
 A tenant that begins to wait gets the least counter of those that wait already, or where none does, the counter of the
-one that was the last to, if its own is less: so nothing is saved by having been idle. Once nobody of a class has
-anything here, all that was asked for has been served, and every counter is forgotten.
+one that was the last to, if its own is less: so nothing is saved by having been idle. What steps in flight compute is
+on the counters already and comes after it all the same: the least is taken without that, but no lower than any other
+that waits is without its own. Once nobody of a class has anything here, all that was asked for has been served, and
+every counter is forgotten.
 
 The bound. Let C be the most that one request can cost (its prompt, and twice its output), R the rows and w a tenant's
 weight. Of two tenants that wait, let f be the one with the greater counter. It was admitted last when its counter was
-not greater than the other's (the least goes first), or it was lifted to the least; since then only what it had in rows
-by then has been computed for it, at most R requests: so the counters differ by at most R C / w_f. A counter grows by
+not greater than the other's (the least goes first), or the other one came when f's was not greater, but for what it had
+in flight; since then only what it had in rows by then, of which that is a part, has been computed for it, at most R
+requests: so the counters differ by at most R C / w_f. A counter grows by
 service / weight and nothing else while its tenant waits; so over any interval in which f and g both wait throughout,
 service / weight of the two differs by at most R C (1 / w_f + 1 / w_g).
 """
@@ -177,10 +180,13 @@ class Line:
             return self.next
         return self.least
 
-    def floor(self) -> int:
-        """The counter of one that begins to wait is no less."""
+    def floor(self, in_flight: Mapping["Account", int]) -> int:
+        """The counter of one that begins to wait is no less. `in_flight`: what of each counter nobody has yet."""
         account = self.least or self._last
-        return account.counter if account is not None else 0
+        if account is None:
+            return 0
+        others = [one for one in self.present.values() if one.waiting] or [account]
+        return min(account.counter, max(one.counter - in_flight.get(one, 0) for one in others))
 
     def put(self, account: Account) -> None:
         """Something of it waits."""
@@ -207,8 +213,10 @@ class Line:
 class Accounts:
     """Of all tenants in all classes."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, in_flight: Callable[[], Iterable[tuple[Request, int]]]) -> None:
+        """`in_flight`: what steps that are not committed compute for each of their requests, as it is charged."""
         self.limits = limits
+        self._in_flight = in_flight
         self._lines: dict[int, Line] = {}
         self._running: dict[Request, Account] = {}  # in the order in which they took their rows
         self._tenants: Counter[str] = Counter()  # that have something here, with the number of classes it is of
@@ -304,7 +312,11 @@ class Accounts:
         """It begins to wait."""
         if len(account.line.present) > 1:
             self.settle()
-            account.counter = max(account.counter, account.line.floor())
+            in_flight: Counter[Account] = Counter()
+            for request, tokens in self._in_flight():
+                if (served := self._running.get(request)) is not None:
+                    in_flight[served] += tokens * served.price
+            account.counter = max(account.counter, account.line.floor(in_flight))
 
     def in_order(self, running: list[Request], room: int) -> list[Request]:
         """These by importance, as they are given; where tenants compete, and there is not room for all, by rank."""

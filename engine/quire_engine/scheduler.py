@@ -29,7 +29,7 @@ from quire_engine.fairness import Accounts
 from quire_engine.outcome import SchedulerStats, StepOutcome
 from quire_engine.request import Request, State, check_length
 from quire_engine.speculation.speculation import Speculation
-from quire_engine.step import REJECTED, PlanDraft, StepPlan, StepResult
+from quire_engine.step import REJECTED, InFlight, PlanDraft, StepPlan, StepResult
 from quire_engine.turns import Turns
 from quire_engine.waiting import Deadlines, Wait, WaitingQueue, WaitsFor
 
@@ -48,10 +48,10 @@ class Scheduler:
         self.running: list[Request] = []  # by class and arrival; tenants that compete are told apart in each plan
         self._deadlines = Deadlines()
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._in_flight: deque[tuple[list[Request], int, StepPlan]] = deque()  # oldest first; int: its prompt tokens
+        self._in_flight: deque[InFlight] = deque()  # oldest first
         self._ended: list[Request] = []  # finished outside a commit: aborted, past their deadline
         self._started: list[Request] = []
-        self._accounts = Accounts(limits)
+        self._accounts = Accounts(limits, lambda: chain.from_iterable(step.charges() for step in self._in_flight))
         self._turns = Turns(self._accounts, give_way=self.states is None)
         self._waiting = WaitingQueue(self._accounts)
         self._held: dict[Request, WaitsFor] = {}  # what the last plan left out; replaced, and never changed
@@ -144,7 +144,7 @@ class Scheduler:
         for request in self._deadlines.passed(now):
             if request.state is not State.FINISHED:
                 self._withdraw(request, "error", DeadlineExceeded("the deadline passed before the end"))
-        if self._in_flight and self._in_flight[-1][2].drafted:
+        if self._in_flight and self._in_flight[-1].plan.drafted:
             return None
         if self._waiting and self._accounts.contested:
             self._make_way(now)
@@ -172,7 +172,7 @@ class Scheduler:
         if self.states is not None:
             self.states.settle()
         plan = draft.plan(self.images.planned() if self.images is not None else None)
-        self._in_flight.append((draft.requests, draft.num_prompt_tokens, plan))
+        self._in_flight.append(InFlight(draft.requests, draft.num_prompt_tokens, plan))
         return plan
 
     def _guesses(self) -> dict[Request, list[int]] | None:
@@ -322,7 +322,7 @@ class Scheduler:
         happened."""
         outcome = StepOutcome(started=self.take_started(), wanted=self.images.take_wanted() if self.images else [])
         if result is not None:
-            there = chain(self.requests.values(), *(requests for requests, _, _ in self._in_flight))
+            there = chain(self.requests.values(), *(step.requests for step in self._in_flight))
             for request, why in self.cache.lose_images(result.unseen, there):
                 if request.state is not State.FINISHED:  # it ended while the step was in flight
                     self._withdraw(request, "error", EngineFailure(f"an image could not be encoded: {why}"))

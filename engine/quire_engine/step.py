@@ -1,13 +1,14 @@
 """What goes from the scheduler to the workers each step, and what comes back."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quire_engine.config import SchedulerLimits
+from quire_engine.fairness import OUTPUT_PRICE
 from quire_engine.request import EngineSampling, ImageSpan, Request, State
 from quire_engine.waiting import WaitsFor
 
@@ -128,6 +129,21 @@ class StepPlan:
             drafts[:] = self.token_ids[self.draw_places()]
             drafts[(np.cumsum(draws) - draws)[draws > 0]] = -1
         return Places(np.repeat(self.rows, draws), _last_of(self.starts + self.counts, draws) + 1, drafts)
+
+
+class InFlight(NamedTuple):
+    """A step that was planned and is not committed."""
+
+    requests: list[Request]  # of the plan's rows
+    num_prompt_tokens: int
+    plan: StepPlan
+
+    def charges(self) -> Iterator[tuple[Request, int]]:
+        """What each of them gets, as tenants are charged for it (fairness.py): in tokens of a prompt."""
+        plan = self.plan
+        shares = zip(plan.starts.tolist(), plan.counts.tolist(), plan.draws.tolist(), strict=True)
+        for request, (start, count, draws) in zip(self.requests, shares, strict=True):
+            yield request, max(0, min(start + count, request.num_given) - start) + OUTPUT_PRICE * (draws > 0)
 
 
 @dataclass(slots=True)
