@@ -1,18 +1,20 @@
 """What governance costs: output tokens/s at 64 streams with it, over those without, of one tenant with limits, records
-and (--policies) rules on its answers. Two servers of the demo model, in turns, each asked the same.
+and (--policies) rules on its answers; and the gateway's CPU time. Two servers of the demo model, asked in turns.
 
-    python benchmarks/governance.py [--streams 64] [--requests 128] [--output-tokens 64] [--rounds 2] [--policies]
+    python benchmarks/governance.py [--streams 64] [--requests 64] [--output-tokens 64] [--starts 4]
+        [--rounds 2] [--policies]
 """
 
 import argparse
+import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 from side_by_side import running
 
 _READY = r"OpenAI API +(http://\S+)/v1"
@@ -33,41 +35,64 @@ def main() -> None:
     """Prints each round, and the ratio of the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--starts", type=int, default=4, help="of both servers: one process may be faster than its like"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="loads of each server")
     parser.add_argument("--policies", action="store_true")
     asked = parser.parse_args()
-    figures: dict[str, list[float]] = {"without": [], "with": []}
+    rates: dict[str, list[float]] = {"without": [], "with": []}
+    spent: dict[str, list[float]] = {"without": [], "with": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "governance.yaml").write_text(_POLICIES if asked.policies else "")
-        limits = [
-            "--tokens-per-minute",
-            "100000000",
-            "--requests-per-minute",
-            "1000000",
-            "--concurrent-requests",
-            "10000",
-        ]
-        quire(folder, "tenants", "add", "team", *limits)
+        limits = ["--tokens-per-minute", "100000000", "--requests-per-minute", "1000000"]
+        quire(folder, "tenants", "add", "team", *limits, "--concurrent-requests", "10000")
         key = quire(folder, "keys", "create", "team").split()[0]
-        for number in range(2 * asked.rounds):
-            kind = list(figures)[number % 2]
-            options = ["--governance", str(folder / "governance.yaml")] if kind == "with" else []
-            command = [sys.executable, "-m", "quire.cli.main", "serve", "--port", "0", "--grpc-port", "0", *options]
-            with running(command, _READY) as (_, _, found):
-                load = [
-                    *(sys.executable, str(Path(__file__).parent / "load.py"), "--url", found[1], "--api-key", key),
-                    *("--concurrency", str(asked.streams), "--requests", str(asked.requests)),
-                    *("--output-tokens", str(asked.output_tokens), "--json", str(folder / "figures.json")),
-                ]
-                subprocess.run(load, check=True, env=os.environ)
-            [one] = json.loads((folder / "figures.json").read_text())
-            figures[kind].append(one["output_tokens_per_s"])
-            print(f"{kind:8} {figures[kind][-1]:8.1f} tokens/s", flush=True)
-    ratio = statistics.median(figures["with"]) / statistics.median(figures["without"])
-    print(f"with governance / without: {ratio:.3f}")
+        for number in range(asked.starts):
+            with contextlib.ExitStack() as stack:
+                servers = {}
+                for kind in sorted(rates, reverse=number % 2 == 0):
+                    options = ["--governance", str(folder / "governance.yaml")] if kind == "with" else []
+                    command = [
+                        sys.executable,
+                        "-m",
+                        "quire.cli.main",
+                        "serve",
+                        "--port",
+                        "0",
+                        "--grpc-port",
+                        "0",
+                        *options,
+                    ]
+                    process, _, found = stack.enter_context(running(command, _READY))
+                    servers[kind] = psutil.Process(process.pid), found[1]
+                for place in range(asked.rounds + 1):
+                    for kind, (process, url) in servers.items():
+                        rate, seconds = load(process, url, key, asked, folder / "figures.json")
+                        if place:  # the first warms
+                            rates[kind].append(rate)
+                            spent[kind].append(1e6 * seconds / (asked.requests * asked.output_tokens))
+                            print(f"{kind:8} {rate:8.1f} tokens/s {spent[kind][-1]:8.0f} µs", flush=True)
+    middle = {kind: (statistics.median(rates[kind]), statistics.median(spent[kind])) for kind in rates}
+    print(f"tokens/s with governance over without: {middle['with'][0] / middle['without'][0]:.3f}")
+    print(f"the gateway's CPU time per output token: {middle['without'][1]:.0f} µs; {middle['with'][1]:.0f} µs with it")
+
+
+def load(process: psutil.Process, url: str, key: str, asked: argparse.Namespace, found: Path) -> tuple[float, float]:
+    """One load of a server: tokens/s, and the seconds of CPU time of its gateway."""
+    command = [
+        *(sys.executable, str(Path(__file__).parent / "load.py"), "--url", url, "--api-key", key),
+        *("--concurrency", str(asked.streams), "--requests", str(asked.requests)),
+        *("--output-tokens", str(asked.output_tokens), "--json", str(found)),
+    ]
+    before = process.cpu_times()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = process.cpu_times()
+    [one] = json.loads(found.read_text())
+    return one["output_tokens_per_s"], after.user + after.system - before.user - before.system
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
     async def work(database: Database, log: AuditLog) -> list[str]:
         for number in range(4):
-            contents = [record(3 * number + n, content=f"text {n}".encode() if n else None) for n in range(3)]
+            contents = [record(3 * number + n, content=log.seal(f"text {n}".encode()) if n else None) for n in range(3)]
             await append(database, log, *contents)
         return await exported(log)
 
@@ -273,7 +273,7 @@ def test_what_is_past_its_retention_goes_and_the_rest_stays_intact(url: str) -> 
 
     async def work(database: Database, log: AuditLog) -> None:
         for number in range(10):
-            await append(database, log, record(number, at=START + number * day, content=b"said"))
+            await append(database, log, record(number, at=START + number * day, content=log.seal(b"said")))
         async with database.transaction() as connection:
             await log.retire(connection, START + 10 * day, days=6, content_days=3)
         report = await log.verify()
@@ -324,6 +324,20 @@ def test_content_is_encrypted(kept: tuple[Path, list[str]]) -> None:
             await log.content(1)
 
     run(f"sqlite:///{path}", work)
+
+
+def test_content_of_one_record_is_not_read_as_anothers(url: str) -> None:
+    async def work(database: Database, log: AuditLog) -> None:
+        await append(database, log, *(record(n, content=log.seal(b"said %d" % n)) for n in (1, 2)))
+        contents = tables.contents
+        async with database.transaction() as connection:
+            second = (await connection.execute(select(contents.c.sealed).where(contents.c.seq == 2))).scalar_one()
+            await connection.execute(contents.update().where(contents.c.seq == 1).values(sealed=second))
+        assert await log.content(2) == b"said 2"
+        with pytest.raises(InvalidParameter, match="was changed"):
+            await log.content(1)
+
+    run(url, work)
 
 
 # ---- on the way there -----------------------------------------------------------------------------------------------

@@ -136,6 +136,11 @@ def test_every_route_for_every_caller(service: MakeService, tmp_path: Path) -> N
                 "/quire.v1.Governance/AddTenant", content=b"no JSON", headers=bearer(keys["user"])
             )
             assert nonsense.status_code == 403, "who may not is told so before anything is read"
+            for body in (b"null", b"[]", b'"x"', b"{"):
+                wrong = await at.client.post(
+                    "/quire.v1.Governance/ListTenants", content=body, headers=bearer(keys["admin"])
+                )
+                assert (wrong.status_code, "body" in wrong.json()["error"]["message"]) == (400, True), body
             await at.governor.writer.flush()
             found = [one.values for one in await at.governor.audit.list(kind="admin", limit=1000)]
             denied = {(one["action"], one["role"]) for one in found if one.get("refused") == "Forbidden"}
@@ -381,6 +386,7 @@ def test_content_is_kept_where_it_is_asked_for(service: MakeService, tmp_path: P
             await at.tenant("team")
             sent = {"prompt": "w5 w17", "max_tokens": 3}
             answer = await at.client.post("/v1/completions", json=sent, headers=bearer(await at.key("team")))
+            assert b"w5w17" not in at.governor.journal.path.read_bytes()
             await at.governor.writer.flush()
             [kept] = await at.governor.audit.list(kind="request")
             found = json.loads(await at.governor.audit.content(kept.seq))

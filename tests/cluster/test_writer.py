@@ -202,21 +202,23 @@ def test_a_full_disk_is_tried_again_by_a_flush(tmp_path: Path, monkeypatch: pyte
     run(f"sqlite:///{tmp_path / 'audit.db'}", work)
 
 
-def test_content_of_a_journal_without_a_key_does_not_keep_its_records_back(tmp_path: Path) -> None:
+def test_content_of_a_journal_is_brought_by_a_gateway_without_a_key(tmp_path: Path) -> None:
     async def work(database: Database, log: AuditLog) -> None:
-        orphan(tmp_path / "journal", 3, content=b"said")
+        orphan(tmp_path / "journal", 3, content=log.seal(b"said"))
         keyless = AuditLog(database, PEM)
         await Writer(database, keyless, Journal(str(tmp_path / "journal"))).collect()
         assert await numbers(database) == Counter(range(3))
         assert (await keyless.verify()).fault is None
-        assert not await rows(database, tables.contents)
+        with pytest.raises(InvalidParameter, match="no key is there"):
+            await keyless.content(2)
+        assert await log.content(2) == b"said"
 
     run(f"sqlite:///{tmp_path / 'audit.db'}", work)
 
 
 def test_content_under_another_key_is_told_so(tmp_path: Path) -> None:
     async def work(database: Database, log: AuditLog) -> None:
-        await append(database, log, record(1, content=b"said"))
+        await append(database, log, record(1, content=log.seal(b"said")))
         with pytest.raises(InvalidParameter, match="not of this content_key"):
             await AuditLog(database, PEM, b"d" * 32).content(1)
 
@@ -272,7 +274,7 @@ def test_retention_does_not_believe_the_column(database_url: str, days: int | No
     """Records that are made old in it would be deleted by the writer itself, and that signed."""
 
     async def work(database: Database, log: AuditLog) -> None:
-        await append(database, log, *(record(n, content=b"said") for n in range(10)))
+        await append(database, log, *(record(n, content=log.seal(b"said")) for n in range(10)))
         async with database.transaction() as connection:
             await connection.execute(tables.audit.update().where(tables.audit.c.seq < 10).values(at=0))
         async with database.transaction() as connection:
@@ -304,7 +306,7 @@ def test_retention_goes_in_steps(database_url: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("quire_cluster.governance.chain._RETIRED", 3)
 
     async def work(database: Database, log: AuditLog) -> None:
-        await append(database, log, *(record(n, at=START + n, content=b"said") for n in range(20)))
+        await append(database, log, *(record(n, at=START + n, content=log.seal(b"said")) for n in range(20)))
         left = []
         while True:
             async with database.transaction() as connection:

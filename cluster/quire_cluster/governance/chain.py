@@ -226,13 +226,8 @@ class AuditLog:
         for record, body in bodies:
             seq += 1
             if record.content is not None:
-                if self._cipher is None:  # it was in the journal of a gateway that had a key
-                    log.error("the content of record %d is not kept: there is no content_key any more", seq)
-                    body |= {"content_sha256": None}
-                else:
-                    sealed = self._seal(self._cipher, seq, record.content)
-                    body |= {"content_sha256": hashlib.sha256(sealed).hexdigest()}
-                    contents.append({"seq": seq, "sealed": sealed})
+                body |= {"content_sha256": hashlib.sha256(record.content).hexdigest()}
+                contents.append({"seq": seq, "sealed": record.content})
             written = canonical(body)
             before = hash_of(before, seq, written)
             rows.append({"seq": seq, "body": written, "hash": before} | _filed(body))
@@ -279,9 +274,12 @@ class AuditLog:
             end = Checkpoint(seq=0, at=0, hash=GENESIS)
         return replace(end, seq=max(last.seq, end.seq), hash=last.hash) if last is not None else end
 
-    def _seal(self, cipher: AESGCM, seq: int, content: bytes) -> bytes:
+    def seal(self, content: bytes) -> bytes | None:
+        """As a record keeps it, encrypted; None: no content is kept. Whose it is says the record, by its SHA-256."""
+        if self._cipher is None:
+            return None
         nonce = os.urandom(_NONCE)
-        return nonce + cipher.encrypt(nonce, content, seq.to_bytes(8, "big"))
+        return nonce + self._cipher.encrypt(nonce, content, None)
 
     async def retire(self, connection: AsyncConnection, now: int, *, days: int | None, content_days: int) -> bool:
         """Deletes records older than `days`, and content older than `content_days`, within a transaction: some ten
@@ -412,10 +410,13 @@ class AuditLog:
         """That was kept of a record. Raises InvalidParameter where none is, or with another key."""
         async with self._database.snapshot() as connection:
             sealed = await _sealed(connection, seq)
-        if sealed is None or self._cipher is None:
+            row = (await connection.execute(select(tables.audit).where(tables.audit.c.seq == seq))).one_or_none()
+        if sealed is None or row is None or self._cipher is None:
             raise InvalidParameter(f"no content of record {seq} can be read: none is kept, or no key is there", "seq")
         try:
-            return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], seq.to_bytes(8, "big"))
+            if hashlib.sha256(sealed).hexdigest() != _entry(row).values.get("content_sha256"):
+                raise InvalidTag
+            return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], None)
         except InvalidTag as error:
             raise InvalidParameter(
                 f"the content of record {seq} is not of this content_key, or was changed; see `quire audit verify`",

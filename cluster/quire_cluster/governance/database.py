@@ -45,7 +45,7 @@ class Database:
         self._of_reads = "SERIALIZABLE" if self.embedded else "REPEATABLE READ"
         self.insert = sqlite.insert if self.embedded else postgresql.insert  # both know ON CONFLICT
         options: dict[str, Any] = {"timeout": _BUSY} if self.embedded else {"timeout": _CALL, "command_timeout": _CALL}
-        # SQLite's connections are cheap, and one that is kept would hold its thread beyond the process's end.
+        # A connection that is kept would go on with SQLite's file after somebody has deleted or replaced it.
         pool: dict[str, Any] = {"poolclass": NullPool} if self.embedded else {"pool_pre_ping": True}
         self._engine = create_async_engine(parsed.set(drivername=_DRIVERS[kind]), connect_args=options, **pool)
         if self.embedded:

@@ -19,7 +19,7 @@ from quire_cluster.governance.tokens import Tokens
 from quire_cluster.keys import digest
 
 log = logging.getLogger(__name__)
-_LOOK = 1.0  # seconds between two looks at the database
+_LOOK = 2.0  # seconds between two looks at the database, each of which costs some milliseconds
 KEY_BEGINS = "qk-"
 PREFIX = 11  # characters of a key that are its id: qk-1a2b3c4d of qk-1a2b3c4d-...
 _NOBODY = bytes(32)

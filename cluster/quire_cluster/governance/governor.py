@@ -104,7 +104,7 @@ class Governor:
         """A request has its end. On disk when this returns. `content`: its prompt and its answers, which are asked for
         where they are kept."""
         self._budget.add(caller.tenant.name, used.prompt_tokens + used.output_tokens)
-        kept = canonical(content()) if self.keeps_content else None
+        kept = self.audit.seal(canonical(content())) if self.keeps_content else None
         self._note("request", caller, asdict(used) | dict(facts), used, kept)
 
     def refused(self, caller: Caller, facts: Mapping[str, Any], error: QuireError) -> None:

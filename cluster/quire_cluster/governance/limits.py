@@ -122,9 +122,11 @@ class Limiter:
             self._say(account)
         raise account.refusal(cost, alone=self.alone)
 
-    def _check_month(self, account: "_Account", cost: _Cost) -> None:
+    def _check_month(self, account: "_Account", cost: _Cost, permit: "Permit | None" = None) -> None:
+        """`permit`: that it has, whose tokens are reserved already."""
         budget = account.limits.monthly_tokens
-        if budget is not None and self._used(account.name) + account.reserved + cost.tokens > budget:
+        more = cost.tokens if permit is None else 0
+        if budget is not None and self._used(account.name) + account.reserved + more > budget:
             now = self._wall()
             raise account.reached("monthly_tokens", _next_month(now) - now)
 
@@ -146,6 +148,12 @@ class Limiter:
             account.leave(waiter)
         if permit is None:
             raise account.refusal(cost, alone=self.alone)
+        try:
+            self._check_month(account, cost, permit)  # others that waited beside it were let in as well
+        except LimitReached:
+            permit.settle(0)
+            permit.release()
+            raise
         return permit
 
     def _give_up(self, account: "_Account", waiter: _Waiter) -> None:

@@ -32,7 +32,7 @@ class Record:
     key: str  # the id of a key, or another name of who called
     body: dict[str, Any]  # of JSON's values
     usage: UsageDelta | None = None
-    content: bytes | None = None  # what is kept encrypted: the prompt, and the answers
+    content: bytes | None = None  # the prompt and the answers, encrypted
 
     @property
     def whole_body(self) -> dict[str, Any]:

@@ -94,6 +94,8 @@ class Writer:
 
     async def _drain(self) -> None:
         """This journal, as far as it goes."""
+        if not (self.pending or self._journal.deleted or self._position >= _LARGE):
+            return
         self._journal.write()
         async with self._working:
             name, path = self._journal.id, self._journal.opened
