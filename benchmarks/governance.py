@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 from side_by_side import running
 
+_QUIRE = (sys.executable, "-m", "quire.cli.main")
 _READY = r"OpenAI API +(http://\S+)/v1"
 _POLICIES = """
 policies:
@@ -27,8 +28,7 @@ policies:
 
 def quire(folder: Path, *arguments: str) -> str:
     """What a command says."""
-    command = [sys.executable, "-m", "quire.cli.main", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([*_QUIRE, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
@@ -56,17 +56,7 @@ def main() -> None:
                 servers = {}
                 for kind in sorted(rates, reverse=number % 2 == 0):
                     options = ["--governance", str(folder / "governance.yaml")] if kind == "with" else []
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "quire.cli.main",
-                        "serve",
-                        "--port",
-                        "0",
-                        "--grpc-port",
-                        "0",
-                        *options,
-                    ]
+                    command = [*_QUIRE, "serve", "--port", "0", "--grpc-port", "0", *options]
                     process, _, found = stack.enter_context(running(command, _READY))
                     servers[kind] = psutil.Process(process.pid), found[1]
                 for place in range(asked.rounds + 1):

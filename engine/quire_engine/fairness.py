@@ -19,9 +19,9 @@ The bound. Let C be the most that one request can cost (its prompt, and twice it
 weight. Of two tenants that wait, let f be the one with the greater counter. It was admitted last when its counter was
 not greater than the other's (the least goes first), or the other one came when f's was not greater, but for what it had
 in flight; since then only what it had in rows by then, of which that is a part, has been computed for it, at most R
-requests: so the counters differ by at most R C / w_f. A counter grows by
-service / weight and nothing else while its tenant waits; so over any interval in which f and g both wait throughout,
-service / weight of the two differs by at most R C (1 / w_f + 1 / w_g).
+requests: so the counters differ by at most R C / w_f. A counter grows by service / weight and nothing else while its
+tenant waits; so over any interval in which f and g both wait throughout, service / weight of the two differs by at most
+R C (1 / w_f + 1 / w_g).
 """
 
 import heapq

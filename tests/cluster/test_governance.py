@@ -136,7 +136,7 @@ def test_every_route_for_every_caller(service: MakeService, tmp_path: Path) -> N
                 "/quire.v1.Governance/AddTenant", content=b"no JSON", headers=bearer(keys["user"])
             )
             assert nonsense.status_code == 403, "who may not is told so before anything is read"
-            for body in (b"null", b"[]", b'"x"', b"{"):
+            for body in (b"null", b"[]", b'"x"', b"{", b'{"tenant": "a", "tenant": "b"}'):
                 wrong = await at.client.post(
                     "/quire.v1.Governance/ListTenants", content=body, headers=bearer(keys["admin"])
                 )

@@ -469,6 +469,19 @@ def test_the_month_s_tokens() -> None:
     simulate(run())
 
 
+def test_the_month_s_tokens_hold_for_those_that_wait_together() -> None:
+    """The first come is let in; the controller has leased enough for all."""
+
+    async def run() -> None:
+        async with limiters(Far(1)) as [limiter]:
+            team = tenant(monthly_tokens=250, requests_per_minute=100)
+            found = await asyncio.gather(*(admitted(limiter, team, 50, 50) for _ in range(4)))
+            assert [isinstance(one, Permit) for one in found] == [True, True, False, False]
+            assert {one.limit for one in found if isinstance(one, LimitReached)} == {"monthly_tokens"}
+
+    simulate(run())
+
+
 def test_limits_that_operators_change() -> None:
     async def run() -> None:
         async with limiters(Far(1)) as [limiter]:

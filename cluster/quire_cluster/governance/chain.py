@@ -274,10 +274,14 @@ class AuditLog:
             end = Checkpoint(seq=0, at=0, hash=GENESIS)
         return replace(end, seq=max(last.seq, end.seq), hash=last.hash) if last is not None else end
 
-    def seal(self, content: bytes) -> bytes | None:
-        """As a record keeps it, encrypted; None: no content is kept. Whose it is says the record, by its SHA-256."""
-        if self._cipher is None:
-            return None
+    @property
+    def keeps_content(self) -> bool:
+        """Whether it has a key for it."""
+        return self._cipher is not None
+
+    def seal(self, content: bytes) -> bytes:
+        """As a record keeps it, encrypted. Whose it is says the record, by its SHA-256."""
+        assert self._cipher is not None, "no content is kept"
         nonce = os.urandom(_NONCE)
         return nonce + self._cipher.encrypt(nonce, content, None)
 

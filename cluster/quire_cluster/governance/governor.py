@@ -39,7 +39,6 @@ class Governor:
         self.database = Database(governance.database)
         self.directory = Directory(self.database, governance)
         self.audit = AuditLog(self.database, governance.signing_key, governance.content_key)
-        self.keeps_content = governance.content_key is not None
         self.administration = Administration(self.database, self.audit)
         self.journal = Journal(governance.journal)
         kept = governance.audit
@@ -104,7 +103,7 @@ class Governor:
         """A request has its end. On disk when this returns. `content`: its prompt and its answers, which are asked for
         where they are kept."""
         self._budget.add(caller.tenant.name, used.prompt_tokens + used.output_tokens)
-        kept = self.audit.seal(canonical(content())) if self.keeps_content else None
+        kept = self.audit.seal(canonical(content())) if self.audit.keeps_content else None
         self._note("request", caller, asdict(used) | dict(facts), used, kept)
 
     def refused(self, caller: Caller, facts: Mapping[str, Any], error: QuireError) -> None:

@@ -110,7 +110,7 @@ class Limiter:
         cost = _cost(tenant.limits, prompts, answer, given=given, choices=choices)
         account = self._accounts.get(tenant.name)
         if account is None:
-            account = self._accounts[tenant.name] = _Account(tenant.name, self._clock, self._say)
+            account = self._accounts[tenant.name] = _Account(tenant.name, self._clock, self._say, self._used)
         account.follow(tenant.limits, self._revision(), self._gateways)
         self._check_month(account, cost)
         permit = account.take(cost, alone=self.alone) if self.alone or not account.waiting else None
@@ -122,11 +122,8 @@ class Limiter:
             self._say(account)
         raise account.refusal(cost, alone=self.alone)
 
-    def _check_month(self, account: "_Account", cost: _Cost, permit: "Permit | None" = None) -> None:
-        """`permit`: that it has, whose tokens are reserved already."""
-        budget = account.limits.monthly_tokens
-        more = cost.tokens if permit is None else 0
-        if budget is not None and self._used(account.name) + account.reserved + more > budget:
+    def _check_month(self, account: "_Account", cost: _Cost) -> None:
+        if account.exceeds_month(cost):
             now = self._wall()
             raise account.reached("monthly_tokens", _next_month(now) - now)
 
@@ -147,13 +144,8 @@ class Limiter:
             timer.cancel()
             account.leave(waiter)
         if permit is None:
+            self._check_month(account, cost)
             raise account.refusal(cost, alone=self.alone)
-        try:
-            self._check_month(account, cost, permit)  # others that waited beside it were let in as well
-        except LimitReached:
-            permit.settle(0)
-            permit.release()
-            raise
         return permit
 
     def _give_up(self, account: "_Account", waiter: _Waiter) -> None:
@@ -221,9 +213,12 @@ class Limiter:
 class _Account:
     """What a tenant has here."""
 
-    def __init__(self, name: str, clock: Callable[[], float], say: "Callable[[_Account], None]") -> None:
-        """`say`: there is something that the controller should hear."""
+    def __init__(
+        self, name: str, clock: Callable[[], float], say: "Callable[[_Account], None]", used: Callable[[str], int]
+    ) -> None:
+        """`say`: there is something that the controller should hear. `used`: a tenant's tokens of this month."""
         self.name = name
+        self._used = used
         self.limits = _UNLIMITED
         self.requests: LeasedRate | None = None
         self.tokens: LeasedRate | None = None
@@ -279,8 +274,16 @@ class _Account:
         ]
         return [(name, leased, amount) for name, leased, amount in found if leased is not None]
 
+    def exceeds_month(self, cost: _Cost) -> bool:
+        """With what is used and reserved."""
+        budget = self.limits.monthly_tokens
+        return budget is not None and self._used(self.name) + self.reserved + cost.tokens > budget
+
     def take(self, cost: _Cost, *, alone: bool) -> "Permit | None":
-        """Of what is held, and of the share where the gateway is alone; None: there is not enough."""
+        """Of what is held, and of the share where the gateway is alone; None: there is not enough, or of the month's
+        tokens, which others may have got that waited before."""
+        if self.exceeds_month(cost):
+            return None
         now = self._clock()
         parts = self._parts(cost)
         for _, leased, amount in parts:
