@@ -82,7 +82,7 @@ class JsonCalls:
             if len(body) > LARGEST:
                 raise InvalidParameter(f"the body has more than {LARGEST} bytes")
             if body and not body.lstrip().startswith(b"{"):
-                raise InvalidParameter("the body must be an object with named fields")
+                raise json_format.ParseError("it must be an object with named fields")
             json_format.Parse(body or b"{}", message)
             self._on_call(name, message)
             answer = await getattr(self._servicer, name)(message, None)

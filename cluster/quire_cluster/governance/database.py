@@ -49,6 +49,9 @@ class Database:
         pool: dict[str, Any] = {"poolclass": NullPool} if self.embedded else {"pool_pre_ping": True}
         self._engine = create_async_engine(parsed.set(drivername=_DRIVERS[kind]), connect_args=options, **pool)
         if self.embedded:
+            # SQLAlchemy's terminate(), cancelled a second time, leaves a task that nothing ends: aiosqlite's thread is
+            # gone before that one asks it. asyncio.run would wait for it for ever. Connections are closed instead.
+            self._engine.dialect.has_terminate = False
             event.listen(self._engine.sync_engine, "connect", _prepare)
             event.listen(self._engine.sync_engine, "begin", _begin)
 
