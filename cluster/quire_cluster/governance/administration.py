@@ -9,12 +9,11 @@ from typing import Any
 
 from quire_engine.errors import InvalidParameter
 from sqlalchemy import insert, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from quire_cluster.governance import tables
 from quire_cluster.governance.callers import Role, Tenant, TenantConfig
 from quire_cluster.governance.chain import AuditLog
-from quire_cluster.governance.database import Database
+from quire_cluster.governance.database import Connection, Database
 from quire_cluster.governance.directory import KEY_BEGINS, PREFIX, tenant_of
 from quire_cluster.governance.records import Record
 from quire_cluster.keys import digest
@@ -155,7 +154,7 @@ class Administration:
             await self._note(connection, actor, "key.revoke", {"revoked": id_, "of": facts.tenant})
 
     async def _make_key(
-        self, connection: AsyncConnection, now: int, tenant: str, role: str, models: tuple[str, ...], lives: int | None
+        self, connection: Connection, now: int, tenant: str, role: str, models: tuple[str, ...], lives: int | None
     ) -> tuple[KeyFacts, str]:
         key = f"{KEY_BEGINS}{secrets.token_hex(4)}-{secrets.token_urlsafe(32)}"
         facts = KeyFacts(
@@ -172,17 +171,17 @@ class Administration:
 
     # ---- both -----------------------------------------------------------------------------------------------------
 
-    async def _find(self, connection: AsyncConnection, name: str) -> Any:
+    async def _find(self, connection: Connection, name: str) -> Any:
         query = select(tables.tenants).where(tables.tenants.c.name == name).with_for_update()
         return (await connection.execute(query)).one_or_none()
 
-    async def _tenant(self, connection: AsyncConnection, name: str) -> Tenant:
+    async def _tenant(self, connection: Connection, name: str) -> Tenant:
         row = await self._find(connection, name)
         if row is None or row.removed_at is not None:
             raise InvalidParameter(f"there is no tenant {name!r:.80}; `quire tenants list` shows all", "tenant")
         return tenant_of(row)
 
-    async def _key(self, connection: AsyncConnection, id_: str) -> KeyFacts:
+    async def _key(self, connection: Connection, id_: str) -> KeyFacts:
         query = select(tables.keys).where(tables.keys.c.id == id_[:PREFIX]).with_for_update()
         row = (await connection.execute(query)).one_or_none()
         if row is None or id_ != row.id:
@@ -191,7 +190,7 @@ class Administration:
             )
         return _facts(row)
 
-    async def _note(self, connection: AsyncConnection, actor: Actor, what: str, body: dict[str, Any]) -> None:
+    async def _note(self, connection: Connection, actor: Actor, what: str, body: dict[str, Any]) -> None:
         """On the audit log; and gateways are to look."""
         revision = tables.revision
         await connection.execute(update(revision).values(number=revision.c.number + 1))

@@ -22,10 +22,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from quire_engine.errors import InvalidParameter
 from sqlalchemy import delete, exists, func, insert, select, text
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from quire_cluster.governance import tables
-from quire_cluster.governance.database import Database
+from quire_cluster.governance.database import Connection, Database
 from quire_cluster.governance.records import Record, canonical
 
 log = logging.getLogger(__name__)
@@ -202,7 +201,7 @@ class AuditLog:
 
     # ---- what is written ------------------------------------------------------------------------------------------
 
-    async def append(self, connection: AsyncConnection, records: Sequence[Record]) -> None:
+    async def append(self, connection: Connection, records: Sequence[Record]) -> None:
         """Within a transaction, which no other one appends beside."""
         await self.lock(connection)
         end = await self._end(connection)
@@ -233,30 +232,30 @@ class AuditLog:
             rows.append({"seq": seq, "body": written, "hash": before} | _filed(body))
         return rows, contents
 
-    async def lock(self, connection: AsyncConnection) -> None:
+    async def lock(self, connection: Connection) -> None:
         """Until the transaction ends. SQLite's are alone anyway."""
         if not self._database.embedded:
             await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
 
-    async def _end(self, connection: AsyncConnection) -> Checkpoint | None:
+    async def _end(self, connection: Connection) -> Checkpoint | None:
         row = (await connection.execute(select(tables.audit_end).where(tables.audit_end.c.id == 1))).one_or_none()
         if row is None:
             return None
         return Checkpoint(**{name: value for name, value in row._mapping.items() if name != "id"})
 
-    async def _sign(self, connection: AsyncConnection, end: Checkpoint) -> None:
+    async def _sign(self, connection: Connection, end: Checkpoint) -> None:
         values = asdict(end.signed(self._key)) | {"id": 1}
         putting = self._database.insert(tables.audit_end)
         rest = {name: putting.excluded[name] for name in values if name != "id"}
         await connection.execute(putting.on_conflict_do_update(index_elements=["id"], set_=rest), values)
 
-    async def _last(self, connection: AsyncConnection) -> Any:
+    async def _last(self, connection: Connection) -> Any:
         table = tables.audit
         return (
             await connection.execute(select(table.c.seq, table.c.hash).order_by(table.c.seq.desc()).limit(1))
         ).one_or_none()
 
-    async def _unsound(self, connection: AsyncConnection, end: Checkpoint | None) -> str | None:
+    async def _unsound(self, connection: Connection, end: Checkpoint | None) -> str | None:
         """Why the log cannot just go on: signing what somebody has cut short would hide it."""
         last = await self._last(connection)
         if end is None:
@@ -267,7 +266,7 @@ class AuditLog:
             return f"the log did not end with record {end.seq}, which was signed, when it went on"
         return None
 
-    async def _as_found(self, connection: AsyncConnection, end: Checkpoint | None) -> Checkpoint:
+    async def _as_found(self, connection: Connection, end: Checkpoint | None) -> Checkpoint:
         """Where an unsound log goes on."""
         last = await self._last(connection)
         if end is None or not end.is_signed(self.public_key):  # what it says is nobody's word
@@ -285,7 +284,7 @@ class AuditLog:
         nonce = os.urandom(_NONCE)
         return nonce + self._cipher.encrypt(nonce, content, None)
 
-    async def retire(self, connection: AsyncConnection, now: int, *, days: int | None, content_days: int) -> bool:
+    async def retire(self, connection: Connection, now: int, *, days: int | None, content_days: int) -> bool:
         """Deletes records older than `days`, and content older than `content_days`, within a transaction: some ten
         thousand. True: there may be more. How old a record is, its hash tells: its column may be written by others."""
         await self.lock(connection)
@@ -309,7 +308,7 @@ class AuditLog:
         await self._sign(connection, replace(kept, at=now))
         return True
 
-    async def _older(self, connection: AsyncConnection, seq: int, before: bytes, at: int) -> tuple[int, bytes]:
+    async def _older(self, connection: Connection, seq: int, before: bytes, at: int) -> tuple[int, bytes]:
         """The first record from one on that is not older, and the hash before it. Where one of them was changed: none
         is."""
         begin, end = (seq, before), seq + _RETIRED * _PAGE
@@ -335,7 +334,7 @@ class AuditLog:
         async with self._database.snapshot() as connection:
             return await self._end(connection)
 
-    async def _pages(self, connection: AsyncConnection) -> AsyncIterator[Sequence[Any]]:
+    async def _pages(self, connection: Connection) -> AsyncIterator[Sequence[Any]]:
         """Every record's row."""
         table, after = tables.audit, -(1 << 62)
         while True:
@@ -360,7 +359,7 @@ class AuditLog:
             chain.fault = chain.fault or f"what follows {chain.records} good records cannot be read: {error}"
         return chain.report()
 
-    async def _follow(self, connection: AsyncConnection, chain: _Chain, end: Checkpoint | None) -> None:
+    async def _follow(self, connection: Connection, chain: _Chain, end: Checkpoint | None) -> None:
         """All that is there, up to the first fault."""
         audit, contents = tables.audit, tables.contents
         async for rows in self._pages(connection):
@@ -432,7 +431,7 @@ def _entry(row: Any) -> Entry:
     return Entry(seq=row.seq, body=bytes(row.body), hash=bytes(row.hash))
 
 
-async def _sealed(connection: AsyncConnection, seq: int) -> bytes | None:
+async def _sealed(connection: Connection, seq: int) -> bytes | None:
     """The content of a record."""
     found = await connection.execute(select(tables.contents.c.sealed).where(tables.contents.c.seq == seq))
     return found.scalar_one_or_none()

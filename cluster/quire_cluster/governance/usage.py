@@ -8,10 +8,9 @@ from typing import Any
 
 from quire_engine.errors import InvalidParameter
 from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from quire_cluster.governance import tables
-from quire_cluster.governance.database import Database
+from quire_cluster.governance.database import Connection, Database
 from quire_cluster.governance.records import Record
 
 BY = ("tenant", "day", "key", "model")
@@ -31,7 +30,7 @@ class UsageRow:
 
 
 async def query(
-    connection: AsyncConnection,
+    connection: Connection,
     *,
     tenant: str | None = None,
     key: str | None = None,
@@ -60,7 +59,7 @@ async def query(
     ]
 
 
-async def month_tokens(connection: AsyncConnection, now: float) -> dict[str, int]:
+async def month_tokens(connection: Connection, now: float) -> dict[str, int]:
     """By tenant: tokens of prompts and answers in the month, in UTC, of that time."""
     table = tables.usage
     month = datetime.fromtimestamp(now, UTC).strftime("%Y-%m")
@@ -70,7 +69,7 @@ async def month_tokens(connection: AsyncConnection, now: float) -> dict[str, int
     return {tenant: int(tokens) for tenant, tokens in rows}
 
 
-async def add(database: Database, connection: AsyncConnection, records: Sequence[Record]) -> None:
+async def add(database: Database, connection: Connection, records: Sequence[Record]) -> None:
     """What these records add, in as few rows as there are."""
     sums: dict[tuple[int, str, str, str], Counter[str]] = {}
     for record in records:

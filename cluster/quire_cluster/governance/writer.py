@@ -8,11 +8,10 @@ from pathlib import Path
 
 from quire_engine.errors import Unavailable
 from sqlalchemy import delete, select
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from quire_cluster.governance import tables, usage
 from quire_cluster.governance.chain import AuditLog
-from quire_cluster.governance.database import Database
+from quire_cluster.governance.database import Connection, Database
 from quire_cluster.governance.journal import Journal, orphans, read, set_aside
 from quire_cluster.governance.records import Record
 
@@ -159,7 +158,7 @@ class Writer:
             )
         return end
 
-    async def _place(self, connection: AsyncConnection, name: str) -> int:
+    async def _place(self, connection: Connection, name: str) -> int:
         table = tables.journals
         found = await connection.execute(select(table.c.position).where(table.c.id == name))
         return found.scalar_one_or_none() or 0
