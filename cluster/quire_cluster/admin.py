@@ -2,6 +2,8 @@
 the Connect protocol has unary calls). Both want the cluster's admin key."""
 
 import asyncio
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,9 @@ from quire_cluster.gateway.doors import Doors
 from quire_cluster.gateway.http import json_response
 from quire_cluster.gateway.json_calls import LARGEST, JsonCalls
 from quire_cluster.gateway.process import bind
+from quire_cluster.governance.config import Governance
 from quire_cluster.governance.identity import CallerCheck, SharedKeys
+from quire_cluster.governance.operators import OperatorLog
 from quire_cluster.keys import Keys
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ class AdminConfig:
     port: int  # of HTTP
     grpc_port: int
     key: str = field(repr=False)
+    governance: Governance | None = field(default=None, repr=False)  # whose audit log has what they do
 
 
 def deployment_of(spec: pb.DeploymentSpec) -> Deployment:
@@ -134,9 +139,13 @@ class ControlService(control_pb2_grpc.ControlServicer):
         return pb.ShutdownResponse()
 
 
-def _note(method: str, request: Any) -> None:
-    if method in _CHANGING:
-        log.info("%s: %s", method, json_format.MessageToJson(request, indent=None))
+def _shown(request: Any) -> dict[str, Any]:
+    """As it is logged: templates by their digests."""
+    shown: dict[str, Any] = json_format.MessageToDict(request, preserving_proto_field_name=True)
+    for spec in shown.get("deployments", ()):
+        if "chat_template" in spec:
+            spec["chat_template"] = "sha256:" + hashlib.sha256(spec["chat_template"].encode()).hexdigest()
+    return shown
 
 
 class AdminServer:
@@ -145,10 +154,11 @@ class AdminServer:
     def __init__(self, controller: Operations, config: AdminConfig) -> None:
         self._config = config
         self._service = ControlService(controller)
+        self._on_record = OperatorLog(config.governance) if config.governance is not None else None
         identity = SharedKeys(Keys([config.key]), _REFUSAL)
         doors = CallerCheck(identity, open_services=[health.SERVICE_NAME])
         self._grpc = grpc.aio.server(
-            interceptors=[doors, CallGuard(_LIMITS.body), CallErrors(SERVICE, _note)],
+            interceptors=[doors, CallGuard(_LIMITS.body), CallErrors(SERVICE, self._note)],
             options=[
                 ("grpc.max_receive_message_length", LARGEST),
                 ("grpc.so_reuseport", 0),
@@ -160,12 +170,13 @@ class AdminServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable((SERVICE.full_name, health.SERVICE_NAME), self._grpc)
         routes = [
-            *JsonCalls(SERVICE, self._service, on_call=_note).routes(),
+            *JsonCalls(SERVICE, self._service, on_call=self._note).routes(),
             Route("/health", self._ok, methods=["GET"]),
         ]
         app = Doors.of(config.host, identity, (), ()).before(Starlette(routes=routes))
         self._http = HttpServer(HttpConfig(app, _LIMITS))
         self._http_task: asyncio.Task[None] | None = None
+        self._recording: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Raises InvalidParameter where a port is taken."""
@@ -181,6 +192,22 @@ class AdminServer:
             ) from error
         await self._grpc.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        if self._on_record is not None:
+            self._recording = asyncio.ensure_future(self._on_record.run())
+
+    async def close_records(self) -> None:
+        """What operators have done is on the audit log, which takes no more."""
+        if self._on_record is not None and self._recording is not None:
+            self._recording.cancel()
+            await self._on_record.close()
+            self._recording = None
+
+    def _note(self, method: str, request: Any) -> None:
+        if method in _CHANGING:
+            shown = _shown(request)
+            log.info("%s: %s", method, json.dumps(shown))
+            if self._on_record is not None:
+                self._on_record.note(f"cluster.{method.lower()}", shown)
 
     async def _ok(self, request: Request) -> Response:
         return json_response({"status": "ok"})

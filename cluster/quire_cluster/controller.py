@@ -198,6 +198,8 @@ class Controller:
         await self._store.clear()
         for name in await self._home.placements.names():  # of replicas that were about to end anyhow
             await self._home.placements.remove(name)
+        if self._admin is not None:
+            await self._admin.close_records()
 
     def _check_stays(self) -> None:
         """Raises ServerError where what is said now would be forgotten."""

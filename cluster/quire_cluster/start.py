@@ -71,6 +71,7 @@ def start(config: StartConfig, file: Path) -> bool:
             port=config.admin_port,
             grpc_port=config.admin_grpc_port,
             key=secrets.token_urlsafe(32),
+            governance=access if isinstance(access, Governance) else None,
         )
         return asyncio.run(_start(ClusterConfig(name=NAMESPACE, gateways=gateways, admin=admin), file))
     finally:

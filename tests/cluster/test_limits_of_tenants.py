@@ -275,6 +275,22 @@ def test_gateways_go_on_with_their_shares(how: str) -> None:
     simulate(run())
 
 
+def test_a_quiet_gateway_hears_of_others() -> None:
+    """It was started first, and nothing was asked of it until the controller answers no more."""
+
+    async def test() -> None:
+        far = Far(gateways=1)
+        async with limiters(far) as [limiter]:
+            await asyncio.sleep(30)
+            far.gateways = 3
+            await asyncio.sleep(10)
+            far.free.clear()
+            found = [await admitted(limiter, tenant(concurrent_requests=12)) for _ in range(12)]
+            assert sum(isinstance(one, Permit) for one in found) == 4
+
+    simulate(test())
+
+
 def test_a_controller_that_is_started_again_hears_what_runs() -> None:
     async def run() -> None:
         far = Far(2)
@@ -307,13 +323,14 @@ def test_a_tenant_without_limits_costs_nothing() -> None:
             permit.settle(20)
             permit.release()
             await asyncio.sleep(10)
-            assert far.calls == 1, "at the start, and nothing is asked for"
+            assert far.calls <= 1 + 10 / 4, "how many gateways there are, and nothing is asked for"
 
     simulate(run())
 
 
 def test_most_requests_are_decided_where_they_come() -> None:
-    """A hundred a second, of a limit of twice as many: and what is held is given back a while after the last."""
+    """A hundred a second, of a limit of twice as many: and what is held is given back a while after the last,
+    when gateways ask for nothing any more, every four seconds."""
 
     async def run() -> None:
         async with limiters(far := Far(1)) as [limiter]:
@@ -329,7 +346,7 @@ def test_most_requests_are_decided_where_they_come() -> None:
             await asyncio.sleep(2.5)
             calls = far.calls
             await asyncio.sleep(60)
-            assert far.calls == calls
+            assert far.calls <= calls + 60 / 4
 
     simulate(run())
 

@@ -4,12 +4,10 @@ import asyncio
 import json
 import os
 import re
-import secrets
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,14 @@ import grpc
 import httpx
 import psutil
 import pytest
-from conftest import listeners, processes, wait_until
+from conftest import listeners, wait_until
 from doors import guarded_kinds
 from quire import AsyncClient
 from quire.cli.config import AdminConfig
 from quire.cli.operate import Control
 from quire_protos.v1 import control_pb2 as pb
 from quire_protos.v1 import control_pb2_grpc
+from ray_head import Head, free_ports, ray_head
 from web import LIMIT, http
 
 CODE = grpc.StatusCode
@@ -32,71 +31,10 @@ NUM_STREAMS, NUM_TOKENS = 4, 100
 ACTORS = ("Controller", "GatewayActor", "Replica", "Worker")
 
 
-def free_ports(count: int) -> list[int]:
-    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in taken]
-    for one in taken:
-        one.close()
-    return ports
-
-
-class Head:
-    """A Ray cluster of one node, and where its operator keeps the key."""
-
-    def __init__(self, folder: Path, home: Path) -> None:
-        self.ray_port, self.http, self.grpc, self.admin, self.admin_grpc, clients = free_ports(6)
-        self.file = home / "admin.json"
-        self.token = secrets.token_hex(32)
-        (home / "token").write_text(self.token)
-        self.environment = os.environ | {
-            "QUIRE_HOME": str(home),
-            "COLUMNS": "200",
-            "TRITON_INTERPRET": "0",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(home / "token"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "1",
-        }
-        self._said = folder / "said"
-        options = (
-            f"--head --block --num-cpus 4 --object-store-memory 80000000 --node-ip-address 127.0.0.1 "
-            f"--port {self.ray_port} --ray-client-server-port {clients} "  # servers of two heads would share one port
-            f"--include-dashboard false --temp-dir {folder}"
-        )
-        ray = str(Path(sys.executable).with_name("ray"))
-        with self._said.open("wb") as output:
-            command = [ray, "start", *options.split()]
-            self.process = subprocess.Popen(command, env=self.environment, stdout=output, stderr=output)
-        wait_until(lambda: "Ray runtime started" in self._said.read_text() or self.process.poll() is not None)
-        assert self.process.poll() is None, self._said.read_text()
-
-    def quire(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "quire.cli.main", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=LIMIT, check=False)
-
-    def start(self, **ports: int) -> subprocess.CompletedProcess[str]:
-        given = {
-            "port": self.http,
-            "grpc-port": self.grpc,
-            "admin-port": self.admin,
-            "admin-grpc-port": self.admin_grpc,
-        }
-        options = [f"--{name}={port}" for name, port in (given | ports).items()]
-        return self.quire("start", "--ray-address", f"127.0.0.1:{self.ray_port}", *options)
-
-    def pids(self, *kinds: str) -> list[int]:
-        return [pid for kind in kinds for pid in processes(self.process.pid, kind)]
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # pytest's own path is too long for a socket
-        made = Head(Path(folder), tmp_path_factory.mktemp("home"))
-        try:
-            yield made
-        finally:
-            made.process.terminate()
-            made.process.wait(120)
+    with ray_head(tmp_path_factory.mktemp("home")) as made:
+        yield made
 
 
 class Cluster:

@@ -277,7 +277,9 @@ def test_tokens_stay_on_the_device(checkpoint: Make) -> None:
     torch.testing.assert_close(runner._last_tokens[-1], torch.tensor(0, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3_5", "granite_hybrid"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "granite_hybrid"))]
+)
 def test_replayed_through_triton(checkpoint: Make, family: str) -> None:
     """Padding through the GPU's kernels: requests without tokens, tokens without a slot."""
 

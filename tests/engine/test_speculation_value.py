@@ -217,7 +217,7 @@ def test_near_the_best_length(machine: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("disturbed", [range(40), range(20, 100), range(1000, 1100)])
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("machine", MACHINES)
 def test_what_a_disturbance_has_taught_is_soon_forgotten(machine: str, batch: int, disturbed: range) -> None:
     made = MACHINES[machine]

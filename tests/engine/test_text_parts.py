@@ -21,7 +21,7 @@ from quire_engine.weights.text_parts import TEXT_PARTS
 from transformers import AutoModelForImageTextToText
 
 
-@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("renamed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", WHOLE)
 def test_text_alone(name: str, renamed: bool, tmp_path: Path) -> None:
     """Under the names that published checkpoints have, and under those of transformers' own modules."""

@@ -22,7 +22,7 @@ ROUTINGS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("experts", "routing"), ROUTINGS, ids=[f"{e}-{r.score}-{r.groups}" for e, r in ROUTINGS])
-@pytest.mark.parametrize("tokens", [1, 63, 1000])
+@pytest.mark.parametrize("tokens", [1, 63, 200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_route(tokens: int, experts: int, routing: Routing, dtype: torch.dtype) -> None:
     # Exact in bf16 and no two alike, or rounding would choose among equals.
     logits = (torch.rand(tokens, experts).argsort(-1) / 32).to(dtype)
@@ -71,7 +71,10 @@ def test_routing_is_deepseeks() -> None:
 # By one program, of one block of pairs or of several; by many programs, of one block each or of several.
 @pytest.mark.parametrize(
     ("tokens", "experts", "k"),
-    [(1, 8, 2), (9, 1, 1), (63, 60, 4), (40, 128, 8), (700, 3, 1), (1000, 128, 8), (1100, 250, 8)],
+    [
+        *((1, 8, 2), (9, 1, 1), (63, 60, 4), (40, 128, 8), (700, 3, 1), (1100, 250, 8)),
+        pytest.param(1000, 128, 8, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("tile", [16, 64])
 def test_align(tokens: int, experts: int, k: int, tile: int) -> None:
@@ -149,7 +152,7 @@ def test_grouped_matmul_in_fp8(a_scales: int, w_shape: tuple[int, ...], dtype: t
     assert_close(got, expected, width**0.5)
 
 
-@pytest.mark.parametrize(("tokens", "k", "width"), [(1, 8, 63), (63, 4, 1000), (1000, 2, 64)])
+@pytest.mark.parametrize(("tokens", "k", "width"), [(1, 8, 63), (63, 4, 1000), (200, 2, 64)])
 def test_combine(tokens: int, k: int, width: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, weights = torch.randn(tokens * k, width).to(dtype), torch.rand(tokens, k)

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -45,7 +45,7 @@ class SharedKeys:
         """Anyone who has one."""
         if not self._keys.match(given.key):
             raise Unauthenticated(self._refusal)
-        return ANYONE
+        return replace(ANYONE, address=given.address, forwarded_for=given.forwarded_for)
 
 
 _caller: ContextVar[Caller] = ContextVar("caller", default=ANYONE)

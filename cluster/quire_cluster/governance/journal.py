@@ -92,6 +92,7 @@ class Journal:
     def close(self) -> None:
         """Lets go of the file, which is an orphan then."""
         os.close(self._descriptor)
+        self._descriptor = -1  # a number that another file may have now
 
     def _begin(self) -> None:
         while True:

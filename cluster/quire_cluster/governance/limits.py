@@ -28,6 +28,7 @@ _LATE = 0.01  # seconds more: where this loop was busy for that long, the answer
 _PACE = 0.01  # seconds between two asks: what comes meanwhile is one
 _RETRY = 0.5  # seconds until a controller that did not answer is asked again
 _BEAT = 1.0  # seconds between asks while anything is held; what was not needed for so long is given back
+_QUIET = 4.0  # seconds between asks while nothing is: how many gateways there are, the share goes by
 _SOON = 1.0  # seconds until a refused request should come again, where nobody knows when there is room
 _USUAL_ANSWER = 1024  # tokens that are reserved for an answer that may be as long as it likes
 _UNLIMITED = TenantLimits()
@@ -98,6 +99,7 @@ class Limiter:
         self._due: dict[_Account, None] = {}  # of which there is something to say
         self._news = asyncio.Event()
         self._beat = self._clock() + _BEAT
+        self._quiet_until = self._beat
 
     async def admit(
         self, tenant: Tenant, prompts: Sequence[int], answer: int, *, given: bool, choices: int = 1
@@ -156,7 +158,7 @@ class Limiter:
     # ---- the controller -------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """For ever. It begins with a call that asks for nothing: how many gateways there are."""
+        """For ever. Now and then it asks for nothing: how many gateways there are."""
         while True:
             await self._talk()
             await asyncio.sleep(_RETRY if self.alone else _PACE)
@@ -177,7 +179,7 @@ class Limiter:
             if (now := self._clock()) >= self._beat:
                 self._beat = now + _BEAT
                 self._due |= {account: None for account in self._accounts.values() if not account.silent}
-            if self._due:
+            if self._due or now >= self._quiet_until:
                 return
 
     async def _talk(self) -> None:
@@ -185,6 +187,7 @@ class Limiter:
         due, self._due = list(self._due), {}
         waiting = {account: list(account.waiting) for account in due}
         self._number += 1
+        self._quiet_until = self._clock() + _QUIET
         tenants = {account.name: account.ask() for account in due}
         ask = Ask(gateway=self._name, number=self._number, gateways=self._gateways, tenants=tenants)
         try:
