@@ -275,6 +275,30 @@ def test_gateways_go_on_with_their_shares(how: str) -> None:
     simulate(run())
 
 
+@pytest.mark.parametrize("limit", ["concurrent_requests", "requests_per_minute"])
+def test_nobody_waits_behind_those_that_need_all_there_is(limit: str) -> None:
+    """The controller is about to answer: those that it can let in wait for it, and the others hear at once."""
+
+    async def test() -> None:
+        far = Far(gateways=3)
+        async with limiters(far) as [limiter]:
+            await asyncio.sleep(1)
+            far.free.clear()
+            asked = [asyncio.ensure_future(admitted(limiter, tenant(**{limit: 12}))) for _ in range(20)]
+            begun = now()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert now() == begun
+            refused = [task.result() for task in asked if task.done()]
+            assert len(refused) == 8
+            assert all(isinstance(one, LimitReached) for one in refused)
+            far.free.set()
+            found = [await task for task in asked]
+            assert sum(isinstance(one, Permit) for one in found) == 12
+
+    simulate(test())
+
+
 def test_a_quiet_gateway_hears_of_others() -> None:
     """It was started first, and nothing was asked of it until the controller answers no more."""
 

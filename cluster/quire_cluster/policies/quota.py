@@ -272,8 +272,13 @@ class Leased(ABC):
         self._heard = -math.inf
 
     def exhausted(self, amount: int, now: float) -> bool:
-        """There is not so much, beside what this gateway holds: nobody has to be asked."""
-        return now - self._heard < self.FRESH and max(0.0, self.left(now)) + self.held < amount
+        """There is not so much, with what this gateway holds: nobody has to be asked."""
+        return amount > self.most or (now - self._heard < self.FRESH and max(0.0, self.left(now)) + self.held < amount)
+
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """That it could hold if no other gateway did."""
 
     @abstractmethod
     def left(self, now: float) -> float:
@@ -325,6 +330,11 @@ class LeasedRate(Leased):
         self._left = Level(capacity, now, min(capacity, self._left.read(now)))
         self._share = Level(self._part, now, min(self._part, self._share.read(now)))
 
+    @property
+    def most(self) -> int:
+        """A bucket that is full."""
+        return self.capacity
+
     def left(self, now: float) -> float:
         """It has grown since it was last heard of."""
         return self._left.read(now)
@@ -365,6 +375,11 @@ class LeasedSlots(Leased):
     def silent(self) -> bool:
         """It would be taken for dead while requests run."""
         return super().silent and not self.used
+
+    @property
+    def most(self) -> int:
+        """All that are not used here."""
+        return self.capacity - self.used
 
     def left(self, now: float) -> float:
         """As was last heard: they end at any time."""
