@@ -9,6 +9,7 @@ that `verify` takes for what is there then. A log that is not whole at the end i
 
 import argparse
 import asyncio
+import gc
 import json
 import platform
 import tempfile
@@ -66,6 +67,8 @@ async def measure(url: str, folder: Path, count: int) -> dict[str, float | int |
         journal.append(one)
         each.append(time.perf_counter() - begun)
     each.sort()
+    gc.collect()
+    gc.freeze()  # as a server does
     felt: list[float] = []
     watching = asyncio.ensure_future(stalls(felt))
     begun = time.perf_counter()

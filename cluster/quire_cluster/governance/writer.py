@@ -17,7 +17,7 @@ from quire_cluster.governance.records import Record
 
 log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two batches
-_SHARE = 1 << 18  # bytes of a journal that make a batch
+_SHARE = 1 << 20  # bytes of a journal that make a batch
 _LARGE = 16 << 20  # bytes of a journal that is followed by a new one
 _ORPHANS = 10.0  # seconds between two looks for them
 _LONGEST_PAUSE = 5.0  # seconds, while the database is away
