@@ -165,6 +165,13 @@ def test_where_governance_is_looked_for(
         ("audit: {signing_key: missing/key.pem}", "cannot be written"),
         ("audit: {content_key: missing}", "audit.content_key"),
         ("audit: {content_key: governance.yaml}", "audit.content_key"),
+        ("policies: []\naudit: {days: 3}\npolicies: []\n", "line 3 has policies for the second time"),
+        ("audit: {days: 3, days: 4}", "has days for the second time"),
+        (
+            "clients: [{name: a, tenant: t}, {name: b, tenant: t}, {name: a, tenant: other}]",
+            "clients: 'a' is there twice",
+        ),
+        ("database: postgresql://quire:${QUIRE_NO_SUCH}@host/db", "the environment has no QUIRE_NO_SUCH; set it"),
     ],
 )
 def test_what_is_no_governance(capsys: pytest.CaptureFixture[str], folder: Path, written: str, wrong: str) -> None:

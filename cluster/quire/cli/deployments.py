@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 from quire_cluster.deployment import Deployment, make_deployment
+from quire_cluster.strict_yaml import OptionLoader
 from quire_engine.errors import InvalidParameter
-
-from quire.cli.options import StrictLoader
 
 _MOST_BYTES = 1 << 20
 TEMPLATE = "chat_template"
@@ -42,8 +41,8 @@ def read_deployments(path: str) -> DeploymentFile:
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         text = content.decode()
-        node = yaml.compose(text, StrictLoader)
-        given = yaml.load(text, StrictLoader)
+        node = yaml.compose(text, OptionLoader)
+        given = yaml.load(text, OptionLoader)
     except Exception as error:  # PyYAML raises whatever its constructors meet
         raise InvalidParameter(f"{path} cannot be read: {error}", "file") from error
     if not isinstance(given, dict) or not given:

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, TypeVar
 
 import yaml
+from quire_cluster.strict_yaml import OptionLoader
 from quire_engine.config import bounds, kind_of
 from quire_engine.errors import InvalidParameter
 
@@ -69,20 +70,6 @@ def names_of(configs: Iterable[type]) -> set[str]:
     return {f.name for config in configs for f in fields(config)}
 
 
-class StrictLoader(yaml.SafeLoader):
-    """Without YAML's habit of taking the last of several values."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises ValueError for a key that is there twice, be it with - or _."""
-        seen = set()
-        for key, _ in node.value:
-            name = str(key.value).replace("-", "_")
-            if name in seen:
-                raise ValueError(f"line {key.start_mark.line + 1} has {name:.80} for the second time; leave one out")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def read_config_file(path: str, known: set[str]) -> dict[str, Any]:
     """A YAML mapping of option names (with - or _) to values. Raises InvalidParameter for anything else."""
     try:
@@ -90,7 +77,7 @@ def read_config_file(path: str, known: set[str]) -> dict[str, Any]:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-        given = yaml.load(content.decode(), StrictLoader)
+        given = yaml.load(content.decode(), OptionLoader)
     except Exception as error:  # PyYAML raises whatever its constructors meet: KeyError for `!!bool x`
         raise InvalidParameter(f"--config {path} cannot be read: {error}", "config") from error
     if not isinstance(given, dict):

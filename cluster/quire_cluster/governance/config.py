@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,16 +12,18 @@ import yaml
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from quire_engine.errors import InvalidParameter
 
 from quire_cluster.governance.callers import Role
 from quire_cluster.governance.checks.policies import Policies
 from quire_cluster.governance.tokens import TokenIssuer
+from quire_cluster.strict_yaml import StrictLoader
 
 _MOST_BYTES = 1 << 20
 _CONTENT_KEY = 32  # bytes, of AES-256
 _NAME = "governance.yaml"
+_FROM_ENVIRONMENT = re.compile(r"\$\{(\w+)\}")
 VARIABLE = "QUIRE_GOVERNANCE"
 
 
@@ -56,6 +59,14 @@ class GovernanceFile(_Section):
     issuers: tuple[TokenIssuer, ...] = ()  # identity providers, whose tokens are as good as keys
     clients: tuple[ClientName, ...] = ()
     policies: tuple[dict[Any, Any], ...] = ()  # see docs/policies.md
+
+    @field_validator("clients")
+    @classmethod
+    def _one_of_each_name(cls, clients: tuple[ClientName, ...]) -> tuple[ClientName, ...]:
+        names = [client.name for client in clients]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{min(twice)!r} is there twice; a certificate's name is one tenant's")
+        return clients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +108,7 @@ def read_governance(path: Path) -> Governance:
             text = opened.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-        given: Any = yaml.safe_load(text.decode())
+        given: Any = yaml.load(text.decode(), StrictLoader)
     except Exception as error:  # PyYAML raises whatever its constructors meet
         raise InvalidParameter(f"{path} cannot be read: {error}", "governance") from error
     try:
@@ -105,8 +116,12 @@ def read_governance(path: Path) -> Governance:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InvalidParameter(f"{path}: {where or 'it'}: {first['msg']}", "governance") from error
-    url = os.path.expandvars(file.database)
+        raise InvalidParameter(
+            f"{path}: {where or 'it'}: {first['msg'].removeprefix('Value error, ')}", "governance"
+        ) from error
+    url = _FROM_ENVIRONMENT.sub(lambda found: os.environ.get(found[1], found[0]), file.database)
+    if (unset := _FROM_ENVIRONMENT.search(url)) is not None:
+        raise InvalidParameter(f"{path}: database: the environment has no {unset[1]}; set it", "governance")
     head, separator, name = url.partition(":///")
     if separator and head.startswith("sqlite") and name and not name.startswith("/"):
         url = f"{head}:///{folder / name}"

@@ -134,9 +134,11 @@ class Database:
             ) from error
 
     async def close(self) -> None:
-        """Its connections, once nobody uses them: what was cancelled ends first."""
+        """Its connections, once nobody uses them: what was cancelled ends first, if it does so in time."""
         if self._open:
-            await self._none_open.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_BUSY + _CALL):
+                    await self._none_open.wait()
         await self._engine.dispose()
 
 
