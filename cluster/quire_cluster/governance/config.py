@@ -119,9 +119,9 @@ def read_governance(path: Path) -> Governance:
         raise InvalidParameter(
             f"{path}: {where or 'it'}: {first['msg'].removeprefix('Value error, ')}", "governance"
         ) from error
-    url = _FROM_ENVIRONMENT.sub(lambda found: os.environ.get(found[1], found[0]), file.database)
-    if (unset := _FROM_ENVIRONMENT.search(url)) is not None:
-        raise InvalidParameter(f"{path}: database: the environment has no {unset[1]}; set it", "governance")
+    if unset := set(_FROM_ENVIRONMENT.findall(file.database)) - os.environ.keys():
+        raise InvalidParameter(f"{path}: database: the environment has no {min(unset)}; set it", "governance")
+    url = _FROM_ENVIRONMENT.sub(lambda found: os.environ[found[1]], file.database)
     head, separator, name = url.partition(":///")
     if separator and head.startswith("sqlite") and name and not name.startswith("/"):
         url = f"{head}:///{folder / name}"

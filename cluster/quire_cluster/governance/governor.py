@@ -1,6 +1,5 @@
 """Governance at a gateway: knows who calls, and puts on record what was done for them."""
 
-import asyncio
 import logging
 import time
 import uuid
@@ -27,7 +26,6 @@ from quire_cluster.governance.writer import Writer
 from quire_cluster.policies.quota import Ask, Grants
 
 log = logging.getLogger(__name__)
-_FLUSH = 10.0  # seconds that records get on their way to the database at the end
 
 
 class Governor:
@@ -88,10 +86,7 @@ class Governor:
     async def close(self) -> None:
         """Once what is on record here is in the database, if that answers in time; else the next gateway on this host
         brings it there."""
-        try:
-            await asyncio.wait_for(self.writer.flush(), _FLUSH)
-        except TimeoutError:
-            log.warning("%d records are still in %s", self.writer.pending, self.journal.folder)
+        await self.writer.finish()
         await self.directory.close()
         if self.policing is not None:
             await self.policing.close()

@@ -1,7 +1,5 @@
 """What operators ask of a cluster, on the audit log: which models were served, and who made it so."""
 
-import asyncio
-import logging
 import time
 from typing import Any
 
@@ -14,9 +12,6 @@ from quire_cluster.governance.identity import calling
 from quire_cluster.governance.journal import Journal
 from quire_cluster.governance.records import Record
 from quire_cluster.governance.writer import Writer
-
-log = logging.getLogger(__name__)
-_FLUSH = 10.0  # seconds that records get on their way to the database at the end
 
 
 class OperatorLog:
@@ -42,9 +37,6 @@ class OperatorLog:
 
     async def close(self) -> None:
         """Once it is in the database, if that answers in time; else a gateway on the head brings it there."""
-        try:
-            await asyncio.wait_for(self._writer.flush(), _FLUSH)
-        except TimeoutError:
-            log.warning("%d records are still in %s", self._writer.pending, self._journal.folder)
+        await self._writer.finish()
         self._journal.close()
         await self._database.close()

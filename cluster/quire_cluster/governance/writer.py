@@ -20,6 +20,7 @@ _PAUSE = 0.1  # seconds between two batches
 _SHARE = 1 << 20  # bytes of a journal that make a batch
 _LARGE = 16 << 20  # bytes of a journal that is followed by a new one
 _ORPHANS = 10.0  # seconds between two looks for them
+_FLUSH = 10.0  # seconds that records get on their way to the database at the end
 _LONGEST_PAUSE = 5.0  # seconds, while the database is away
 _RETIRE = 3600.0  # seconds between two looks for what is past its retention
 
@@ -70,6 +71,13 @@ class Writer:
         while self._written < until:
             if not await self._tried([self._drain]) or self._written < until:
                 await asyncio.sleep(_PAUSE)
+
+    async def finish(self) -> None:
+        """The same, if it can be had in time: else others bring it there."""
+        try:
+            await asyncio.wait_for(self.flush(), _FLUSH)
+        except TimeoutError:
+            log.warning("%d records are still in %s", self.pending, self._journal.folder)
 
     async def _tried(self, parts: "list[Callable[[], Awaitable[None]]]") -> bool:
         """Whether they succeeded. Whatever it is that fails, records wait in their journal, and it is tried again."""
